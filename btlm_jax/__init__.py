@@ -1,0 +1,51 @@
+"""BTLM-3B-8K in JAX/Flax: exact, muP, ALiBi, Orbax and Hugging Face checkpoints.
+
+The public names below are loaded on first use, so that `btlm --help` and tools that only need one
+part do not pay for the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from btlm_jax import mup as mup
+    from btlm_jax.checkpoint import load as load
+    from btlm_jax.checkpoint import save as save
+    from btlm_jax.config import AlibiScaling as AlibiScaling
+    from btlm_jax.config import BTLMConfig as BTLMConfig
+    from btlm_jax.generation.loop import generate as generate
+    from btlm_jax.loss import next_token_loss as next_token_loss
+    from btlm_jax.model import BTLM as BTLM
+    from btlm_jax.model import KVCache as KVCache
+    from btlm_jax.sharding import make_mesh as make_mesh
+    from btlm_jax.tokenizer import load_tokenizer as load_tokenizer
+
+_HOME = {
+    "AlibiScaling": "config",
+    "BTLM": "model",
+    "BTLMConfig": "config",
+    "KVCache": "model",
+    "generate": "generation.loop",
+    "load": "checkpoint",
+    "load_tokenizer": "tokenizer",
+    "make_mesh": "sharding",
+    "next_token_loss": "loss",
+    "save": "checkpoint",
+}
+__all__ = ["__version__", "mup", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "mup":
+        return importlib.import_module("btlm_jax.mup")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"btlm_jax.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'btlm_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

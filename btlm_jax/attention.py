@@ -1,0 +1,139 @@
+"""Causal ALiBi attention.
+
+`"xla"` is the reference: every platform, every mask, fp32 bias and softmax. Queries are processed
+in chunks, so that the largest intermediate is [B, H, chunk, S] and never [B, H, T, S]; all S keys
+are visited per chunk and the causal half is masked, not skipped.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from btlm_jax import alibi
+
+Implementation = Literal["xla"]
+QUERY_CHUNK = 512
+_MASKED = jnp.finfo(jnp.float32).min  # finite, so that a row with no key at all is not NaN
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    slopes: jax.Array | None,
+    scale: float,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    offset: int | jax.Array = 0,
+    implementation: Implementation | None = None,
+    precision: jax.lax.Precision | None = None,
+    shard: tuple[PartitionSpec, PartitionSpec] | None = None,
+) -> jax.Array:
+    """softmax(scale * q·k - slope * distance, causal and within segments) @ v.
+
+    Args:
+      q: [B, H, T, K].
+      k, v: [B, H, S, K].
+      slopes: fp32 [H], divided by the ALiBi scale; None without ALiBi.
+      scale: the factor on q·k.
+      segments: int32 ids of queries [B, T] and keys [B, S]; attention stays within equal ids.
+      offset: the slot of the first query; keys occupy slots 0 to S - 1.
+      implementation: "xla"; None takes the best for the platform (today always "xla").
+      precision: of both matrix products.
+      shard: on a mesh, the PartitionSpecs of batch and heads: attention is independent along both,
+        so it runs per shard without communication.
+
+    Returns:
+      [B, H, T, K] in q's dtype.
+
+    Raises:
+      ValueError: unknown implementation.
+    """
+    if implementation not in (None, "xla"):
+        raise ValueError(f"implementation: found {implementation!r}, expected 'xla' or None")
+    fn = functools.partial(_xla, scale=scale, precision=precision)
+    offset = jnp.asarray(offset, jnp.int32)
+    if shard is None:
+        return fn(q, k, v, slopes, segments, offset)
+    (batch,), (heads,) = shard
+    bhtk, bt = PartitionSpec(batch, heads, None, None), PartitionSpec(batch, None)
+    return jax.shard_map(
+        fn,
+        in_specs=(
+            bhtk,
+            bhtk,
+            bhtk,
+            PartitionSpec(heads) if slopes is not None else None,
+            (bt, bt) if segments is not None else None,
+            PartitionSpec(),
+        ),
+        out_specs=bhtk,
+    )(q, k, v, slopes, segments, offset)
+
+
+def _xla(q, k, v, slopes, segments, offset, *, scale, precision):
+    T, chunk = q.shape[2], QUERY_CHUNK
+    rows = functools.partial(
+        _rows, k=k, v=v, slopes=slopes, scale=scale, precision=precision, segments=segments
+    )
+    if T <= chunk:
+        return rows(q, offset, 0)
+    # A remainder chunk is padded with query rows that are dropped again.
+    n = -(-T // chunk)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, n * chunk - T), (0, 0)))
+    q_chunks = jnp.moveaxis(q.reshape(*q.shape[:2], n, chunk, q.shape[3]), 2, 0)
+    # Rematerialised, or the backward pass would keep the scores of every chunk.
+    rows = jax.checkpoint(rows)
+    starts = jnp.arange(n, dtype=jnp.int32) * chunk
+    out = jax.lax.map(lambda x: rows(x[0], offset, x[1]), (q_chunks, starts))
+    return jnp.moveaxis(out, 0, 2).reshape(q.shape)[:, :, :T]
+
+
+def _rows(q, offset, start, *, k, v, slopes, scale, precision, segments):
+    """Attention of the queries [B, H, C, K] at rows start to start + C - 1."""
+    p = probabilities(
+        q,
+        k,
+        slopes=slopes,
+        scale=scale,
+        segments=segments,
+        offset=offset,
+        start=start,
+        precision=precision,
+    )
+    out = jnp.einsum(
+        "bhts,bhsk->bhtk",
+        p.astype(v.dtype),
+        v,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return out.astype(q.dtype)
+
+
+def probabilities(q, k, *, slopes, scale, segments, offset, start=0, precision=None) -> jax.Array:
+    """The attention probabilities of rows start to start + C - 1, fp32 [B, H, C, S].
+
+    Arguments as in `attention`, with q holding those C rows only.
+    """
+    query = offset + start + jnp.arange(q.shape[2], dtype=jnp.int32)
+    key = jnp.arange(k.shape[2], dtype=jnp.int32)
+    scores = scale * jnp.einsum(
+        "bhtk,bhsk->bhts", q, k, precision=precision, preferred_element_type=jnp.float32
+    )
+    if slopes is not None:
+        scores = scores + alibi.bias(slopes, query, key)
+    allowed = key[None, :] <= query[:, None]
+    if segments is not None:
+        of_query, of_key = segments
+        if q.shape[2] != of_query.shape[1]:
+            # Padded query rows read past the end: any segment will do, they are dropped.
+            index = jnp.minimum(start + jnp.arange(q.shape[2]), of_query.shape[1] - 1)
+            of_query = jnp.take(of_query, index, axis=1)
+        allowed = allowed & (of_query[:, None, :, None] == of_key[:, None, None, :])
+    return jax.nn.softmax(jnp.where(allowed, scores, _MASKED), axis=-1)

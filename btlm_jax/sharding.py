@@ -1,0 +1,198 @@
+"""Meshes, and the one table of rules from logical axes to mesh axes.
+
+Meshes have explicit axis types: the sharding of every array is part of its type, so a weight that
+is not sharded as intended is an error at trace time, never a silent copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from btlm_jax import weights
+from btlm_jax.config import BTLMConfig
+
+logger = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor")
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+# Logical axis -> mesh axis. Weights are stored by these rules; before use the "fsdp" shards are
+# gathered. "batch" is the first axis of every activation.
+RULES: Rules = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+    ("positions", None),
+    ("qkv", None),
+    ("head_dim", None),
+)
+
+# The axes whose sizes are zero-padded where they do not divide; see `padding`.
+PADDED_AXES = ("vocab", "mlp")
+# Matrix units work on tiles of 128; padding to it is taken where it costs at most this fraction.
+_TILE, _TILE_COST = 128, 0.02
+
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Makes a mesh with the axes `AXES` over all devices (or those given).
+
+    Args:
+      data: replicas of the weights; the batch is split over data x fsdp.
+      fsdp: shards of weights, gradients and optimizer state; -1 takes what is left.
+      tensor: shards of heads, MLP and vocabulary.
+
+    Raises:
+      ValueError: the product of the sizes is not the number of devices.
+    """
+    devices = list(devices) if devices is not None else jax.devices()
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    free = [name for name, n in sizes.items() if n == -1]
+    if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
+        raise ValueError(f"mesh sizes: found {sizes}, expected positive ints and at most one -1")
+    if free:
+        rest = math.prod(n for n in sizes.values() if n != -1)
+        sizes[free[0]] = len(devices) // rest
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {sizes} needs {math.prod(sizes.values())} devices, found {len(devices)}: "
+            "make the product of data, fsdp and tensor equal to it"
+        )
+    shape = tuple(sizes[name] for name in AXES)
+    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+
+
+def mesh_axes(rules: Rules, axis: str | None) -> tuple[str, ...]:
+    """The mesh axes a logical axis is split over.
+
+    Raises:
+      ValueError: the rules do not mention the axis.
+    """
+    if axis is None:
+        return ()
+    table = dict(rules)
+    if axis not in table:
+        raise ValueError(f"logical axis {axis!r}: no sharding rule; the rules name {list(table)}")
+    target = table[axis]
+    return () if target is None else (target,) if isinstance(target, str) else tuple(target)
+
+
+def spec(rules: Rules, *axes: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes.
+
+    Raises:
+      ValueError: two dimensions would be split over the same mesh axis.
+    """
+    parts = [mesh_axes(rules, axis) for axis in axes]
+    used = [name for part in parts for name in part]
+    if len(set(used)) != len(used):
+        raise ValueError(f"sharding rules collide: axes {axes} map to {parts}, expected each once")
+    return PartitionSpec(*(p if len(p) > 1 else p[0] if p else None for p in parts))
+
+
+def ways(mesh: Mesh | jax.sharding.AbstractMesh, rules: Rules, axis: str | None) -> int:
+    """The number of parts a logical axis is split into."""
+    return math.prod(mesh.shape[name] for name in mesh_axes(rules, axis))
+
+
+def padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, int]:
+    """The sizes to which awkward axes are zero-padded on a mesh, by logical axis.
+
+    The size becomes a multiple of the parts it is split into, and of 128 as well where that costs
+    at most 2 %: 6826 -> 6912 and 50257 -> 50304 for the released model. Padding is exact (padded
+    MLP units stay zero under training, padded logits are masked) and never reaches a checkpoint.
+    """
+    sizes = {"vocab": config.vocab_size, "mlp": config.n_inner}
+    padded = {}
+    for axis in PADDED_AXES:
+        size, parts = sizes[axis], ways(mesh, rules, axis)
+        tiled = _round_up(size, math.lcm(_TILE, parts))
+        target = tiled if tiled <= size * (1 + _TILE_COST) else _round_up(size, parts)
+        if target != size:
+            cost = 100 * (target / size - 1)
+            logger.warning(
+                "%s is zero-padded from %d to %d on this mesh (+%.2f %%)", axis, size, target, cost
+            )
+            padded[axis] = target
+    return padded
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def param_specs(
+    config: BTLMConfig, mesh: Mesh, rules: Rules = RULES, pad: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The tree of PartitionSpecs of the stacked weights.
+
+    Raises:
+      ValueError: a dimension does not divide over its mesh axes; all such weights are listed, each
+        with its dimension, size and axis.
+    """
+    specs, problems = {}, []
+    for w in weights.table(config):
+        shape = w.padded(pad or {})
+        for axis, size in zip(w.axes, shape, strict=True):
+            parts = ways(mesh, rules, axis)
+            if size % parts:
+                fits = [n for n in range(1, parts + 1) if size % n == 0]
+                problems.append(
+                    f"{w.name}: axis {axis!r} of size {size} does not divide over mesh axes "
+                    f"{mesh_axes(rules, axis)} = {parts}; {fits[-1]} would fit"
+                )
+        specs[w.path] = spec(rules, *(None,) * w.stacked, *w.axes)
+    if problems:
+        raise ValueError("weights do not fit the mesh:\n  " + "\n  ".join(problems))
+    return weights.unflatten(specs)
+
+
+def param_shardings(
+    config: BTLMConfig, mesh: Mesh, rules: Rules = RULES, pad: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """The tree of NamedShardings of the stacked weights; see `param_specs`."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, s),
+        param_specs(config, mesh, rules, pad),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+
+def mesh_of(params: Mapping[str, Any]) -> jax.sharding.AbstractMesh | None:
+    """The explicit mesh the weights live on, from their types; None off any mesh."""
+    mesh = jax.typeof(params["wte"]).sharding.mesh
+    return None if mesh.empty else mesh
+
+
+def on_mesh(mesh: jax.sharding.AbstractMesh | None) -> contextlib.AbstractContextManager:
+    """A context for tracing on `mesh`, so that callers of the model need not set one."""
+    return jax.sharding.use_abstract_mesh(mesh) if mesh is not None else contextlib.nullcontext()
+
+
+def check_batch(batch_size: int, mesh: jax.sharding.AbstractMesh, rules: Rules) -> None:
+    """Raises ValueError if a batch does not divide over the mesh."""
+    parts = ways(mesh, rules, "batch")
+    if batch_size % parts:
+        raise ValueError(
+            f"batch size {batch_size} does not divide over mesh axes {mesh_axes(rules, 'batch')} = "
+            f"{parts}: use a multiple of {parts}, or a mesh with more of the tensor axis"
+        )
+
+
+def concrete_mesh_of(params: Mapping[str, Any]) -> Mesh | None:
+    """The mesh of devices concrete weights live on; None off any mesh or while tracing."""
+    leaf = params["wte"]
+    if mesh_of(params) is None or isinstance(leaf, jax.core.Tracer):
+        return None
+    return leaf.sharding.mesh

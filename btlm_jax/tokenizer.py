@@ -1,0 +1,70 @@
+"""Byte-level BPE tokenizers from a directory of Hugging Face files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+# Files that travel with a checkpoint in both directions.
+ASSETS = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Loads `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`.
+
+    Args:
+      directory: of the files, or an Orbax checkpoint of ours (which keeps them in `tokenizer/`).
+
+    Raises:
+      FileNotFoundError: neither is there; the message says where it looked.
+      ValueError: a file that cannot be parsed.
+    """
+    directory = Path(directory)
+    inner = directory / "tokenizer"
+    home = inner if inner.is_dir() else directory
+    whole, vocab, merges = (home / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    try:
+        if whole.is_file():
+            return Tokenizer.from_file(str(whole))
+        if vocab.is_file() and merges.is_file():
+            return _gpt2(vocab, merges)
+    except Exception as e:  # the tokenizers library raises bare Exception
+        raise ValueError(f"{home}: cannot parse the tokenizer ({e}); copy its files again") from e
+    raise FileNotFoundError(
+        f"{home}: no tokenizer.json, nor vocab.json with merges.txt; copy them from the model's "
+        "repository into this directory"
+    )
+
+
+def _gpt2(vocab: Path, merges: Path) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if END_OF_TEXT in json.loads(vocab.read_text(encoding="utf-8")):
+        # Without this the BPE would split the marker into pieces.
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ValueError if the tokenizer has ids the model does not know.
+
+    A model with more rows than the tokenizer has tokens is normal (rows are rounded up).
+    """
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"vocabulary mismatch: the tokenizer has ids up to {largest}, the model's vocab_size is "
+            f"{vocab_size}; use the tokenizer the model was trained with"
+        )

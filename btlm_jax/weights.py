@@ -1,0 +1,256 @@
+"""The table of weights: every trainable array of the model, declared once.
+
+Init, abstract shapes, shardings, optimizer groups, conversion in both directions, checkpoints and
+parameter counts follow from `table(config)`; nothing else lists weights by name.
+
+In memory the weights of a layer are stacked: one leaf [L, ...] per weight under "blocks", so that
+the layers can be scanned. On disk every layer has its own leaf (`disk_leaves`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from btlm_jax.config import BTLMConfig
+
+Path = tuple[str, ...]
+Params = dict[str, Any]
+Role = Literal["embedding", "hidden", "vector"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One trainable array.
+
+    Attributes:
+      path: where it stands in the tree; weights under "blocks" exist once per layer.
+      shape: of one layer, unpadded.
+      axes: the logical axis of each dimension (`sharding.RULES` maps them to mesh axes); None is
+        replicated by design.
+      mean, std: the init is N(mean, std²), untruncated; std 0 is a constant.
+      role: the muP group (FACTS of the original's `get_mup_param_groups`): "hidden" arrays get
+        their learning rate multiplied by mup_width_scale.
+      decay: whether weight decay applies.
+      hf_name: its Hugging Face name, with `{layer}` where there is one per layer.
+      hf_shape: its shape there, a reshape of `shape` (never a transpose).
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    mean: float
+    std: float
+    role: Role
+    decay: bool
+    hf_name: str
+    hf_shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one per layer."""
+        return self.path[0] == "blocks"
+
+    @property
+    def name(self) -> str:
+        """The path joined with slashes, for messages."""
+        return "/".join(self.path)
+
+    def padded(self, padding: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of one layer with the logical axes in `padding` enlarged to the given sizes."""
+        return tuple(
+            padding.get(a, n) if a else n for a, n in zip(self.axes, self.shape, strict=True)
+        )
+
+
+@functools.cache
+def table(config: BTLMConfig) -> tuple[Weight, ...]:
+    """Every weight of the model, in the order of the forward pass."""
+    c = config
+    D, H, K, F, V = c.n_embd, c.n_head, c.head_dim, c.n_inner, c.vocab_size
+    std = c.initializer_range
+    hidden = std * math.sqrt(c.mup_width_scale)
+    residual = hidden / math.sqrt(2 * c.n_layer)
+
+    def embedding(name: str, size: int, axis: str) -> Weight:
+        axes, hf = (axis, "embed"), f"transformer.{name}.weight"
+        return Weight((name,), (size, D), axes, 0.0, std, "embedding", True, hf, (size, D))
+
+    def vector(path: Path, shape: tuple[int, ...], axes: tuple, mean: float, hf: str) -> Weight:
+        return Weight(path, shape, axes, mean, 0.0, "vector", False, hf, (math.prod(shape),))
+
+    def layer_norm(path: Path, hf: str) -> list[Weight]:
+        return [
+            vector((*path, "scale"), (D,), (None,), 1.0, f"{hf}.weight"),
+            vector((*path, "bias"), (D,), (None,), 0.0, f"{hf}.bias"),
+        ]
+
+    def linear(module: str, name: str, n_in: int, shape, axes, bias_from: int, std: float):
+        """A kernel whose dimensions from `bias_from` on are outputs, and its bias."""
+        path, hf = ("blocks", module, name), f"transformer.h.{{layer}}.{module}.{name}"
+        hf_shape = (n_in, math.prod(shape) // n_in)
+        bias = (*path, "bias"), shape[bias_from:], axes[bias_from:]
+        kernel = (*path, "kernel")
+        # The outputs of a projection back into the residual stream are not sharded: their bias is
+        # added after the reduction over the tensor axis.
+        bias_axes = tuple(None if a == "embed" else a for a in bias[2])
+        return [
+            Weight(kernel, shape, axes, 0.0, std, "hidden", True, f"{hf}.weight", hf_shape),
+            vector(bias[0], bias[1], bias_axes, 0.0, f"{hf}.bias"),
+        ]
+
+    qkv_axes = ("embed", "qkv", "heads", "head_dim")
+    block = [
+        *layer_norm(("blocks", "ln_1"), "transformer.h.{layer}.ln_1"),
+        *linear("attn", "c_attn", D, (D, 3, H, K), qkv_axes, 1, hidden),
+        *linear("attn", "c_proj", D, (H, K, D), ("heads", "head_dim", "embed"), 2, residual),
+        *layer_norm(("blocks", "ln_2"), "transformer.h.{layer}.ln_2"),
+        *linear("mlp", "c_fc", D, (D, F), ("embed", "mlp"), 1, hidden),
+        *(linear("mlp", "c_fc2", D, (D, F), ("embed", "mlp"), 1, hidden) if c.gated else []),
+        *linear("mlp", "c_proj", F, (F, D), ("mlp", "embed"), 1, residual),
+    ]
+    weights = [
+        embedding("wte", V, "vocab"),
+        *([] if c.alibi else [embedding("wpe", c.n_positions, "positions")]),
+        *block,
+        *layer_norm(("ln_f",), "transformer.ln_f"),
+    ]
+    if not c.tie_word_embeddings:
+        shape, axes = (V, D), ("vocab", "embed")
+        head = Weight(
+            ("lm_head",), shape, axes, 0.0, hidden, "hidden", True, "lm_head.weight", shape
+        )
+        weights.append(head)
+    return tuple(weights)
+
+
+@functools.cache
+def by_path(config: BTLMConfig) -> Mapping[Path, Weight]:
+    """The table keyed by tree path."""
+    return {w.path: w for w in table(config)}
+
+
+def count(config: BTLMConfig) -> int:
+    """The number of trainable parameters (tied embeddings once, slopes not counted)."""
+    return sum(math.prod(stacked_shape(w, config)) for w in table(config))
+
+
+def stacked_shape(w: Weight, config: BTLMConfig, padding: Mapping[str, int] | None = None):
+    """The in-memory shape: `[L, ...]` for the weights of a layer, with padded axes if given."""
+    return (config.n_layer,) * w.stacked + w.padded(padding or {})
+
+
+def init(
+    key: jax.Array,
+    config: BTLMConfig,
+    dtype: DTypeLike = jnp.float32,
+    padding: Mapping[str, int] | None = None,
+) -> Params:
+    """Draws fresh weights; the values do not depend on the padding, which is zero.
+
+    Every weight has its own key, derived from its path, so adding a weight changes no other.
+    """
+    leaves = {}
+    for w in table(config):
+        shape, target = stacked_shape(w, config), stacked_shape(w, config, padding)
+        if w.std:
+            weight_key = jax.random.fold_in(key, zlib.crc32(w.name.encode()))
+            value = w.mean + w.std * jax.random.normal(weight_key, shape, jnp.float32)
+        else:
+            value = jnp.full(shape, w.mean, jnp.float32)
+        pads = [(0, n - m) for m, n in zip(shape, target, strict=True)]
+        leaves[w.path] = jnp.pad(value.astype(dtype), pads)
+    return unflatten(leaves)
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
+    """A nested dict as a flat one keyed by path."""
+    flat: dict[Path, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update({(key, *path): leaf for path, leaf in flatten(value).items()})
+        else:
+            flat[(key,)] = value
+    return flat
+
+
+def unflatten(flat: Mapping[Path, Any]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def check(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int]:
+    """Checks a tree of stacked weights against the table. Returns its padding by logical axis.
+
+    Raises:
+      ValueError: weights are missing, unexpected or of the wrong shape; all are listed.
+    """
+    flat, known = flatten(params), by_path(config)
+    problems = [f"missing: {'/'.join(p)}" for p in known if p not in flat]
+    problems += [f"unexpected: {'/'.join(p)}" for p in flat if p not in known]
+    padding = {
+        axis: flat[path].shape[dim]
+        for axis, path, dim in (("vocab", ("wte",), 0), ("mlp", _MLP_KERNEL, -1))
+        if path in flat and flat[path].shape
+    }
+    sizes = {"vocab": config.vocab_size, "mlp": config.n_inner}
+    padding = {a: n for a, n in padding.items() if n > sizes[a]}
+    for path, leaf in flat.items():
+        if path in known:
+            expected = stacked_shape(known[path], config, padding)
+            if tuple(leaf.shape) != expected:
+                problems.append(f"{'/'.join(path)}: found shape {leaf.shape}, expected {expected}")
+    if problems:
+        raise ValueError("the weights do not match the configuration:\n  " + "\n  ".join(problems))
+    return padding
+
+
+_MLP_KERNEL = ("blocks", "mlp", "c_fc", "kernel")
+
+
+# One leaf per layer: the layout on disk and of Hugging Face ---------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskLeaf:
+    """One array as stored: a weight of one layer, or a weight outside the layers."""
+
+    weight: Weight
+    layer: int | None
+
+    @property
+    def path(self) -> Path:
+        """Its path in a checkpoint: "blocks" is followed by the layer's number."""
+        if self.layer is None:
+            return self.weight.path
+        return ("blocks", str(self.layer), *self.weight.path[1:])
+
+    @property
+    def hf_name(self) -> str:
+        """Its Hugging Face name."""
+        return self.weight.hf_name.format(layer=self.layer)
+
+
+def disk_leaves(config: BTLMConfig) -> Iterator[DiskLeaf]:
+    """Every stored array, layer by layer."""
+    weights = table(config)
+    stacked = [w for w in weights if w.stacked]
+    first = weights.index(stacked[0])
+    yield from (DiskLeaf(w, None) for w in weights[:first])
+    for layer in range(config.n_layer):
+        yield from (DiskLeaf(w, layer) for w in stacked)
+    yield from (DiskLeaf(w, None) for w in weights[first + len(stacked) :])

@@ -1,0 +1,139 @@
+"""Fetch the files of a model that conversion needs from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+_LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether ``text`` can be the Hub id of a model: ``org/name`` in the Hub's characters."""
+    legal = re.fullmatch(f"{_HUB_NAME}/{_HUB_NAME}", text) is not None
+    return legal and ".." not in text and "--" not in text
+
+
+def select_files(listed: Iterable[str], names: Sequence[str], mains: Sequence[str]) -> list[str]:
+    """The files to download, of those that a model repository lists.
+
+    Args:
+        listed: paths of the repository's files.
+        names: files wanted where present (config and tokenizer).
+        mains: the main files of the weight forms, best first; of an index, its shards come too.
+
+    Returns:
+        Names of files in the repository's top folder; none of weights if it has none of ``mains``.
+    """
+    top = sorted(name for name in set(listed) if "/" not in name)
+    chosen = [name for name in top if name in names]
+    main = next((m for m in mains if m in top), None)
+    if main is None:
+        return chosen
+    weights = [main]
+    if main.endswith(".index.json"):
+        # model.safetensors.index.json goes with model-00001-of-00002.safetensors and so on.
+        stem, suffix = os.path.splitext(main.removesuffix(".index.json"))
+        weights += [n for n in top if n.startswith(stem) and n.endswith(suffix)]
+    return chosen + weights
+
+
+def fetch(repo_id: str, revision: str | None, names: Sequence[str], mains: Sequence[str]) -> Path:
+    """Download a model's config, tokenizer files and preferred weights into the Hub's cache.
+
+    A token is taken from the environment variable ``HF_TOKEN`` and from nowhere else. When the
+    Hub cannot be reached, a copy from the cache is used if there is one.
+
+    Args:
+        repo_id: e.g. ``"cerebras/btlm-3b-8k-base"``.
+        revision: branch, tag or commit; None means the default branch.
+        names, mains: see ``select_files``.
+
+    Returns:
+        The directory of the downloaded snapshot.
+
+    Raises:
+        FileNotFoundError: no such model or revision, or it has no config or weights.
+        ConnectionError: the Hub cannot be reached, or refuses, and the cache has no copy.
+        OSError: the files cannot be written.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    token = os.environ.get("HF_TOKEN") or False
+    # The exception types depend on the Hub library's version and its HTTP library.
+    try:
+        listed = hub.list_repo_files(repo_id, revision=revision, token=token)
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError):
+            raise _explained(error, repo_id, revision) from None
+        return _cached(repo_id, revision, error)
+    files = select_files(listed, names, mains)
+    if "config.json" not in files or not set(mains) & set(files):
+        raise FileNotFoundError(
+            f"{repo_id!r} on the Hub has no config.json or no weights; expected config.json and "
+            f"one of {', '.join(mains)}; it has {', '.join(sorted(listed)[:20])}. "
+            "Fix: name a model repository in the transformers layout."
+        )
+    _log.info("fetching %d files of %s", len(files), repo_id)
+    try:
+        patterns = [glob.escape(name) for name in files]
+        return Path(
+            hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
+        )
+    except Exception as error:
+        raise _explained(error, repo_id, revision) from None
+
+
+def _cached(repo_id: str, revision: str | None, reason: Exception) -> Path:
+    """The snapshot in the Hub's cache, for when the Hub cannot be reached."""
+    import huggingface_hub as hub
+
+    try:
+        # config.json only finds the folder; a shard that is not there is reported on opening.
+        found = hub.snapshot_download(
+            repo_id, revision=revision, local_files_only=True, allow_patterns=["config.json"]
+        )
+    except Exception:
+        raise _explained(reason, repo_id, revision) from None
+    _log.warning("cannot reach the Hub (%s): using the cached copy %s", _first_line(reason), found)
+    return Path(found)
+
+
+def _explained(error: Exception, repo_id: str, revision: str | None) -> OSError:
+    """The error to raise instead: one line that names the model and the fix."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(
+            f"{repo_id!r} on the Hub has no revision {revision!r}. "
+            "Fix: name a branch, tag or full commit hash that the model page lists."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"no directory and no model on the Hub is named {repo_id!r}, or it is private or "
+            "gated. Fix: check the name; for a private or gated model set HF_TOKEN."
+        )
+    if isinstance(error, OSError) and error.errno in _LOCAL_ERRORS:
+        return OSError(
+            error.errno,
+            f"{_first_line(error)}, while downloading {repo_id!r}. "
+            "Fix: free space, or set HF_HOME to a writable directory",
+        )
+    return ConnectionError(
+        f"could not fetch {repo_id!r} from the Hugging Face Hub ({_first_line(error)}). Fix: "
+        "check the network and HF_HUB_OFFLINE and try again, or pass a local directory."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,139 @@
+"""Read the tensors of a PyTorch zip checkpoint (``pytorch_model.bin``) without torch or code.
+
+A ``.bin`` file is a zip archive: ``<prefix>/data.pkl`` is a pickle that describes a dict of
+tensors, and every storage is one uncompressed member ``<prefix>/data/<key>``. The zip side is in
+``torch_zip``, the pickle side in ``torch_opcodes``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from .torch_opcodes import TensorView, describe, evaluate
+from .torch_zip import (
+    REDOWNLOAD,
+    RESAVE,
+    Member,
+    find_member,
+    naming,
+    pickle_bytes,
+    read_span,
+    zip_members,
+)
+
+
+class TorchFile:
+    """The tensors of one ``torch.save`` zip file: described at once, read one at a time.
+
+    Args:
+        path: a file written by ``torch.save(state_dict, path)`` with torch 1.6 or later.
+
+    Attributes:
+        path: the file.
+        tensors: name -> ``(shape, dtype)``; dtype is numpy's, or ``ml_dtypes.bfloat16``.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: the file is truncated, corrupt, in torch's old format, holds anything but a
+            flat dict of tensors, or asks for code to be run. The message names the file.
+    """
+
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with self.path.open("rb") as file, naming(self.path):
+            prefix, infos = zip_members(file)
+            self._records = _state_dict(evaluate(pickle_bytes(file, prefix, infos)))
+            self._members: dict[str, Member] = {}
+            for name, tensor in self._records.items():
+                key = tensor.storage.key
+                if key not in self._members:
+                    self._members[key] = find_member(file, infos, f"{prefix}/data/{key}")
+                _check_bounds(name, tensor, self._members[key])
+        self.tensors = MappingProxyType(
+            {name: (t.shape, t.storage.dtype) for name, t in self._records.items()}
+        )
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor, touching no other bytes of the file than those it spans.
+
+        Returns:
+            A fresh C-contiguous array with the shape and dtype that ``tensors[name]`` states.
+
+        Raises:
+            KeyError: no tensor has this name.
+            ValueError: the file ends early, or the bytes do not match the archive's checksum
+                (checked when the tensor fills its storage, as those of a saved model do).
+        """
+        if name not in self._records:
+            raise KeyError(f"{self.path} holds no tensor {name!r}")
+        tensor = self._records[name]
+        dtype, member = tensor.storage.dtype, self._members[tensor.storage.key]
+        if 0 in tensor.shape:
+            return np.empty(tensor.shape, dtype)
+        with self.path.open("rb") as file, naming(self.path):
+            start = tensor.offset * dtype.itemsize
+            raw = read_span(file, member, start, tensor.extent * dtype.itemsize)
+        # A bool array over bytes other than 0 and 1 misbehaves in numpy.
+        flat = raw != 0 if dtype == np.bool_ else raw.view(dtype)
+        # The stride of an axis of one element means nothing and may be any number.
+        byte_strides = tuple(
+            s * dtype.itemsize if d > 1 else 0
+            for d, s in zip(tensor.shape, tensor.strides, strict=True)
+        )
+        view = np.lib.stride_tricks.as_strided(flat, tensor.shape, byte_strides, writeable=False)
+        # `flat` is exactly as long as the tensor when nothing is skipped: then no second copy.
+        return flat.reshape(tensor.shape) if view.flags.c_contiguous else view.copy(order="C")
+
+
+def _state_dict(found: object) -> dict[str, TensorView]:
+    """The tensors by name, when the pickle holds a flat dict of them and nothing else."""
+    if not isinstance(found, dict):
+        raise ValueError(f"holds a {describe(found)}, expected a dict of tensors. {RESAVE}")
+    nested = [describe(k) for k, v in found.items() if isinstance(v, dict)]
+    if nested:
+        raise ValueError(
+            f"holds dicts inside the dict, under {_some(nested)}; expected name -> tensor. Fix: "
+            "save only the model's own state_dict, e.g. torch.save(checkpoint['state_dict'], path)."
+        )
+    others = [
+        f"{describe(k)}: {describe(v)}"
+        for k, v in found.items()
+        if not (isinstance(k, str) and isinstance(v, TensorView))
+    ]
+    if others:
+        raise ValueError(f"holds entries that are not named tensors: {_some(others)}. {RESAVE}")
+    return found
+
+
+def _check_bounds(name: str, tensor: TensorView, member: Member) -> None:
+    """Check that the tensor lies inside its storage, and the storage is what the zip holds."""
+    dtype, key, numel = tensor.storage
+    if member.size // dtype.itemsize != numel:
+        raise ValueError(
+            f"tensor {name[:80]!r}: storage {key} is declared with {numel} elements of {dtype}, "
+            f"but has {member.size} bytes. {REDOWNLOAD}"
+        )
+    if math.prod(d for d in tensor.shape if d) * dtype.itemsize >= 1 << 63:
+        raise ValueError(f"tensor {name[:80]!r}: shape {tensor.shape} is too large. {REDOWNLOAD}")
+    if tensor.offset + tensor.extent > numel:
+        raise ValueError(
+            f"tensor {name[:80]!r}: shape {tensor.shape}, strides {tensor.strides} and offset "
+            f"{tensor.offset} reach past the {numel} elements of storage {key}. {REDOWNLOAD}"
+        )
+    # Stride 0 repeats elements, so a few bytes could ask for terabytes.
+    if math.prod(tensor.shape) > numel:
+        raise ValueError(
+            f"tensor {name[:80]!r}: shape {tensor.shape} has more elements than the {numel} of "
+            f"its storage (an expanded tensor). Fix: call .contiguous() on it before saving."
+        )
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")

@@ -1,0 +1,140 @@
+"""Find and read the members of a ``torch.save`` zip archive, with every bound checked.
+
+Nothing is decompressed: torch stores its members as they are, so each is a plain span of bytes
+of the file, and no read can return more than the file holds.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+RESAVE = "Fix: re-save it with torch.save(model.state_dict(), path), or convert it to safetensors."
+REDOWNLOAD = "Fix: download the file again."
+
+# About 300 bytes describe one tensor: room for 50,000 tensors, and a scan of seconds at worst.
+_MAX_PICKLE_BYTES = 16 << 20
+
+
+class Member(NamedTuple):
+    """Where the bytes of one zip member lie in the file."""
+
+    offset: int
+    size: int
+    crc: int
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file's name before the message of any ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def zip_members(file: BinaryIO) -> tuple[str, dict[str, zipfile.ZipInfo]]:
+    """The archive's prefix and its members by name.
+
+    Raises:
+        ValueError: not a zip archive as torch writes it, damaged, or with a hostile member name.
+    """
+    head = file.read(512)
+    if not head.startswith(b"PK\x03\x04"):
+        raise ValueError(_explain_not_zip(head))
+    try:
+        with zipfile.ZipFile(file) as archive:
+            listed = archive.infolist()
+    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, OverflowError) as error:
+        raise ValueError(f"truncated or corrupt zip archive ({error}). {REDOWNLOAD}") from None
+    except (ValueError, IndexError, struct.error) as error:
+        raise ValueError(f"corrupt zip directory ({error}). {REDOWNLOAD}") from None
+    infos: dict[str, zipfile.ZipInfo] = {}
+    for info in listed:
+        name = info.orig_filename
+        # Names only serve as keys here, but no honest writer makes such ones.
+        if ".." in name.split("/") or re.search(r"^/|^[A-Za-z]:/|[\\\0]", name):
+            raise ValueError(f"zip member {name[:80]!r} points outside the archive. {REDOWNLOAD}")
+        if name in infos:
+            raise ValueError(f"zip member {name[:80]!r} occurs twice. {REDOWNLOAD}")
+        infos[name] = info
+    prefixes = [n[: -len("/data.pkl")] for n in infos if re.fullmatch(r"[^/]+/data\.pkl", n)]
+    if len(prefixes) != 1:
+        raise ValueError(
+            f"found {len(prefixes)} members named <prefix>/data.pkl, expected 1: "
+            f"not a torch.save archive. {RESAVE}"
+        )
+    return prefixes[0], infos
+
+
+def _explain_not_zip(head: bytes) -> str:
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights. Fix: run `git lfs pull`."
+    if head.startswith(b"\x80") or head[257:262] == b"ustar":
+        return f"torch's format from before 1.6 (not a zip archive) is not read. {RESAVE}"
+    return f"not a torch.save zip archive (starts with {head[:8]!r}). {REDOWNLOAD}"
+
+
+def pickle_bytes(file: BinaryIO, prefix: str, infos: Mapping[str, zipfile.ZipInfo]) -> bytes:
+    """The bytes of ``<prefix>/data.pkl``, of an archive in little-endian order.
+
+    Raises:
+        ValueError: the member is damaged or too large, or the archive is big-endian.
+    """
+    if f"{prefix}/byteorder" in infos:
+        order_at = find_member(file, infos, f"{prefix}/byteorder")
+        order = read_span(file, order_at, 0, min(order_at.size, 16)).tobytes()
+        if order != b"little":
+            raise ValueError(f"byte order {order!r}, expected b'little'. {RESAVE}")
+    at = find_member(file, infos, f"{prefix}/data.pkl")
+    if at.size > _MAX_PICKLE_BYTES:
+        raise ValueError(f"data.pkl has {at.size} bytes, at most {_MAX_PICKLE_BYTES} are read")
+    return read_span(file, at, 0, at.size).tobytes()
+
+
+def find_member(file: BinaryIO, infos: Mapping[str, zipfile.ZipInfo], name: str) -> Member:
+    """Locate a stored member's bytes, and check that they lie inside the file.
+
+    Raises:
+        ValueError: the member is missing, compressed, encrypted or outside the file.
+    """
+    info = infos.get(name)
+    if info is None:
+        raise ValueError(f"zip member {name[:80]!r} is missing. {REDOWNLOAD}")
+    # torch only stores. Refusing the rest leaves no way for a small file to inflate.
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+        raise ValueError(f"zip member {name[:80]!r} is compressed, expected stored. {RESAVE}")
+    if info.flag_bits & 1:
+        raise ValueError(f"zip member {name[:80]!r} is encrypted. {RESAVE}")
+    end = file.seek(0, 2)
+    if 0 <= info.header_offset <= end - 30:
+        file.seek(info.header_offset)
+        header = file.read(30)
+        offset = info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+        if header.startswith(b"PK\x03\x04") and offset + info.file_size <= end:
+            return Member(offset, info.file_size, info.CRC)
+    raise ValueError(f"zip member {name[:80]!r} does not lie inside the file. {REDOWNLOAD}")
+
+
+def read_span(file: BinaryIO, member: Member, start: int, size: int) -> np.ndarray:
+    """``size`` bytes from ``start`` of a member, as a fresh uint8 array.
+
+    Raises:
+        ValueError: the file ends early, or the whole member was read and its checksum differs.
+    """
+    raw = np.empty(size, np.uint8)
+    file.seek(member.offset + start)
+    if file.readinto(raw) != size:
+        raise ValueError(f"the file ends inside a member. {REDOWNLOAD}")
+    # torch writes 0 where checksums were switched off (set_crc32_options).
+    if size == member.size and member.crc and zlib.crc32(raw) != member.crc:
+        raise ValueError(f"checksum mismatch: the bytes are damaged. {REDOWNLOAD}")
+    return raw

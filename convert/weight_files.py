@@ -1,0 +1,207 @@
+"""Read the headers of weight files and of the index over shards, without any tensor data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .torch_pickle import TorchFile
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+REDOWNLOAD = "Fix: download the file again."
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a checkpoint's header says of one tensor; ``dtype`` is numpy's or ml_dtypes' bfloat16.
+
+    Attributes:
+        name: the tensor's name in the checkpoint.
+        shape: its axes; ``()`` for a scalar.
+        dtype: the dtype as stored.
+        file: the file that holds it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Path
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose keys all differ: of two tensors with one name, which is meant?"""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
+        raise ValueError(f"occurs twice in one JSON object: {_listed(twice)}")
+    return result
+
+
+def load_json(file: Path) -> dict:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: the file holds no JSON object, or one with a key twice; the message names the
+            file and the position.
+    """
+    return _parse_json(file.read_bytes(), str(file))
+
+
+def _parse_json(data: bytes, file: str) -> dict:
+    try:
+        value = json.loads(data, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}. "
+            f"{REDOWNLOAD}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text at byte {error.start}. {REDOWNLOAD}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}. {REDOWNLOAD}") from None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{file}: holds a JSON {type(value).__name__}, expected an object. {REDOWNLOAD}"
+        )
+    return value
+
+
+def weight_map_of(index: Path) -> dict[str, str]:
+    """The index's tensor name -> shard name.
+
+    Raises:
+        ValueError: the index is damaged, or leads out of its directory.
+        FileNotFoundError: shards are missing; the message lists all of them.
+    """
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{index}: 'weight_map' is {type(weight_map).__name__}, expected a non-empty object "
+            f"of tensor name -> file name. {REDOWNLOAD}"
+        )
+    bad = [repr(v) for v in weight_map.values() if not _is_plain_name(v)]
+    if bad:
+        raise ValueError(
+            f"{index}: weight_map leads to {_listed(sorted(set(bad)))}, expected plain names of "
+            "files next to the index. Fix: do not use this checkpoint, or download it again."
+        )
+    missing = [n for n in sorted(set(weight_map.values())) if not (index.parent / n).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{index.parent} lacks {len(missing)} shard(s) that {index.name} names: "
+            f"{', '.join(missing)}. Fix: download them into that directory."
+        )
+    return weight_map
+
+
+def _is_plain_name(value: object) -> bool:
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    return not any(c in value for c in "/\\:\0")
+
+
+def check_index(
+    index: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Mapping[str, TensorInfo]]
+) -> None:
+    """Check that index and shards agree on every tensor.
+
+    Raises:
+        ValueError: they do not; the message lists every tensor concerned.
+    """
+    where: dict[str, list[str]] = {}
+    for file, header in headers.items():
+        for name in header:
+            where.setdefault(name, []).append(file.name)
+    problems = [
+        f"{name!r} is not in {shard}"
+        for name, shard in weight_map.items()
+        if shard not in where.get(name, [])
+    ]
+    problems += [
+        f"{name!r} is in {files[0]} but not in the index"
+        for name, files in where.items()
+        if name not in weight_map
+    ]
+    problems += [
+        f"{name!r} is in {len(files)} shards: {', '.join(files)}"
+        for name, files in where.items()
+        if len(files) > 1
+    ]
+    if problems:
+        raise ValueError(
+            f"{index}: index and shards disagree: {'; '.join(problems)}. "
+            "Fix: download the index and all its shards again, from one revision."
+        )
+
+
+def torch_header(file: TorchFile) -> dict[str, TensorInfo]:
+    """What a torch file says of its tensors, by name."""
+    return {n: TensorInfo(n, shape, dtype, file.path) for n, (shape, dtype) in file.tensors.items()}
+
+
+def safetensors_header(file: Path) -> dict[str, TensorInfo]:
+    """What a safetensors file says of its tensors, by name.
+
+    Raises:
+        ValueError: the file is damaged, names a tensor twice, or has an unsupported dtype.
+    """
+    header: dict[str, TensorInfo] = {}
+    unsupported: list[str] = []
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dict
+                piece = opened.get_slice(name)
+                shape, stored = tuple(piece.get_shape()), piece.get_dtype()
+                if stored in _SAFETENSORS_DTYPES:
+                    header[name] = TensorInfo(name, shape, _SAFETENSORS_DTYPES[stored], file)
+                else:
+                    unsupported.append(f"{name!r}: {stored}")
+    except SafetensorError as error:
+        raise ValueError(_explain_damage(file, str(error))) from None
+    if unsupported:
+        raise ValueError(
+            f"{file}: unsupported dtypes {_listed(unsupported)}; expected one of "
+            f"{', '.join(_SAFETENSORS_DTYPES)}. Fix: use an unquantized checkpoint."
+        )
+    _check_header_names(file)
+    return header
+
+
+def _check_header_names(file: Path) -> None:
+    """Refuse a name that comes twice: the safetensors library would silently keep the last."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        _parse_json(opened.read(size), f"{file} (header)")
+
+
+def _explain_damage(file: Path, error: str) -> str:
+    with file.open("rb") as opened:
+        head = opened.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        return f"{file}: a Git LFS pointer, not the weights. Fix: run `git lfs pull`."
+    return f"{file}: truncated or corrupt safetensors file ({error}). {REDOWNLOAD}"
+
+
+def _listed(items: list[str]) -> str:
+    return ", ".join(items[:20]) + (f" and {len(items) - 20} more" if len(items) > 20 else "")

@@ -1,0 +1,390 @@
+"""Reading torch .bin files: real ones made by torch, hostile ones made here, mutated ones."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from btlm_jax.convert import torch_zip
+from btlm_jax.convert.torch_pickle import TorchFile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+GOLDEN = Path(__file__).parent / "golden" / "torch_bin"
+STATE_DICT = GOLDEN / "state_dict.bin"
+EXPECTED = dict(np.load(GOLDEN / "state_dict.npz"))
+SHARED = {"shared.head", "shared.tail", "shared.strided"}
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """bfloat16 as the uint16 view that the .npz holds."""
+    return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+
+
+# A small assembler of pickles: what torch.save writes, with any number in any place.
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+def number(value: int) -> bytes:
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw
+
+
+def numbers(values: tuple[int, ...]) -> bytes:
+    return b"(" + b"".join(map(number, values)) + b"t"
+
+
+ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+def storage(key: str = "0", cls: str = "FloatStorage", numel: int = 4) -> bytes:
+    fields = text("storage") + f"ctorch\n{cls}\n".encode() + text(key) + text("cpu")
+    return b"(" + fields + number(numel) + b"tQ"
+
+
+def tensor(
+    at: bytes | None = None,
+    offset: int = 0,
+    shape: tuple[int, ...] = (4,),
+    strides: tuple[int, ...] = (1,),
+    hooks: bytes = ORDERED_DICT,
+) -> bytes:
+    args = (storage() if at is None else at) + number(offset) + numbers(shape) + numbers(strides)
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + args + b"\x89" + hooks + b"tR"
+
+
+def pickled(**entries: bytes) -> bytes:
+    return b"\x80\x02}(" + b"".join(text(k) + v for k, v in entries.items()) + b"u."
+
+
+DATA = np.arange(4, dtype=np.float32).tobytes()
+
+
+def archive(
+    path: Path,
+    pkl: bytes,
+    members: dict[str, bytes] | None = None,
+    compression: int = zipfile.ZIP_STORED,
+) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("m/data.pkl", pkl)
+        for name, data in ({"m/data/0": DATA} if members is None else members).items():
+            file.writestr(name, data)
+    return path
+
+
+def refusal(path: Path) -> str:
+    """The message with which a file is refused, on opening or on reading."""
+    with pytest.raises(ValueError) as caught:
+        file = TorchFile(path)
+        for name in file.tensors:
+            file.read(name)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+# Files made by torch.
+
+
+def test_real_state_dict_shapes_dtypes_values():
+    file = TorchFile(STATE_DICT)
+    assert list(file.tensors) == list(EXPECTED)
+    for name, expected in EXPECTED.items():
+        shape, dtype = file.tensors[name]
+        array = file.read(name)
+        assert (array.shape, array.dtype) == (shape, dtype)
+        assert array.flags.c_contiguous
+        np.testing.assert_array_equal(bits(array), expected)
+    assert file.tensors["bf16.weight"] == ((3, 4), np.dtype(ml_dtypes.bfloat16))
+    assert file.tensors["scalar"][0] == ()
+    assert file.tensors["empty"][0] == (0, 4)
+
+
+def test_protocol_4_and_absent_checksums_are_read():
+    np.testing.assert_array_equal(TorchFile(GOLDEN / "protocol4.bin").read("a"), [1, 1])
+    np.testing.assert_array_equal(TorchFile(GOLDEN / "no_crc.bin").read("a"), [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nested.bin", "under 'state_dict'"),
+        ("mixed.bin", "'lr': float, 'names': list"),
+        ("float8.bin", "torch._utils._rebuild_tensor_v3"),
+        ("conj.bin", "torch.ComplexFloatStorage"),
+        ("expanded.bin", "an expanded tensor"),
+        ("bare_tensor.bin", "holds a tensor, expected a dict"),
+        ("legacy.bin", "before 1.6"),
+    ],
+)
+def test_real_files_that_are_no_plain_state_dict(name, said):
+    message = refusal(GOLDEN / name)
+    assert said in message and "Fix: " in message
+
+
+def test_read_touches_only_its_own_member(tmp_path):
+    damaged = bytearray(STATE_DICT.read_bytes())
+    at = damaged.index(EXPECTED["f32.weight"].tobytes())
+    damaged[at] ^= 0xFF
+    path = tmp_path / "damaged.bin"
+    path.write_bytes(damaged)
+    file = TorchFile(path)
+    with pytest.raises(ValueError, match=r"damaged\.bin: checksum mismatch"):
+        file.read("f32.weight")
+    for name in set(EXPECTED) - {"f32.weight"}:
+        np.testing.assert_array_equal(bits(file.read(name)), EXPECTED[name])
+
+
+def test_unknown_name_and_missing_file(tmp_path):
+    with pytest.raises(KeyError, match="no tensor 'nope'"):
+        TorchFile(STATE_DICT).read("nope")
+    with pytest.raises(FileNotFoundError):
+        TorchFile(tmp_path / "absent.bin")
+
+
+def test_truncated_at_any_length(tmp_path):
+    whole = STATE_DICT.read_bytes()
+    for length in range(0, len(whole), 61):
+        path = tmp_path / "short.bin"
+        path.write_bytes(whole[:length])
+        assert "Fix: " in refusal(path)
+
+
+def test_truncated_after_opening(tmp_path):
+    path = tmp_path / "m.bin"
+    path.write_bytes(STATE_DICT.read_bytes())
+    file = TorchFile(path)
+    os.truncate(path, 1000)
+    with pytest.raises(ValueError, match="ends inside a member"):
+        file.read("scalar")
+
+
+def test_other_kinds_of_file_are_named(tmp_path):
+    for head, said in [
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html>", "not a torch.save zip archive"),
+        (b"x" * 257 + b"ustar", "before 1.6"),
+    ]:
+        path = tmp_path / "x.bin"
+        path.write_bytes(head)
+        assert said in refusal(path)
+
+
+# Hostile files made here.
+
+
+def test_the_assembler_makes_what_torch_makes(tmp_path):
+    file = TorchFile(archive(tmp_path / "ok.bin", pickled(a=tensor())))
+    np.testing.assert_array_equal(file.read("a"), [0, 1, 2, 3])
+    view = tensor(offset=1, shape=(1, 2), strides=(1 << 62, 2))
+    file = TorchFile(archive(tmp_path / "view.bin", pickled(a=view)))
+    np.testing.assert_array_equal(file.read("a"), [[1, 3]])
+
+
+def test_negated_or_conjugated_views_are_refused(tmp_path):
+    for flags, fine in [(b"}", True), (b"}" + text("neg") + b"\x88s", False), (b"}}", False)]:
+        path = archive(tmp_path / "flags.bin", pickled(a=tensor(hooks=ORDERED_DICT + flags)))
+        if fine:
+            assert TorchFile(path).tensors["a"][0] == (4,)
+        else:
+            assert "arguments" in refusal(path)
+
+
+def test_bytes_other_than_0_and_1_are_true(tmp_path):
+    at = storage(cls="BoolStorage")
+    path = archive(tmp_path / "bool.bin", pickled(a=tensor(at)), {"m/data/0": b"\0\1\2\xff"})
+    array = TorchFile(path).read("a")
+    assert array.dtype == np.bool_ and array.tobytes() == b"\0\1\1\1"
+
+
+class Payload:
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"a": x}, lambda x: {"a": [(x,)]}])
+def test_payloads_are_refused_without_running(tmp_path, protocol, wrap):
+    flag = tmp_path / "ran"
+    for payload in (
+        Payload(os.system, f"touch {flag}"),
+        Payload(eval, f"open({str(flag)!r}, 'w')"),
+        Payload(open, str(flag), "w"),
+    ):
+        path = archive(tmp_path / "evil.bin", pickle.dumps(wrap(payload), protocol))
+        assert "refused" in refusal(path)
+        assert not flag.exists()
+
+
+def test_a_payload_inside_a_tensor_is_refused_without_running(tmp_path):
+    flag = tmp_path / "ran"
+    evil = pickle.dumps(Payload(os.system, f"touch {flag}"), 2)[2:-1]
+    for pkl in (pickled(a=tensor(at=evil)), pickled(a=tensor(hooks=evil))):
+        message = refusal(archive(tmp_path / "evil.bin", pkl))
+        assert "refused" in message and "would run code" in message and "system" in message
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize(
+    ("pkl", "said"),
+    [
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01tR.", "arguments"),
+        (b"\x80\x02ctorch._utils\n_rebuild_parameter\n(K\x01\x88}tR.", "arguments"),
+        (b"\x80\x02ccollections\nOrderedDict\n](\x5d\x65\x85R.", "arguments"),
+        (b"\x80\x02ctorch\nFloatStorage\n)R.", "arguments"),
+        (b"\x80\x02ctorch\nFloatStorage\n}b.", "sets attributes"),
+        (b"\x80\x02}K\x01b.", "sets attributes"),
+        (pickled(a=tensor(hooks=b"}X\x01\x00\x00\x00xK\x01s")), "arguments"),
+        (pickled(a=tensor(at=b"K\x01")), "needs a storage"),
+        (pickled(a=tensor(at=b"K\x01Q")), "persistent id"),
+        (pickled(a=tensor(at=storage(key="../../0"))), "persistent id"),
+        (pickled(a=tensor(at=storage(numel=-4))), "persistent id"),
+        (pickled(a=tensor(at=storage(key="7"))), "'m/data/7' is missing"),
+        (pickled(a=tensor(at=storage(numel=5))), "declared with 5 elements"),
+        (pickled(a=tensor(at=storage(numel=1 << 62))), "elements of float32"),
+        (pickled(a=tensor(at=storage(cls="DoubleStorage"))), "declared with 4 elements"),
+        (pickled(a=tensor(at=storage(cls="UntypedStorage"))), "torch.UntypedStorage"),
+        (pickled(a=tensor(offset=1)), "reach past"),
+        (pickled(a=tensor(offset=-1)), "non-negative"),
+        (pickled(a=tensor(offset=1 << 70)), "non-negative"),
+        (pickled(a=tensor(shape=(5,))), "reach past"),
+        (pickled(a=tensor(shape=(1 << 40, 1 << 40), strides=(0, 0))), "too large"),
+        (pickled(a=tensor(shape=(1 << 40,), strides=(0,))), "expanded"),
+        (pickled(a=tensor(shape=(0, 1 << 62), strides=(1, 1))), "too large"),
+        (pickled(a=tensor(shape=(1 << 80,))), "non-negative"),
+        (pickled(a=tensor(shape=(-4,))), "non-negative"),
+        (pickled(a=tensor(strides=(-1,))), "non-negative"),
+        (pickled(a=tensor(strides=(2,))), "reach past"),
+        (pickled(a=tensor(strides=(1, 1))), "needs a storage"),
+        (pickled(a=tensor(shape=(1,) * 33, strides=(1,) * 33)), "dimensions"),
+        (pickled(a=tensor())[:-2] + text("a") + tensor() + b"u.", "occurs twice"),
+        (b"\x80\x02}K\x01" + tensor() + b"s.", "not named tensors"),
+        (b"\x80\x02}(K\x01u.", "corrupt"),
+        (b"\x80\x02}.", None),
+        (b"\x80\x02R.", "stack underflow"),
+        (b"\x80\x02h\x05.", "no memo 5"),
+        (b"\x80\x02}", "exhausted"),
+        (b"", "exhausted"),
+        (b"\x80\x02}\xff.", "unknown"),
+        (b"\x80\x02}K\x01K\x02a.", "stack underflow|appends to"),
+    ],
+)
+def test_odd_pickles(tmp_path, pkl, said):
+    path = archive(tmp_path / "odd.bin", pkl)
+    if said is None:
+        assert dict(TorchFile(path).tensors) == {}
+        return
+    message = refusal(path)
+    assert any(part in message for part in said.split("|")), message
+
+
+def test_pickles_that_exhaust_or_crash_the_standard_unpickler(tmp_path):
+    # A memo index of 2**32 - 1 (tens of GB), and a key whose hash overflows the C stack.
+    TorchFile(archive(tmp_path / "memo.bin", b"\x80\x02}r\xff\xff\xff\xff."))
+    deep = b")" + b"\x85" * 200_000
+    assert "tuple as a dict key" in refusal(
+        archive(tmp_path / "key.bin", b"\x80\x02}" + deep + b"K\x01s.")
+    )
+    assert "'a': tuple" in refusal(archive(tmp_path / "value.bin", pickled(a=deep)))
+    long = b"\x80\x02}X\xff\xff\xff\xffabc"
+    assert "expected 4294967295 bytes" in refusal(archive(tmp_path / "long.bin", long))
+
+
+def test_pickle_size_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_zip, "_MAX_PICKLE_BYTES", 20)
+    assert "at most 20 are read" in refusal(archive(tmp_path / "big.bin", pickled(a=tensor())))
+
+
+def test_compressed_members_are_refused(tmp_path):
+    bomb = {"m/data/0": bytes(4_000_000)}
+    pkl = pickled(a=tensor(at=storage(numel=1_000_000), shape=(1_000_000,)))
+    path = archive(tmp_path / "bomb.bin", pkl, bomb, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 10_000
+    assert "is compressed" in refusal(path)
+    with zipfile.ZipFile(tmp_path / "bomb2.bin", "w") as file:
+        file.writestr("m/data.pkl", pkl)
+        file.writestr("m/data/0", bomb["m/data/0"], zipfile.ZIP_DEFLATED)
+    assert "'m/data/0' is compressed" in refusal(tmp_path / "bomb2.bin")
+
+
+@pytest.mark.parametrize("name", ["../x", "m/../../x", "/etc/x", "m\\..\\x", "C:/x", "m/.."])
+def test_member_paths_that_lead_out_are_refused(tmp_path, name):
+    path = archive(tmp_path / "p.bin", pickled(a=tensor()), {"m/data/0": DATA, name: b""})
+    assert "points outside" in refusal(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_odd_archives(tmp_path):
+    pkl = pickled(a=tensor())
+    two = archive(tmp_path / "two.bin", pkl, {"m/data/0": DATA, "n/data.pkl": pkl})
+    assert "found 2 members" in refusal(two)
+    with zipfile.ZipFile(tmp_path / "none.bin", "w") as file:
+        file.writestr("weights.txt", b"")
+    assert "found 0 members" in refusal(tmp_path / "none.bin")
+    with zipfile.ZipFile(tmp_path / "twice.bin", "w") as file:
+        file.writestr("m/data.pkl", pkl)
+        file.writestr("m/data.pkl", pkl)
+    assert "occurs twice" in refusal(tmp_path / "twice.bin")
+    big = archive(tmp_path / "big.bin", pkl, {"m/data/0": DATA, "m/byteorder": b"big"})
+    assert "byte order b'big'" in refusal(big)
+
+
+# Mutated files.
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_mutated_archives_are_refused_or_right(tmp_path, data):
+    raw = bytearray(STATE_DICT.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "mutated.bin"
+    path.write_bytes(raw)
+    try:
+        file = TorchFile(path)
+    except ValueError:
+        return
+    assert set(file.tensors) == set(EXPECTED)
+    for name, expected in EXPECTED.items():
+        try:
+            array = bits(file.read(name))
+        except ValueError:
+            continue
+        assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
+        # Tensors that share a storage are read without its checksum.
+        if name not in SHARED:
+            np.testing.assert_array_equal(array, expected)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_mutated_pickles_are_refused_or_hold_what_they_state(tmp_path, data):
+    with zipfile.ZipFile(STATE_DICT) as source:
+        members = {i.filename.replace("state_dict", "m"): source.read(i) for i in source.infolist()}
+    pkl = bytearray(members.pop("m/data.pkl"))
+    for _ in range(data.draw(st.integers(1, 3))):
+        pkl[data.draw(st.integers(0, len(pkl) - 1))] = data.draw(st.integers(0, 255))
+    path = archive(tmp_path / "mutated.bin", bytes(pkl), members)
+    try:
+        file = TorchFile(path)
+    except ValueError:
+        return
+    for name, (shape, dtype) in file.tensors.items():
+        array = file.read(name)
+        assert (array.shape, array.dtype) == (shape, dtype)
