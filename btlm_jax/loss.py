@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from btlm_jax import sharding
-from btlm_jax.model import BTLM, project_logits
+from btlm_jax.model import BTLM, Spec, project_logits
 from btlm_jax.weights import Params
 
 # Positions with this label are left out of the loss, as in PyTorch and transformers.
@@ -89,18 +90,13 @@ def next_token_loss(
     h, _ = model.hidden(
         params, ids, attention_mask=attention_mask, segment_ids=segment_ids, positions=positions
     )
-    return _loss(model, params, h, labels)
+    return _head_loss(model.spec(params), params, h, labels)
 
 
-def _loss(model: BTLM, params: Params, h_BTD: jax.Array, labels_BT: jax.Array) -> LossSum:
-    spec = model.spec(params)
-
-    @jax.jit
-    def run(params, h, labels):
-        with sharding.on_mesh(spec.mesh):
-            targets = spec.place(labels[:, 1:].astype(jnp.int32), "batch", None)
-            logits = project_logits(spec, params, h[:, :-1], sharded=True)
-            nll = cross_entropy(logits, targets)
-            return LossSum(nll.sum(), (targets != IGNORE).sum().astype(jnp.float32))
-
-    return run(params, h_BTD, labels_BT)
+@functools.partial(jax.jit, static_argnames="spec")
+def _head_loss(spec: Spec, params: Params, h_BTD: jax.Array, labels_BT: jax.Array) -> LossSum:
+    with sharding.on_mesh(spec.mesh):
+        targets = spec.place(labels_BT[:, 1:].astype(jnp.int32), "batch", None)
+        logits = project_logits(spec, params, h_BTD[:, :-1], sharded=True)
+        nll = cross_entropy(logits, targets)
+        return LossSum(nll.sum(), (targets != IGNORE).sum().astype(jnp.float32))

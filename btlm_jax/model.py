@@ -104,7 +104,7 @@ class BTLM:
                 segments = spec.zeros((batch_size, capacity), jnp.int32, "batch", None)
                 return KVCache(kv, kv, segments, jnp.zeros((), jnp.int32))
 
-        mesh = sharding.concrete_mesh_of(params)
+        mesh = sharding.concrete_mesh_of(params["wte"])
         if mesh is None:
             return jax.jit(empty)()
         with jax.set_mesh(mesh):
@@ -204,7 +204,7 @@ class BTLM:
             jnp.dtype(dtype),
             self.rules,
             tuple(sorted(padding.items())),
-            sharding.mesh_of(params),
+            sharding.mesh_of(params["wte"]),
             self.attention_implementation,
         )
 

@@ -169,9 +169,9 @@ def param_shardings(
     )
 
 
-def mesh_of(params: Mapping[str, Any]) -> jax.sharding.AbstractMesh | None:
-    """The explicit mesh the weights live on, from their types; None off any mesh."""
-    mesh = jax.typeof(params["wte"]).sharding.mesh
+def mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh | None:
+    """The explicit mesh an array lives on, from its type; None off any mesh."""
+    mesh = jax.typeof(x).sharding.mesh
     return None if mesh.empty else mesh
 
 
@@ -190,9 +190,8 @@ def check_batch(batch_size: int, mesh: jax.sharding.AbstractMesh, rules: Rules) 
         )
 
 
-def concrete_mesh_of(params: Mapping[str, Any]) -> Mesh | None:
-    """The mesh of devices concrete weights live on; None off any mesh or while tracing."""
-    leaf = params["wte"]
-    if mesh_of(params) is None or isinstance(leaf, jax.core.Tracer):
+def concrete_mesh_of(x: jax.Array) -> Mesh | None:
+    """The mesh of devices a concrete array lives on; None off any mesh or while tracing."""
+    if isinstance(x, jax.core.Tracer) or mesh_of(x) is None:
         return None
-    return leaf.sharding.mesh
+    return x.sharding.mesh

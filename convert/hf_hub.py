@@ -17,7 +17,7 @@ _LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether ``text`` can be the Hub id of a model: ``org/name`` in the Hub's characters."""
+    """Whether `text` can be the Hub id of a model: `org/name` in the Hub's characters."""
     legal = re.fullmatch(f"{_HUB_NAME}/{_HUB_NAME}", text) is not None
     return legal and ".." not in text and "--" not in text
 
@@ -31,7 +31,7 @@ def select_files(listed: Iterable[str], names: Sequence[str], mains: Sequence[st
         mains: the main files of the weight forms, best first; of an index, its shards come too.
 
     Returns:
-        Names of files in the repository's top folder; none of weights if it has none of ``mains``.
+        Names of files in the repository's top folder; none of weights if it has none of `mains`.
     """
     top = sorted(name for name in set(listed) if "/" not in name)
     chosen = [name for name in top if name in names]
@@ -49,13 +49,13 @@ def select_files(listed: Iterable[str], names: Sequence[str], mains: Sequence[st
 def fetch(repo_id: str, revision: str | None, names: Sequence[str], mains: Sequence[str]) -> Path:
     """Download a model's config, tokenizer files and preferred weights into the Hub's cache.
 
-    A token is taken from the environment variable ``HF_TOKEN`` and from nowhere else. When the
+    A token is taken from the environment variable `HF_TOKEN` and from nowhere else. When the
     Hub cannot be reached, a copy from the cache is used if there is one.
 
     Args:
-        repo_id: e.g. ``"cerebras/btlm-3b-8k-base"``.
+        repo_id: e.g. `"cerebras/btlm-3b-8k-base"`.
         revision: branch, tag or commit; None means the default branch.
-        names, mains: see ``select_files``.
+        names, mains: see `select_files`.
 
     Returns:
         The directory of the downloaded snapshot.

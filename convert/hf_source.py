@@ -1,6 +1,6 @@
 """Open a Hugging Face checkpoint: its config, its tensors (headers only) and its tokenizer files.
 
-Nothing but headers is read until ``HFSource.read`` asks for a tensor, so opening is cheap however
+Nothing but headers is read until `HFSource.read` asks for a tensor, so opening is cheap however
 large the checkpoint is. Every check that needs no tensor data is made on opening.
 """
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ..tokenizer import ASSETS
 from .hf_hub import fetch, is_hub_id
 from .torch_pickle import TorchFile
 from .weight_files import (
@@ -29,16 +30,6 @@ from .weight_files import (
 )
 
 _log = logging.getLogger(__name__)
-
-ASSETS = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
 
 
 class WeightForm(NamedTuple):
@@ -60,14 +51,14 @@ WEIGHT_FORMS = (
 
 @dataclass(frozen=True)
 class HFSource:
-    """An opened checkpoint. Only ``read`` touches tensor data.
+    """An opened checkpoint. Only `read` touches tensor data.
 
     Attributes:
         directory: where the files lie.
-        config: ``config.json``, parsed.
-        tensors: name -> ``TensorInfo``, from the files' headers.
-        assets: those of ``ASSETS`` (tokenizer and generation files) that are present.
-        description: the form of the weights for logs, e.g. ``"safetensors, 2 shards"``.
+        config: `config.json`, parsed.
+        tensors: name -> `TensorInfo`, from the files' headers.
+        assets: those of `ASSETS` (tokenizer and generation files) that are present.
+        description: the form of the weights for logs, e.g. `"safetensors, 2 shards"`.
     """
 
     directory: Path
@@ -81,7 +72,7 @@ class HFSource:
         """Read one tensor.
 
         Returns:
-            A C-contiguous array with the shape and dtype of ``tensors[name]``.
+            A C-contiguous array with the shape and dtype of `tensors[name]`.
 
         Raises:
             KeyError: the checkpoint has no tensor of this name.
@@ -110,14 +101,14 @@ def open_hf(source: str | Path, *, revision: str | None = None) -> HFSource:
 
     Args:
         source: a directory; or, given as a string, a Hub id such as
-            ``"cerebras/btlm-3b-8k-base"`` when no file or directory has that name.
+            `"cerebras/btlm-3b-8k-base"` when no file or directory has that name.
         revision: branch, tag or commit on the Hub; None means its default branch.
 
     Raises:
         FileNotFoundError: no such directory or model, or a file of it is missing.
         ConnectionError: the Hub cannot be reached and holds no local copy.
         ValueError: a file is damaged, contradicts another, or uses an unsupported dtype; or
-            ``revision`` is given for a local directory.
+            `revision` is given for a local directory.
     """
     path = Path(source)
     if path.is_dir():

@@ -1,9 +1,9 @@
-"""Evaluate the pickle inside a ``torch.save`` archive without running any of it.
+"""Evaluate the pickle inside a `torch.save` archive without running any of it.
 
-Unpickling runs whatever the file asks for, so nothing is unpickled here. ``pickletools`` splits
-the pickle into opcodes, and a small evaluator understands the few that ``torch.save`` writes for
+Unpickling runs whatever the file asks for, so nothing is unpickled here. `pickletools` splits
+the pickle into opcodes, and a small evaluator understands the few that `torch.save` writes for
 a plain state_dict. It calls nothing, hashes only plain keys (hashing a deeply nested tuple
-crashes the interpreter) and keeps its memo in a dict (``pickle.Unpickler`` allocates up to the
+crashes the interpreter) and keeps its memo in a dict (`pickle.Unpickler` allocates up to the
 largest memo index it meets, so five bytes can ask for tens of GB).
 """
 
@@ -44,7 +44,7 @@ class _Global(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """A flat run of ``numel`` elements, kept in the zip member ``data/<key>``."""
+    """A flat run of `numel` elements, kept in the zip member `data/<key>`."""
 
     dtype: np.dtype
     key: str
@@ -52,7 +52,7 @@ class Storage(NamedTuple):
 
 
 class TensorView(NamedTuple):
-    """One tensor: ``shape``, ``strides`` and ``offset`` count elements of ``storage``."""
+    """One tensor: `shape`, `strides` and `offset` count elements of `storage`."""
 
     storage: Storage
     offset: int
@@ -68,13 +68,13 @@ class TensorView(NamedTuple):
 
 
 def evaluate(data: bytes) -> object:
-    """What the pickle describes: dicts, lists, tuples, scalars and ``TensorView``.
+    """What the pickle describes: dicts, lists, tuples, scalars and `TensorView`.
 
     Args:
-        data: the bytes of ``data.pkl``.
+        data: the bytes of `data.pkl`.
 
     Raises:
-        ValueError: the pickle is corrupt, or asks for anything that ``torch.save`` does not write
+        ValueError: the pickle is corrupt, or asks for anything that `torch.save` does not write
             for a plain state_dict. Nothing it names is imported or called.
     """
     try:
@@ -158,7 +158,7 @@ def _run_opcodes(data: bytes) -> object:
 
 
 def _set_items(target: object, pairs: list[object]) -> None:
-    """Enter ``[key, value, key, value, ...]`` in a dict; no key may come twice."""
+    """Enter `[key, value, key, value, ...]` in a dict; no key may come twice."""
     if not isinstance(target, dict) or len(pairs) % 2:
         raise ValueError(f"data.pkl is corrupt (items for a {describe(target)}). {REDOWNLOAD}")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -185,7 +185,7 @@ def _global(name: str) -> _Global:
 
 
 def _storage(pid: object) -> Storage:
-    """The storage that a persistent id ``('storage', class, key, device, numel)`` stands for."""
+    """The storage that a persistent id `('storage', class, key, device, numel)` stands for."""
     match pid:
         case ("storage", _Global(name), str(key), str(), int(numel)) if (
             name in _STORAGES and key.isdecimal() and key.isascii() and _is_count(numel)

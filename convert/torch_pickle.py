@@ -1,8 +1,8 @@
-"""Read the tensors of a PyTorch zip checkpoint (``pytorch_model.bin``) without torch or code.
+"""Read the tensors of a PyTorch zip checkpoint (`pytorch_model.bin`) without torch or code.
 
-A ``.bin`` file is a zip archive: ``<prefix>/data.pkl`` is a pickle that describes a dict of
-tensors, and every storage is one uncompressed member ``<prefix>/data/<key>``. The zip side is in
-``torch_zip``, the pickle side in ``torch_opcodes``.
+A `.bin` file is a zip archive: `<prefix>/data.pkl` is a pickle that describes a dict of
+tensors, and every storage is one uncompressed member `<prefix>/data/<key>`. The zip side is in
+`torch_zip`, the pickle side in `torch_opcodes`.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .torch_zip import (
 
 
 class TorchFile:
-    """The tensors of one ``torch.save`` zip file: described at once, read one at a time.
+    """The tensors of one `torch.save` zip file: described at once, read one at a time.
 
     Args:
-        path: a file written by ``torch.save(state_dict, path)`` with torch 1.6 or later.
+        path: a file written by `torch.save(state_dict, path)` with torch 1.6 or later.
 
     Attributes:
         path: the file.
-        tensors: name -> ``(shape, dtype)``; dtype is numpy's, or ``ml_dtypes.bfloat16``.
+        tensors: name -> `(shape, dtype)`; dtype is numpy's, or `ml_dtypes.bfloat16`.
 
     Raises:
         OSError: the file cannot be opened.
@@ -64,7 +64,7 @@ class TorchFile:
         """Read one tensor, touching no other bytes of the file than those it spans.
 
         Returns:
-            A fresh C-contiguous array with the shape and dtype that ``tensors[name]`` states.
+            A fresh C-contiguous array with the shape and dtype that `tensors[name]` states.
 
         Raises:
             KeyError: no tensor has this name.

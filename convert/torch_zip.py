@@ -1,4 +1,4 @@
-"""Find and read the members of a ``torch.save`` zip archive, with every bound checked.
+"""Find and read the members of a `torch.save` zip archive, with every bound checked.
 
 Nothing is decompressed: torch stores its members as they are, so each is a plain span of bytes
 of the file, and no read can return more than the file holds.
@@ -84,7 +84,7 @@ def _explain_not_zip(head: bytes) -> str:
 
 
 def pickle_bytes(file: BinaryIO, prefix: str, infos: Mapping[str, zipfile.ZipInfo]) -> bytes:
-    """The bytes of ``<prefix>/data.pkl``, of an archive in little-endian order.
+    """The bytes of `<prefix>/data.pkl`, of an archive in little-endian order.
 
     Raises:
         ValueError: the member is damaged or too large, or the archive is big-endian.
@@ -125,7 +125,7 @@ def find_member(file: BinaryIO, infos: Mapping[str, zipfile.ZipInfo], name: str)
 
 
 def read_span(file: BinaryIO, member: Member, start: int, size: int) -> np.ndarray:
-    """``size`` bytes from ``start`` of a member, as a fresh uint8 array.
+    """`size` bytes from `start` of a member, as a fresh uint8 array.
 
     Raises:
         ValueError: the file ends early, or the whole member was read and its checksum differs.

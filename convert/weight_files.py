@@ -33,11 +33,11 @@ REDOWNLOAD = "Fix: download the file again."
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint's header says of one tensor; ``dtype`` is numpy's or ml_dtypes' bfloat16.
+    """What a checkpoint's header says of one tensor; `dtype` is numpy's or ml_dtypes' bfloat16.
 
     Attributes:
         name: the tensor's name in the checkpoint.
-        shape: its axes; ``()`` for a scalar.
+        shape: its axes; `()` for a scalar.
         dtype: the dtype as stored.
         file: the file that holds it.
     """

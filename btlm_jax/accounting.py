@@ -1,0 +1,106 @@
+"""Counting: parameters, FLOPs and bytes, from the configuration alone."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from btlm_jax import weights
+from btlm_jax.config import BTLMConfig
+
+
+class Flops(NamedTuple):
+    """FLOPs per token, a multiply-add counting as two.
+
+    Matrix products only (projections, head, QK^T and PV); training is three times the forward pass.
+    `full` counts attention over all T keys for every query, as most papers do; `causal` counts the
+    (T + 1) / 2 keys a causal query sees on average.
+    """
+
+    forward_full: float
+    forward_causal: float
+
+    @property
+    def training_full(self) -> float:
+        """Forward and backward pass."""
+        return 3 * self.forward_full
+
+    @property
+    def training_causal(self) -> float:
+        """Forward and backward pass."""
+        return 3 * self.forward_causal
+
+
+def flops_per_token(config: BTLMConfig, length: int) -> Flops:
+    """FLOPs per token of a sequence of `length` tokens.
+
+    2 * (L (4 D² + n F D) + V D) + 4 L D * keys, with n = 3 for SwiGLU and 2 otherwise, and keys = T
+    or (T + 1) / 2. The embedding look-up multiplies nothing and is not counted.
+
+    Raises:
+      ValueError: length < 1.
+    """
+    if length < 1:
+        raise ValueError(f"length: found {length}, expected >= 1")
+    c = config
+    mlp = (3 if c.gated else 2) * c.n_inner * c.n_embd
+    products = 2.0 * (c.n_layer * (4 * c.n_embd**2 + mlp) + c.vocab_size * c.n_embd)
+    per_key = 4.0 * c.n_layer * c.n_embd
+    return Flops(products + per_key * length, products + per_key * (length + 1) / 2)
+
+
+def kv_bytes_per_token(config: BTLMConfig, itemsize: int = 2) -> int:
+    """Bytes of the KV cache per token and sequence: 2 L D * itemsize."""
+    return 2 * config.n_layer * config.n_embd * itemsize
+
+
+def describe(config: BTLMConfig, length: int) -> list[tuple[str, str]]:
+    """The rows `btlm info` prints: (what, value)."""
+    c, n = config, weights.count(config)
+    flops = flops_per_token(c, length)
+    table = weights.table(c)
+    by_role = {
+        role: sum(_size(w, c) for w in table if w.role == role)
+        for role in ("embedding", "hidden", "vector")
+    }
+    mup = f"width_scale {c.mup_width_scale:g}, embeddings_scale {c.mup_embeddings_scale:g}, "
+    mup += f"output_alpha {c.mup_output_alpha:g}, q·k / {'K' if c.mup_scale_qk_dot_by_d else '√K'}"
+    scaling = c.alibi_scaling.to_hf() if c.alibi_scaling else "none"
+    return [
+        (
+            "shape",
+            f"{c.n_layer} layers, n_embd {c.n_embd}, {c.n_head} heads of {c.head_dim}, "
+            f"n_inner {c.n_inner} ({c.activation_function}), vocab {c.vocab_size}",
+        ),
+        ("positions", f"{c.position_embedding_type}, {c.n_positions} trained, scaling {scaling}"),
+        ("muP", mup),
+        ("parameters", f"{n:,} ({', '.join(f'{k} {v:,}' for k, v in by_role.items())})"),
+        (
+            "weights",
+            ", ".join(f"{name} {gib(n * size)}" for name, size in (("fp32", 4), ("bf16", 2))),
+        ),
+        (
+            "KV cache",
+            f"{kv_bytes_per_token(c):,} B per token in bf16, "
+            f"{gib(kv_bytes_per_token(c) * length)} at {length} tokens",
+        ),
+        (
+            f"forward FLOPs per token at {length}",
+            f"{flops.forward_full:.4e} full attention, {flops.forward_causal:.4e} causal",
+        ),
+        (
+            f"training FLOPs per token at {length}",
+            f"{flops.training_full:.4e} full attention, {flops.training_causal:.4e} causal",
+        ),
+    ]
+
+
+def _size(w: weights.Weight, c: BTLMConfig) -> int:
+    n = c.n_layer if w.stacked else 1
+    for size in w.shape:
+        n *= size
+    return n
+
+
+def gib(nbytes: float) -> str:
+    """Bytes in GiB, or MiB below one."""
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"

@@ -1,0 +1,236 @@
+"""The `btlm` command: one dataclass per subcommand, its fields the arguments.
+
+What a subcommand needs is imported when it runs, so that `btlm --help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, subcommand
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Train a small BTLM on the Python manual, save, export, convert back and generate.
+
+    With --hf, convert that checkpoint and generate from it instead.
+    """
+
+    directory: Positional[Path] = Path("btlm-quickstart")
+    """Where everything is written; must not exist."""
+    hf: str | None = None
+    """A Hugging Face directory or Hub id to convert and generate from instead of training."""
+    steps: int = 0
+    """Training steps; 0 takes the recipe's."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+
+    def run(self) -> None:
+        from btlm_jax.train import quickstart
+
+        if self.hf is not None:
+            quickstart.from_hf(self.directory, self.hf)
+        else:
+            quickstart.train(self.directory, steps=self.steps or None, seed=self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Convert a Hugging Face checkpoint to Orbax, without loss."""
+
+    source: Positional[str]
+    """A directory with config.json and safetensors or .bin weights, or a Hub id (org/name)."""
+    target: Positional[Path]
+    """The Orbax checkpoint to write."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    overwrite: bool = False
+    """Replace an existing checkpoint."""
+
+    def run(self) -> None:
+        from btlm_jax import weights
+        from btlm_jax.convert import convert
+
+        r = convert(self.source, self.target, revision=self.revision, overwrite=self.overwrite)
+        dtypes = ", ".join(f"{n} {dtype}" for dtype, n in r.dtypes.items())
+        print(f"{self.target}: {r.tensors} tensors ({dtypes}), {r.nbytes:,} bytes, "
+              f"{weights.count(r.config):,} parameters")  # fmt: skip
+        print(f"carried along: {', '.join(r.assets) or 'no tokenizer'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Export an Orbax checkpoint to a Hugging Face directory, without loss."""
+
+    checkpoint: Positional[Path]
+    """An Orbax checkpoint."""
+    target: Positional[Path]
+    """The directory to write."""
+    max_shard_size: int = 1 << 30
+    """Bytes per safetensors file; about as much is held in memory."""
+    overwrite: bool = False
+    """Replace an existing export."""
+
+    def run(self) -> None:
+        from btlm_jax.convert import export
+
+        r = export(
+            self.checkpoint,
+            self.target,
+            max_shard_bytes=self.max_shard_size,
+            overwrite=self.overwrite,
+        )
+        print(f"{self.target}: {r.tensors} tensors, {r.nbytes:,} bytes in {', '.join(r.files)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Parameters, bytes and FLOPs of a checkpoint or preset."""
+
+    source: Positional[str]
+    """An Orbax checkpoint, a Hugging Face directory, or a preset's name."""
+    length: int = 0
+    """Sequence length for FLOPs and cache; 0 takes the trained context."""
+
+    def run(self) -> None:
+        from btlm_jax import accounting
+        from btlm_jax.config import PRESETS, BTLMConfig
+
+        path, rows = Path(self.source), []
+        if not path.exists() and self.source in PRESETS:
+            config = BTLMConfig.preset(self.source)
+        elif not path.exists():
+            raise FileNotFoundError(
+                f"{self.source}: no such checkpoint; the presets are {', '.join(PRESETS)}"
+            )
+        elif (path / "config.json").is_file():
+            config = BTLMConfig.from_hf(path)
+        else:
+            from btlm_jax import checkpoint
+
+            meta = checkpoint.read_metadata(path)
+            config = meta.config
+            stored: dict[str, int] = {}
+            for leaf in meta.leaves.values():
+                stored[str(leaf.dtype)] = stored.get(str(leaf.dtype), 0) + leaf.size * (
+                    leaf.dtype.itemsize
+                )
+            rows = [("stored", ", ".join(f"{d} {accounting.gib(n)}" for d, n in stored.items()))]
+            if meta.origin.get("source"):
+                rows.append(("converted from", meta.origin["source"]))
+        rows = accounting.describe(config, self.length or config.n_positions) + rows
+        width = max(len(what) for what, _ in rows)
+        for what, value in rows:
+            print(f"{what:<{width}}  {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a prompt."""
+
+    checkpoint: Positional[Path]
+    """An Orbax checkpoint that carries a tokenizer."""
+    prompt: str
+    """The text to continue."""
+    max_new_tokens: int = 50
+    """How many tokens to add at most."""
+    sample: bool = False
+    """Draw from the distribution instead of taking the most likely token."""
+    temperature: float = 1.0
+    """Divides the logits before drawing."""
+    top_k: int = 50
+    """Draw from the k most likely tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw from the most likely tokens that together have this probability."""
+    seed: int = 0
+    """Of the draws."""
+    cache_length: int | None = None
+    """Slots of the KV cache; default as many as are needed."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of weights and computation; default as stored, computing in the platform's."""
+
+    def run(self) -> None:
+        import numpy as np
+
+        import btlm_jax as btlm
+        from btlm_jax import checkpoint
+        from btlm_jax.tokenizer import check_vocabulary
+
+        sampled = (self.temperature, self.top_k, self.top_p) != (1.0, 50, 1.0)
+        if sampled and not self.sample:
+            logging.getLogger(__name__).warning(
+                "--temperature, --top-k and --top-p do nothing without --sample"
+            )
+        # The tokenizer first: the weights may be large.
+        config = checkpoint.read_metadata(self.checkpoint).config
+        tokenizer = btlm.load_tokenizer(self.checkpoint)
+        check_vocabulary(tokenizer, config.vocab_size)
+        ids = tokenizer.encode(self.prompt).ids
+        if not ids:
+            raise ValueError("--prompt is empty: give at least one character")
+        model, params = btlm.load(self.checkpoint, dtype=self.dtype)
+        if self.dtype:
+            model = dataclasses.replace(model, compute_dtype=self.dtype)
+        out = btlm.generate(
+            model,
+            params,
+            np.array([ids]),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.sample,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            cache_length=self.cache_length,
+        )
+        print(tokenizer.decode(out[0].tolist()))
+
+
+Command = (
+    Annotated[Quickstart, subcommand("quickstart")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[Generate, subcommand("generate")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `btlm`. Returns the exit code: 0, 2 on a bad argument or input, 130 on Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    command = tyro.cli(
+        Command,  # type: ignore
+        prog="btlm",
+        description="BTLM in JAX: train, convert, inspect and generate. "
+        "--debug, anywhere, shows tracebacks.",
+        args=[a for a in argv if a != "--debug"],
+    )
+    _log_to_stderr()
+    try:
+        command.run()
+    except (ValueError, OSError) as e:
+        if debug:
+            raise
+        print(f"btlm: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("btlm: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _log_to_stderr() -> None:
+    """Our own notices on standard error; of libraries, warnings only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("btlm: %(message)s"))
+    ours = logging.getLogger("btlm_jax")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)

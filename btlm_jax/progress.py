@@ -1,0 +1,82 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """A context manager that counts towards `total`.
+
+    Args:
+      total: how much there is to do, in `unit`.
+      unit: such as "B" (shown with binary prefixes) or "step".
+      title: what is being done.
+      every: seconds between lines when standard error is not a terminal.
+      clock: seconds; injected by tests.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        title: str,
+        *,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.unit, self.title = total, unit, title
+        self._every, self._clock = every, clock
+        self._start = self._last = clock()
+        self._done = 0
+        self._bar = None
+        if sys.stderr.isatty():
+            scale = unit == "B"
+            self._bar = tqdm(
+                total=total, unit=unit, desc=title, unit_scale=scale, unit_divisor=1024 if scale else 1000
+            )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, n: int, note: str = "") -> None:
+        """Counts `n` more; `note` is shown beside the count (a loss, say)."""
+        self._done += n
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(n)
+            return
+        now = self._clock()
+        if now - self._last >= self._every or self._done >= self.total:
+            self._last = now
+            logger.info("%s", self.line(now, note))
+
+    def line(self, now: float, note: str = "") -> str:
+        """The plain line: done/total, percentage, rate and time left."""
+        rate = self._done / max(now - self._start, 1e-9)
+        left = max(self.total - self._done, 0) / max(rate, 1e-9)
+        amount = f"{_count(self._done, self.unit)}/{_count(self.total, self.unit)}"
+        line = f"{self.title}: {amount} ({self._done / max(self.total, 1):.0%}), "
+        line += f"{_count(rate, self.unit)}/s, {left:.0f} s left"
+        return f"{line}, {note}" if note else line
+
+
+def _count(n: float, unit: str) -> str:
+    if unit != "B":
+        return f"{n:.4g} {unit}" if isinstance(n, float) else f"{n} {unit}"
+    for prefix in ("", "Ki", "Mi", "Gi", "Ti"):
+        if n < 1024 or prefix == "Ti":
+            break
+        n /= 1024
+    return f"{n:.1f} {prefix}B"

@@ -1,0 +1,150 @@
+"""Orbax -> Hugging Face: a directory that transformers loads with the original modelling code."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from .. import alibi, checkpoint, weights
+from ..config import BTLMConfig
+from ..progress import Progress
+from .to_orbax import SLOPES
+
+logger = logging.getLogger(__name__)
+
+
+class Report(NamedTuple):
+    """What an export did."""
+
+    tensors: int
+    nbytes: int
+    files: tuple[str, ...]
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    *,
+    max_shard_bytes: int = 1 << 30,
+    overwrite: bool = False,
+) -> Report:
+    """Exports an Orbax checkpoint to a Hugging Face directory, without loss.
+
+    Writes safetensors (with an index if there is more than one file), `config.json` and the
+    tokenizer files. Every array keeps its dtype and its bits. A tied head is left out, as
+    safetensors wants it; the ALiBi slopes are written in the dtype they were stored in. The
+    `config.json` of a converted checkpoint comes back as it was, key flavour included.
+
+    Args:
+      source: a checkpoint directory.
+      target: a directory that does not exist yet.
+      max_shard_bytes: of one safetensors file; also about what is held in memory.
+      overwrite: replace an existing export.
+
+    Raises:
+      FileNotFoundError, ValueError: the source is not a checkpoint; see `checkpoint.load`.
+      FileExistsError: the target exists.
+    """
+    target = Path(target).absolute()
+    checkpoint.refuse_existing(target, overwrite, ours="config.json")
+    meta = checkpoint.read_metadata(source)
+    stage = target.with_name(target.name + ".partial")
+    if stage.exists():
+        logger.warning("removing %s, left by an interrupted run", stage)
+        shutil.rmtree(stage)
+    stage.mkdir(parents=True)
+    try:
+        report = _write(source, meta, stage, max_shard_bytes)
+        checkpoint.replace(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return report
+
+
+def _write(source, meta: checkpoint.Metadata, stage: Path, max_shard_bytes: int) -> Report:
+    (stage / "config.json").write_text(json.dumps(hf_config(meta), indent=2) + "\n")
+    for file in checkpoint.assets_of(source):
+        shutil.copyfile(file, stage / file.name)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    files: list[dict[str, str]] = []  # per written shard, tensor name -> provisional file name
+    size = total = 0
+
+    def flush() -> None:
+        name = f"shard-{len(files)}"
+        save_file(shards[-1], str(stage / name), metadata={"format": "pt"})
+        files.append(dict.fromkeys(shards[-1], name))
+        shards[-1] = {}
+
+    tensors = _tensors(source, meta)
+    with Progress(meta.nbytes, "B", "export") as progress:
+        for name, array in tensors:
+            if size and size + array.nbytes > max_shard_bytes:
+                flush()
+                size = 0
+            shards[-1][name] = array
+            size += array.nbytes
+            total += array.nbytes
+            progress.update(array.nbytes)
+        flush()
+    names = _name_shards(stage, files, total)
+    return Report(sum(len(f) for f in files), total, tuple(names))
+
+
+def _name_shards(stage: Path, files: list[dict[str, str]], total: int) -> list[str]:
+    """Gives the shards their final names, and writes the index if there are several."""
+    if len(files) == 1:
+        (stage / "shard-0").rename(stage / "model.safetensors")
+        return ["model.safetensors"]
+    names, weight_map = [], {}
+    for i, tensors in enumerate(files):
+        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (stage / f"shard-{i}").rename(stage / name)
+        names.append(name)
+        weight_map.update(dict.fromkeys(tensors, name))
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (stage / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return names
+
+
+def _tensors(source, meta: checkpoint.Metadata):
+    """Yields every tensor under its Hugging Face name, one layer in memory at a time."""
+    for group in checkpoint.by_layer(meta.config):
+        arrays = checkpoint.read_leaves(source, group)
+        for leaf in group:
+            yield leaf.hf_name, arrays[leaf.path].reshape(leaf.weight.hf_shape)
+    if meta.config.alibi:
+        yield SLOPES, slopes_tensor(meta)
+
+
+def slopes_tensor(meta: checkpoint.Metadata) -> np.ndarray:
+    """The slopes [H, 1], in the dtype they were read in, else the narrowest that holds them.
+
+    Fresh models have exact slopes, written as fp32, in which the model uses them.
+    """
+    slopes = alibi.model_slopes(meta.config)[:, None]
+    stored = meta.origin.get("slopes_dtype")
+    candidates = [stored] if stored else ["bfloat16", "float32"]
+    for name in candidates:
+        out = slopes.astype(jnp.dtype(name))
+        if np.array_equal(out.astype(np.float64), slopes):
+            return out
+    return slopes.astype(np.float32)
+
+
+def hf_config(meta: checkpoint.Metadata) -> dict[str, Any]:
+    """The `config.json`: the original one if it still describes the model, else a fresh one."""
+    original = meta.origin.get("hf_config")
+    plain = dataclasses.replace(meta.config, alibi_slopes=None)
+    if original is not None and BTLMConfig.from_hf(original) == plain:
+        return dict(original)
+    dtypes = {str(meta.leaves[leaf.path].dtype) for leaf in weights.disk_leaves(meta.config)}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    return plain.to_hf() | {"torch_dtype": dtype}
