@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 _KEY = "btlm_jax"
 _LAYOUT = "one leaf per layer"
+_MARK = "_CHECKPOINT_METADATA"  # a file Orbax writes into every finished checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ def writer(
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def refuse_existing(path: Path, overwrite: bool, ours: str = "_CHECKPOINT_METADATA") -> None:
+def refuse_existing(path: Path, overwrite: bool, ours: str = _MARK) -> None:
     """Refuses to write to a `path` that exists, or to replace what we did not write.
 
     Args:
@@ -249,7 +250,7 @@ def read_metadata(path: str | Path) -> Metadata:
         partial = path.with_name(path.name + ".partial")
         hint = f"; {partial} is an interrupted run: start it again" if partial.exists() else ""
         raise FileNotFoundError(f"{path}: no such checkpoint{hint}")
-    if not ocp.is_orbax_checkpoint(path):
+    if not (path / _MARK).is_file():  # ocp.is_orbax_checkpoint accepts any directory
         if (path / "config.json").is_file():
             raise ValueError(
                 f"{path} is a Hugging Face directory, expected an Orbax checkpoint: convert it with "

@@ -462,13 +462,15 @@ class Transformer(Layer):
         offset = jnp.zeros((), jnp.int32) if cache is None else cache.length
         key_length = T if cache is None else offset + T
 
-        h = self._embed("wte", ids, c.vocab_size)
+        wte = self.weight("wte")
+        h = _look_up(spec, wte, ids, c.vocab_size)
         if not c.alibi:
             slots = spec.place(jnp.broadcast_to(offset + jnp.arange(T), ids.shape), "batch", None)
-            h = h + self._embed("wpe", inputs.get("positions", slots), c.n_positions)
+            at = inputs.get("positions", slots)
+            h = h + _look_up(spec, self.weight("wpe"), at, c.n_positions)
         h = h * c.mup_embeddings_scale
         if "token_type_ids" in inputs:
-            h = h + self._embed("wte", inputs["token_type_ids"], c.vocab_size)
+            h = h + _look_up(spec, wte, inputs["token_type_ids"], c.vocab_size)
         h = h.astype(spec.dtype)
 
         segments = inputs.get("segment_ids")
@@ -500,13 +502,12 @@ class Transformer(Layer):
             cache = KVCache(kv[0], kv[1], keys, offset + T)
         return h, cache, captured
 
-    def _embed(self, name: str, index: jax.Array, size: int) -> jax.Array:
-        """Rows of an embedding, fp32 [B, T, D]; NaN where the index is out of range."""
-        rows = self.weight(name).at[index].get(
-            mode="clip", out_sharding=self.spec.axes("batch", None, None)
-        )
-        inside = (index >= 0) & (index < size)
-        return jnp.where(inside[..., None], rows.astype(jnp.float32), jnp.nan)
+
+def _look_up(spec: Spec, table: jax.Array, index: jax.Array, size: int) -> jax.Array:
+    """Rows of an embedding, fp32 [B, T, D]; NaN where the index is out of range."""
+    rows = table.at[index].get(mode="clip", out_sharding=spec.axes("batch", None, None))
+    inside = (index >= 0) & (index < size)
+    return jnp.where(inside[..., None], rows.astype(jnp.float32), jnp.nan)
 
 
 def _concrete(x: jax.Array) -> int | None:

@@ -40,13 +40,16 @@ class Recipe(NamedTuple):
 
     vocab_size: int = 2048
     width: int = 256
-    base_width: int = 128  # muP: the width at which learning rate and init are meant
+    base_width: int = 64  # muP: the width at which learning rate and scales are meant
+    embeddings_scale: float = 10.0
+    output_alpha: float = 1.0
+    initializer_range: float = 0.08
     layers: int = 4
-    length: int = 256
-    batch_size: int = 16
-    steps: int = 200
-    warmup: int = 10
-    learning_rate: float = 0.012
+    length: int = 128
+    batch_size: int = 8
+    steps: int = 500
+    warmup: int = 30
+    learning_rate: float = 0.006
     weight_decay: float = 0.1
     evaluate_every: int = 50
 
@@ -61,7 +64,10 @@ def model_config(recipe: Recipe) -> BTLMConfig:
         n_head=recipe.width // 64,
         n_layer=recipe.layers,
         n_inner=recipe.width * 8 // 3,
+        initializer_range=recipe.initializer_range,
         mup_width_scale=recipe.base_width / recipe.width,
+        mup_embeddings_scale=recipe.embeddings_scale,
+        mup_output_alpha=recipe.output_alpha,
     )
 
 

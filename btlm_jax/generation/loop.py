@@ -110,9 +110,7 @@ def generate(
     return np.asarray(tokens)[:rows, : int(length)]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "eos"), donate_argnames="cache"
-)
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "eos"))
 def _decode(model, params, ids, mask, cache, key, pad, *, max_new_tokens, sampling, eos):
     spec = model.spec(params)
     B, T = ids.shape

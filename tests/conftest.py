@@ -1,0 +1,31 @@
+"""Shared set-up: 8 virtual CPU devices, before anything initialises JAX."""
+
+import os
+
+_FLAG = "--xla_force_host_platform_device_count=8"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+
+import cases  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Compiling dwarfs everything else, so no deadline; fixed examples, so that CI is repeatable.
+settings.register_profile("btlm", deadline=None, derandomize=True)
+settings.load_profile("btlm")
+
+
+@pytest.fixture(params=cases.NAMES)
+def case(request) -> cases.Case:
+    """Each golden case in turn."""
+    return cases.load(request.param)
+
+
+@pytest.fixture
+def checkpoint_dir(tmp_path):
+    """A small checkpoint with a tokenizer, as the converter makes it."""
+    from btlm_jax.convert import convert
+
+    source = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"), tokenizer=True)
+    convert(source, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"

@@ -1,0 +1,108 @@
+"""ALiBi against the original's bias tensors and float64."""
+
+from __future__ import annotations
+
+import re
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import max_error
+from hypothesis import given
+from hypothesis import strategies as st
+
+from btlm_jax import AlibiScaling, alibi
+
+BIAS = dict(np.load(cases.GOLDEN / "alibi_bias.npz"))
+SCALINGS = {
+    "none": None,
+    "factor4": AlibiScaling(factor=4.0),
+    "dyn16": AlibiScaling(train_seq_len=16),
+}
+
+
+@pytest.mark.parametrize("key", BIAS)
+@pytest.mark.parametrize("traced", [False, True])
+def test_bias_of_the_original(key, traced):
+    kind, heads, shape = re.fullmatch(r"(\w+)/H(\d+)/(q\d+_past\d+)", key).groups()
+    T, past = map(int, re.fullmatch(r"q(\d+)_past(\d+)", shape).groups())
+
+    def run(past):
+        scale = alibi.scale(SCALINGS[kind], past + T)
+        slopes = jnp.asarray(alibi.slopes(int(heads)), jnp.float32) / scale
+        return alibi.bias(slopes, past + jnp.arange(T), jnp.arange(BIAS[key].shape[-1]))
+
+    got = jax.jit(run)(past) if traced else run(past)
+    # fp32 rounding of values up to 22.6; measured 1.9e-6.
+    assert max_error(got, BIAS[key].reshape(got.shape)) < 5e-6
+
+
+@given(st.integers(1, 200))
+def test_slopes_of_any_head_count(n):
+    s = alibi.slopes(n)
+    p = 2 ** int(np.log2(n))
+    assert s.shape == (n,) and s.dtype == np.float64
+    np.testing.assert_allclose(s[:p], [2.0 ** (-8 * (i + 1) / p) for i in range(p)], rtol=1e-15)
+    # Appended, not interleaved: the odd-numbered slopes of twice as many heads.
+    expected = [2.0 ** (-8 * (2 * i + 1) / (2 * p)) for i in range(n - p)]
+    np.testing.assert_allclose(s[p:], expected, rtol=1e-15)
+
+
+def test_stored_slopes_win():
+    import dataclasses
+
+    from btlm_jax import BTLMConfig
+
+    c = dataclasses.replace(BTLMConfig.preset("tiny"), alibi_slopes=(0.5, 0.25, 0.125, 0.83984375))
+    assert alibi.model_slopes(c).tolist() == [0.5, 0.25, 0.125, 0.83984375]
+
+
+def test_dynamic_scale():
+    scaling = AlibiScaling(train_seq_len=16)
+    assert [alibi.scale(scaling, n) for n in (1, 16, 17, 64)] == [1.0, 1.0, 17 / 16, 4.0]
+    traced = jax.jit(lambda n: alibi.scale(scaling, n))
+    assert [float(traced(n)) for n in (1, 16, 17, 64)] == [1.0, 1.0, 17 / 16, 4.0]
+
+
+def bf16_exact(x) -> bool:
+    return bool(np.all(np.asarray(x, np.float64).astype(jnp.bfloat16).astype(np.float64) == x))
+
+
+def test_key_features_are_exact():
+    positions = np.arange(65536 + 128)
+    f = np.asarray(alibi.key_features(positions)).astype(np.float64)
+    np.testing.assert_array_equal(f[:, 0] + f[:, 1], positions)
+    np.testing.assert_array_equal(f[:, :2], f[:, 2:])
+    assert np.abs(f[:, 1]).max() <= 128
+    traced = jax.jit(alibi.key_features)(jnp.arange(1000))
+    np.testing.assert_array_equal(traced, alibi.key_features(np.arange(1000)))
+    with pytest.raises(ValueError, match="found 0 to 65664, expected 0 to 65663"):
+        alibi.key_features(np.arange(65665))
+
+
+@given(st.integers(1, 64), st.sampled_from([1.0, 1 / 80, 0.125]), st.booleans())
+def test_query_features_hold_the_slope(heads, kernel_scale, traced):
+    s = alibi.slopes(heads)
+    if traced:
+        f = jax.jit(lambda x: alibi.query_features(x, kernel_scale))(jnp.asarray(s, jnp.float32))
+    else:
+        f = alibi.query_features(s, kernel_scale)
+    f = np.asarray(f).astype(np.float64)
+    assert f.shape == (heads, 4) and bf16_exact(f)
+    # Two bf16 pieces hold 16 bits and a sign: 2**-17 relative, plus fp32 rounding when traced.
+    np.testing.assert_allclose(f[:, 0] + f[:, 2], s / kernel_scale, rtol=2.0**-16)
+    assert np.all(f[:, 0] == f[:, 1]) and np.all(f[:, 2] == f[:, 3])
+    assert np.abs(f[:, 2]).max() > 0 or bf16_exact(s / kernel_scale)  # the low piece survives jit
+
+
+def test_features_give_the_bias_up_to_a_constant_per_row():
+    heads, T = 32, 2048
+    s = alibi.slopes(heads)
+    q = np.asarray(alibi.query_features(s, 1 / 80)).astype(np.float64)
+    k = np.asarray(alibi.key_features(np.arange(T))).astype(np.float64)
+    got = (q @ k.T) / 80  # [H, T]
+    expected = s[:, None] * np.arange(T)
+    # Two bf16 pieces of slope * 80 hold it to 3.4e-6 (measured; reference value too).
+    assert np.all(np.abs(got - expected) <= 4e-6 * expected)

@@ -1,0 +1,132 @@
+"""Attention against float64, and chunked against whole."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import max_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from btlm_jax import alibi, attention
+
+
+def exact(q, k, v, slopes, scale, segments, offset):
+    """Float64, one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, h, t in np.ndindex(q.shape[:3]):
+        here = offset + t
+        keys = [j for j in range(k.shape[2]) if j <= here]
+        if segments is not None:
+            keys = [j for j in keys if segments[0][b, t] == segments[1][b, j]]
+        if not keys:
+            continue
+        s = scale * (k[b, h, keys] @ q[b, h, t])
+        if slopes is not None:
+            s = s - slopes[h] * (here - np.array(keys))
+        p = np.exp(s - s.max())
+        out[b, h, t] = (p / p.sum()) @ v[b, h, keys]
+    return out
+
+
+@st.composite
+def problems(draw):
+    B, H = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    T, offset = draw(st.integers(1, 9)), draw(st.integers(0, 5))
+    S = T + offset + draw(st.integers(0, 3))
+    K = draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    q = rng.normal(size=(B, H, T, K)).astype(np.float32)
+    k, v = (rng.normal(size=(B, H, S, K)).astype(np.float32) for _ in range(2))
+    segments = None
+    if draw(st.booleans()):
+        keys = np.sort(rng.integers(0, 3, (B, S)), 1)
+        segments = keys[:, offset : offset + T], keys
+    slopes = alibi.slopes(H) if draw(st.booleans()) else None
+    return q, k, v, slopes, segments, offset, draw(st.sampled_from([1, 2, 3, 512]))
+
+
+@settings(max_examples=60)
+@given(problems())
+def test_equals_float64(problem):
+    q, k, v, slopes, segments, offset, chunk = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERY_CHUNK", chunk)
+        got = attention.attention(
+            q,
+            k,
+            v,
+            slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32),
+            scale=0.7,
+            segments=segments,
+            offset=offset,
+        )
+    expected = exact(q, k, v, slopes, 0.7, segments, offset)
+    assert max_error(got, expected) < 5e-6  # fp32 rounding of values of size 3; measured 8e-7
+
+
+def test_chunked_equals_whole_forward_and_backward(monkeypatch):
+    rng = np.random.default_rng(0)
+    B, H, T, K = 2, 3, 50, 8
+    q, k, v, w = (jnp.asarray(rng.normal(size=(B, H, T, K)), jnp.float32) for _ in range(4))
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (B, T)), 1))
+    slopes = jnp.asarray(alibi.slopes(H), jnp.float32)
+
+    def loss(q, k, v, slopes):
+        out = attention.attention(
+            q, k, v, slopes=slopes, scale=0.3, segments=(segments, segments)
+        )
+        return (out * w).sum()
+
+    results = {}
+    for chunk in (512, 16, 7):
+        monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
+        results[chunk] = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(q, k, v, slopes)
+    for chunk in (16, 7):
+        for a, b in zip(*(jax.tree.leaves(results[c]) for c in (512, chunk)), strict=True):
+            assert max_error(a, b) < 1e-5 * max(1.0, float(jnp.abs(a).max()))
+
+
+def test_gradients_against_finite_differences():
+    """Of float64 attention, so that the difference quotient is accurate."""
+    rng = np.random.default_rng(1)
+    q, k, v, w = (rng.normal(size=(1, 2, 5, 3)) for _ in range(4))
+    slopes = alibi.slopes(2)
+
+    def loss(q, k, v):
+        out = attention.attention(q, k, v, slopes=jnp.asarray(slopes, jnp.float32), scale=0.5)
+        return (out * w.astype(np.float32)).sum()
+
+    grads = jax.grad(loss, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
+    for i, grad in enumerate(grads):
+        for index in [(0, 0, 0, 0), (0, 1, 2, 1), (0, 0, 4, 2)]:
+            quotient = 0.0
+            for sign in (1, -1):
+                inputs = [x.copy() for x in (q, k, v)]
+                inputs[i][index] += sign * 1e-5
+                quotient += sign * (exact(*inputs, slopes, 0.5, None, 0) * w).sum() / 2e-5
+            assert abs(float(grad[index]) - quotient) < 1e-5
+
+
+def test_bf16_inputs_keep_fp32_softmax():
+    """Rounding P to bf16 is the only loss: relative error of bf16 flash attention (2.3e-3)."""
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 4, 1024, 80)), jnp.bfloat16) for _ in range(3))
+    slopes = alibi.slopes(4)
+    got = attention.attention(q, k, v, slopes=jnp.asarray(slopes, jnp.float32), scale=1 / 80)
+    assert got.dtype == jnp.bfloat16
+    rows = [0, 1, 511, 512, 1023]
+    kk, vv = np.asarray(k, np.float64), np.asarray(v, np.float64)
+    for t in rows:
+        expected = exact(np.asarray(q)[:, :, t : t + 1], kk, vv, slopes, 1 / 80, None, t)
+        error = np.linalg.norm(np.asarray(got, np.float64)[:, :, t : t + 1] - expected)
+        assert error < 4e-3 * np.linalg.norm(expected)
+
+
+def test_unknown_implementation():
+    x = jnp.zeros((1, 1, 2, 2))
+    with pytest.raises(ValueError, match="implementation: found 'flash', expected 'xla'"):
+        attention.attention(x, x, x, slopes=None, scale=1.0, implementation="flash")

@@ -1,0 +1,215 @@
+"""Hugging Face -> Orbax -> Hugging Face, bit for bit, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import cases
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import btlm_jax as btlm
+from btlm_jax import checkpoint, make_mesh
+from btlm_jax.convert import convert, export
+from btlm_jax.convert.hf_source import open_hf
+
+BF16, UNTIED = cases.load("g_bf16"), cases.load("i_untied")
+
+
+def tensors(path) -> dict[str, np.ndarray]:
+    source = open_hf(path)
+    return {name: source.read(name) for name in source.tensors}
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    assert set(a) == set(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def test_round_trip(case, tmp_path):
+    cases.write_hf(tmp_path / "hf", case, tokenizer=True)
+    report = convert(tmp_path / "hf", tmp_path / "c")
+    assert report.config == case.config  # stored slopes included, exactly
+    assert report.dtypes == {"bfloat16" if case.bf16 else "float32": report.tensors}
+    export(tmp_path / "c", tmp_path / "back")
+    assert_same_bits(tensors(tmp_path / "hf"), tensors(tmp_path / "back"))
+    assert json.loads((tmp_path / "back/config.json").read_text()) == case.hf_config
+    tokenizer = "tokenizer.json"
+    assert (tmp_path / "back" / tokenizer).read_bytes() == (tmp_path / "hf" / tokenizer).read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+    # And the converted model is the original.
+    model, params = btlm.load(tmp_path / "c", dtype=jnp.float32)
+    model = dataclasses.replace(model, compute_dtype=jnp.float32)
+    got = model.apply(params, case["plain/input_ids"])
+    assert cases.max_error(got, case.exact_logits) < 5e-5
+
+
+def test_sharded_round_trip(tmp_path):
+    cases.write_hf(tmp_path / "hf", UNTIED)
+    convert(tmp_path / "hf", tmp_path / "c")
+    report = export(tmp_path / "c", tmp_path / "back", max_shard_bytes=60_000)
+    assert len(report.files) > 3
+    index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == set(report.files)
+    total = sum(x.nbytes for x in UNTIED.weights.values())
+    assert index["metadata"]["total_size"] == report.nbytes == total
+    for name in report.files:
+        size = sum(x.nbytes for x in load_file(tmp_path / "back" / name).values())
+        assert size <= 60_000
+    convert(tmp_path / "back", tmp_path / "c2")
+    export(tmp_path / "c2", tmp_path / "again")
+    assert_same_bits(tensors(tmp_path / "hf"), tensors(tmp_path / "again"))
+
+
+def test_mixed_dtypes_survive(tmp_path):
+    """Every tensor keeps its own dtype; loading it as it is says what to do."""
+    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    mixed = UNTIED.weights
+    name = "transformer.h.1.mlp.c_fc.weight"
+    mixed[name] = mixed[name].astype(ml_dtypes.bfloat16)
+    mixed[cases.SLOPES] = mixed[cases.SLOPES].astype(np.float16)
+    save_file(mixed, source / "model.safetensors")
+    convert(source, tmp_path / "c")
+    export(tmp_path / "c", tmp_path / "back")
+    assert_same_bits(mixed, tensors(tmp_path / "back"))
+    with pytest.raises(ValueError, match="stored as bfloat16, float32.*pass dtype="):
+        btlm.load(tmp_path / "c")
+    btlm.load(tmp_path / "c", dtype=jnp.float32)
+
+
+def test_tied_head_of_bin_files_is_checked_and_left_out(tmp_path):
+    source = cases.write_hf(tmp_path / "hf", BF16)
+    whole = BF16.weights
+    whole["lm_head.weight"] = whole["transformer.wte.weight"].copy()
+    save_file(whole, source / "model.safetensors")
+    convert(source, tmp_path / "c")
+    export(tmp_path / "c", tmp_path / "back")
+    assert_same_bits(BF16.weights, tensors(tmp_path / "back"))
+    whole["lm_head.weight"][0, 0] += 1
+    save_file(whole, source / "model.safetensors")
+    with pytest.raises(ValueError, match="differs from transformer.wte.weight"):
+        convert(source, tmp_path / "c2")
+
+
+def test_mask_buffers_are_ignored_by_name(tmp_path, caplog):
+    source = cases.write_hf(tmp_path / "hf", BF16)
+    old = BF16.weights
+    old["transformer.h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.uint8)
+    old["transformer.h.1.attn.masked_bias"] = np.array(-1e4, np.float32)
+    save_file(old, source / "model.safetensors")
+    with caplog.at_level("INFO"):
+        convert(source, tmp_path / "c")
+    assert "transformer.h.0.attn.bias, transformer.h.1.attn.masked_bias" in caplog.text
+
+
+def test_fresh_model_exports_exact_slopes(tmp_path):
+    config = btlm.BTLMConfig.preset("tiny")
+    model = btlm.BTLM(config)
+    params = model.init(jax.random.key(0), mesh=make_mesh(fsdp=2, tensor=4))
+    btlm.save(tmp_path / "c", config, params)
+    export(tmp_path / "c", tmp_path / "hf")
+    written = tensors(tmp_path / "hf")
+    assert written[cases.SLOPES].shape == (4, 1)
+    np.testing.assert_array_equal(written[cases.SLOPES].ravel(), btlm.alibi.slopes(4))
+    assert written["transformer.h.0.mlp.c_fc.weight"].shape == (64, 170)  # no padding
+    raw = json.loads((tmp_path / "hf/config.json").read_text())
+    assert raw["torch_dtype"] == "float32" and btlm.BTLMConfig.from_hf(raw) == config
+    convert(tmp_path / "hf", tmp_path / "back")
+    ids = np.arange(12)[None]
+    again = btlm.load(tmp_path / "back")
+    np.testing.assert_array_equal(model.apply(btlm.load(tmp_path / "c")[1], ids), again[0].apply(again[1], ids))
+
+
+def test_changed_model_gets_a_fresh_config(tmp_path):
+    """A config.json that no longer describes the model is not carried along."""
+    cases.write_hf(tmp_path / "hf", BF16)
+    convert(tmp_path / "hf", tmp_path / "c")
+    meta = checkpoint.read_metadata(tmp_path / "c")
+    scaled = dataclasses.replace(meta.config, alibi_scaling=btlm.AlibiScaling(factor=4.0))
+    _, params = btlm.load(tmp_path / "c")
+    btlm.save(tmp_path / "c4", scaled, params, origin=meta.origin)
+    export(tmp_path / "c4", tmp_path / "hf4")
+    raw = json.loads((tmp_path / "hf4/config.json").read_text())
+    assert raw["alibi_scaling"] == {"type": "linear", "factor": 4.0}
+    assert raw["torch_dtype"] == "bfloat16"
+
+
+# Bad input -------------------------------------------------------------------------------------
+
+
+def broken(tmp_path, change) -> list[str]:
+    """Converts a model after `change(weights)`. Returns the lines of the error."""
+    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    w = UNTIED.weights
+    change(w)
+    save_file(w, source / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        convert(source, tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == ["hf"]  # nothing half-written
+    return str(error.value).splitlines()
+
+
+def test_missing_and_unexpected_keys_are_all_listed(tmp_path):
+    def change(w):
+        w["transformer.extra"] = w.pop("transformer.ln_f.bias")
+        del w["lm_head.weight"]
+        w["transformer.h.0.attn.c_attn.bias"] = np.zeros(7, np.float32)
+        w["transformer.ln_f.weight"] = w["transformer.ln_f.weight"].astype(np.int32)
+
+    lines = broken(tmp_path, change)
+    assert sorted(x.strip() for x in lines[1:]) == [
+        "missing: lm_head.weight",
+        "missing: transformer.ln_f.bias",
+        "transformer.h.0.attn.c_attn.bias: found shape (7,), expected (192,)",
+        "transformer.ln_f.weight: found dtype int32, expected float32 or bfloat16 or float16",
+        "unexpected: transformer.extra",
+    ]
+
+
+def test_truncated_safetensors(tmp_path):
+    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        convert(source, tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == ["hf"]
+
+
+def test_vocabulary_mismatch(tmp_path):
+    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    cases.write_tokenizer(source, 80)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["🙂"] = 500
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="ids up to 500, the model's vocab_size is 97"):
+        convert(source, tmp_path / "c")
+
+
+def test_existing_targets(tmp_path):
+    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    convert(source, tmp_path / "c")
+    with pytest.raises(FileExistsError):
+        convert(source, tmp_path / "c")
+    convert(source, tmp_path / "c", overwrite=True)
+    export(tmp_path / "c", tmp_path / "back")
+    with pytest.raises(FileExistsError):
+        export(tmp_path / "c", tmp_path / "back")
+    export(tmp_path / "c", tmp_path / "back", overwrite=True)
+    with pytest.raises(FileExistsError, match=r"holds no config\.json"):
+        export(tmp_path / "c", tmp_path / "c", overwrite=True)
+    assert_same_bits(tensors(source), tensors(tmp_path / "back"))
+
+
+def test_missing_source(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        convert(tmp_path / "nowhere", tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        export(tmp_path / "nowhere", tmp_path / "c")

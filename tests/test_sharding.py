@@ -1,0 +1,63 @@
+"""Meshes, rules and padding."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from btlm_jax import BTLMConfig, sharding, weights
+
+B3 = BTLMConfig.preset("btlm-3b-8k")
+
+
+def test_mesh_sizes():
+    assert sharding.make_mesh(tensor=2).shape == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert sharding.make_mesh(data=2, fsdp=1, tensor=4).size == 8
+    for sizes in (dict(fsdp=3), dict(tensor=3), dict(data=-1), dict(fsdp=0)):
+        with pytest.raises(ValueError, match="mesh"):
+            sharding.make_mesh(**sizes)
+
+
+def test_padding_of_the_released_model(caplog):
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    with caplog.at_level(logging.WARNING):
+        assert sharding.padding(B3, mesh) == {"vocab": 50304, "mlp": 6912}
+    assert "zero-padded from 6826 to 6912" in caplog.text and "+1.26 %" in caplog.text
+
+
+def test_padding_is_minimal_for_small_models():
+    small = dataclasses.replace(B3, vocab_size=97, n_inner=170)
+    assert sharding.padding(small, sharding.make_mesh(fsdp=2, tensor=4)) == {"vocab": 100, "mlp": 172}
+    assert sharding.padding(small, sharding.make_mesh(fsdp=8)) == {}
+
+
+def test_specs_of_the_released_model():
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    pad = sharding.padding(B3, mesh)
+    specs = weights.flatten(sharding.param_specs(B3, mesh, pad=pad))
+    assert specs[("wte",)] == P("tensor", "fsdp")
+    assert specs[("blocks", "attn", "c_attn", "kernel")] == P(None, "fsdp", None, "tensor", None)
+    assert specs[("blocks", "attn", "c_proj", "bias")] == P(None, None)
+    assert specs[("blocks", "mlp", "c_proj", "kernel")] == P(None, "tensor", "fsdp")
+    # Every matrix is split over the whole mesh: nothing large is replicated.
+    for w in weights.table(B3):
+        if len(w.shape) > 1 and w.role != "vector":
+            assert {"fsdp", "tensor"} <= {s for s in specs[w.path] if s}, w.name
+
+
+def test_sizes_that_do_not_divide_are_named():
+    three = jax.devices()[:3]
+    mesh = sharding.make_mesh(tensor=3, devices=three)
+    with pytest.raises(ValueError, match="'heads' of size 32 does not divide over.* 2 would fit"):
+        sharding.param_specs(B3, mesh, pad=sharding.padding(B3, mesh))
+
+
+def test_bad_rules():
+    with pytest.raises(ValueError, match="collide"):
+        sharding.spec((("vocab", "fsdp"), ("embed", "fsdp")), "vocab", "embed")
+    with pytest.raises(ValueError, match="no sharding rule"):
+        sharding.spec(sharding.RULES, "emebd")
