@@ -59,7 +59,8 @@ def generate(
     c = model.config
     sampling = Sampling(do_sample, temperature, top_k, top_p)
     ids = np.asarray(input_ids)
-    mask = np.ones(ids.shape, np.int32) if attention_mask is None else np.asarray(attention_mask)
+    mask = np.ones(ids.shape) if attention_mask is None else np.asarray(attention_mask)
+    mask = (mask != 0).astype(np.int32)
     _check_prompt(ids, mask, c.vocab_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: found {max_new_tokens}, expected >= 1")
@@ -99,7 +100,7 @@ def generate(
         model,
         params,
         jnp.asarray(ids, jnp.int32),
-        jnp.asarray(mask, jnp.int32),
+        jnp.asarray(mask),
         cache,
         jax.random.key(seed),
         jnp.int32(pad_token_id),
@@ -115,6 +116,12 @@ def _decode(model, params, ids, mask, cache, key, pad, *, max_new_tokens, sampli
     spec = model.spec(params)
     B, T = ids.shape
 
+    # Learned positions count the real tokens of a row, as transformers does; ALiBi counts slots.
+    real = mask.sum(1, keepdims=True)
+
+    def positions(counted):
+        return None if model.config.alibi else jnp.maximum(counted, 0)
+
     def next_token(h, step, done):
         """The token after hidden states [B, 1, D]; `pad` in rows that are done."""
         # Choosing is cheap and done everywhere at once: the logits of all rows are replicated.
@@ -129,13 +136,15 @@ def _decode(model, params, ids, mask, cache, key, pad, *, max_new_tokens, sampli
 
     def advance(state):
         step, tokens, token, cache, done = state
-        h, cache = model.hidden(params, token[:, None], cache=cache)
+        at = positions(real + step - 1)
+        h, cache = model.hidden(params, token[:, None], cache=cache, positions=at)
         token, done = next_token(h, step, done)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, T + step))
         return step + 1, tokens, token, cache, done
 
     with sharding.on_mesh(spec.mesh):
-        h, cache = model.hidden(params, ids, attention_mask=mask, cache=cache)
+        at = positions(jnp.cumsum(mask, 1) - 1)
+        h, cache = model.hidden(params, ids, attention_mask=mask, cache=cache, positions=at)
         token, done = next_token(h[:, -1:], 0, jnp.zeros(B, bool))
         tokens = jnp.concatenate([ids, jnp.full((B, max_new_tokens), pad)], 1)
         tokens = tokens.at[:, T].set(token)

@@ -1,0 +1,53 @@
+"""Counts against closed forms and the published figures."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from btlm_jax import BTLM, BTLMConfig, accounting
+
+B3 = BTLMConfig.preset("btlm-3b-8k")
+
+
+def test_kv_cache_of_the_released_model():
+    assert accounting.kv_bytes_per_token(B3) == 327_680
+    assert accounting.kv_bytes_per_token(B3) * 8192 == 2.5 * 2**30
+
+
+def test_flops_of_the_released_model():
+    matmul = 32 * 78_638_080 + 50257 * 2560  # reference: parameters in matrix products
+    at_zero = 2 * matmul
+    f = accounting.flops_per_token(B3, 8192)
+    assert f.forward_full == at_zero + 4 * 32 * 2560 * 8192
+    assert f.forward_causal == at_zero + 2 * 32 * 2560 * 8193
+    assert f.training_full == 3 * f.forward_full
+    # Both phases of the published run: 1.217e22 by the same counting (full attention).
+    phase1 = accounting.flops_per_token(B3, 2048).training_full * 119_727 * 1920 * 2048
+    phase2 = f.training_full * (159_636 - 119_727) * 480 * 8192
+    assert phase1 + phase2 == pytest.approx(1.217e22, rel=1e-3)
+
+
+def test_flops_against_the_compiler():
+    """XLA counts the same products; it also counts elementwise work, so it is a little above."""
+    import dataclasses
+
+    config = dataclasses.replace(BTLMConfig.preset("tiny"), n_layer=1, n_embd=256, n_inner=1024)
+    model, T = BTLM(config), 256
+    params = model.init(jax.random.key(0))
+    ids = jax.numpy.zeros((1, T), int)
+    compiled = jax.jit(lambda p: model.apply(p, ids)).lower(params).compile()
+    counted = compiled.cost_analysis()["flops"]
+    ours = accounting.flops_per_token(config, T).forward_full * T
+    assert 1.0 <= counted / ours < 1.1
+
+
+def test_bad_length():
+    with pytest.raises(ValueError, match="length: found 0"):
+        accounting.flops_per_token(B3, 0)
+
+
+def test_description():
+    rows = dict(accounting.describe(B3, 8192))
+    assert "2,646,255,744" in rows["parameters"]
+    assert "327,680 B per token" in rows["KV cache"] and "2.50 GiB" in rows["KV cache"]

@@ -1,0 +1,57 @@
+"""Loading tokenizers from directories."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
+
+TEXT = "The quick brown fox, the lazy dog. Ünïcode 🙂\n\tand tabs"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    return tokenizer
+
+
+def test_gpt2_files(bpe, tmp_path):
+    """vocab.json and merges.txt as GPT-2 ships them; the end-of-text marker is one token."""
+    bpe.model.save(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    vocab["<|endoftext|>"] = len(vocab)
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    got = load_tokenizer(tmp_path)
+    ids = got.encode(TEXT + "<|endoftext|>").ids
+    assert ids[:-1] == bpe.encode(TEXT).ids
+    assert ids[-1] == vocab["<|endoftext|>"]
+    assert got.decode(ids) == TEXT
+
+
+def test_inside_a_checkpoint(bpe, tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    bpe.save(str(tmp_path / "tokenizer/tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode(TEXT).ids == bpe.encode(TEXT).ids
+
+
+def test_missing_and_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json, nor vocab\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot parse the tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_vocabulary(bpe):
+    check_vocabulary(bpe, 300)
+    check_vocabulary(bpe, 512)
+    with pytest.raises(ValueError, match="vocab_size is 200"):
+        check_vocabulary(bpe, 200)
