@@ -36,7 +36,7 @@ _HOME = {
     "next_token_loss": "loss",
     "save": "checkpoint",
 }
-__all__ = ["__version__", "mup", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", "mup", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

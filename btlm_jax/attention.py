@@ -81,7 +81,7 @@ def _xla(q, k, v, slopes, segments, offset, *, scale, precision):
     rows = functools.partial(
         _rows, k=k, v=v, slopes=slopes, scale=scale, precision=precision, segments=segments
     )
-    if T <= chunk:
+    if chunk >= T:
         return rows(q, offset, 0)
     # A remainder chunk is padded with query rows that are dropped again.
     n = -(-T // chunk)

@@ -253,8 +253,8 @@ def read_metadata(path: str | Path) -> Metadata:
     if not (path / _MARK).is_file():  # ocp.is_orbax_checkpoint accepts any directory
         if (path / "config.json").is_file():
             raise ValueError(
-                f"{path} is a Hugging Face directory, expected an Orbax checkpoint: convert it with "
-                f"`btlm convert {path} DST`"
+                f"{path} is a Hugging Face directory, expected an Orbax checkpoint: convert it "
+                f"with `btlm convert {path} DST`"
             )
         raise ValueError(f"{path} is not an Orbax checkpoint; expected one made by btlm")
     try:

@@ -234,3 +234,7 @@ def _log_to_stderr() -> None:
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,7 +86,9 @@ def next_token_loss(
             labels = jnp.where(same, labels, IGNORE)
     labels = jnp.asarray(labels)
     if labels.shape != ids.shape:
-        raise ValueError(f"labels: found shape {labels.shape}, expected that of input_ids {ids.shape}")
+        raise ValueError(
+            f"labels: found shape {labels.shape}, expected that of input_ids {ids.shape}"
+        )
     h, _ = model.hidden(
         params, ids, attention_mask=attention_mask, segment_ids=segment_ids, positions=positions
     )

@@ -224,7 +224,9 @@ class BTLM:
             raise ValueError(f"input_ids: found shape {shape}, expected [B, T] with T >= 1")
         for name, x in arrays.items():
             if x.shape != shape:
-                raise ValueError(f"{name}: found shape {x.shape}, expected that of input_ids {shape}")
+                raise ValueError(
+                    f"{name}: found shape {x.shape}, expected that of input_ids {shape}"
+                )
             if name != "attention_mask" and not jnp.issubdtype(x.dtype, jnp.integer):
                 raise ValueError(f"{name}: found dtype {x.dtype}, expected integers")
         spec.check_batch(shape[0])

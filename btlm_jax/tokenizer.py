@@ -65,6 +65,6 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
         raise ValueError(
-            f"vocabulary mismatch: the tokenizer has ids up to {largest}, the model's vocab_size is "
-            f"{vocab_size}; use the tokenizer the model was trained with"
+            f"vocabulary mismatch: the tokenizer has ids up to {largest}, the model's vocab_size "
+            f"is {vocab_size}; use the tokenizer the model was trained with"
         )

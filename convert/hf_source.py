@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..tokenizer import ASSETS
+from btlm_jax.tokenizer import ASSETS
+
 from .hf_hub import fetch, is_hub_id
 from .torch_pickle import TorchFile
 from .weight_files import (

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from .. import alibi, checkpoint, weights
-from ..config import BTLMConfig
-from ..progress import Progress
+from btlm_jax import alibi, checkpoint, weights
+from btlm_jax.config import BTLMConfig
+from btlm_jax.progress import Progress
+
 from .to_orbax import SLOPES
 
 logger = logging.getLogger(__name__)

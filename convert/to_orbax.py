@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import checkpoint, weights
-from ..config import BTLMConfig
-from ..progress import Progress
-from ..tokenizer import check_vocabulary, load_tokenizer
+from btlm_jax import checkpoint, weights
+from btlm_jax.config import BTLMConfig
+from btlm_jax.progress import Progress
+from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
+
 from .hf_source import HFSource, open_hf
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,7 @@ def convert(
         "hf_config": hf.config,
         "slopes_dtype": str(hf.tensors[SLOPES].dtype) if SLOPES in hf.tensors else None,
     }
-    out = checkpoint.writer(
-        target, config, assets=hf.assets, origin=origin, overwrite=overwrite
-    )
+    out = checkpoint.writer(target, config, assets=hf.assets, origin=origin, overwrite=overwrite)
     dtypes: dict[str, int] = {}
     with out as write, Progress(total, "B", "convert") as progress:
         for group in checkpoint.by_layer(config):
@@ -101,9 +100,7 @@ def read_config(hf: HFSource) -> BTLMConfig:
     if any(a.name in ("tokenizer.json", "vocab.json") for a in hf.assets):
         check_vocabulary(load_tokenizer(hf.directory), config.vocab_size)
     else:
-        logger.warning(
-            "%s has no tokenizer files: `btlm generate` will need them", hf.directory
-        )
+        logger.warning("%s has no tokenizer files: `btlm generate` will need them", hf.directory)
     return config
 
 
@@ -136,8 +133,8 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
     if HEAD in optional and HEAD in hf.tensors and not _same_bits(hf):
         raise ValueError(
             f"{hf.directory}: tie_word_embeddings is true, but {HEAD} differs from "
-            "transformer.wte.weight; set tie_word_embeddings to false in config.json if the head is "
-            "meant to be untied"
+            "transformer.wte.weight; set tie_word_embeddings to false in config.json if the head "
+            "is meant to be untied"
         )
 
 
@@ -148,4 +145,3 @@ def _same_bits(hf: HFSource) -> bool:
 
 def _nbytes(info: Any) -> int:
     return int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize
-

@@ -76,9 +76,7 @@ def test_chunked_equals_whole_forward_and_backward(monkeypatch):
     slopes = jnp.asarray(alibi.slopes(H), jnp.float32)
 
     def loss(q, k, v, slopes):
-        out = attention.attention(
-            q, k, v, slopes=slopes, scale=0.3, segments=(segments, segments)
-        )
+        out = attention.attention(q, k, v, slopes=slopes, scale=0.3, segments=(segments, segments))
         return (out * w).sum()
 
     results = {}

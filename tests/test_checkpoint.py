@@ -65,7 +65,10 @@ def test_onto_a_mesh_and_back(saved, params, sizes, tmp_path):
     assert "tensor" not in sizes or not loaded["wte"].is_fully_replicated
     # Saving from the mesh strips the padding: the same bits as the original.
     btlm.save(tmp_path / "again", model.config, loaded)
-    assert checkpoint.read_metadata(tmp_path / "again").leaves == checkpoint.read_metadata(saved).leaves
+    assert (
+        checkpoint.read_metadata(tmp_path / "again").leaves
+        == checkpoint.read_metadata(saved).leaves
+    )
     assert same_bits(params, btlm.load(tmp_path / "again")[1])
 
 

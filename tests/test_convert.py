@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from btlm_jax.convert import convert, export
+from btlm_jax.convert.hf_source import open_hf
 from safetensors.numpy import load_file, save_file
 
 import btlm_jax as btlm
 from btlm_jax import checkpoint, make_mesh
-from btlm_jax.convert import convert, export
-from btlm_jax.convert.hf_source import open_hf
 
 BF16, UNTIED = cases.load("g_bf16"), cases.load("i_untied")
 
@@ -43,7 +43,9 @@ def test_round_trip(case, tmp_path):
     assert_same_bits(tensors(tmp_path / "hf"), tensors(tmp_path / "back"))
     assert json.loads((tmp_path / "back/config.json").read_text()) == case.hf_config
     tokenizer = "tokenizer.json"
-    assert (tmp_path / "back" / tokenizer).read_bytes() == (tmp_path / "hf" / tokenizer).read_bytes()
+    assert (tmp_path / "back" / tokenizer).read_bytes() == (
+        tmp_path / "hf" / tokenizer
+    ).read_bytes()
     assert not list(tmp_path.glob("*.partial"))
     # And the converted model is the original.
     model, params = btlm.load(tmp_path / "c", dtype=jnp.float32)
@@ -80,7 +82,7 @@ def test_mixed_dtypes_survive(tmp_path):
     convert(source, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back")
     assert_same_bits(mixed, tensors(tmp_path / "back"))
-    with pytest.raises(ValueError, match="stored as bfloat16, float32.*pass dtype="):
+    with pytest.raises(ValueError, match=r"stored as bfloat16, float32.*pass dtype="):
         btlm.load(tmp_path / "c")
     btlm.load(tmp_path / "c", dtype=jnp.float32)
 
@@ -95,7 +97,7 @@ def test_tied_head_of_bin_files_is_checked_and_left_out(tmp_path):
     assert_same_bits(BF16.weights, tensors(tmp_path / "back"))
     whole["lm_head.weight"][0, 0] += 1
     save_file(whole, source / "model.safetensors")
-    with pytest.raises(ValueError, match="differs from transformer.wte.weight"):
+    with pytest.raises(ValueError, match="differs from transformer"):
         convert(source, tmp_path / "c2")
 
 
@@ -125,7 +127,9 @@ def test_fresh_model_exports_exact_slopes(tmp_path):
     convert(tmp_path / "hf", tmp_path / "back")
     ids = np.arange(12)[None]
     again = btlm.load(tmp_path / "back")
-    np.testing.assert_array_equal(model.apply(btlm.load(tmp_path / "c")[1], ids), again[0].apply(again[1], ids))
+    np.testing.assert_array_equal(
+        model.apply(btlm.load(tmp_path / "c")[1], ids), again[0].apply(again[1], ids)
+    )
 
 
 def test_changed_model_gets_a_fresh_config(tmp_path):

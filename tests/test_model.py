@@ -6,6 +6,7 @@ fp32 tolerances: 5e-5 absolute on logits is the issue's bar; the measured margin
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 
 import cases
@@ -78,7 +79,7 @@ def incremental(case, ids, prefix, *, mask=None, positions=None):
     cache = model.init_cache(params, ids.shape[0], ids.shape[1])
     pieces = []
     bounds = [0, *range(prefix, ids.shape[1] + 1)]
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in itertools.pairwise(bounds):
         cut = {"attention_mask": mask, "positions": positions}
         cut = {k: v[:, a:b] for k, v in cut.items() if v is not None}
         logits, cache = model.apply(params, ids[:, a:b], cache=cache, **cut)
@@ -109,7 +110,9 @@ def test_incremental_padded(case):
     assert max_error(got, case["incpad/logits"], mask == 1) < tolerance
 
 
-@pytest.mark.parametrize("name", [n for n in cases.NAMES if n not in ("f_learned_gelu_mup", "g_bf16")])
+@pytest.mark.parametrize(
+    "name", [n for n in cases.NAMES if n not in ("f_learned_gelu_mup", "g_bf16")]
+)
 def test_incremental_long(name):
     # With dynamic scaling this differs from the full forward: each step scales by its own length.
     case = cases.load(name)
@@ -334,7 +337,7 @@ def test_unknown_token_ids_are_visible(tiny):
 def test_cache_overflow(tiny):
     model, params = tiny
     cache = model.init_cache(params, 1, 4)
-    with pytest.raises(ValueError, match="holds 4 tokens.*5 more do not fit"):
+    with pytest.raises(ValueError, match=r"holds 4 tokens.*5 more do not fit"):
         model.apply(params, np.ones((1, 5), int), cache=cache)
     _, full = model.apply(params, np.ones((1, 3), int), cache=cache)
     with pytest.raises(ValueError, match="3 are used, and 2 more"):

@@ -197,7 +197,7 @@ def test_alibi_bias():
 @pytest.mark.parametrize("case", [c for c in CASES if c != "f_learned_gelu_mup"])
 def test_slopes_computed_and_stored(case):
     """Fresh models compute them; checkpoints store them (in bf16 only case g loses bits)."""
-    _, weights, config = model(case)
+    _, weights, _ = model(case)
     stored = weights["transformer.relative_pe.slopes"].reshape(-1)
     limit = 2.0**-9 if case == "g_bf16" else 1e-7  # relative; measured 1.4e-3 and 3.2e-8
     np.testing.assert_allclose(ref.alibi_slopes(len(stored)), stored, rtol=limit)

@@ -31,7 +31,10 @@ def test_padding_of_the_released_model(caplog):
 
 def test_padding_is_minimal_for_small_models():
     small = dataclasses.replace(B3, vocab_size=97, n_inner=170)
-    assert sharding.padding(small, sharding.make_mesh(fsdp=2, tensor=4)) == {"vocab": 100, "mlp": 172}
+    assert sharding.padding(small, sharding.make_mesh(fsdp=2, tensor=4)) == {
+        "vocab": 100,
+        "mlp": 172,
+    }
     assert sharding.padding(small, sharding.make_mesh(fsdp=8)) == {}
 
 
@@ -52,7 +55,7 @@ def test_specs_of_the_released_model():
 def test_sizes_that_do_not_divide_are_named():
     three = jax.devices()[:3]
     mesh = sharding.make_mesh(tensor=3, devices=three)
-    with pytest.raises(ValueError, match="'heads' of size 32 does not divide over.* 2 would fit"):
+    with pytest.raises(ValueError, match=r"'heads' of size 32 does not divide over.* 2 would fit"):
         sharding.param_specs(B3, mesh, pad=sharding.padding(B3, mesh))
 
 

@@ -63,9 +63,7 @@ def test_init_draws_what_the_table_says():
 def test_padding_changes_no_value():
     c = BTLMConfig.preset("tiny")
     plain = weights.flatten(weights.init(jax.random.key(1), c))
-    padded = weights.flatten(
-        weights.init(jax.random.key(1), c, padding={"mlp": 192, "vocab": 640})
-    )
+    padded = weights.flatten(weights.init(jax.random.key(1), c, padding={"mlp": 192, "vocab": 640}))
     for path, x in plain.items():
         inner = tuple(slice(n) for n in x.shape)
         np.testing.assert_array_equal(padded[path][inner], x)

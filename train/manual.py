@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
-from pydoc_data.topics import topics
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..tokenizer import END_OF_TEXT
+from btlm_jax.tokenizer import END_OF_TEXT
 
 
 class Split(NamedTuple):

@@ -11,9 +11,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as e:
-        raise ValueError(
-            "the loss curve needs matplotlib: pip install 'btlm-jax[plot]'"
-        ) from e
+        raise ValueError("the loss curve needs matplotlib: pip install 'btlm-jax[plot]'") from e
 
 
 def loss_curve(

@@ -15,24 +15,25 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from btlm_jax.convert import convert, export
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from .. import checkpoint, mup, sharding, weights
-from ..config import BTLMConfig
-from ..convert import convert, export
-from ..generation.loop import generate
-from ..loss import IGNORE, next_token_loss
-from ..model import BTLM
-from ..progress import Progress
-from ..tokenizer import load_tokenizer
+from btlm_jax import checkpoint, mup, sharding, weights
+from btlm_jax.config import BTLMConfig
+from btlm_jax.generation.loop import generate
+from btlm_jax.loss import IGNORE, next_token_loss
+from btlm_jax.model import BTLM
+from btlm_jax.progress import Progress
+from btlm_jax.tokenizer import load_tokenizer
+
 from . import manual, plots
 from .step import init_state, make_step
 
 logger = logging.getLogger(__name__)
 
 VIRTUAL_DEVICES = 4
-PROMPTS = ("The \"with\" statement", "A class definition", "If the iterator is")
+PROMPTS = ('The "with" statement', "A class definition", "If the iterator is")
 
 
 class Recipe(NamedTuple):
@@ -88,10 +89,11 @@ def train(
     """
     recipe = recipe or Recipe()
     recipe = recipe._replace(steps=steps) if steps else recipe
-    directory = _make(directory)
     plots.require_matplotlib()
+    config = model_config(recipe)
+    mesh = _mesh(config)
+    directory = _make(directory)
     started = time.monotonic()
-    mesh = _mesh()
     recipe = recipe._replace(batch_size=_round_up(recipe.batch_size, mesh))
 
     text = manual.manual()
@@ -104,7 +106,6 @@ def train(
     print(f"text: Python's language reference, {tokens.size:,} tokens to train on, {held.size:,} "
           f"held out; unigram entropy of those {unigram:.3f} nats per token")  # fmt: skip
 
-    config = model_config(recipe)
     model = BTLM(config)
     params = model.init(jax.random.key(seed), mesh=mesh)
     shape = ", ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1) or "one device"
@@ -158,7 +159,7 @@ def from_hf(directory: Path, source: str) -> None:
     print(f"converted {report.tensors} tensors, {report.nbytes:,} bytes, "
           f"{weights.count(report.config):,} parameters")  # fmt: skip
     tokenizer = load_tokenizer(directory / "checkpoint")
-    model, params = checkpoint.load(directory / "checkpoint", mesh=_mesh())
+    model, params = checkpoint.load(directory / "checkpoint", mesh=_mesh(report.config))
     _show(model, params, tokenizer, PROMPTS)
     _summary(directory, {"checkpoint/": "Orbax checkpoint"}, started, "checkpoint")
 
@@ -226,12 +227,13 @@ def _make(directory: Path) -> Path:
     return directory
 
 
-def _mesh() -> Mesh:
+def _mesh(config: BTLMConfig) -> Mesh:
     """All devices; on a CPU, virtual ones, so that the weights are sharded for real."""
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
     devices = len(jax.devices())
-    tensor = 2 if jax.default_backend() == "cpu" and devices % 2 == 0 else 1
+    pairs = devices % 2 == 0 and config.n_head % 2 == 0
+    tensor = 2 if jax.default_backend() == "cpu" and pairs else 1
     return sharding.make_mesh(fsdp=devices // tensor, tensor=tensor)
 
 

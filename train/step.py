@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .. import sharding
-from ..loss import next_token_loss
-from ..model import BTLM
-from ..weights import Params
+from btlm_jax import sharding
+from btlm_jax.loss import next_token_loss
+from btlm_jax.model import BTLM
+from btlm_jax.weights import Params
 
 
 class TrainState(NamedTuple):
@@ -61,7 +61,7 @@ def make_step(
             loss, grads = jax.value_and_grad(loss_fn)(state.params)
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            metrics = Metrics(loss, optax.global_norm(grads))
+            metrics = Metrics(loss, optax.tree.norm(grads))
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -161,8 +161,8 @@ def _check_prompt(ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> None:
         raise ValueError(f"input_ids: found dtype {ids.dtype}, expected integers")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise ValueError(
-            f"input_ids: found ids from {ids.min()} to {ids.max()}, expected 0 to {vocab_size - 1}; "
-            "was the prompt encoded with this model's tokenizer?"
+            f"input_ids: found ids from {ids.min()} to {ids.max()}, expected 0 to "
+            f"{vocab_size - 1}; was the prompt encoded with this model's tokenizer?"
         )
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask: found shape {mask.shape}, expected {ids.shape}")

@@ -1,0 +1,152 @@
+"""The command line as a user meets it: what it prints, exit codes, and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import cases
+import pytest
+
+from btlm_jax import cli
+
+COMMANDS = ("quickstart", "convert", "export", "info", "generate")
+
+
+def run(capsys, *argv):
+    """Runs the command in this process: (exit code, standard output, standard error)."""
+    try:
+        code = cli.main([str(a) for a in argv])
+    except SystemExit as e:  # from the argument parser
+        code = e.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_help_of_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert name in out
+        code, text, _ = run(capsys, name, "--help")
+        assert code == 0 and "show this help message" in text
+
+
+def test_help_needs_no_jax():
+    code = (
+        "import sys; from btlm_jax import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "assert not {'jax', 'flax', 'orbax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_convert_info_generate_export(capsys, tmp_path):
+    source = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"), tokenizer=True)
+    code, out, _ = run(capsys, "convert", source, tmp_path / "c")
+    assert code == 0 and "31 tensors (31 float32)" in out and "tokenizer.json" in out
+    code, out, _ = run(capsys, "info", tmp_path / "c", "--length", "64")
+    assert code == 0 and "2 layers, n_embd 96" in out and str(source) in out
+    assert (
+        run(capsys, "info", source, "--length", "64")[1].split()
+        == out[: out.index("stored")].split()
+    )
+    code, out, _ = run(
+        capsys, "generate", tmp_path / "c", "--prompt", "Hello", "--max-new-tokens", "9"
+    )
+    assert code == 0 and out.startswith("Hello") and len(out.strip()) > 5
+    sampled = ("generate", tmp_path / "c", "--prompt", "Hi", "--sample", "--top-p", "0.9")
+    first, again = (run(capsys, *sampled, "--seed", "3") for _ in range(2))
+    assert first[:2] == again[:2] and first[0] == 0
+    code, out, _ = run(
+        capsys, "export", tmp_path / "c", tmp_path / "back", "--max-shard-size", "90000"
+    )
+    assert code == 0 and "model-00001-of-" in out
+
+
+def test_info_of_a_preset(capsys):
+    code, out, _ = run(capsys, "info", "btlm-3b-8k")
+    assert code == 0
+    for text in ("2,646,255,744", "327,680 B per token", "full attention", "causal"):
+        assert text in out
+
+
+def test_warning_of_useless_options(capsys, checkpoint_dir):
+    code, _, err = run(capsys, "generate", checkpoint_dir, "--prompt", "a", "--top-k", "5")
+    assert code == 0 and "do nothing without --sample" in err
+
+
+def bad_inputs(tmp_path):
+    hf = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"))
+    cut = cases.write_hf(tmp_path / "cut", cases.load("a2_btlm_mup_h32"))
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    odd = cases.write_hf(tmp_path / "odd", cases.load("a2_btlm_mup_h32"))
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
+    new = tmp_path / "new"
+    return {
+        "missing source": (("convert", tmp_path / "nowhere", new), "nowhere"),
+        "truncated": (("convert", cut, new), "model.safetensors"),
+        "unknown value": (("convert", odd, new), "activation_function: found 'relu'"),
+        "existing target": (("convert", hf, hf), "exists"),
+        "not a checkpoint": (("info", tmp_path), "not an Orbax checkpoint"),
+        "hf instead": (("generate", hf, "--prompt", "x"), "btlm convert"),
+        "no such preset": (("info", "btlm-3b"), "the presets are"),
+        "existing directory": (("quickstart", hf), "exists"),
+        "quickstart source": (("quickstart", new, "--hf", tmp_path / "nowhere"), "nowhere"),
+        "export": (("export", tmp_path / "nowhere", new), "no such checkpoint"),
+    }
+
+
+def test_bad_input(capsys, tmp_path):
+    for name, (argv, message) in bad_inputs(tmp_path).items():
+        before = sorted(os.listdir(tmp_path))
+        code, out, err = run(capsys, *argv)
+        assert code == 2, name
+        assert message in err and err.splitlines()[-1] and "Traceback" not in err + out, name
+        assert "btlm: error: " in err, name
+        assert sorted(os.listdir(tmp_path)) == before, name  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--prompt", ""), "--prompt is empty"),
+        (("--prompt", "Hello", "--cache-length", "3"), "found cache_length=3"),
+        (("--prompt", "Hello", "--sample", "--temperature", "0"), "temperature: found 0.0"),
+    ],
+)
+def test_bad_generation(capsys, checkpoint_dir, options, message):
+    code, _, err = run(capsys, "generate", checkpoint_dir, *options)
+    assert code == 2 and message in err
+
+
+def test_checkpoint_without_tokenizer(capsys, tmp_path):
+    source = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"))
+    code, _, err = run(capsys, "convert", source, tmp_path / "c")
+    assert code == 0 and "no tokenizer files" in err
+    code, _, err = run(capsys, "generate", tmp_path / "c", "--prompt", "x")
+    assert code == 2 and "no tokenizer.json" in err
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cli.main(["info", str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_unknown_arguments(capsys):
+    code, out, err = run(capsys, "convert", "a", "b", "--overwritee")
+    assert code == 2 and "overwrite" in out + err
+
+
+def test_console_script(tmp_path):
+    """The installed command, in a process of its own, with an error and without a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "btlm_jax.cli", "info", str(tmp_path / "x")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("btlm: error:") and "Traceback" not in done.stderr
