@@ -45,11 +45,13 @@ def scale(scaling: AlibiScaling | None, key_length: int | jax.Array) -> float | 
     """
     if scaling is None:
         return 1.0
-    if scaling.factor is not None:
+    trained = scaling.train_seq_len
+    if trained is None:
+        assert scaling.factor is not None  # exactly one of the two is set
         return scaling.factor
-    if isinstance(key_length, int | np.integer):
-        return max(1.0, key_length / scaling.train_seq_len)
-    return jnp.maximum(1.0, key_length.astype(jnp.float32) / scaling.train_seq_len)
+    if isinstance(key_length, jax.Array):
+        return jnp.maximum(1.0, key_length.astype(jnp.float32) / trained)
+    return max(1.0, key_length / trained)
 
 
 def bias(slopes_H: jax.Array, query_T: jax.Array, key_S: jax.Array) -> jax.Array:

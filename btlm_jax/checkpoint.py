@@ -114,14 +114,15 @@ def writer(
         shutil.rmtree(stage)
     stage.mkdir(parents=True)
     target = stage / "checkpoint"
-    metadata = {_KEY: _encode(config, origin or {})}
+    metadata: Any = {_KEY: _encode(config, origin or {})}
 
     def write(leaves: Mapping[weights.Path, Any]) -> None:
-        ocp.partial.save(target, weights.unflatten(leaves), custom_metadata=metadata)
+        tree: Any = weights.unflatten(leaves)
+        ocp.partial.save(str(target), tree, custom_metadata=metadata)
 
     try:
         yield write
-        ocp.partial.finalize(target)
+        ocp.partial.finalize(str(target))
         assets = list(assets)
         if assets:
             (target / "tokenizer").mkdir()
@@ -203,8 +204,8 @@ def load(
     for leaf in weights.disk_leaves(meta.config):
         stacked = placed[leaf.weight.path]
         one = stacked
-        if mesh is not None and leaf.layer is not None:
-            one = NamedSharding(mesh, jax.sharding.PartitionSpec(*stacked.spec[1:]))
+        if isinstance(stacked, NamedSharding) and leaf.layer is not None:
+            one = NamedSharding(stacked.mesh, jax.sharding.PartitionSpec(*stacked.spec[1:]))
         stored = meta.leaves[leaf.path].dtype if dtype is None else dtype
         wanted[leaf.path] = jax.ShapeDtypeStruct(leaf.weight.padded(pad), stored, sharding=one)
     arrays = _restore(path, wanted)
@@ -258,7 +259,7 @@ def read_metadata(path: str | Path) -> Metadata:
             )
         raise ValueError(f"{path} is not an Orbax checkpoint; expected one made by btlm")
     try:
-        found = ocp.metadata(path)
+        found: Any = ocp.metadata(str(path))
     except Exception as e:  # Orbax raises many types for damaged files
         raise ValueError(f"{path}: damaged checkpoint, its metadata cannot be read ({e})") from e
     notes = (found.custom_metadata or {}).get(_KEY)
@@ -336,7 +337,8 @@ def _restore(path: str | Path, wanted: Mapping[weights.Path, Any], host: bool = 
     context.array_options.loading.enable_padding_and_truncation = True
     try:
         with context:
-            tree = ocp.load(Path(path).absolute(), weights.unflatten(wanted))
+            request: Any = weights.unflatten(wanted)
+            tree: Any = ocp.load(str(Path(path).absolute()), request)
     except Exception as e:  # Orbax and TensorStore raise many types for damaged files
         raise ValueError(f"{path}: damaged checkpoint, cannot be read ({e})") from e
     arrays = weights.flatten(tree)

@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _log_to_stderr() -> None:
     """Our own notices on standard error; of libraries, warnings only."""
-    handler = logging.StreamHandler()
+    handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("btlm: %(message)s"))
     ours = logging.getLogger("btlm_jax")
     ours.handlers, ours.propagate = [handler], False

@@ -277,7 +277,14 @@ class Spec:
         """Shards an array by logical axes; the identity off any mesh."""
         if self.mesh is None:
             return x
-        return reshard(x, jax.sharding.NamedSharding(self.mesh, self.axes(*axes)))
+        return reshard(x, jax.sharding.NamedSharding(self.mesh, sharding.spec(self.rules, *axes)))
+
+    @property
+    def attention_shard(self) -> tuple[PartitionSpec, PartitionSpec] | None:
+        """How attention is split: the PartitionSpecs of batch and heads; None off any mesh."""
+        if self.mesh is None:
+            return None
+        return sharding.spec(self.rules, "batch"), sharding.spec(self.rules, "heads")
 
     def zeros(self, shape, dtype, *axes: str | None) -> jax.Array:
         """A sharded array of zeros."""
@@ -409,7 +416,7 @@ class Attention(Layer):
             v,
             **shared,
             implementation=spec.implementation,
-            shard=spec.mesh and (spec.axes("batch"), spec.axes("heads")),
+            shard=spec.attention_shard,
         )
         h = Linear(spec, "bhtk,hkd->btd", ("batch", None, None), name="c_proj")(out)
         return h, kv, attention.probabilities(q, k, **shared) if capture else None
@@ -476,12 +483,10 @@ class Transformer(Layer):
         h = h.astype(spec.dtype)
 
         segments = inputs.get("segment_ids")
+        pair: Any = None if segments is None else (segments, segments)
         if cache is not None:
             new = spec.place(jnp.ones_like(ids), "batch", None) if segments is None else segments
-            keys = jax.lax.dynamic_update_slice(cache.segment_ids, new, (0, offset))
-            context_segments = (new, keys)
-        else:
-            context_segments = None if segments is None else (segments, segments)
+            pair = (new, jax.lax.dynamic_update_slice(cache.segment_ids, new, (0, offset)))
         slopes = None
         if c.alibi:
             scaled = jnp.asarray(alibi.model_slopes(c), jnp.float32)
@@ -495,13 +500,14 @@ class Transformer(Layer):
             length=c.n_layer,
         )(spec, capture, name="blocks")
         kv = None if cache is None else (cache.key, cache.value)
-        context = Context(slopes, context_segments, offset)
-        (h, kv), captured = blocks((h, kv), jnp.arange(c.n_layer), context)
+        context = Context(slopes, pair, offset)
+        out: Any = blocks((h, kv), jnp.arange(c.n_layer), context)
+        (h, filled), captured = out
         h = LayerNorm(spec, name="ln_f")(h)
         if cache is not None:
             # A cache that ran over would have overwritten its last slots: make that visible.
             h = jnp.where(offset + T <= cache.capacity, h, jnp.nan)
-            cache = KVCache(kv[0], kv[1], keys, offset + T)
+            cache = KVCache(*filled, pair[1], offset + T)
         return h, cache, captured
 
 

@@ -38,8 +38,11 @@ class Progress:
         self._done = 0
         self._bar = None
         if sys.stderr.isatty():
-            binary = dict(unit_scale=True, unit_divisor=1024) if unit == "B" else {}
-            self._bar = tqdm(total=total, unit=unit, desc=title, **binary)
+            scale = unit == "B"
+            base = 1024 if scale else 1000
+            self._bar = tqdm(
+                total=total, unit=unit, desc=title, unit_scale=scale, unit_divisor=base
+            )
 
     def __enter__(self) -> Progress:
         return self

@@ -194,4 +194,5 @@ def concrete_mesh_of(x: jax.Array) -> Mesh | None:
     """The mesh of devices a concrete array lives on; None off any mesh or while tracing."""
     if isinstance(x, jax.core.Tracer) or mesh_of(x) is None:
         return None
-    return x.sharding.mesh
+    mesh = getattr(x.sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None

@@ -176,7 +176,8 @@ def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
     flat: dict[Path, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat.update({(key, *path): leaf for path, leaf in flatten(value).items()})
+            for path, leaf in flatten(value).items():
+                flat[(key, *path)] = leaf
         else:
             flat[(key,)] = value
     return flat

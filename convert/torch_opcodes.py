@@ -10,7 +10,7 @@ largest memo index it meets, so five bytes can ask for tens of GB).
 from __future__ import annotations
 
 import pickletools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -88,7 +88,7 @@ def evaluate(data: bytes) -> object:
 def _run_opcodes(data: bytes) -> object:
     stack: list[object] = []
     marks: list[int] = []
-    memo: dict[int, object] = {}
+    memo: dict[object, object] = {}
 
     def pop_from(start: int) -> list[object]:
         if not 0 <= start <= len(stack):
@@ -132,7 +132,7 @@ def _run_opcodes(data: bytes) -> object:
                 items = pop_from(len(stack) - 1 if opcode.name == "APPEND" else marks.pop())
                 _append(stack[-1], items)
             case "GLOBAL":
-                stack.append(_global(arg))
+                stack.append(_global(str(arg)))
             case "STACK_GLOBAL":
                 module, name = pop_from(len(stack) - 2)
                 if not (isinstance(module, str) and isinstance(name, str)):
@@ -184,7 +184,7 @@ def _global(name: str) -> _Global:
     return _Global(name)
 
 
-def _storage(pid: object) -> Storage:
+def _storage(pid: Any) -> Storage:
     """The storage that a persistent id `('storage', class, key, device, numel)` stands for."""
     match pid:
         case ("storage", _Global(name), str(key), str(), int(numel)) if (
@@ -197,7 +197,7 @@ def _storage(pid: object) -> Storage:
     )
 
 
-def _reduce(function: object, args: object) -> object:
+def _reduce(function: Any, args: Any) -> object:
     """What calling one of the three known functions would build, from checked arguments."""
     match function, args:
         case _Global(name), () if name == _ORDERED_DICT:
@@ -218,7 +218,7 @@ def _reduce(function: object, args: object) -> object:
     )
 
 
-def _tensor(storage: object, offset: object, shape: object, strides: object) -> TensorView:
+def _tensor(storage: object, offset: Any, shape: Any, strides: Any) -> TensorView:
     if (
         not isinstance(storage, Storage)
         or not _is_count(offset)

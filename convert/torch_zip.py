@@ -12,8 +12,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def zip_members(file: BinaryIO) -> tuple[str, dict[str, zipfile.ZipInfo]]:
+def zip_members(file: BufferedReader) -> tuple[str, dict[str, zipfile.ZipInfo]]:
     """The archive's prefix and its members by name.
 
     Raises:
@@ -83,7 +84,7 @@ def _explain_not_zip(head: bytes) -> str:
     return f"not a torch.save zip archive (starts with {head[:8]!r}). {REDOWNLOAD}"
 
 
-def pickle_bytes(file: BinaryIO, prefix: str, infos: Mapping[str, zipfile.ZipInfo]) -> bytes:
+def pickle_bytes(file: BufferedReader, prefix: str, infos: Mapping[str, zipfile.ZipInfo]) -> bytes:
     """The bytes of `<prefix>/data.pkl`, of an archive in little-endian order.
 
     Raises:
@@ -100,7 +101,7 @@ def pickle_bytes(file: BinaryIO, prefix: str, infos: Mapping[str, zipfile.ZipInf
     return read_span(file, at, 0, at.size).tobytes()
 
 
-def find_member(file: BinaryIO, infos: Mapping[str, zipfile.ZipInfo], name: str) -> Member:
+def find_member(file: BufferedReader, infos: Mapping[str, zipfile.ZipInfo], name: str) -> Member:
     """Locate a stored member's bytes, and check that they lie inside the file.
 
     Raises:
@@ -124,17 +125,17 @@ def find_member(file: BinaryIO, infos: Mapping[str, zipfile.ZipInfo], name: str)
     raise ValueError(f"zip member {name[:80]!r} does not lie inside the file. {REDOWNLOAD}")
 
 
-def read_span(file: BinaryIO, member: Member, start: int, size: int) -> np.ndarray:
+def read_span(file: BufferedReader, member: Member, start: int, size: int) -> np.ndarray:
     """`size` bytes from `start` of a member, as a fresh uint8 array.
 
     Raises:
         ValueError: the file ends early, or the whole member was read and its checksum differs.
     """
-    raw = np.empty(size, np.uint8)
+    raw = bytearray(size)
     file.seek(member.offset + start)
     if file.readinto(raw) != size:
         raise ValueError(f"the file ends inside a member. {REDOWNLOAD}")
     # torch writes 0 where checksums were switched off (set_crc32_options).
     if size == member.size and member.crc and zlib.crc32(raw) != member.crc:
         raise ValueError(f"checksum mismatch: the bytes are damaged. {REDOWNLOAD}")
-    return raw
+    return np.frombuffer(raw, np.uint8)

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -174,7 +174,7 @@ def _fit(model: BTLM, params, tokens, held, recipe: Recipe, seed: int):
     batches = manual.training_batches(tokens, recipe.batch_size, recipe.length, seed)
     losses: dict[int, float] = {}
     held_losses: dict[int, float] = {}
-    pending = None
+    pending: Any = None
     with Progress(recipe.steps, "step", "train") as progress:
         for i in range(1, recipe.steps + 1):
             state, metrics = step(state, next(batches))
@@ -203,8 +203,11 @@ def evaluate(model: BTLM, params, tokens: np.ndarray, recipe: Recipe) -> float:
 def _show(model: BTLM, params, tokenizer: Tokenizer, prompts) -> None:
     for prompt in prompts:
         ids = np.array([tokenizer.encode(prompt).ids])
-        for name, how in (("greedy", {}), ("sampled", dict(do_sample=True, temperature=0.7))):
-            out = generate(model, params, ids, max_new_tokens=48, **how)
+        for name, sample in (("greedy", False), ("sampled", True)):
+            temperature = 0.7 if sample else 1.0
+            out = generate(
+                model, params, ids, max_new_tokens=48, do_sample=sample, temperature=temperature
+            )
             print(f"\n[{name}] {tokenizer.decode(out[0].tolist())}")
     print()
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from btlm_jax import sharding
 from btlm_jax.loss import next_token_loss
@@ -45,7 +46,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 def make_step(
     model: BTLM, tx: optax.GradientTransformation
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, ArrayLike], tuple[TrainState, Metrics]]:
     """Returns the step: (state, input_ids [B, T]) -> (state, metrics).
 
     Raises:
@@ -53,14 +54,14 @@ def make_step(
     """
     model.config.require_no_dropout()
 
-    def step(state: TrainState, input_ids: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, input_ids: ArrayLike) -> tuple[TrainState, Metrics]:
         def loss_fn(params):
             return next_token_loss(model, params, input_ids).mean
 
         with sharding.on_mesh(sharding.mesh_of(state.params["wte"])):
             loss, grads = jax.value_and_grad(loss_fn)(state.params)
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
             metrics = Metrics(loss, optax.tree.norm(grads))
         return TrainState(params, opt_state, state.step + 1), metrics
 
