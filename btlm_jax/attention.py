@@ -81,14 +81,14 @@ def _xla(q, k, v, slopes, segments, offset, *, scale, precision):
     rows = functools.partial(
         _rows, k=k, v=v, slopes=slopes, scale=scale, precision=precision, segments=segments
     )
-    if chunk >= T:
+    # Rematerialised, or the backward pass would keep the scores of every chunk and layer.
+    rows = jax.checkpoint(rows)
+    n = -(-T // chunk)
+    if n == 1:
         return rows(q, offset, 0)
     # A remainder chunk is padded with query rows that are dropped again.
-    n = -(-T // chunk)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, n * chunk - T), (0, 0)))
     q_chunks = jnp.moveaxis(q.reshape(*q.shape[:2], n, chunk, q.shape[3]), 2, 0)
-    # Rematerialised, or the backward pass would keep the scores of every chunk.
-    rows = jax.checkpoint(rows)
     starts = jnp.arange(n, dtype=jnp.int32) * chunk
     out = jax.lax.map(lambda x: rows(x[0], offset, x[1]), (q_chunks, starts))
     return jnp.moveaxis(out, 0, 2).reshape(q.shape)[:, :, :T]

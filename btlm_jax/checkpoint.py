@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
+import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,14 +25,13 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax import __version__, sharding, weights
+from btlm_jax import __version__, sharding, staging, weights
 from btlm_jax.config import AlibiScaling, BTLMConfig
 from btlm_jax.model import BTLM
 
-logger = logging.getLogger(__name__)
-
 FORMAT = 1
 _KEY = "btlm_jax"
+_DTYPES = weights.STORED_DTYPES
 _LAYOUT = "one leaf per layer"
 _MARK = "_CHECKPOINT_METADATA"  # a file Orbax writes into every finished checkpoint
 
@@ -79,10 +77,14 @@ def save(
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
-      ValueError: the weights do not match the configuration.
+      ValueError: the weights do not match the configuration, are of a dtype that is not stored, or
+        hold something where padding should be.
     """
     weights.check(params, config)
     flat = weights.flatten(params)
+    odd = {"/".join(p): str(x.dtype) for p, x in flat.items() if str(x.dtype) not in _DTYPES}
+    if odd:
+        raise ValueError(f"dtypes to store: found {odd}, expected one of {', '.join(_DTYPES)}")
     with writer(path, config, assets=assets, origin=origin, overwrite=overwrite) as write:
         for leaves in by_layer(config):
             write({leaf.path: _unstack(flat[leaf.weight.path], leaf) for leaf in leaves})
@@ -105,22 +107,13 @@ def writer(
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
     """
-    path = Path(path).absolute()
-    refuse_existing(path, overwrite)
-    # Staged beside the target (same file system, so the final rename is atomic).
-    stage = path.with_name(path.name + ".partial")
-    if stage.exists():
-        logger.warning("removing %s, left by an interrupted run", stage)
-        shutil.rmtree(stage)
-    stage.mkdir(parents=True)
-    target = stage / "checkpoint"
     metadata: Any = {_KEY: _encode(config, origin or {})}
+    with staging.new_directory(path, overwrite=overwrite, ours=is_ours) as target:
 
-    def write(leaves: Mapping[weights.Path, Any]) -> None:
-        tree: Any = weights.unflatten(leaves)
-        ocp.partial.save(str(target), tree, custom_metadata=metadata)
+        def write(leaves: Mapping[weights.Path, Any]) -> None:
+            tree: Any = weights.unflatten(leaves)
+            ocp.partial.save(str(target), tree, custom_metadata=metadata)
 
-    try:
         yield write
         ocp.partial.finalize(str(target))
         assets = list(assets)
@@ -128,44 +121,14 @@ def writer(
             (target / "tokenizer").mkdir()
             for file in assets:
                 shutil.copyfile(file, target / "tokenizer" / Path(file).name)
-        replace(target, path)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
-def refuse_existing(path: Path, overwrite: bool, ours: str = _MARK) -> None:
-    """Refuses to write to a `path` that exists, or to replace what we did not write.
-
-    Args:
-      ours: a file that every directory of the kind about to be written holds.
-
-    Raises:
-      FileExistsError: `path` exists, and `overwrite` is not set or it is something else.
-    """
-    if not path.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name, or pass --overwrite")
-    if not (path / ours).is_file():
-        raise FileExistsError(
-            f"{path} exists and holds no {ours}: --overwrite only replaces what btlm has written; "
-            "choose another name"
-        )
-
-
-def replace(staged: Path, path: Path) -> None:
-    """Renames a finished directory to its name; one that has the name is only then removed."""
-    if not path.exists():
-        os.rename(staged, path)
-        return
-    old = path.with_name(path.name + ".replaced")
-    os.rename(path, old)
+def is_ours(path: Path) -> bool:
+    """Whether a directory is a checkpoint we wrote."""
     try:
-        os.rename(staged, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
-    shutil.rmtree(old)
+        return _KEY in json.loads((path / _MARK).read_text())["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load(
@@ -248,8 +211,8 @@ def read_metadata(path: str | Path) -> Metadata:
     """
     path = Path(path).absolute()
     if not path.exists():
-        partial = path.with_name(path.name + ".partial")
-        hint = f"; {partial} is an interrupted run: start it again" if partial.exists() else ""
+        left = ", ".join(str(p) for p in staging.leftovers(path))
+        hint = f"; an interrupted run left {left}" if left else ""
         raise FileNotFoundError(f"{path}: no such checkpoint{hint}")
     if not (path / _MARK).is_file():  # ocp.is_orbax_checkpoint accepts any directory
         if (path / "config.json").is_file():
@@ -260,8 +223,12 @@ def read_metadata(path: str | Path) -> Metadata:
         raise ValueError(f"{path} is not an Orbax checkpoint; expected one made by btlm")
     try:
         found: Any = ocp.metadata(str(path))
-    except Exception as e:  # Orbax raises many types for damaged files
-        raise ValueError(f"{path}: damaged checkpoint, its metadata cannot be read ({e})") from e
+    except _NOT_DAMAGE:
+        raise
+    except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
+        raise _damaged(path, e) from e
+    if found.metadata is None:
+        raise _damaged(path, "the list of its arrays cannot be read")
     notes = (found.custom_metadata or {}).get(_KEY)
     if not isinstance(notes, Mapping):
         raise ValueError(f"{path}: an Orbax checkpoint without BTLM metadata; expected one of ours")
@@ -307,14 +274,23 @@ def by_layer(config: BTLMConfig) -> Iterator[list[weights.DiskLeaf]]:
 def _unstack(stacked: Any, leaf: weights.DiskLeaf) -> Any:
     """One stored array out of a stacked, padded, sharded one."""
     w = leaf.weight
-    if not isinstance(stacked, jax.Array):
-        one = stacked if leaf.layer is None else stacked[leaf.layer]
-        return np.asarray(one)[tuple(slice(n) for n in w.shape)]
-    return _cut(stacked, leaf.layer, w.shape, sharding.mesh_of(stacked))
+    if isinstance(stacked, jax.Array):
+        one, rest = _cut_on_device(stacked, leaf.layer, w.shape, sharding.mesh_of(stacked))
+    else:
+        one, rest = _cut(
+            np.asarray(stacked if leaf.layer is None else stacked[leaf.layer]), w.shape
+        )
+    # A mistaken configuration looks like padding too: never cut off what is not zero.
+    if any(bool(x) for x in rest):
+        raise ValueError(
+            f"{w.name}: found values beyond its shape {w.shape}, expected zero padding there; does "
+            "the configuration belong to these weights?"
+        )
+    return one
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "mesh"))
-def _cut(x: jax.Array, layer: int | None, shape: tuple[int, ...], mesh) -> jax.Array:
+def _cut_on_device(x: jax.Array, layer: int | None, shape: tuple[int, ...], mesh):
     with sharding.on_mesh(mesh):
         if layer is not None:
             x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
@@ -323,7 +299,17 @@ def _cut(x: jax.Array, layer: int | None, shape: tuple[int, ...], mesh) -> jax.A
             own = jax.typeof(x).sharding.spec
             kept = [s if m == n else None for s, m, n in zip(own, x.shape, shape, strict=True)]
             x = jax.sharding.reshard(x, jax.sharding.PartitionSpec(*kept))
-        return x[tuple(slice(n) for n in shape)]
+        return _cut(x, shape)
+
+
+def _cut(x: Any, shape: tuple[int, ...]) -> tuple[Any, list[Any]]:
+    """`x` stripped to `shape`, and for every padded axis whether anything there is not zero."""
+    rest = [
+        (x[(slice(None),) * dim + (slice(n, None),)] != 0).any()
+        for dim, n in enumerate(shape)
+        if n != x.shape[dim]
+    ]
+    return (x[tuple(slice(n) for n in shape)] if rest else x), rest
 
 
 def _stack(layers: list[jax.Array], out: Any) -> jax.Array:
@@ -339,15 +325,26 @@ def _restore(path: str | Path, wanted: Mapping[weights.Path, Any], host: bool = 
         with context:
             request: Any = weights.unflatten(wanted)
             tree: Any = ocp.load(str(Path(path).absolute()), request)
-    except Exception as e:  # Orbax and TensorStore raise many types for damaged files
-        raise ValueError(f"{path}: damaged checkpoint, cannot be read ({e})") from e
+    except _NOT_DAMAGE:
+        raise
+    except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
+        raise _damaged(path, e) from e
     arrays = weights.flatten(tree)
     kind = np.ndarray if host else jax.Array
     # Orbax hands back the request itself for an array that is missing on disk.
     missing = ["/".join(p) for p in wanted if not isinstance(arrays.get(p), kind)]
     if missing:
-        raise ValueError(f"{path}: damaged checkpoint, not restored: {', '.join(missing)}")
+        raise _damaged(path, f"not restored: {', '.join(missing)}")
     return arrays
+
+
+# Running out of memory on the host or a device must not be taken for a damaged file.
+_NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)
+
+
+def _damaged(path: str | Path, why: object) -> ValueError:
+    first = (str(why).splitlines() or [""])[0][:300]
+    return ValueError(f"{path}: damaged checkpoint ({first}); copy or convert it again")
 
 
 def _encode(config: BTLMConfig, origin: Mapping[str, Any]) -> dict[str, Any]:

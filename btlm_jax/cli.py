@@ -233,7 +233,8 @@ def _log_to_stderr() -> None:
     ours = logging.getLogger("btlm_jax")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for noisy in ("absl", "asyncio"):  # Orbax logs at length, and tracebacks of what it raises
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

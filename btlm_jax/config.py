@@ -18,6 +18,9 @@ MUP_BASE_WIDTH = 256
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_new")
 POSITION_EMBEDDINGS = ("alibi", "learned")
+MODEL_TYPES = ("btlm", "jais")
+# The original modelling code, to which the config.json of an export refers.
+_CODE = "cerebras/btlm-3b-8k-base--"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +188,10 @@ class BTLMConfig:
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the `config.json` of the released flavour, with the original's `auto_map`."""
+        """Returns the `config.json` of the released flavour.
+
+        Its `auto_map` names the original modelling code on the Hub.
+        """
         fields = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -195,9 +201,9 @@ class BTLMConfig:
             "architectures": ["BTLMLMHeadModel"],
             "model_type": "btlm",
             "auto_map": {
-                "AutoConfig": "configuration_btlm.BTLMConfig",
-                "AutoModel": "modeling_btlm.BTLMModel",
-                "AutoModelForCausalLM": "modeling_btlm.BTLMLMHeadModel",
+                "AutoConfig": f"{_CODE}configuration_btlm.BTLMConfig",
+                "AutoModel": f"{_CODE}modeling_btlm.BTLMModel",
+                "AutoModelForCausalLM": f"{_CODE}modeling_btlm.BTLMLMHeadModel",
             },
             **fields,
             "alibi_scaling": self.alibi_scaling.to_hf() if self.alibi_scaling else None,
@@ -343,6 +349,10 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     """Refuses fields of a config.json that change the computation and are not implemented."""
     rotary = raw.get("rotary_dim") or raw.get("position_embedding_type") == "rotary"
     problems = []
+    if raw.get("model_type", "btlm") not in MODEL_TYPES:
+        problems.append(
+            f"model_type: found {raw['model_type']!r}, expected one of {', '.join(MODEL_TYPES)}"
+        )
     if rotary:
         problems.append(
             f"rotary_dim={raw.get('rotary_dim')!r}, position_embedding_type="

@@ -58,9 +58,9 @@ def next_token_loss(
     Args:
       model, params: the model and its weights.
       input_ids: int [B, T].
-      labels: int [B, T], not shifted (the shift by one is made here, as in transformers); a label
-        of -100 is left out. Default: `input_ids`, without padding and without the first token of
-        every later segment.
+      labels: int [B, T], not shifted (the shift by one is made here, as in transformers). A label
+        of -100 is left out; any other outside the vocabulary makes the loss NaN. Default:
+        `input_ids`, without padding and without the first token of every later segment.
       attention_mask, segment_ids, positions: as in `BTLM.apply`.
 
     Returns:
@@ -69,7 +69,7 @@ def next_token_loss(
     Raises:
       ValueError: shapes that do not agree; see `BTLM.apply`.
     """
-    ids = jnp.asarray(input_ids)
+    ids = _int32("input_ids", input_ids)
     if labels is None:
         labels = ids
         if attention_mask is not None:
@@ -84,7 +84,7 @@ def next_token_loss(
                 [segments[:, :1] == segments[:, :1], segments[:, 1:] == segments[:, :-1]], 1
             )
             labels = jnp.where(same, labels, IGNORE)
-    labels = jnp.asarray(labels)
+    labels = _int32("labels", labels)
     if labels.shape != ids.shape:
         raise ValueError(
             f"labels: found shape {labels.shape}, expected that of input_ids {ids.shape}"
@@ -98,7 +98,16 @@ def next_token_loss(
 @functools.partial(jax.jit, static_argnames="spec")
 def _head_loss(spec: Spec, params: Params, h_BTD: jax.Array, labels_BT: jax.Array) -> LossSum:
     with sharding.on_mesh(spec.mesh):
-        targets = spec.place(labels_BT[:, 1:].astype(jnp.int32), "batch", None)
+        targets = spec.place(labels_BT[:, 1:], "batch", None)
         logits = project_logits(spec, params, h_BTD[:, :-1], sharded=True)
-        nll = cross_entropy(logits, targets)
+        known = (targets == IGNORE) | ((targets >= 0) & (targets < spec.config.vocab_size))
+        nll = jnp.where(known, cross_entropy(logits, targets), jnp.nan)
         return LossSum(nll.sum(), (targets != IGNORE).sum().astype(jnp.float32))
+
+
+def _int32(name: str, x: ArrayLike) -> jax.Array:
+    """As int32: in an unsigned dtype, as token files have, IGNORE would wrap to a token id."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name}: found dtype {x.dtype}, expected integers")
+    return x.astype(jnp.int32)

@@ -77,6 +77,10 @@ class BTLM:
     rules: sharding.Rules = sharding.RULES
     attention_implementation: attention.Implementation | None = None
 
+    def __post_init__(self) -> None:
+        # A mapping is welcome too; the model must be hashable to be static under jit.
+        object.__setattr__(self, "rules", tuple(dict(self.rules).items()))
+
     def init(
         self, key: jax.Array, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
     ) -> weights.Params:
@@ -86,11 +90,10 @@ class BTLM:
           A nested dict of arrays; the same values on every mesh, up to zero padding.
         """
         if mesh is None:
-            return jax.jit(weights.init, static_argnums=(1, 2))(key, self.config, dtype)
+            return weights.init(key, self.config, dtype)
         pad = sharding.padding(self.config, mesh, self.rules)
-        out = sharding.param_shardings(self.config, mesh, self.rules, pad)
-        fn = functools.partial(weights.init, config=self.config, dtype=dtype, padding=pad)
-        return jax.jit(fn, out_shardings=out)(key)
+        placed = sharding.param_shardings(self.config, mesh, self.rules, pad)
+        return weights.init(key, self.config, dtype, pad, placed)
 
     def init_cache(self, params: weights.Params, batch_size: int, capacity: int) -> KVCache:
         """Makes an empty cache of `capacity` slots, sharded like the activations of `params`."""
@@ -128,7 +131,8 @@ class BTLM:
           input_ids: int [B, T]; an id outside the vocabulary turns its row's logits into NaN.
           attention_mask: [B, T], nonzero for real tokens; with a cache it covers the T new tokens.
             Rows of padding tokens hold finite values without meaning.
-          segment_ids: int [B, T], >= 1; attention stays within equal ids (packed documents).
+          segment_ids: int [B, T], >= 1; attention stays within equal ids (packed documents). With
+            a cache the default continues each row's last segment.
           positions: int [B, T] for learned positions, which default to slots; ALiBi counts slots
             and ignores them, as the original does.
           token_type_ids: int [B, T]; their embeddings are added as the original does (unscaled).
@@ -196,6 +200,15 @@ class BTLM:
     def spec(self, params: weights.Params) -> Spec:
         """What is static in a forward pass with these weights, read off their shapes and types."""
         padding = weights.check(params, self.config)
+        mesh = sharding.mesh_of(params["wte"])
+        if mesh is not None:
+            sharding.check_fit(self.config, mesh, self.rules, tuple(padding.items()))
+        elif padding:
+            raise ValueError(
+                f"the weights are larger than the configuration off any mesh: found {padding}, "
+                f"expected vocab {self.config.vocab_size} and mlp {self.config.n_inner}; padding "
+                "belongs to a mesh (save and load strip it)"
+            )
         dtype = self.compute_dtype
         if dtype is None:
             dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -204,7 +217,7 @@ class BTLM:
             jnp.dtype(dtype),
             self.rules,
             tuple(sorted(padding.items())),
-            sharding.mesh_of(params["wte"]),
+            mesh,
             self.attention_implementation,
         )
 
@@ -218,7 +231,7 @@ class BTLM:
             "positions": positions,
             "token_type_ids": types,
         }
-        arrays = {name: jnp.asarray(x) for name, x in named.items() if x is not None}
+        arrays = {name: _as_array(x) for name, x in named.items() if x is not None}
         shape = arrays["input_ids"].shape
         if len(shape) != 2 or not shape[1]:
             raise ValueError(f"input_ids: found shape {shape}, expected [B, T] with T >= 1")
@@ -234,6 +247,8 @@ class BTLM:
             raise ValueError(
                 "segment_ids with learned positions: pass positions, counted within each segment"
             )
+        if cache is not None:
+            spec.check_cache(cache, shape[0])
         start = 0 if cache is None else _concrete(cache.length)
         end = None if start is None else start + shape[1]
         if cache is not None and (end or shape[1]) > cache.capacity:
@@ -247,9 +262,7 @@ class BTLM:
                 "learned positions: shorten the input"
             )
         if mask is not None:
-            segment = arrays.pop("segment_ids", jnp.ones(shape, jnp.int32))
-            real = arrays.pop("attention_mask") != 0
-            arrays["segment_ids"] = jnp.where(real, segment, jnp.zeros_like(segment))
+            arrays["attention_mask"] = arrays["attention_mask"] != 0
         return spec, {k: x.astype(jnp.int32) for k, x in arrays.items()}
 
 
@@ -308,6 +321,18 @@ class Spec:
         """Raises ValueError if the batch does not divide over the mesh."""
         if self.mesh is not None:
             sharding.check_batch(batch_size, self.mesh, self.rules)
+
+    def check_cache(self, cache: KVCache, batch_size: int) -> None:
+        """Raises ValueError if a cache was made for another model, batch, dtype or mesh."""
+        c = self.config
+        expected = (c.n_layer, batch_size, c.n_head, cache.capacity, c.head_dim)
+        if cache.key.shape != expected or cache.key.dtype != self.dtype:
+            raise ValueError(
+                f"cache: found {cache.key.dtype}{list(cache.key.shape)}, expected "
+                f"{self.dtype}{list(expected)} for this model and batch: make it with init_cache"
+            )
+        if sharding.mesh_of(cache.key) != self.mesh:
+            raise ValueError("cache: not on the mesh of the weights: make it with init_cache")
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "capture"))
@@ -397,7 +422,8 @@ class Attention(Layer):
         q, k, v = qkv[0], qkv[1], qkv[2]
         if kv is not None:
             # In place on the stacked cache: only the T new slots of this layer are written.
-            at = (layer, 0, 0, context.offset, 0)
+            zero = jnp.zeros_like(layer)
+            at = (layer, zero, zero, context.offset, zero)
             kv = tuple(
                 jax.lax.dynamic_update_slice(stack, x[None].astype(stack.dtype), at)
                 for stack, x in zip(kv, (k, v), strict=True)
@@ -482,11 +508,11 @@ class Transformer(Layer):
             h = h + _look_up(spec, wte, inputs["token_type_ids"], c.vocab_size)
         h = h.astype(spec.dtype)
 
-        segments = inputs.get("segment_ids")
+        segments: Any = self._segments(inputs, cache, offset)
         pair: Any = None if segments is None else (segments, segments)
         if cache is not None:
-            new = spec.place(jnp.ones_like(ids), "batch", None) if segments is None else segments
-            pair = (new, jax.lax.dynamic_update_slice(cache.segment_ids, new, (0, offset)))
+            at = (jnp.zeros_like(offset), offset)
+            pair = (segments, jax.lax.dynamic_update_slice(cache.segment_ids, segments, at))
         slopes = None
         if c.alibi:
             scaled = jnp.asarray(alibi.model_slopes(c), jnp.float32)
@@ -501,14 +527,25 @@ class Transformer(Layer):
         )(spec, capture, name="blocks")
         kv = None if cache is None else (cache.key, cache.value)
         context = Context(slopes, pair, offset)
-        out: Any = blocks((h, kv), jnp.arange(c.n_layer), context)
+        out: Any = blocks((h, kv), jnp.arange(c.n_layer, dtype=jnp.int32), context)
         (h, filled), captured = out
         h = LayerNorm(spec, name="ln_f")(h)
         if cache is not None:
             # A cache that ran over would have overwritten its last slots: make that visible.
             h = jnp.where(offset + T <= cache.capacity, h, jnp.nan)
-            cache = KVCache(*filled, pair[1], offset + T)
+            cache = KVCache(filled[0], filled[1], pair[1], offset + T)
         return h, cache, captured
+
+    def _segments(self, inputs, cache: KVCache | None, offset) -> jax.Array | None:
+        """The segment of every new token, 0 for padding; None if all are one segment."""
+        segments, mask = inputs.get("segment_ids"), inputs.get("attention_mask")
+        if segments is None and cache is not None:
+            last = jax.lax.dynamic_index_in_dim(cache.segment_ids, jnp.maximum(offset - 1, 0), 1)
+            started = (offset > 0) & (last > 0)
+            segments = jnp.broadcast_to(jnp.where(started, last, 1), inputs["input_ids"].shape)
+        if mask is None:
+            return segments
+        return mask if segments is None else jnp.where(mask != 0, segments, 0)
 
 
 def _look_up(spec: Spec, table: jax.Array, index: jax.Array, size: int) -> jax.Array:
@@ -516,6 +553,13 @@ def _look_up(spec: Spec, table: jax.Array, index: jax.Array, size: int) -> jax.A
     rows = table.at[index].get(mode="clip", out_sharding=spec.axes("batch", None, None))
     inside = (index >= 0) & (index < size)
     return jnp.where(inside[..., None], rows.astype(jnp.float32), jnp.nan)
+
+
+def _as_array(x: ArrayLike) -> jax.Array:
+    """As a JAX array. Large 64-bit ids must not wrap into the vocabulary: they saturate."""
+    if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.integer) and x.itemsize >= 4:
+        x = np.clip(x, max(-1, np.iinfo(x.dtype).min), np.iinfo(np.int32).max)
+    return jnp.asarray(x)
 
 
 def _concrete(x: jax.Array) -> int | None:

@@ -7,6 +7,7 @@ is not sharded as intended is an error at trace time, never a silent copy.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,17 @@ def ways(mesh: Mesh | jax.sharding.AbstractMesh, rules: Rules, axis: str | None)
     return math.prod(mesh.shape[name] for name in mesh_axes(rules, axis))
 
 
+def check_mesh(mesh: Mesh | jax.sharding.AbstractMesh) -> None:
+    """Raises ValueError if a mesh lacks one of our axes, or an axis is not of explicit type."""
+    explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
+    if not set(AXES) <= set(mesh.axis_names) or not explicit:
+        found = {n: t.name for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True)}
+        raise ValueError(
+            f"mesh: found axes {found}, expected {', '.join(AXES)}, all of explicit type: make it "
+            "with btlm_jax.make_mesh"
+        )
+
+
 def padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, int]:
     """The sizes to which awkward axes are zero-padded on a mesh, by logical axis.
 
@@ -113,6 +125,7 @@ def padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, i
     at most 2 %: 6826 -> 6912 and 50257 -> 50304 for the released model. Padding is exact (padded
     MLP units stay zero under training, padded logits are masked) and never reaches a checkpoint.
     """
+    check_mesh(mesh)
     sizes = {"vocab": config.vocab_size, "mlp": config.n_inner}
     padded = {}
     for axis in PADDED_AXES:
@@ -133,14 +146,18 @@ def _round_up(n: int, multiple: int) -> int:
 
 
 def param_specs(
-    config: BTLMConfig, mesh: Mesh, rules: Rules = RULES, pad: Mapping[str, int] | None = None
+    config: BTLMConfig,
+    mesh: Mesh | jax.sharding.AbstractMesh,
+    rules: Rules = RULES,
+    pad: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """The tree of PartitionSpecs of the stacked weights.
 
     Raises:
-      ValueError: a dimension does not divide over its mesh axes; all such weights are listed, each
-        with its dimension, size and axis.
+      ValueError: a dimension does not divide over its mesh axes, or two of them share one; all such
+        weights are listed, each with its dimensions, sizes and axes.
     """
+    check_mesh(mesh)
     specs, problems = {}, []
     for w in weights.table(config):
         shape = w.padded(pad or {})
@@ -152,10 +169,22 @@ def param_specs(
                     f"{w.name}: axis {axis!r} of size {size} does not divide over mesh axes "
                     f"{mesh_axes(rules, axis)} = {parts}; {fits[-1]} would fit"
                 )
-        specs[w.path] = spec(rules, *(None,) * w.stacked, *w.axes)
+        try:
+            specs[w.path] = spec(rules, *(None,) * w.stacked, *w.axes)
+        except ValueError as e:
+            problems.append(f"{w.name} of shape {shape}: {e}")
     if problems:
         raise ValueError("weights do not fit the mesh:\n  " + "\n  ".join(problems))
     return weights.unflatten(specs)
+
+
+@functools.cache
+def check_fit(config: BTLMConfig, mesh, rules: Rules, pad: tuple[tuple[str, int], ...]) -> None:
+    """Raises ValueError if weights of these padded sizes do not fit the mesh they live on."""
+    try:
+        param_specs(config, mesh, rules, dict(pad))
+    except ValueError as e:
+        raise ValueError(f"{e}\n(init and load pad weights for the mesh given as mesh=)") from None
 
 
 def param_shardings(

@@ -16,12 +16,17 @@ ASSETS = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    # The original modelling code, which the `auto_map` of config.json names; never run by us.
+    "configuration_btlm.py",
+    "modeling_btlm.py",
+    "configuration_jais.py",
+    "modeling_jais.py",
 )
 END_OF_TEXT = "<|endoftext|>"
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """Loads `tokenizer.json`, or GPT-2's `vocab.json` and `merges.txt`.
+    """Loads `tokenizer.json`, or GPT-2's `vocab.json`, `merges.txt` and any `added_tokens.json`.
 
     Args:
       directory: of the files, or an Orbax checkpoint of ours (which keeps them in `tokenizer/`).
@@ -54,6 +59,16 @@ def _gpt2(vocab: Path, merges: Path) -> Tokenizer:
     if END_OF_TEXT in json.loads(vocab.read_text(encoding="utf-8")):
         # Without this the BPE would split the marker into pieces.
         tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    added = vocab.with_name("added_tokens.json")
+    if added.is_file():
+        named = json.loads(added.read_text(encoding="utf-8"))
+        for token, index in sorted(named.items(), key=lambda item: item[1]):
+            tokenizer.add_tokens([AddedToken(token, normalized=False)])
+            if tokenizer.token_to_id(token) != index:
+                raise ValueError(
+                    f"added_tokens.json gives {token!r} the id {index}, which does not follow "
+                    "vocab.json; use a tokenizer.json instead"
+                )
     return tokenizer
 
 

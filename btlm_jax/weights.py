@@ -25,6 +25,8 @@ from btlm_jax.config import BTLMConfig
 Path = tuple[str, ...]
 Params = dict[str, Any]
 Role = Literal["embedding", "hidden", "vector"]
+# The dtypes weights are stored in, by us and in the checkpoints we convert.
+STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,22 +155,35 @@ def init(
     config: BTLMConfig,
     dtype: DTypeLike = jnp.float32,
     padding: Mapping[str, int] | None = None,
+    shardings: Mapping[str, Any] | None = None,
 ) -> Params:
-    """Draws fresh weights; the values do not depend on the padding, which is zero.
+    """Draws fresh weights; the values depend on neither padding, which is zero, nor sharding.
 
-    Every weight has its own key, derived from its path, so adding a weight changes no other.
+    Every weight has its own key, derived from its path, so adding a weight changes no other. They
+    are drawn one by one: the peak of memory is the result and one weight.
+
+    Args:
+      shardings: a tree like the result; default the default device.
     """
+    placed = flatten(shardings) if shardings is not None else {}
     leaves = {}
     for w in table(config):
         shape, target = stacked_shape(w, config), stacked_shape(w, config, padding)
-        if w.std:
-            weight_key = jax.random.fold_in(key, zlib.crc32(w.name.encode()))
-            value = w.mean + w.std * jax.random.normal(weight_key, shape, jnp.float32)
-        else:
-            value = jnp.full(shape, w.mean, jnp.float32)
-        pads = [(0, n - m) for m, n in zip(shape, target, strict=True)]
-        leaves[w.path] = jnp.pad(value.astype(dtype), pads)
+        draw = _drawer(shape, target, w.mean, w.std, jnp.dtype(dtype), placed.get(w.path))
+        leaves[w.path] = draw(jax.random.fold_in(key, zlib.crc32(w.name.encode())))
     return unflatten(leaves)
+
+
+@functools.cache
+def _drawer(shape, target, mean, std, dtype, sharding):
+    """A compiled function from a key to N(mean, std²) of `shape`, zero-padded to `target`."""
+
+    def draw(key):
+        value = mean + std * jax.random.normal(key, shape) if std else jnp.full(shape, mean)
+        pads = [(0, n - m) for m, n in zip(shape, target, strict=True)]
+        return jnp.pad(value.astype(dtype), pads)
+
+    return jax.jit(draw, out_shardings=sharding)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:
@@ -215,6 +230,8 @@ def check(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int]:
             expected = stacked_shape(known[path], config, padding)
             if tuple(leaf.shape) != expected:
                 problems.append(f"{'/'.join(path)}: found shape {leaf.shape}, expected {expected}")
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                problems.append(f"{'/'.join(path)}: found dtype {leaf.dtype}, expected a float")
     if problems:
         raise ValueError("the weights do not match the configuration:\n  " + "\n  ".join(problems))
     return padding

@@ -11,15 +11,18 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from btlm_jax import alibi, checkpoint, weights
+from btlm_jax import __version__, alibi, checkpoint, staging, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 
 from .to_orbax import SLOPES
 
 logger = logging.getLogger(__name__)
+
+_WRITER = "btlm_jax"  # an entry in the safetensors metadata of our exports
 
 
 class Report(NamedTuple):
@@ -54,33 +57,33 @@ def export(
       FileNotFoundError, ValueError: the source is not a checkpoint; see `checkpoint.load`.
       FileExistsError: the target exists.
     """
-    target = Path(target).absolute()
-    checkpoint.refuse_existing(target, overwrite, ours="config.json")
     meta = checkpoint.read_metadata(source)
-    stage = target.with_name(target.name + ".partial")
-    if stage.exists():
-        logger.warning("removing %s, left by an interrupted run", stage)
-        shutil.rmtree(stage)
-    stage.mkdir(parents=True)
+    with staging.new_directory(target, overwrite=overwrite, ours=is_ours) as stage:
+        stage.mkdir()
+        return _write(source, meta, stage, max_shard_bytes)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a directory is an export we wrote: every weight file says so."""
+    files = list(path.glob("*.safetensors"))
     try:
-        report = _write(source, meta, stage, max_shard_bytes)
-        checkpoint.replace(stage, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-    return report
+        return bool(files) and all(_WRITER in safe_open(f, "np").metadata() for f in files)
+    except (SafetensorError, TypeError):
+        return False
 
 
 def _write(source, meta: checkpoint.Metadata, stage: Path, max_shard_bytes: int) -> Report:
     (stage / "config.json").write_text(json.dumps(hf_config(meta), indent=2) + "\n")
     for file in checkpoint.assets_of(source):
         shutil.copyfile(file, stage / file.name)
+    _mention_missing_code(stage)
     shards: list[dict[str, np.ndarray]] = [{}]
     files: list[dict[str, str]] = []  # per written shard, tensor name -> provisional file name
     size = total = 0
 
     def flush() -> None:
         name = f"shard-{len(files)}"
-        save_file(shards[-1], str(stage / name), metadata={"format": "pt"})
+        save_file(shards[-1], str(stage / name), metadata={"format": "pt", _WRITER: __version__})
         files.append(dict.fromkeys(shards[-1], name))
         shards[-1] = {}
 
@@ -97,6 +100,19 @@ def _write(source, meta: checkpoint.Metadata, stage: Path, max_shard_bytes: int)
         flush()
     names = _name_shards(stage, files, total)
     return Report(sum(len(f) for f in files), total, tuple(names))
+
+
+def _mention_missing_code(stage: Path) -> None:
+    """Says which modelling code a config.json names that is not in the directory."""
+    named = json.loads((stage / "config.json").read_text()).get("auto_map", {}).values()
+    local = {f"{entry.split('.')[0]}.py" for entry in named if "--" not in entry}
+    missing = sorted(name for name in local if not (stage / name).is_file())
+    if missing:
+        logger.info(
+            "config.json names %s: copy them from the original model into the export before "
+            "loading it with transformers",
+            " and ".join(missing),
+        )
 
 
 def _name_shards(stage: Path, files: list[dict[str, str]], total: int) -> list[str]:

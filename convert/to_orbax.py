@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from btlm_jax import checkpoint, weights
+from btlm_jax import checkpoint, staging, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
@@ -23,8 +23,6 @@ SLOPES = "transformer.relative_pe.slopes"
 HEAD = "lm_head.weight"
 # Buffers of old checkpoints of the family: the causal mask, rebuilt from the shape.
 IGNORED = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
-# The dtypes a weight may be stored in.
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Report(NamedTuple):
@@ -58,8 +56,7 @@ def convert(
       ValueError: a damaged file, an unsupported configuration, or keys that are missing,
         unexpected or of the wrong shape or dtype (all listed).
     """
-    target = Path(target)
-    checkpoint.refuse_existing(target, overwrite)
+    staging.refuse_existing(target, overwrite=overwrite, ours=checkpoint.is_ours)
     hf = open_hf(source, revision=revision)
     config = read_config(hf)
     logger.info("%s: %s", hf.directory, hf.description)
@@ -124,8 +121,9 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
             continue
         if info.shape != shape:
             problems.append(f"{name}: found shape {info.shape}, expected {shape}")
-        if str(info.dtype) not in DTYPES:
-            problems.append(f"{name}: found dtype {info.dtype}, expected {' or '.join(DTYPES)}")
+        if str(info.dtype) not in weights.STORED_DTYPES:
+            expected_dtypes = " or ".join(weights.STORED_DTYPES)
+            problems.append(f"{name}: found dtype {info.dtype}, expected {expected_dtypes}")
     if problems:
         raise ValueError(
             f"{hf.directory}: the weights do not match config.json:\n  " + "\n  ".join(problems)

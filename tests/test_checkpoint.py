@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
-from btlm_jax import AlibiScaling, BTLMConfig, checkpoint, make_mesh, weights
+from btlm_jax import AlibiScaling, BTLMConfig, checkpoint, make_mesh, staging, weights
 
 # Sizes that force padding on a tensor axis of 4: V 509 -> 512, F 170 -> 172.
 CONFIG = dataclasses.replace(
@@ -108,13 +106,13 @@ def test_refuses_to_overwrite(saved, params):
     changed = jax.tree.map(lambda x: x + 1, params)
     btlm.save(saved, CONFIG, changed, overwrite=True)
     assert same_bits(changed, btlm.load(saved)[1])
-    assert os.listdir(saved.parent) == ["c"]
+    assert sorted(os.listdir(saved.parent)) == ["c"]
 
 
 def test_overwrite_spares_what_is_not_ours(tmp_path, params):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
-    with pytest.raises(FileExistsError, match="only replaces what btlm has written"):
+    with pytest.raises(FileExistsError, match="was not written by this command"):
         btlm.save(tmp_path / "home", CONFIG, params, overwrite=True)
     assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
 
@@ -132,31 +130,69 @@ def test_nothing_is_left_of_a_failed_save(tmp_path, saved, params, monkeypatch):
 
 
 def test_failed_replacement_keeps_the_old(tmp_path, saved, params, monkeypatch):
-    rename, calls = os.rename, []
+    rename = os.rename
 
-    def second_fails(a, b):
-        calls.append(a)
-        if len(calls) == 2:
+    def fail_at_the_end(a, b):
+        if str(b) == str(saved) and "partial" in str(a):
             raise OSError("disk gone")
         rename(a, b)
 
-    # Orbax renames too, through its own module objects: only ours is patched.
-    monkeypatch.setattr(checkpoint.os, "rename", second_fails)
-    staged = tmp_path / "staged"
-    shutil.copytree(saved, staged)
+    monkeypatch.setattr(staging.os, "rename", fail_at_the_end)
     with pytest.raises(OSError, match="disk gone"):
-        checkpoint.replace(staged, saved)
+        btlm.save(saved, CONFIG, jax.tree.map(lambda x: x + 1, params), overwrite=True)
+    assert os.listdir(tmp_path) == ["c"]
     assert same_bits(params, btlm.load(saved)[1])
 
 
-def test_leftovers_of_an_interrupted_run(tmp_path, params, caplog):
-    (tmp_path / "c.partial").mkdir()
-    with pytest.raises(FileNotFoundError, match="interrupted run"):
+def test_leftovers_of_an_interrupted_run(tmp_path, params):
+    (tmp_path / ".c.1234.partial").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"an interrupted run left .*c\.1234\.partial"):
         btlm.load(tmp_path / "c")
-    with caplog.at_level(logging.WARNING):
-        btlm.save(tmp_path / "c", CONFIG, params)
-    assert "left by an interrupted run" in caplog.text
-    assert os.listdir(tmp_path) == ["c"]
+    (tmp_path / "c.partial").mkdir()  # somebody else's
+    btlm.save(tmp_path / "c", CONFIG, params)
+    assert sorted(os.listdir(tmp_path)) == [".c.1234.partial", "c", "c.partial"]
+
+
+def test_a_link_stays_a_link(tmp_path, saved, params):
+    (tmp_path / "link").symlink_to(saved)
+    btlm.save(tmp_path / "link", CONFIG, jax.tree.map(lambda x: x + 1, params), overwrite=True)
+    assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["c", "link"]
+    assert not same_bits(params, btlm.load(saved)[1])
+
+
+@pytest.mark.parametrize("sizes", [None, dict(fsdp=2, tensor=4)])
+def test_only_zeros_are_stripped(tmp_path, params, sizes):
+    """Weights under a smaller configuration look padded; nothing of them may be lost."""
+    mesh = make_mesh(**sizes) if sizes else None
+    whole = btlm.BTLM(CONFIG).init(jax.random.key(0), mesh=mesh)
+    smaller = dataclasses.replace(CONFIG, vocab_size=500)
+    with pytest.raises(ValueError, match=r"wte: found values beyond its shape \(500, 64\)"):
+        btlm.save(tmp_path / "c", smaller, whole)
+    assert not os.listdir(tmp_path)
+
+
+def test_dtypes_that_are_not_stored(tmp_path, params):
+    doubles = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    with pytest.raises(ValueError, match=r"found .*float64.*expected one of float32, bfloat16"):
+        btlm.save(tmp_path / "c", CONFIG, doubles)
+    with pytest.raises(ValueError, match="found dtype int8, expected a float"):
+        btlm.save(tmp_path / "c", CONFIG, jax.tree.map(lambda x: x.astype(jnp.int8), params))
+
+
+@pytest.mark.parametrize("victim", ["state/manifest.ocdbt", "state/_METADATA"])
+def test_damaged_metadata(saved, victim):
+    (saved / victim).write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged checkpoint"):
+        btlm.load(saved)
+
+
+def test_out_of_memory_is_not_damage(saved, monkeypatch):
+    def fail(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(ocp, "load", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        btlm.load(saved)
 
 
 def test_what_is_not_a_checkpoint(tmp_path):

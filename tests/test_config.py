@@ -102,6 +102,7 @@ def test_attention_scale():
         ({"position_embedding_type": "rotary"}, "rotary positions"),
         ({"rotary_dim": 32}, "rotary_dim=32"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: found True"),
+        ({"model_type": "llama"}, "model_type: found 'llama', expected one of btlm, jais"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon: found 0"),

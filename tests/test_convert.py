@@ -207,9 +207,32 @@ def test_existing_targets(tmp_path):
     with pytest.raises(FileExistsError):
         export(tmp_path / "c", tmp_path / "back")
     export(tmp_path / "c", tmp_path / "back", overwrite=True)
-    with pytest.raises(FileExistsError, match=r"holds no config\.json"):
+    with pytest.raises(FileExistsError, match="was not written by this command"):
         export(tmp_path / "c", tmp_path / "c", overwrite=True)
     assert_same_bits(tensors(source), tensors(tmp_path / "back"))
+
+
+def test_overwrite_spares_a_downloaded_original(tmp_path):
+    original = cases.write_hf(tmp_path / "hf", UNTIED)
+    convert(original, tmp_path / "c")
+    with pytest.raises(FileExistsError, match="was not written by this command"):
+        export(tmp_path / "c", original, overwrite=True)
+    assert_same_bits(UNTIED.weights, tensors(original))
+
+
+def test_modelling_code_is_carried_along(tmp_path, caplog):
+    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    convert(source, tmp_path / "c")
+    with caplog.at_level("INFO"):
+        export(tmp_path / "c", tmp_path / "back")
+    assert "names configuration_btlm.py and modeling_btlm.py: copy them" in caplog.text
+    for name in ("configuration_btlm.py", "modeling_btlm.py"):
+        (source / name).write_text("raise SystemExit('never run')")
+    caplog.clear()
+    convert(source, tmp_path / "c", overwrite=True)
+    with caplog.at_level("INFO"):
+        export(tmp_path / "c", tmp_path / "back", overwrite=True)
+    assert (tmp_path / "back/modeling_btlm.py").is_file() and "copy them" not in caplog.text
 
 
 def test_missing_source(tmp_path):

@@ -62,6 +62,17 @@ def test_a_mesh_gives_the_same_tokens():
     np.testing.assert_array_equal(got, case["gen/greedy_batch_eos/sequences"])
 
 
+def test_filling_rows_do_not_prolong_a_batch():
+    model = BTLM(BTLMConfig.preset("tiny"))
+    how = dict(max_new_tokens=30, do_sample=True, temperature=3.0, eos_token_id=list(range(40)))
+    off, on = (model.init(jax.random.key(0), mesh=m) for m in (None, make_mesh(fsdp=8)))
+    for seed in range(4):
+        alone = generate(model, off, np.array([[5, 6]]), seed=seed, **how)
+        np.testing.assert_array_equal(
+            generate(model, on, np.array([[5, 6]]), seed=seed, **how), alone
+        )
+
+
 @pytest.fixture(scope="module")
 def tiny():
     model = BTLM(BTLMConfig.preset("tiny"))
@@ -84,7 +95,7 @@ def test_top_k_of_one_is_greedy(tiny):
     model, params = tiny
     prompt = np.array([[1, 2, 3]])
     greedy = generate(model, params, prompt, eos_token_id=None)
-    for how in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4)):
+    for how in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=1e-4), dict(temperature=1e-29)):
         drawn = generate(model, params, prompt, do_sample=True, eos_token_id=None, **how)
         np.testing.assert_array_equal(drawn, greedy)
 
@@ -160,6 +171,8 @@ def test_draws_follow_the_distribution():
         (np.array([[1, 2]]), dict(temperature=0.0), "temperature: found 0.0"),
         (np.array([[1, 2]]), dict(top_k=-1), "top_k: found -1"),
         (np.array([[1, 2]]), dict(top_p=0.0), "top_p: found 0.0"),
+        (np.array([[1, 2]]), dict(eos_token_id=np.array([1, 512])), r"eos_token_id: found \[512\]"),
+        (np.array([[1, 2]]), dict(eos_token_id="eos"), "eos_token_id: found 'eos'"),
     ],
 )
 def test_bad_arguments(tiny, prompt, kwargs, message):

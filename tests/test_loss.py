@@ -77,3 +77,25 @@ def test_wrong_labels(tiny):
     model, params = tiny
     with pytest.raises(ValueError, match="labels: found shape"):
         next_token_loss(model, params, np.ones((1, 4), int), labels=np.ones((1, 3), int))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64, np.uint32])
+def test_token_files_may_be_unsigned(tiny, dtype):
+    model, params = tiny
+    ids = np.random.default_rng(3).integers(0, 512, (2, 8))
+    segments = np.repeat([[1, 1, 1, 2, 2, 2, 2, 3]], 2, 0)
+    expected = next_token_loss(model, params, ids, segment_ids=segments)
+    got = next_token_loss(model, params, ids.astype(dtype), segment_ids=segments)
+    assert float(got.tokens) == float(expected.tokens) == 10
+    assert float(got.nll) == float(expected.nll)
+
+
+def test_labels_outside_the_vocabulary_are_visible(tiny):
+    model, params = tiny
+    ids = np.random.default_rng(4).integers(0, 512, (1, 8))
+    for bad in (-1, 512):
+        labels = ids.copy()
+        labels[0, 3] = bad
+        assert np.isnan(float(next_token_loss(model, params, ids, labels=labels).mean))
+    with pytest.raises(ValueError, match="labels: found dtype float32, expected integers"):
+        next_token_loss(model, params, ids, labels=ids + 0.5)

@@ -203,7 +203,7 @@ def small_configs(draw):
     }
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(config=small_configs(), seed=st.integers(0, 2**16), packed=st.booleans())
 def test_equals_float64_witness(config, seed, packed):
     rng = np.random.default_rng(seed)
@@ -362,6 +362,75 @@ def test_bad_arguments(tiny, kwargs, message):
     kwargs = {"input_ids": np.ones((1, 3), int), **kwargs}
     with pytest.raises(ValueError, match=message):
         model.apply(params, kwargs.pop("input_ids"), **kwargs)
+
+
+def test_cache_of_another_kind(tiny):
+    model, params = tiny
+    ids = np.ones((1, 3), int)
+    for cache in (
+        model.init_cache(params, 2, 8),
+        dataclasses.replace(model, compute_dtype=jnp.bfloat16).init_cache(params, 1, 8),
+    ):
+        with pytest.raises(ValueError, match=r"cache: found .*expected float32\[2, 1, 4, 8, 16\]"):
+            model.apply(params, ids, cache=cache)
+    sharded = model.init(
+        jax.random.key(0), mesh=make_mesh(fsdp=1, tensor=2, devices=jax.devices()[:2])
+    )
+    with pytest.raises(ValueError, match="not on the mesh of the weights"):
+        model.apply(sharded, ids, cache=model.init_cache(params, 1, 8))
+
+
+def test_decoding_continues_the_last_segment(tiny):
+    model, params = tiny
+    ids = np.random.default_rng(5).integers(0, 512, (1, 9))
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 2]])
+    expected = model.apply(params, ids, segment_ids=segments)
+    cache = model.init_cache(params, 1, 9)
+    _, cache = model.apply(params, ids[:, :6], segment_ids=segments[:, :6], cache=cache)
+    got, _ = model.apply(params, ids[:, 6:], cache=cache)
+    assert max_error(got, expected[:, 6:]) < 1e-5
+
+
+def test_64_bit_mode(tiny):
+    model, params = tiny
+    ids = np.random.default_rng(6).integers(0, 512, (1, 6))
+    expected = model.apply(params, ids)
+    with jax.enable_x64(True):
+        cache = model.init_cache(params, 1, 6)
+        _, cache = model.apply(params, ids[:, :5], cache=cache)
+        got, _ = model.apply(params, ids[:, 5:], cache=cache)
+        assert got.dtype == jnp.float32
+        assert max_error(got, expected[:, 5:]) < 1e-5
+    assert np.isnan(model.apply(params, ids + 2**32)).all()  # and does not wrap around
+
+
+def test_meshes_we_did_not_make(tiny):
+    model, _ = tiny
+    devices = np.array(jax.devices())
+    for mesh in (
+        jax.make_mesh((8,), ("fsdp",)),
+        jax.sharding.Mesh(devices.reshape(1, 8, 1), ("data", "fsdp", "tensor")),
+    ):
+        with pytest.raises(ValueError, match=r"mesh: found axes .*make it with btlm_jax.make_mesh"):
+            model.init(jax.random.key(0), mesh=mesh)
+    odd = BTLM(dataclasses.replace(model.config, vocab_size=97))
+    with jax.set_mesh(make_mesh(fsdp=4, tensor=2)):
+        replicated = odd.init(jax.random.key(0))
+        with pytest.raises(ValueError, match=r"wte: axis 'vocab' of size 97[\s\S]*mesh="):
+            odd.apply(replicated, np.ones((4, 3), int))
+
+
+def test_rules_may_be_a_mapping(tiny):
+    model, _ = tiny
+    other = dataclasses.replace(model, rules=dict(model.rules))
+    assert other == model and hash(other) == hash(model)
+
+
+def test_padding_off_a_mesh(tiny):
+    model, params = tiny
+    smaller = BTLM(dataclasses.replace(model.config, vocab_size=500))
+    with pytest.raises(ValueError, match="larger than the configuration off any mesh"):
+        smaller.apply(params, np.ones((1, 3), int))
 
 
 def test_learned_positions_are_bounded():

@@ -59,6 +59,14 @@ def test_sizes_that_do_not_divide_are_named():
         sharding.param_specs(B3, mesh, pad=sharding.padding(B3, mesh))
 
 
+def test_colliding_rules_name_every_weight():
+    rules = tuple({**dict(sharding.RULES), "embed": "tensor"}.items())
+    with pytest.raises(ValueError) as error:
+        sharding.param_specs(B3, sharding.make_mesh(fsdp=8), rules)
+    for text in ("wte of shape (50257, 2560)", "c_attn/kernel of shape", "collide"):
+        assert text in str(error.value)
+
+
 def test_bad_rules():
     with pytest.raises(ValueError, match="collide"):
         sharding.spec((("vocab", "fsdp"), ("embed", "fsdp")), "vocab", "embed")

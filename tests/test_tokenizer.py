@@ -36,6 +36,19 @@ def test_gpt2_files(bpe, tmp_path):
     assert got.decode(ids) == TEXT
 
 
+def test_added_tokens(bpe, tmp_path):
+    bpe.model.save(str(tmp_path))
+    size = bpe.get_vocab_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size}))
+    got = load_tokenizer(tmp_path)
+    assert got.encode("<|user|>fox").ids == [size, *bpe.encode("fox").ids]
+    with pytest.raises(ValueError, match=f"vocab_size is {size}"):
+        check_vocabulary(got, size)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size + 5}))
+    with pytest.raises(ValueError, match="does not follow vocab"):
+        load_tokenizer(tmp_path)
+
+
 def test_inside_a_checkpoint(bpe, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     bpe.save(str(tmp_path / "tokenizer/tokenizer.json"))

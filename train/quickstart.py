@@ -19,7 +19,7 @@ from btlm_jax.convert import convert, export
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from btlm_jax import checkpoint, mup, sharding, weights
+from btlm_jax import checkpoint, mup, sharding, staging, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.generation.loop import generate
 from btlm_jax.loss import IGNORE, next_token_loss
@@ -154,7 +154,7 @@ def from_hf(directory: Path, source: str) -> None:
     """
     started = time.monotonic()
     directory = Path(directory)
-    checkpoint.refuse_existing(directory, overwrite=False)
+    staging.refuse_existing(directory, overwrite=False, ours=checkpoint.is_ours)
     report = convert(source, directory / "checkpoint")
     print(f"converted {report.tensors} tensors, {report.nbytes:,} bytes, "
           f"{weights.count(report.config):,} parameters")  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from btlm_jax import sharding
+from btlm_jax.config import BTLMConfig
 from btlm_jax.generation.sampling import Sampling, choose
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
@@ -64,9 +65,7 @@ def generate(
     _check_prompt(ids, mask, c.vocab_size)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: found {max_new_tokens}, expected >= 1")
-    if eos_token_id == "config":
-        eos_token_id = c.eos_token_id
-    eos = tuple(int(t) for t in np.atleast_1d(eos_token_id)) if eos_token_id is not None else ()
+    eos = _end_tokens(eos_token_id, c)
     if pad_token_id is None:
         pad_token_id = c.pad_token_id if c.pad_token_id is not None else eos[0] if eos else 0
 
@@ -95,15 +94,15 @@ def generate(
     extra = -rows % sharding.ways(mesh, model.rules, "batch") if mesh is not None else 0
     if extra:  # copies of the last row, dropped again, so that the batch divides over the mesh
         ids, mask = (np.concatenate([x, np.repeat(x[-1:], extra, 0)]) for x in (ids, mask))
-    cache = model.init_cache(params, rows + extra, capacity)
     tokens, length = _decode(
         model,
         params,
         jnp.asarray(ids, jnp.int32),
         jnp.asarray(mask),
-        cache,
+        jnp.int32(rows),
         jax.random.key(seed),
         jnp.int32(pad_token_id),
+        capacity=capacity,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         eos=eos,
@@ -111,8 +110,10 @@ def generate(
     return np.asarray(tokens)[:rows, : int(length)]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "sampling", "eos"))
-def _decode(model, params, ids, mask, cache, key, pad, *, max_new_tokens, sampling, eos):
+@functools.partial(
+    jax.jit, static_argnames=("model", "capacity", "max_new_tokens", "sampling", "eos")
+)
+def _decode(model, params, ids, mask, rows, key, pad, *, capacity, max_new_tokens, sampling, eos):
     spec = model.spec(params)
     B, T = ids.shape
 
@@ -143,14 +144,39 @@ def _decode(model, params, ids, mask, cache, key, pad, *, max_new_tokens, sampli
         return step + 1, tokens, token, cache, done
 
     with sharding.on_mesh(spec.mesh):
+        # Made here: an argument would be held beside the loop's own copy.
+        cache = model.init_cache(params, B, capacity)
         at = positions(jnp.cumsum(mask, 1) - 1)
         h, cache = model.hidden(params, ids, attention_mask=mask, cache=cache, positions=at)
-        token, done = next_token(h[:, -1:], 0, jnp.zeros(B, bool))
+        token, done = next_token(h[:, -1:], 0, jnp.arange(B) >= rows)
         tokens = jnp.concatenate([ids, jnp.full((B, max_new_tokens), pad)], 1)
         tokens = tokens.at[:, T].set(token)
         state = (jnp.int32(1), tokens, token, cache, done)
         step, tokens, *_ = jax.lax.while_loop(unfinished, advance, state)
     return tokens, T + step
+
+
+def _end_tokens(eos_token_id, config: BTLMConfig) -> tuple[int, ...]:
+    """The ids that end a row."""
+    from_config = isinstance(eos_token_id, str)
+    if from_config and eos_token_id != "config":
+        raise ValueError(f"eos_token_id: found {eos_token_id!r}, expected ids, None or 'config'")
+    given = config.eos_token_id if from_config else eos_token_id
+    ids = () if given is None else tuple(int(t) for t in np.atleast_1d(given))
+    unknown = [t for t in ids if not 0 <= t < config.vocab_size]
+    if unknown and not from_config:
+        raise ValueError(
+            f"eos_token_id: found {unknown}, expected ids from 0 to {config.vocab_size - 1}"
+        )
+    if unknown:
+        logger.warning(
+            "the configuration's eos_token_id %s is outside its vocabulary of %d: no row will end "
+            "early; pass eos_token_id",
+            unknown[0],
+            config.vocab_size,
+        )
+        return ()
+    return ids
 
 
 def _check_prompt(ids: np.ndarray, mask: np.ndarray, vocab_size: int) -> None:

@@ -29,7 +29,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not self.temperature > 1e-30:  # fp32 would flush smaller ones to zero
             raise ValueError(
                 f"temperature: found {self.temperature}, expected > 0 (for greedy decoding use "
                 "do_sample=False)"
@@ -42,7 +42,8 @@ class Sampling:
 
 def warp(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     """Applies temperature, top_k and top_p, in this order; removed tokens become -inf."""
-    logits = logits_BV / sampling.temperature
+    # Relative to the largest, so that a tiny temperature cannot overflow.
+    logits = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
     vocab = logits.shape[-1]
     if 0 < sampling.top_k < vocab:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
