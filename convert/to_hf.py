@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,29 +78,32 @@ def _write(source, meta: checkpoint.Metadata, stage: Path, max_shard_bytes: int)
     for file in checkpoint.assets_of(source):
         shutil.copyfile(file, stage / file.name)
     _mention_missing_code(stage)
-    shards: list[dict[str, np.ndarray]] = [{}]
-    files: list[dict[str, str]] = []  # per written shard, tensor name -> provisional file name
-    size = total = 0
+    slopes = slopes_tensor(meta).nbytes if meta.config.alibi else 0
+    written: list[list[str]] = []  # the tensor names of every shard
+    total = 0
+    with Progress(meta.nbytes + slopes, "B", "export") as progress:
+        for shard in _shards(_tensors(source, meta), max_shard_bytes):
+            file = stage / f"shard-{len(written)}"
+            save_file(shard, file, metadata={"format": "pt", _WRITER: __version__})
+            nbytes = sum(array.nbytes for array in shard.values())
+            total += nbytes
+            written.append(list(shard))
+            progress.update(nbytes)
+    names = _name_shards(stage, written, total)
+    return Report(sum(map(len, written)), total, tuple(names))
 
-    def flush() -> None:
-        name = f"shard-{len(files)}"
-        save_file(shards[-1], str(stage / name), metadata={"format": "pt", _WRITER: __version__})
-        files.append(dict.fromkeys(shards[-1], name))
-        shards[-1] = {}
 
-    tensors = _tensors(source, meta)
-    with Progress(meta.nbytes, "B", "export") as progress:
-        for name, array in tensors:
-            if size and size + array.nbytes > max_shard_bytes:
-                flush()
-                size = 0
-            shards[-1][name] = array
-            size += array.nbytes
-            total += array.nbytes
-            progress.update(array.nbytes)
-        flush()
-    names = _name_shards(stage, files, total)
-    return Report(sum(len(f) for f in files), total, tuple(names))
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int):
+    """Groups tensors, in order, into dicts of at most `max_bytes` (or of one larger tensor)."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
 
 
 def _mention_missing_code(stage: Path) -> None:
@@ -115,14 +119,14 @@ def _mention_missing_code(stage: Path) -> None:
         )
 
 
-def _name_shards(stage: Path, files: list[dict[str, str]], total: int) -> list[str]:
+def _name_shards(stage: Path, written: list[list[str]], total: int) -> list[str]:
     """Gives the shards their final names, and writes the index if there are several."""
-    if len(files) == 1:
+    if len(written) == 1:
         (stage / "shard-0").rename(stage / "model.safetensors")
         return ["model.safetensors"]
     names, weight_map = [], {}
-    for i, tensors in enumerate(files):
-        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+    for i, tensors in enumerate(written):
+        name = f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
         (stage / f"shard-{i}").rename(stage / name)
         names.append(name)
         weight_map.update(dict.fromkeys(tensors, name))

@@ -59,7 +59,6 @@ def convert(
     staging.refuse_existing(target, overwrite=overwrite, ours=checkpoint.is_ours)
     hf = open_hf(source, revision=revision)
     config = read_config(hf)
-    logger.info("%s: %s", hf.directory, hf.description)
     leaves = list(weights.disk_leaves(config))
     total = sum(_nbytes(hf.tensors[leaf.hf_name]) for leaf in leaves)
     origin = {

@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
     layers: int = 4
     length: int = 128
     batch_size: int = 8
-    steps: int = 600
+    steps: int = 800
     warmup: int = 30
     learning_rate: float = 0.006
     weight_decay: float = 0.1
