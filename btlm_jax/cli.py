@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -202,7 +203,8 @@ Command = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `btlm`. Returns the exit code: 0, 2 on a bad argument or input, 130 on Ctrl-C."""
+    """Runs `btlm`. Returns the exit code: 0, 2 on a bad argument or input, 130 on Ctrl-C, 141 when
+    the output is not wanted any more."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     command = tyro.cli(
@@ -215,6 +217,10 @@ def main(argv: list[str] | None = None) -> int:
     _log_to_stderr()
     try:
         command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as e:
         if debug:
             raise
@@ -230,6 +236,7 @@ def _log_to_stderr() -> None:
     """Our own notices on standard error; of libraries, warnings only."""
     handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("btlm: %(message)s"))
+    logging.getLogger().addHandler(logging.NullHandler())  # or a library would print them twice
     ours = logging.getLogger("btlm_jax")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(logging.INFO)

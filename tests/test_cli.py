@@ -141,6 +141,12 @@ def test_unknown_arguments(capsys):
     assert code == 2 and "overwrite" in out + err
 
 
+def test_output_that_is_not_wanted():
+    command = f"{sys.executable} -m btlm_jax.cli info tiny | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 def test_console_script(tmp_path):
     """The installed command, in a process of its own, with an error and without a traceback."""
     done = subprocess.run(

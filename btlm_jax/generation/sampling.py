@@ -20,7 +20,7 @@ class Sampling:
       top_p: keep the smallest set of most likely tokens whose probability reaches p, in (0, 1].
 
     Raises:
-      ValueError: a value outside its range.
+      ValueError: a value outside its range, when sampling.
     """
 
     do_sample: bool = False
@@ -29,10 +29,12 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        if not self.do_sample:
+            return
         if not self.temperature > 1e-30:  # fp32 would flush smaller ones to zero
             raise ValueError(
-                f"temperature: found {self.temperature}, expected > 0 (for greedy decoding use "
-                "do_sample=False)"
+                f"temperature: found {self.temperature}, expected > 0 (for greedy decoding "
+                "do not sample)"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k: found {self.top_k}, expected >= 0 (0 keeps every token)")
