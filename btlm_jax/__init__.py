@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from btlm_jax.config import AlibiScaling as AlibiScaling
     from btlm_jax.config import BTLMConfig as BTLMConfig
     from btlm_jax.generation.loop import generate as generate
+    from btlm_jax.layers import KVCache as KVCache
     from btlm_jax.loss import next_token_loss as next_token_loss
     from btlm_jax.model import BTLM as BTLM
-    from btlm_jax.model import KVCache as KVCache
     from btlm_jax.sharding import make_mesh as make_mesh
     from btlm_jax.tokenizer import load_tokenizer as load_tokenizer
 
@@ -28,7 +28,7 @@ _HOME = {
     "AlibiScaling": "config",
     "BTLM": "model",
     "BTLMConfig": "config",
-    "KVCache": "model",
+    "KVCache": "layers",
     "generate": "generation.loop",
     "load": "checkpoint",
     "load_tokenizer": "tokenizer",

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from btlm_jax import sharding
-from btlm_jax.model import BTLM, Spec, project_logits
+from btlm_jax.layers import Spec, project_logits
+from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
 # Positions with this label are left out of the loss, as in PyTorch and transformers.
