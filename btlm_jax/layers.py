@@ -294,6 +294,8 @@ class Transformer(Layer):
             last = jax.lax.dynamic_index_in_dim(cache.segment_ids, jnp.maximum(offset - 1, 0), 1)
             started = (offset > 0) & (last > 0)
             segments = jnp.broadcast_to(jnp.where(started, last, 1), inputs["input_ids"].shape)
+            # Broadcasting forgets the sharding of a batch of one.
+            segments = self.spec.place(segments, "batch", None)
         if mask is None:
             return segments
         return mask if segments is None else jnp.where(mask != 0, segments, 0)

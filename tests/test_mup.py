@@ -68,7 +68,7 @@ def test_three_steps_of_the_original(case):
     params, state = case.params, tx.init(case.params)
     for i in range(3):
         params, state, loss = step(params, state, case[f"train/adam/input_ids_{i}"])
-        # fp32 losses of about 5; measured 4e-6.
+        # fp32 losses of about 5 to 20; measured 7.2e-6.
         assert abs(float(loss) - case["train/adam/losses"][i]) < 2e-5
     compared = 0
     for name, got in cases.by_hf_name(case.config, params).items():
@@ -76,9 +76,9 @@ def test_three_steps_of_the_original(case):
         stable = case[f"train/adam/stable/{name}"].astype(bool)
         compared += stable.sum()
         # A step is at most lr = 2e-3; Adam turns rounding of small gradients into more than
-        # rounding of the weights. Measured 5e-6.
+        # rounding of the weights. Measured 1.0e-6.
         if stable.any():
-            assert cases.max_error(cases.sample(got), expected, stable) < 2e-5, name
+            assert cases.max_error(cases.sample(got), expected, stable) < 5e-6, name
     assert compared > 1000
 
 
