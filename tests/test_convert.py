@@ -71,6 +71,21 @@ def test_sharded_round_trip(tmp_path):
     assert_same_bits(tensors(tmp_path / "hf"), tensors(tmp_path / "again"))
 
 
+@pytest.mark.parametrize("form", ["single", "sharded"])
+def test_bin_files(form, tmp_path):
+    """Pickles made by torch, in the form the released model is published in."""
+    folder = cases.GOLDEN / "btlm_bin"
+    convert(folder / form, tmp_path / "c")
+    report = export(tmp_path / "c", tmp_path / "back")
+    with np.load(folder / "weights.npz") as z:
+        expected = {name: z[name].view(ml_dtypes.bfloat16) for name in z.files}
+    assert_same_bits(expected, tensors(tmp_path / "back"))
+    assert report.tensors == len(expected) == 32
+    model, params = btlm.load(tmp_path / "c")
+    assert model.config.alibi_slopes == (0.83984375, 0.0625)
+    assert np.isfinite(model.apply(params, np.arange(8)[None])).all()
+
+
 def test_mixed_dtypes_survive(tmp_path):
     """Every tensor keeps its own dtype; loading it as it is says what to do."""
     source = cases.write_hf(tmp_path / "hf", UNTIED)

@@ -221,8 +221,8 @@ def test_equals_float64_witness(config, seed, packed):
     theirs = {k.replace("positions", "position_ids"): v for k, v in extra.items()}
     expected = reference_numpy.forward(named, config, ids, **theirs)["logits"]
     got = BTLM(c, compute_dtype=jnp.float32).apply(params, ids, **extra)
-    # fp32 rounding grows with the logits; measured at most 4e-6 of the largest.
-    assert max_error(got, expected) < 2e-5 * max(1.0, np.abs(expected).max())
+    # fp32 rounding grows with the logits; measured 8.5e-7 of the largest.
+    assert max_error(got, expected) < 1e-5 * max(1.0, np.abs(expected).max())
 
 
 # Against itself --------------------------------------------------------------------------------
