@@ -21,6 +21,17 @@ def case(request) -> cases.Case:
     return cases.load(request.param)
 
 
+@pytest.fixture(scope="session")
+def tiny():
+    """The tiny preset and fresh weights, on one device."""
+    import jax
+
+    from btlm_jax import BTLM, BTLMConfig
+
+    model = BTLM(BTLMConfig.preset("tiny"))
+    return model, model.init(jax.random.key(0))
+
+
 @pytest.fixture
 def checkpoint_dir(tmp_path):
     """A small checkpoint with a tokenizer, as the converter makes it."""

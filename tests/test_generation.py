@@ -73,12 +73,6 @@ def test_filling_rows_do_not_prolong_a_batch():
         )
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    model = BTLM(BTLMConfig.preset("tiny"))
-    return model, model.init(jax.random.key(0))
-
-
 def test_sampling_is_repeatable_and_seeded(tiny):
     model, params = tiny
     prompt = np.array([[5, 6, 7], [5, 6, 7]])

@@ -33,12 +33,6 @@ def test_cross_entropy():
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    model = BTLM(BTLMConfig.preset("tiny"))
-    return model, model.init(jax.random.key(0))
-
-
 def test_sums_add_up(tiny):
     model, params = tiny
     ids = np.random.default_rng(0).integers(0, 512, (4, 9))

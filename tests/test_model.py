@@ -334,12 +334,6 @@ def test_no_score_matrix_of_the_whole_sequence():
 # Bad input -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    model = BTLM(BTLMConfig.preset("tiny"))
-    return model, model.init(jax.random.key(0))
-
-
 def test_unknown_token_ids_are_visible(tiny):
     model, params = tiny
     logits = np.asarray(model.apply(params, np.array([[1, 2], [1, 512], [1, -1]])))

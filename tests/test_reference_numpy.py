@@ -6,24 +6,14 @@ it is the rounding of the original, not of the witness (which meets the fp64 log
 
 import functools
 import json
-from pathlib import Path
 
+import cases
 import numpy as np
 import pytest
 import reference_numpy as ref
 
-GOLDEN = Path(__file__).parent / "golden"
-CASES = [
-    "a_btlm_mup_hd80",
-    "a2_btlm_mup_h32",
-    "b_sp_alibi",
-    "c_heads12",
-    "d_alibi_factor4",
-    "e_alibi_dynamic16",
-    "f_learned_gelu_mup",
-    "g_bf16",
-    "i_untied",
-]
+GOLDEN = cases.GOLDEN
+CASES = cases.NAMES
 FP32 = [case for case in CASES if case != "g_bf16"]
 FP64_TOL = 1e-12  # measured 1.4e-14
 FP32_TOL = 5e-5  # measured 8.6e-6 (logits), 1.2e-5 (keys), 4.1e-6 (values)
