@@ -13,7 +13,6 @@ import numpy as np
 
 from btlm_jax.config import AlibiScaling, BTLMConfig
 
-FEATURES = 4
 _BASE = 256
 
 

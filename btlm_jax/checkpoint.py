@@ -31,7 +31,6 @@ from btlm_jax.model import BTLM
 
 FORMAT = 1
 _KEY = "btlm_jax"
-_DTYPES = weights.STORED_DTYPES
 _LAYOUT = "one leaf per layer"
 _MARK = "_CHECKPOINT_METADATA"  # a file Orbax writes into every finished checkpoint
 
@@ -82,9 +81,15 @@ def save(
     """
     weights.check(params, config)
     flat = weights.flatten(params)
-    odd = {"/".join(p): str(x.dtype) for p, x in flat.items() if str(x.dtype) not in _DTYPES}
+    odd = {
+        "/".join(p): str(x.dtype)
+        for p, x in flat.items()
+        if str(x.dtype) not in weights.STORED_DTYPES
+    }
     if odd:
-        raise ValueError(f"dtypes to store: found {odd}, expected one of {', '.join(_DTYPES)}")
+        raise ValueError(
+            f"dtypes to store: found {odd}, expected one of {', '.join(weights.STORED_DTYPES)}"
+        )
     with writer(path, config, assets=assets, origin=origin, overwrite=overwrite) as write:
         for leaves in by_layer(config):
             write({leaf.path: _unstack(flat[leaf.weight.path], leaf) for leaf in leaves})

@@ -27,8 +27,8 @@ class Quickstart:
     """Where everything is written; must not exist."""
     hf: str | None = None
     """A Hugging Face directory or Hub id to convert and generate from instead of training."""
-    steps: int = 0
-    """Training steps; 0 takes the recipe's."""
+    steps: int | None = None
+    """Training steps; default the recipe's."""
     seed: int = 0
     """Of the initial weights and the order of the data."""
 
@@ -38,7 +38,7 @@ class Quickstart:
         if self.hf is not None:
             quickstart.from_hf(self.directory, self.hf)
         else:
-            quickstart.train(self.directory, steps=self.steps or None, seed=self.seed)
+            quickstart.train(self.directory, steps=self.steps, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,8 +38,6 @@ RULES: Rules = (
     ("head_dim", None),
 )
 
-# The axes whose sizes are zero-padded where they do not divide; see `padding`.
-PADDED_AXES = ("vocab", "mlp")
 # Matrix units work on tiles of 128; padding to it is taken where it costs at most this fraction.
 _TILE, _TILE_COST = 128, 0.02
 
@@ -126,10 +124,9 @@ def padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, i
     MLP units stay zero under training, padded logits are masked) and never reaches a checkpoint.
     """
     check_mesh(mesh)
-    sizes = {"vocab": config.vocab_size, "mlp": config.n_inner}
     padded = {}
-    for axis in PADDED_AXES:
-        size, parts = sizes[axis], ways(mesh, rules, axis)
+    for axis, size in weights.padded_sizes(config).items():
+        parts = ways(mesh, rules, axis)
         tiled = _round_up(size, math.lcm(_TILE, parts))
         target = tiled if tiled <= size * (1 + _TILE_COST) else _round_up(size, parts)
         if target != size:

@@ -218,12 +218,12 @@ def check(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int]:
     flat, known = flatten(params), by_path(config)
     problems = [f"missing: {'/'.join(p)}" for p in known if p not in flat]
     problems += [f"unexpected: {'/'.join(p)}" for p in flat if p not in known]
+    sizes = padded_sizes(config)
     padding = {
         axis: flat[path].shape[dim]
-        for axis, path, dim in (("vocab", ("wte",), 0), ("mlp", _MLP_KERNEL, -1))
-        if path in flat and flat[path].shape
+        for axis, path, dim in (_first(config, axis) for axis in sizes)
+        if path in flat and len(flat[path].shape) > dim
     }
-    sizes = {"vocab": config.vocab_size, "mlp": config.n_inner}
     padding = {a: n for a, n in padding.items() if n > sizes[a]}
     for path, leaf in flat.items():
         if path in known:
@@ -237,7 +237,15 @@ def check(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int]:
     return padding
 
 
-_MLP_KERNEL = ("blocks", "mlp", "c_fc", "kernel")
+def padded_sizes(config: BTLMConfig) -> dict[str, int]:
+    """The logical axes that a mesh may zero-pad, with their true sizes."""
+    return {"vocab": config.vocab_size, "mlp": config.n_inner}
+
+
+def _first(config: BTLMConfig, axis: str) -> tuple[str, Path, int]:
+    """The axis, and where it first occurs in the stacked tree: a path and a dimension."""
+    w = next(w for w in table(config) if axis in w.axes)
+    return axis, w.path, w.stacked + w.axes.index(axis)
 
 
 # One leaf per layer: the layout on disk and of Hugging Face ---------------------------------------

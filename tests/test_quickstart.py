@@ -134,8 +134,18 @@ def test_small_run_end_to_end(tmp_path):
         assert (tmp_path / "q" / name).is_dir()
 
 
-def test_from_hf(capsys, tmp_path):
+def test_steps_must_be_positive(capsys, tmp_path):
+    assert cli.main(["quickstart", str(tmp_path / "q"), "--steps", "0"]) == 2
+    assert "steps: found 0, expected at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
+
+
+def test_from_hf(tmp_path):
+    """In a process of its own, without devices set up for it."""
     source = cases.write_hf(tmp_path / "hf", cases.load("i_untied"), tokenizer=True)
-    assert cli.main(["quickstart", str(tmp_path / "q"), "--hf", str(source)]) == 0
-    out = capsys.readouterr().out
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "btlm_jax.cli", "quickstart", str(tmp_path / "q")]
+    done = subprocess.run([*command, "--hf", str(source)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     assert "converted 32 tensors" in out and "[greedy]" in out and "next: btlm generate" in out

@@ -85,10 +85,13 @@ def train(
 
     Raises:
       FileExistsError: the directory exists.
-      ValueError: matplotlib is missing.
+      ValueError: matplotlib is missing, or steps < 1.
     """
     recipe = recipe or Recipe()
-    recipe = recipe._replace(steps=steps) if steps else recipe
+    recipe = recipe._replace(steps=steps) if steps is not None else recipe
+    if recipe.steps < 1:
+        raise ValueError(f"steps: found {recipe.steps}, expected at least 1")
+    _virtual_devices()
     plots.require_matplotlib()
     config = model_config(recipe)
     mesh = _mesh(config)
@@ -142,7 +145,7 @@ def train(
     _summary(directory, {
         "loss.png": "loss curve", "metrics.jsonl": "the losses", "checkpoint/": "Orbax checkpoint",
         "hf/": "the same for transformers", "converted/": "converted back from hf/",
-    }, started, "checkpoint")  # fmt: skip
+    }, started)  # fmt: skip
 
 
 def from_hf(directory: Path, source: str) -> None:
@@ -153,6 +156,7 @@ def from_hf(directory: Path, source: str) -> None:
       FileNotFoundError, ConnectionError, ValueError: see `convert.convert`.
     """
     started = time.monotonic()
+    _virtual_devices()
     directory = Path(directory)
     staging.refuse_existing(directory, overwrite=False, ours=checkpoint.is_ours)
     report = convert(source, directory / "checkpoint")
@@ -161,7 +165,7 @@ def from_hf(directory: Path, source: str) -> None:
     tokenizer = load_tokenizer(directory / "checkpoint")
     model, params = checkpoint.load(directory / "checkpoint", mesh=_mesh(report.config))
     _show(model, params, tokenizer, PROMPTS)
-    _summary(directory, {"checkpoint/": "Orbax checkpoint"}, started, "checkpoint")
+    _summary(directory, {"checkpoint/": "Orbax checkpoint"}, started)
 
 
 def _fit(model: BTLM, params, tokens, held, recipe: Recipe, seed: int):
@@ -230,10 +234,17 @@ def _make(directory: Path) -> Path:
     return directory
 
 
-def _mesh(config: BTLMConfig) -> Mesh:
-    """All devices; on a CPU, virtual ones, so that the weights are sharded for real."""
+def _virtual_devices() -> None:
+    """On a CPU, several devices, so that the weights are sharded for real.
+
+    It comes before anything else, because JAX counts its devices once.
+    """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
+
+
+def _mesh(config: BTLMConfig) -> Mesh:
+    """All devices; tensor parallel too on virtual ones."""
     devices = len(jax.devices())
     pairs = devices % 2 == 0 and config.n_head % 2 == 0
     tensor = 2 if jax.default_backend() == "cpu" and pairs else 1
@@ -245,9 +256,9 @@ def _round_up(batch_size: int, mesh: Mesh) -> int:
     return -(-batch_size // parts) * parts
 
 
-def _summary(directory: Path, made: dict[str, str], started: float, checkpoint_name: str) -> None:
+def _summary(directory: Path, made: dict[str, str], started: float) -> None:
     print(f"made in {directory} ({time.monotonic() - started:.0f} s):")
     for name, what in made.items():
         print(f"  {name:<14} {what}")
-    path = directory / checkpoint_name
+    path = directory / "checkpoint"
     print(f"next: btlm generate {path} --prompt 'The statement' --sample --temperature 0.7")
