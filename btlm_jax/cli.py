@@ -13,7 +13,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
+from tyro.constructors import PrimitiveConstructorSpec
+
+from btlm_jax import byte_size
+
+Bytes = Annotated[
+    int,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="BYTES",
+        instance_from_str=lambda args: byte_size.parse(args[0]),
+        is_instance=lambda x: isinstance(x, int),
+        str_from_instance=lambda n: [byte_size.show(n).replace(" ", "")],
+    ),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,51 +57,101 @@ class Quickstart:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a Hugging Face checkpoint to Orbax, without loss."""
+    """Convert a Hugging Face checkpoint to Orbax, without loss.
+
+    Killed or failed, the same command continues it.
+    """
 
     source: Positional[str]
     """A directory with config.json and safetensors or .bin weights, or a Hub id (org/name)."""
-    target: Positional[Path]
-    """The Orbax checkpoint to write."""
+    target: Positional[str]
+    """The Orbax checkpoint to write: a directory, or a gs:// or s3:// URL."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    max_memory: Bytes = 512 << 20
+    """Of weights in flight, such as 512MiB."""
+    allow_nonfinite: bool = False
+    """Convert weights that hold NaN or Inf too."""
     overwrite: bool = False
     """Replace an existing checkpoint."""
 
     def run(self) -> None:
-        from btlm_jax import weights
         from btlm_jax.convert import convert
 
-        r = convert(self.source, self.target, revision=self.revision, overwrite=self.overwrite)
-        dtypes = ", ".join(f"{n} {dtype}" for dtype, n in r.dtypes.items())
-        print(f"{self.target}: {r.tensors} tensors ({dtypes}), {r.nbytes:,} bytes, "
-              f"{weights.count(r.config):,} parameters")  # fmt: skip
-        print(f"carried along: {', '.join(r.assets) or 'no tokenizer'}")
+        report = convert(
+            self.source,
+            self.target,
+            revision=self.revision,
+            max_memory=self.max_memory,
+            allow_nonfinite=self.allow_nonfinite,
+            overwrite=self.overwrite,
+        )
+        print(f"{self.target}: {report}")
+        print(f"carried along: {', '.join(report.files) or 'no tokenizer'}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Export an Orbax checkpoint to a Hugging Face directory, without loss."""
+    """Export an Orbax checkpoint to a Hugging Face directory, without loss.
 
-    checkpoint: Positional[Path]
-    """An Orbax checkpoint."""
+    Of a training checkpoint, the weights. Killed or failed, the same command continues it.
+    """
+
+    checkpoint: Positional[str]
+    """An Orbax checkpoint: a directory, or a gs:// or s3:// URL."""
     target: Positional[Path]
     """The directory to write."""
-    max_shard_size: int = 1 << 30
-    """Bytes per safetensors file; about as much is held in memory."""
+    max_shard_size: Bytes = 5 * 10**9
+    """Of one safetensors file, such as 5GB."""
+    max_memory: Bytes = 512 << 20
+    """Of weights in flight, such as 512MiB."""
     overwrite: bool = False
     """Replace an existing export."""
 
     def run(self) -> None:
         from btlm_jax.convert import export
 
-        r = export(
+        report = export(
             self.checkpoint,
             self.target,
             max_shard_bytes=self.max_shard_size,
+            max_memory=self.max_memory,
             overwrite=self.overwrite,
         )
-        print(f"{self.target}: {r.tensors} tensors, {r.nbytes:,} bytes in {', '.join(r.files)}")
+        print(f"{self.target}: {report}")
+        print(f"weights: {', '.join(report.files)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare two checkpoints tensor by tensor, or hash one again.
+
+    Exit code 1 and a table on any difference.
+    """
+
+    first: Positional[str]
+    """An Orbax checkpoint (directory or URL), a Hugging Face directory, or a Hub id."""
+    second: Positional[str | None] = None
+    """Another; without it, the first is checked against the SHA-256 that it records."""
+    atol: float | None = None
+    """Accept differences of values up to this, also between dtypes; default equal bits only."""
+    logits: bool = False
+    """Run both through the model on the same tokens too (in fp32, one model at a time)."""
+    max_memory: Bytes = 512 << 20
+    """Of weights in flight, such as 512MiB."""
+
+    def run(self) -> int:
+        from btlm_jax.convert import verify
+
+        result = verify(
+            self.first,
+            self.second,
+            atol=self.atol,
+            logits=self.logits,
+            max_memory=self.max_memory,
+        )
+        print(result)
+        return 0 if result else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +164,10 @@ class Info:
     """Sequence length for FLOPs and cache; 0 takes the trained context."""
 
     def run(self) -> None:
-        from btlm_jax import accounting
+        from btlm_jax import accounting, paths
         from btlm_jax.config import PRESETS, BTLMConfig
 
-        path, rows = Path(self.source), []
+        path, rows = paths.location(self.source), []
         if not path.exists() and self.source in PRESETS:
             config = BTLMConfig.preset(self.source)
         elif not path.exists():
@@ -111,11 +175,11 @@ class Info:
                 f"{self.source}: no such checkpoint; the presets are {', '.join(PRESETS)}"
             )
         elif (path / "config.json").is_file():
-            config = BTLMConfig.from_hf(path)
+            config = BTLMConfig.from_hf(Path(path))
         else:
-            from btlm_jax import checkpoint
+            from btlm_jax import manifest
 
-            meta = checkpoint.read_metadata(path)
+            meta = manifest.read(self.source)
             config = meta.config
             stored: dict[str, int] = {}
             for leaf in meta.leaves.values():
@@ -135,8 +199,8 @@ class Info:
 class Generate:
     """Continue a prompt."""
 
-    checkpoint: Positional[Path]
-    """An Orbax checkpoint that carries a tokenizer."""
+    checkpoint: Positional[str]
+    """An Orbax checkpoint that carries a tokenizer: a directory, or a gs:// or s3:// URL."""
     prompt: str
     """The text to continue."""
     max_new_tokens: int = 50
@@ -160,7 +224,7 @@ class Generate:
         import numpy as np
 
         import btlm_jax as btlm
-        from btlm_jax import checkpoint
+        from btlm_jax import manifest
         from btlm_jax.tokenizer import check_vocabulary
 
         sampled = (self.temperature, self.top_k, self.top_p) != (1.0, 50, 1.0)
@@ -169,7 +233,7 @@ class Generate:
                 "--temperature, --top-k and --top-p do nothing without --sample"
             )
         # The tokenizer first: the weights may be large.
-        config = checkpoint.read_metadata(self.checkpoint).config
+        config = manifest.read(self.checkpoint).config
         tokenizer = btlm.load_tokenizer(self.checkpoint)
         check_vocabulary(tokenizer, config.vocab_size)
         ids = tokenizer.encode(self.prompt).ids
@@ -193,18 +257,84 @@ class Generate:
         print(tokenizer.decode(out[0].tolist()))
 
 
+@dataclasses.dataclass(frozen=True)
+class BenchConvert:
+    """Convert a random checkpoint of the 3B shape, beside a plain copy of it; rates and memory.
+
+    Needs three to four times the checkpoint's bytes (5.3 GB with 32 layers) on the disk.
+    """
+
+    directory: Positional[Path] = Path("btlm-bench")
+    """Where to work; must not exist, and is removed afterwards."""
+    layers: int = 32
+    """Of the model; the embedding stays."""
+    form: Literal["safetensors", "safetensors-sharded", "bin", "bin-sharded"] = "safetensors"
+    """Of the checkpoint that is converted."""
+    max_memory: Bytes = 512 << 20
+    """Of weights in flight, such as 512MiB."""
+    keep: bool = False
+    """Keep the files."""
+
+    def run(self) -> None:
+        from btlm_jax.convert.bench import bench_convert
+
+        bench_convert(
+            self.directory,
+            layers=self.layers,
+            form=self.form,
+            max_memory=self.max_memory,
+            keep=self.keep,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchLoad:
+    """Load a random checkpoint of the 3B shape, from Hugging Face files and from Orbax ones, onto
+    the devices, beside reading its bytes; rates and memory."""
+
+    directory: Positional[Path] = Path("btlm-bench")
+    """Where to work; must not exist, and is removed afterwards."""
+    layers: int = 32
+    """Of the model; the embedding stays."""
+    keep: bool = False
+    """Keep the files."""
+
+    def run(self) -> None:
+        from btlm_jax.convert.bench import bench_load
+
+        bench_load(self.directory, layers=self.layers, keep=self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure speed and memory, each beside a peer or a limit measured in the same run."""
+
+    what: OmitArgPrefixes[
+        Annotated[BenchConvert, subcommand("convert")] | Annotated[BenchLoad, subcommand("load")]
+    ]
+
+    def run(self) -> None:
+        self.what.run()
+
+
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Generate, subcommand("generate")]
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs `btlm`. Returns the exit code: 0, 2 on a bad argument or input, 130 on Ctrl-C, 141 when
-    the output is not wanted any more."""
+    """Runs `btlm`.
+
+    Returns:
+      The exit code: 0, 1 if `verify` finds a difference, 2 on a bad argument or input, 130 on
+      Ctrl-C, 141 when the output is not wanted any more.
+    """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     command = tyro.cli(
@@ -216,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     _log_to_stderr()
     try:
-        command.run()
+        code = command.run()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -229,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("btlm: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _log_to_stderr() -> None:

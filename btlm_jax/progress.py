@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 
 from tqdm import tqdm
+
+from btlm_jax import byte_size
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +22,7 @@ class Progress:
       total: how much there is to do, in `unit`.
       unit: such as "B" (shown with binary prefixes) or "step".
       title: what is being done.
+      done: how many units an earlier run has done.
       every: seconds between lines when standard error is not a terminal.
       clock: seconds; injected by tests.
     """
@@ -29,19 +33,26 @@ class Progress:
         unit: str,
         title: str,
         *,
+        done: int = 0,
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.unit, self.title = total, unit, title
         self._every, self._clock = every, clock
         self._start = self._last = clock()
-        self._done = 0
+        self._initial = self._done = done
+        self._lock = threading.Lock()
         self._bar = None
         if sys.stderr.isatty():
             scale = unit == "B"
             base = 1024 if scale else 1000
             self._bar = tqdm(
-                total=total, unit=unit, desc=title, unit_scale=scale, unit_divisor=base
+                total=total,
+                initial=done,
+                unit=unit,
+                desc=title,
+                unit_scale=scale,
+                unit_divisor=base,
             )
 
     def __enter__(self) -> Progress:
@@ -52,20 +63,21 @@ class Progress:
             self._bar.close()
 
     def update(self, n: int, note: str = "") -> None:
-        """Counts `n` more; `note` is shown beside the count (a loss, say)."""
-        self._done += n
-        if self._bar is not None:
-            self._bar.set_postfix_str(note, refresh=False)
-            self._bar.update(n)
-            return
-        now = self._clock()
-        if now - self._last >= self._every or self._done >= self.total:
-            self._last = now
-            logger.info("%s", self.line(now, note))
+        """Counts `n` more; `note` is shown beside the count (a loss, say). Threads may."""
+        with self._lock:
+            self._done += n
+            if self._bar is not None:
+                self._bar.set_postfix_str(note, refresh=False)
+                self._bar.update(n)
+                return
+            now = self._clock()
+            if now - self._last >= self._every or self._done >= self.total:
+                self._last = now
+                logger.info("%s", self.line(now, note))
 
     def line(self, now: float, note: str = "") -> str:
         """The plain line: done/total, percentage, rate and time left."""
-        rate = self._done / max(now - self._start, 1e-9)
+        rate = (self._done - self._initial) / max(now - self._start, 1e-9)
         left = max(self.total - self._done, 0) / max(rate, 1e-9)
         amount = f"{_count(self._done, self.unit)}/{_count(self.total, self.unit)}"
         line = f"{self.title}: {amount} ({self._done / max(self.total, 1):.0%}), "
@@ -74,10 +86,6 @@ class Progress:
 
 
 def _count(n: float, unit: str) -> str:
-    if unit != "B":
-        return f"{n:.4g} {unit}" if isinstance(n, float) else f"{n} {unit}"
-    for prefix in ("", "Ki", "Mi", "Gi", "Ti"):
-        if n < 1024 or prefix == "Ti":
-            break
-        n /= 1024
-    return f"{n:.1f} {prefix}B"
+    if unit == "B":
+        return byte_size.show(n)
+    return f"{n:.4g} {unit}" if isinstance(n, float) else f"{n} {unit}"

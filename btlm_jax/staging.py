@@ -1,83 +1,239 @@
-"""Directories that appear complete under their name, or not at all."""
+"""Directories that appear complete under their name, or not at all, however the writer ends.
+
+The work happens in a hidden sibling, `.NAME.partial`, on the same file system, and takes its name
+by one atomic rename. Work that names its `key` can be taken up again: every finished piece leaves a
+record, and the next run with the same key is handed the records. Object stores cannot rename: there
+the work happens in place, and what makes it loadable (its metadata) is written last by the caller.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
+import json
+import logging
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
+from etils import epath
+
+from btlm_jax import byte_size, paths
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Work in progress.
+
+    Attributes:
+      content: the directory to fill.
+      finished: the records of pieces that this run or an interrupted one has finished, by name.
+    """
+
+    content: epath.Path
+    finished: dict[str, Any]
+    _records: epath.Path
+
+    def record(self, name: str, value: Mapping[str, Any]) -> None:
+        """Notes a finished piece, once its data is on disk. Threads may call it at once."""
+        write_text(self._records / f"{name}.json", json.dumps(value))
+        self.finished[name] = dict(value)
 
 
 @contextlib.contextmanager
 def new_directory(
-    path: str | Path, *, overwrite: bool, ours: Callable[[Path], bool]
-) -> Iterator[Path]:
-    """A context manager whose value is a directory to make and fill; it then takes its name.
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    ours: Callable[[epath.Path], bool],
+    key: Mapping[str, Any] | None = None,
+) -> Iterator[Stage]:
+    """A context manager whose value is a `Stage`; its content takes the name when the block ends.
 
-    The work happens in a hidden sibling (same file system, so the final rename is atomic) that is
-    removed if the block fails. A directory that has the name is replaced only at the end.
+    A directory that has the name is replaced only then.
 
     Args:
       path: the final name.
       overwrite: replace what exists under the name.
       ours: whether an existing directory is of the kind about to be written; others are never
         replaced.
+      key: JSON-able facts that tell this work from any other. With a key, a block that fails or is
+        killed leaves its finished pieces for the next run with the same key; without, it leaves
+        nothing.
 
     Raises:
-      FileExistsError: see `refuse_existing`.
-      ValueError: several processes, which would each write here.
+      FileExistsError: see `refuse_existing`; or another process is writing there.
+      ValueError: several processes, which would each write here; overwriting in an object store.
     """
-    path = Path(path).resolve()
-    refuse_existing(path, overwrite=overwrite, ours=ours)
     if jax.process_count() > 1:
         raise ValueError("writing a checkpoint from several processes is not supported yet")
-    token = secrets.token_hex(4)
-    stage = path.with_name(f".{path.name}.{token}.partial")
-    stage.mkdir(parents=True)
-    try:
-        yield stage / path.name
-        _rename(stage / path.name, path, aside=path.with_name(f".{path.name}.{token}.replaced"))
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    target = paths.location(path)
+    if not paths.is_remote(target):
+        target = epath.Path(os.path.realpath(target))  # a link stays a link
+    refuse_existing(target, overwrite=overwrite, ours=ours)
+    if paths.is_remote(target):
+        work, content = target / ".partial", target
+    else:
+        work = target.parent / f".{target.name}.partial"
+        content = work / target.name
+    work.mkdir(parents=True, exist_ok=True)
+    with _lock(work, target):
+        stage = Stage(content, _take_up(work, content, key), work / "finished")
+        done = False
+        try:
+            yield stage
+            if not paths.is_remote(target):
+                _rename(content, target, aside=target.parent / f".{target.name}.replaced")
+            done = True
+        finally:
+            if done or key is None:
+                if not done and paths.is_remote(target):
+                    target.rmtree(missing_ok=True)
+                work.rmtree(missing_ok=True)
+            else:
+                logger.warning(
+                    "unfinished: %d finished pieces are kept in %s; the same command continues "
+                    "from there", len(stage.finished), work,
+                )  # fmt: skip
 
 
-def refuse_existing(path: str | Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> None:
+def refuse_existing(
+    path: str | os.PathLike[str], *, overwrite: bool, ours: Callable[[epath.Path], bool]
+) -> None:
     """Refuses to write under a name that is taken, or to replace what we did not write.
 
     Raises:
       FileExistsError: `path` exists, and `overwrite` is not set or it is not `ours`.
+      ValueError: `overwrite` in an object store, which cannot replace at one stroke.
     """
-    path = Path(path)
-    if not path.exists():
+    target = paths.location(path)
+    if paths.is_remote(target):
+        if overwrite:
+            raise ValueError(
+                f"{target}: an object store cannot replace a checkpoint at one stroke: choose "
+                "another name, or delete it first"
+            )
+        if ours(target):
+            raise FileExistsError(f"{target} exists: choose another name")
+        names = {p.name for p in target.iterdir()} if target.exists() else set()
+        if names and ".partial" not in names:
+            raise FileExistsError(f"{target} is not empty: choose another name")
+        return
+    if not target.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{path} exists: choose another name, or pass --overwrite")
-    if not ours(path):
+        raise FileExistsError(f"{target} exists: choose another name, or pass --overwrite")
+    if not ours(target):
         raise FileExistsError(
-            f"{path} exists and was not written by this command, so --overwrite does not replace "
+            f"{target} exists and was not written by this command, so --overwrite does not replace "
             "it: choose another name"
         )
 
 
-def leftovers(path: str | Path) -> list[Path]:
-    """What killed runs left beside `path`: unfinished work, or what was being replaced."""
-    path = Path(path).resolve()
-    kinds = (f".{path.name}.*.partial", f".{path.name}.*.replaced")
-    return sorted(p for kind in kinds for p in path.parent.glob(kind))
-
-
-def _rename(staged: Path, path: Path, aside: Path) -> None:
-    if not path.exists():
-        os.rename(staged, path)
+def require_space(path: str | os.PathLike[str], nbytes: int) -> None:
+    """Raises OSError if the disk of a local `path` lacks room for `nbytes`."""
+    place = paths.location(path)
+    if paths.is_remote(place):
         return
-    os.rename(path, aside)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"no space for {path}: {byte_size.show(nbytes)} are to be written, "
+            f"{byte_size.show(free)} are free; free space or choose another disk",
+        )
+
+
+def leftovers(path: str | os.PathLike[str]) -> list[epath.Path]:
+    """What killed runs left for `path`: unfinished work, or what was being replaced."""
+    target = paths.location(path)
+    if paths.is_remote(target):
+        return [p for p in (target / ".partial",) if p.exists()]
+    target = epath.Path(os.path.realpath(target))
+    names = (f".{target.name}.partial", f".{target.name}.replaced")
+    return [p for name in names if (p := target.parent / name).exists()]
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a small file so that it is there as a whole or not at all, also after a power cut."""
+    if paths.is_remote(path):
+        path.write_text(text)
+        return
+    fresh = path.with_name(f"{path.name}.new")
+    with open(fresh, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(fresh, path)
+
+
+@contextlib.contextmanager
+def _lock(work: epath.Path, target: epath.Path) -> Iterator[None]:
+    """Keeps a second process out for as long as this one lives; object stores know no locks."""
+    if paths.is_remote(work):
+        yield
+        return
+    import fcntl
+
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{target} is being written by another process: wait for it, or choose another name"
+            ) from None
+        yield
+
+
+def _take_up(
+    work: epath.Path, content: epath.Path, key: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Makes the working folders, and returns the records of an interrupted run with this key."""
+    found = _read_json(work / "key.json")
+    if key is not None and found == json.loads(json.dumps(key)) and content.exists():
+        files = (work / "finished").glob("*.json")
+        records = {p.name.removesuffix(".json"): _read_json(p) for p in files}
+        # A record cut short by the kill counts as none.
+        finished = {name: r for name, r in records.items() if r is not None}
+        if finished:
+            logger.info("continuing an interrupted run: %d pieces are finished", len(finished))
+        return finished
+    if found is not None:
+        logger.warning("%s held unfinished work of another kind: starting over", work)
+    for child in [*work.iterdir(), *(content.iterdir() if content.exists() else ())]:
+        if child.name not in ("lock", ".partial"):
+            child.rmtree() if child.is_dir() else child.unlink()
+    content.mkdir(parents=True, exist_ok=True)
+    (work / "finished").mkdir(parents=True, exist_ok=True)
+    if key is not None:
+        write_text(work / "key.json", json.dumps(key))
+    return {}
+
+
+def _read_json(path: epath.Path) -> Any:
     try:
-        os.rename(staged, path)
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _rename(staged: epath.Path, target: epath.Path, aside: epath.Path) -> None:
+    """Gives finished work its name; what had it before is removed last."""
+    if target.exists():
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(target, aside)
+    try:
+        os.rename(staged, target)
     except BaseException:
-        os.rename(aside, path)
+        if aside.exists():
+            os.rename(aside, target)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
+from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from btlm_jax import paths
 
 # Files that travel with a checkpoint in both directions.
 ASSETS = (
@@ -25,19 +30,25 @@ ASSETS = (
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
+def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Loads `tokenizer.json`, or GPT-2's `vocab.json`, `merges.txt` and any `added_tokens.json`.
 
     Args:
-      directory: of the files, or an Orbax checkpoint of ours (which keeps them in `tokenizer/`).
+      directory: of the files, or an Orbax checkpoint of ours (which keeps them in `tokenizer/`), or
+        the URL of one.
 
     Raises:
       FileNotFoundError: neither is there; the message says where it looked.
       ValueError: a file that cannot be parsed.
     """
-    directory = Path(directory)
-    inner = directory / "tokenizer"
-    home = inner if inner.is_dir() else directory
+    place = paths.location(directory)
+    inner = place / "tokenizer"
+    home = inner if inner.is_dir() else place
+    if paths.is_remote(home):  # the tokenizers library reads local files
+        with tempfile.TemporaryDirectory() as copy:
+            for file in home.glob("*"):
+                (Path(copy) / file.name).write_bytes(file.read_bytes())
+            return load_tokenizer(copy)
     whole, vocab, merges = (home / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
         if whole.is_file():
@@ -52,7 +63,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     )
 
 
-def _gpt2(vocab: Path, merges: Path) -> Tokenizer:
+def _gpt2(vocab: epath.Path, merges: epath.Path) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

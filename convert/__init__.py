@@ -1,6 +1,8 @@
-"""Hugging Face checkpoints to Orbax and back."""
+"""Hugging Face checkpoints to Orbax and back, checked, and straight onto a mesh."""
 
+from .onto_mesh import load_hf
 from .to_hf import export
 from .to_orbax import convert
+from .verify import verify
 
-__all__ = ["convert", "export"]
+__all__ = ["convert", "export", "load_hf", "verify"]

@@ -6,19 +6,23 @@ large the checkpoint is. Every check that needs no tensor data is made on openin
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+import os
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from btlm_jax import paths
 from btlm_jax.tokenizer import ASSETS
 
 from .hf_hub import fetch, is_hub_id
+from .ranged import identity, read_into, runs
 from .torch_pickle import TorchFile
 from .weight_files import (
     REDOWNLOAD,
@@ -60,6 +64,8 @@ class HFSource:
         tensors: name -> `TensorInfo`, from the files' headers.
         assets: those of `ASSETS` (tokenizer and generation files) that are present.
         description: the form of the weights for logs, e.g. `"safetensors, 2 shards"`.
+        revision: the commit on the Hub that was fetched; None for a directory.
+        identities: size and time of change of every weight file, on opening.
     """
 
     directory: Path
@@ -67,41 +73,97 @@ class HFSource:
     tensors: Mapping[str, TensorInfo]
     assets: tuple[Path, ...]
     description: str
+    identities: Mapping[Path, tuple[int, int]]
+    revision: str | None = None
     _torch_files: Mapping[Path, TorchFile] = field(default_factory=dict, repr=False, compare=False)
 
-    def read(self, name: str) -> np.ndarray:
-        """Read one tensor.
-
-        Returns:
-            A C-contiguous array with the shape and dtype of `tensors[name]`.
+    def blocks(self, name: str, size: int) -> Iterator[np.ndarray]:
+        """Yield a tensor's elements in C order, in 1-D arrays of `size` (the last may be shorter).
 
         Raises:
             KeyError: the checkpoint has no tensor of this name.
-            ValueError: the file is damaged, or is not the one that was opened.
+            ValueError: the file ends early, has changed since it was opened, or its bytes do not
+                match the archive's checksum (known once all have been read).
         """
+        info = self._info(name)
+        if info.offset is None:
+            flat = self._torch_files[info.file].read(name).reshape(-1)
+            yield from (flat[i : i + size] for i in range(0, len(flat), size))
+            return
+        crc32, itemsize = 0, info.dtype.itemsize
+        with self._open(info) as file:
+            for start in range(0, info.size, size):
+                block = np.empty(min(size, info.size - start), info.dtype)
+                read_into(file, info.offset + start * itemsize, block)
+                if info.crc32 is not None:
+                    crc32 = zlib.crc32(block.view(np.uint8).data, crc32)
+                yield block
+        if info.crc32 is not None and crc32 != info.crc32:
+            raise ValueError(
+                f"{info.file}: tensor {name!r}: checksum mismatch: the bytes are damaged. "
+                f"{REDOWNLOAD}"
+            )
+
+    def read(
+        self,
+        name: str,
+        index: tuple[slice, ...] | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> np.ndarray:
+        """Read a tensor or a part of it, and no other bytes of the file.
+
+        Args:
+            name: of the tensor.
+            index: a slice of step 1 per axis; None reads all of it.
+            shape: another shape of as many elements, to which `index` refers.
+
+        Returns:
+            A C-contiguous array.
+
+        Raises:
+            KeyError: the checkpoint has no tensor of this name.
+            ValueError: the file is damaged, or has changed since it was opened.
+        """
+        info = self._info(name)
+        shape = info.shape if shape is None else shape
+        if index is None:
+            flat = np.empty(info.size, info.dtype)
+            start = 0
+            for block in self.blocks(name, max(info.size, 1)):
+                flat[start : start + len(block)] = block
+                start += len(block)
+            return flat.reshape(shape)
+        if info.offset is None:
+            return np.ascontiguousarray(self.read(name, None, shape)[index])
+        out = np.empty([len(range(n)[i]) for n, i in zip(shape, index, strict=True)], info.dtype)
+        flat, filled, itemsize = out.reshape(-1), 0, info.dtype.itemsize
+        with self._open(info) as file:
+            for start, length in runs(shape, index):
+                part = flat[filled : filled + length]
+                read_into(file, info.offset + start * itemsize, part)
+                filled += length
+        return out
+
+    def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise KeyError(f"{self.directory} holds no tensor {name!r}")
-        info = self.tensors[name]
-        if info.file in self._torch_files:
-            return self._torch_files[info.file].read(name)
-        try:
-            with safe_open(info.file, framework="numpy") as file:
-                array = np.asarray(file.get_tensor(name), order="C")
-        except SafetensorError as error:
-            raise ValueError(f"{info.file}: tensor {name!r}: {error}. {REDOWNLOAD}") from None
-        if array.shape != info.shape or array.dtype != info.dtype:
+        return self.tensors[name]
+
+    def _open(self, info: TensorInfo) -> BinaryIO:
+        file = info.file.open("rb", buffering=0)
+        if identity(info.file) != self.identities[info.file]:
+            file.close()
             raise ValueError(
-                f"{info.file}: tensor {name!r} is now {array.dtype}{array.shape}, but was "
-                f"{info.dtype}{info.shape} on opening. Fix: leave the file alone meanwhile."
+                f"{info.file} has changed since it was opened. Fix: leave it alone meanwhile."
             )
-        return array
+        return file
 
 
-def open_hf(source: str | Path, *, revision: str | None = None) -> HFSource:
+def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> HFSource:
     """Open a checkpoint directory, or fetch a model from the Hugging Face Hub and open that.
 
     Args:
-        source: a directory; or, given as a string, a Hub id such as
+        source: a directory (or its file:// URL); or, given as a string, a Hub id such as
             `"cerebras/btlm-3b-8k-base"` when no file or directory has that name.
         revision: branch, tag or commit on the Hub; None means its default branch.
 
@@ -111,7 +173,8 @@ def open_hf(source: str | Path, *, revision: str | None = None) -> HFSource:
         ValueError: a file is damaged, contradicts another, or uses an unsupported dtype; or
             `revision` is given for a local directory.
     """
-    path = Path(source)
+    local = isinstance(source, str) and source.startswith("file://")
+    path = Path(paths.location(source) if local else source)
     if path.is_dir():
         if revision is not None:
             raise ValueError(
@@ -125,7 +188,9 @@ def open_hf(source: str | Path, *, revision: str | None = None) -> HFSource:
         )
     if isinstance(source, str) and is_hub_id(source):
         names = ("config.json", *ASSETS)
-        return _open_directory(fetch(source, revision, names, [f.main for f in WEIGHT_FORMS]))
+        snapshot = fetch(source, revision, names, [f.main for f in WEIGHT_FORMS])
+        # The Hub's cache names a snapshot by its commit.
+        return dataclasses.replace(_open_directory(snapshot), revision=snapshot.name)
     raise FileNotFoundError(
         f"no directory {path.absolute()}. Fix: pass an existing checkpoint directory, or a Hub id "
         'like "cerebras/btlm-3b-8k-base".'
@@ -149,6 +214,7 @@ def _open_directory(directory: Path) -> HFSource:
     main = directory / form.main
     weight_map = weight_map_of(main) if form.sharded else None
     files = [directory / n for n in sorted(set(weight_map.values()))] if weight_map else [main]
+    identities = {f: identity(f) for f in files}
     torch_files = {f: TorchFile(f) for f in files} if form.kind == "torch .bin" else {}
     headers = {
         f: torch_header(torch_files[f]) if f in torch_files else safetensors_header(f)
@@ -166,6 +232,7 @@ def _open_directory(directory: Path) -> HFSource:
         tensors=MappingProxyType(tensors),
         assets=tuple(directory / n for n in ASSETS if (directory / n).is_file()),
         description=form.kind + shards,
+        identities=MappingProxyType(identities),
         _torch_files=MappingProxyType(torch_files),
     )
     _log.info("opened %s: %s, %d tensors", directory, source.description, len(tensors))

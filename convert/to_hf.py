@@ -2,108 +2,194 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Iterable
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from btlm_jax import __version__, alibi, checkpoint, staging, weights
-from btlm_jax.config import BTLMConfig
+from btlm_jax import __version__, alibi, array_files, manifest, paths, staging, weights
 from btlm_jax.progress import Progress
 
-from .to_orbax import SLOPES
+from .hf_config import config_json, generation_config
+from .parallel import DEFAULT_MEMORY, for_each, workers
+from .report import Report, digest, peak_rss
+from .safetensors_file import WRITER, SafetensorsFile, Tensor, plan
+from .to_orbax import SLOPES, explained
 
 logger = logging.getLogger(__name__)
 
-_WRITER = "btlm_jax"  # an entry in the safetensors metadata of our exports
-
-
-class Report(NamedTuple):
-    """What an export did."""
-
-    tensors: int
-    nbytes: int
-    files: tuple[str, ...]
+DEFAULT_SHARD = 5 * 10**9  # transformers' own
+INDEX = "model.safetensors.index.json"
 
 
 def export(
-    source: str | Path,
-    target: str | Path,
+    source: manifest.PathLike,
+    target: str | os.PathLike[str],
     *,
-    max_shard_bytes: int = 1 << 30,
+    max_shard_bytes: int = DEFAULT_SHARD,
+    max_memory: int = DEFAULT_MEMORY,
     overwrite: bool = False,
 ) -> Report:
     """Exports an Orbax checkpoint to a Hugging Face directory, without loss.
 
-    Writes safetensors (with an index if there is more than one file), `config.json` and the
-    tokenizer files. Every array keeps its dtype and its bits. A tied head is left out, as
+    Writes safetensors (with an index if there is more than one file), `config.json`,
+    `generation_config.json` and the tokenizer files. Every array keeps its dtype and its bits, and
+    is checked against the SHA-256 that the checkpoint records. A tied head is left out, as
     safetensors wants it; the ALiBi slopes are written in the dtype they were stored in. The
-    `config.json` of a converted checkpoint comes back as it was, key flavour included.
+    `config.json` of a converted checkpoint comes back as it was, key flavour included. Of a
+    training checkpoint the weights are exported. An export that was killed or failed is continued
+    by the same call.
 
     Args:
-      source: a checkpoint directory.
-      target: a directory that does not exist yet.
-      max_shard_bytes: of one safetensors file; also about what is held in memory.
+      source: a checkpoint directory or URL.
+      target: a local directory that does not exist yet.
+      max_shard_bytes: of one safetensors file.
+      max_memory: bytes of weights in flight.
       overwrite: replace an existing export.
 
     Raises:
-      FileNotFoundError, ValueError: the source is not a checkpoint; see `checkpoint.load`.
+      FileNotFoundError, ValueError: the source is not a checkpoint, or damaged; the target is in an
+        object store; the budget is below one block.
       FileExistsError: the target exists.
+      OSError: the disk is full or fails.
     """
-    meta = checkpoint.read_metadata(source)
-    with staging.new_directory(target, overwrite=overwrite, ours=is_ours) as stage:
-        stage.mkdir()
-        return _write(source, meta, stage, max_shard_bytes)
+    began = time.monotonic()
+    if paths.is_remote(paths.location(target)):
+        raise ValueError(
+            f"{target}: an export is written to a local directory, from where it can be uploaded"
+        )
+    if max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
+    staging.refuse_existing(target, overwrite=overwrite, ours=is_ours)
+    meta = manifest.read(source)
+    threads = workers(max_memory, largest_block(meta))
+    leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
+    tensors = [
+        Tensor(name, np.dtype(meta.leaves[leaf.path].dtype), leaf.weight.hf_shape)
+        for name, leaf in leaves.items()
+    ]
+    slopes = slopes_tensor(meta) if meta.config.alibi else None
+    if slopes is not None:
+        tensors.append(Tensor(SLOPES, slopes.dtype, slopes.shape))
+    shards = plan(tensors, max_shard_bytes)
+    names = _names(len(shards))
+    key = _key(meta, names, shards)
+    with staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
+        content = Path(stage.content)
+        todo = [t for t in tensors if t.name not in stage.finished]
+        total, left = (sum(t.nbytes for t in ts) for ts in (tensors, todo))
+        staging.require_space(target, left)
+        files = {
+            name: SafetensorsFile(content / name, shard, __version__)
+            for name, shard in zip(names, shards, strict=True)
+        }
+        file_of = {t.name: files[n] for n, shard in zip(names, shards, strict=True) for t in shard}
+        with Progress(total, "B", "export", done=total - left) as progress:
+
+            def one(tensor: Tensor) -> None:
+                name = tensor.name
+                found: Iterable[np.ndarray] = (
+                    [slopes.reshape(-1)] if slopes is not None and name == SLOPES
+                    else meta.blocks(leaves[name])
+                )  # fmt: skip
+
+                def blocks() -> Iterator[np.ndarray]:
+                    for block in found:
+                        yield block
+                        progress.update(block.nbytes)
+
+                sha256 = file_of[name].write(name, blocks()).sha256
+                recorded = meta.sha256.get(leaves[name].path) if name in leaves else None
+                if recorded is not None and sha256 != recorded:
+                    raise manifest.damaged(
+                        meta.path, f"{name}: its bytes do not match the recorded SHA-256"
+                    )
+                stage.record(name, {"sha256": sha256})
+
+            try:
+                for_each(todo, one, threads)
+            except OSError as e:
+                raise explained(e, target) from e
+        sha256 = {t.name: stage.finished[t.name]["sha256"] for t in tensors}
+        for file in files.values():
+            file.finish(sha256)
+        _small_files(meta, content, names, shards)
+    return Report(
+        tensors=len(tensors),
+        resumed=len(tensors) - len(todo),
+        nbytes=total,
+        dtypes=Counter(str(t.dtype) for t in tensors),
+        seconds=time.monotonic() - began,
+        peak_rss=peak_rss(),
+        digest=digest({name: sha256[name] for name in leaves}),
+        files=tuple(names),
+    )
 
 
-def is_ours(path: Path) -> bool:
+def is_ours(path: manifest.PathLike) -> bool:
     """Whether a directory is an export we wrote: every weight file says so."""
-    files = list(path.glob("*.safetensors"))
+    files = list(Path(path).glob("*.safetensors"))
     try:
-        return bool(files) and all(_WRITER in safe_open(f, "np").metadata() for f in files)
+        return bool(files) and all(WRITER in safe_open(f, "np").metadata() for f in files)
     except (SafetensorError, TypeError):
         return False
 
 
-def _write(source, meta: checkpoint.Metadata, stage: Path, max_shard_bytes: int) -> Report:
-    (stage / "config.json").write_text(json.dumps(hf_config(meta), indent=2) + "\n")
-    for file in checkpoint.assets_of(source):
-        shutil.copyfile(file, stage / file.name)
-    _mention_missing_code(stage)
-    slopes = slopes_tensor(meta).nbytes if meta.config.alibi else 0
-    written: list[list[str]] = []  # the tensor names of every shard
-    total = 0
-    with Progress(meta.nbytes + slopes, "B", "export") as progress:
-        for shard in _shards(_tensors(source, meta), max_shard_bytes):
-            file = stage / f"shard-{len(written)}"
-            save_file(shard, file, metadata={"format": "pt", _WRITER: __version__})
-            nbytes = sum(array.nbytes for array in shard.values())
-            total += nbytes
-            written.append(list(shard))
-            progress.update(nbytes)
-    names = _name_shards(stage, written, total)
-    return Report(sum(map(len, written)), total, tuple(names))
+def largest_block(meta: manifest.Metadata) -> int:
+    """Bytes of the largest block that reading a checkpoint brings into memory.
+
+    Orbax's own layout reads by whole arrays; ours by blocks.
+    """
+    whole = max(x.size * x.dtype.itemsize for x in meta.leaves.values())
+    return whole if meta.ocdbt else min(whole, array_files.BLOCK_BYTES)
 
 
-def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_bytes: int):
-    """Groups tensors, in order, into dicts of at most `max_bytes` (or of one larger tensor)."""
-    shard: dict[str, np.ndarray] = {}
-    size = 0
-    for name, array in tensors:
-        if shard and size + array.nbytes > max_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = array
-        size += array.nbytes
-    yield shard
+def _names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def _key(meta: manifest.Metadata, names: list[str], shards: list[list[Tensor]]) -> dict[str, Any]:
+    """What must be the same for an interrupted export to be continued."""
+    mark = (meta.path / manifest.MARK).read_bytes()
+    return {
+        "by": f"export {__version__}",
+        "checkpoint": hashlib.sha256(mark).hexdigest(),
+        "shards": {n: [t.name for t in shard] for n, shard in zip(names, shards, strict=True)},
+    }
+
+
+def _small_files(
+    meta: manifest.Metadata, content: Path, names: list[str], shards: list[list[Tensor]]
+) -> None:
+    _write_json(content / "config.json", config_json(meta))
+    _write_json(content / "generation_config.json", generation_config(meta.config))
+    for file in manifest.assets_of(meta.path):
+        data = file.read_bytes()
+        recorded = meta.asset_sha256.get(file.name)
+        if recorded is not None and hashlib.sha256(data).hexdigest() != recorded:
+            raise manifest.damaged(meta.path, f"{file.name} does not match the recorded SHA-256")
+        (content / file.name).write_bytes(data)
+    _mention_missing_code(content)
+    if len(names) > 1:
+        weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(t.nbytes for shard in shards for t in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(content / INDEX, index)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _mention_missing_code(stage: Path) -> None:
@@ -119,33 +205,7 @@ def _mention_missing_code(stage: Path) -> None:
         )
 
 
-def _name_shards(stage: Path, written: list[list[str]], total: int) -> list[str]:
-    """Gives the shards their final names, and writes the index if there are several."""
-    if len(written) == 1:
-        (stage / "shard-0").rename(stage / "model.safetensors")
-        return ["model.safetensors"]
-    names, weight_map = [], {}
-    for i, tensors in enumerate(written):
-        name = f"model-{i + 1:05d}-of-{len(written):05d}.safetensors"
-        (stage / f"shard-{i}").rename(stage / name)
-        names.append(name)
-        weight_map.update(dict.fromkeys(tensors, name))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (stage / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return names
-
-
-def _tensors(source, meta: checkpoint.Metadata):
-    """Yields every tensor under its Hugging Face name, one layer in memory at a time."""
-    for group in checkpoint.by_layer(meta.config):
-        arrays = checkpoint.read_leaves(source, group)
-        for leaf in group:
-            yield leaf.hf_name, arrays[leaf.path].reshape(leaf.weight.hf_shape)
-    if meta.config.alibi:
-        yield SLOPES, slopes_tensor(meta)
-
-
-def slopes_tensor(meta: checkpoint.Metadata) -> np.ndarray:
+def slopes_tensor(meta: manifest.Metadata) -> np.ndarray:
     """The slopes [H, 1], in the dtype they were read in, else the narrowest that holds them.
 
     Fresh models have exact slopes, written as fp32, in which the model uses them.
@@ -158,14 +218,3 @@ def slopes_tensor(meta: checkpoint.Metadata) -> np.ndarray:
         if np.array_equal(out.astype(np.float64), slopes):
             return out
     return slopes.astype(np.float32)
-
-
-def hf_config(meta: checkpoint.Metadata) -> dict[str, Any]:
-    """The `config.json`: the original one if it still describes the model, else a fresh one."""
-    original = meta.origin.get("hf_config")
-    plain = dataclasses.replace(meta.config, alibi_slopes=None)
-    if original is not None and BTLMConfig.from_hf(original) == plain:
-        return dict(original)
-    dtypes = {str(meta.leaves[leaf.path].dtype) for leaf in weights.disk_leaves(meta.config)}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    return plain.to_hf() | {"torch_dtype": dtype}

@@ -1,85 +1,155 @@
-"""Hugging Face -> Orbax: every tensor through the table of weights, bit for bit."""
+"""Hugging Face -> Orbax: every tensor through the table of weights, block by block, bit for bit."""
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
+import os
 import re
-from pathlib import Path
-from typing import Any, NamedTuple
+import time
+from collections import Counter
+from typing import Any
 
 import numpy as np
 
-from btlm_jax import checkpoint, staging, weights
+from btlm_jax import __version__, array_files, checkpoint, manifest, staging, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
 
 from .hf_source import HFSource, open_hf
+from .parallel import DEFAULT_MEMORY, for_each, workers
+from .report import Report, digest, peak_rss
 
 logger = logging.getLogger(__name__)
 
 SLOPES = "transformer.relative_pe.slopes"
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 # Buffers of old checkpoints of the family: the causal mask, rebuilt from the shape.
 IGNORED = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 
 
-class Report(NamedTuple):
-    """What a conversion did."""
-
-    config: BTLMConfig
-    tensors: int
-    nbytes: int
-    dtypes: dict[str, int]  # dtype -> number of tensors
-    assets: tuple[str, ...]
-
-
 def convert(
-    source: str | Path, target: str | Path, *, revision: str | None = None, overwrite: bool = False
+    source: str | os.PathLike[str],
+    target: manifest.PathLike,
+    *,
+    revision: str | None = None,
+    max_memory: int = DEFAULT_MEMORY,
+    allow_nonfinite: bool = False,
+    overwrite: bool = False,
 ) -> Report:
     """Converts a Hugging Face checkpoint to an Orbax checkpoint, without loss.
 
     Every array keeps its dtype and its bits; stored ALiBi slopes are kept exactly, with the
-    configuration; tokenizer files and the original `config.json` are carried along.
+    configuration; tokenizer files and the original `config.json` are carried along. Arrays are
+    read and written in blocks. A conversion that was killed or failed is continued by the same
+    call, with the same result, byte for byte, as one that was not.
 
     Args:
       source: a directory with `config.json` and safetensors or `.bin` weights, single or sharded,
         or a Hub id such as "cerebras/btlm-3b-8k-base".
-      target: a directory that does not exist yet.
+      target: a directory that does not exist yet, or a gs:// or s3:// URL.
       revision: branch, tag or commit on the Hub.
+      max_memory: bytes of weights in flight.
+      allow_nonfinite: convert weights that hold NaN or Inf too, with a warning.
       overwrite: replace an existing checkpoint.
 
     Raises:
       FileNotFoundError, ConnectionError: the source is not there.
       FileExistsError: the target exists.
-      ValueError: a damaged file, an unsupported configuration, or keys that are missing,
-        unexpected or of the wrong shape or dtype (all listed).
+      ValueError: a damaged file, an unsupported configuration, NaN or Inf, a budget below one
+        block, or keys that are missing, unexpected or of the wrong shape or dtype (all listed).
+      OSError: the disk is full or fails.
     """
-    staging.refuse_existing(target, overwrite=overwrite, ours=checkpoint.is_ours)
+    began = time.monotonic()
+    staging.refuse_existing(target, overwrite=overwrite, ours=manifest.is_ours)
+    threads = workers(max_memory)
     hf = open_hf(source, revision=revision)
     config = read_config(hf)
     leaves = list(weights.disk_leaves(config))
-    total = sum(_nbytes(hf.tensors[leaf.hf_name]) for leaf in leaves)
-    origin = {
-        "source": str(source),
-        "revision": revision,
+    out = checkpoint.writer(
+        target,
+        config,
+        assets=hf.assets,
+        origin=_origin(hf, source),
+        overwrite=overwrite,
+        key=_key(hf),
+    )
+    with out as writer:
+        todo = [leaf for leaf in leaves if not writer.finished(leaf)]
+        total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in leaves)
+        left = sum(hf.tensors[leaf.hf_name].nbytes for leaf in todo)
+        staging.require_space(target, left)
+        with Progress(total, "B", "convert", done=total - left) as progress:
+
+            def one(leaf: weights.DiskLeaf) -> None:
+                info = hf.tensors[leaf.hf_name]
+                size = array_files.block_size(leaf.weight.shape, info.dtype.itemsize)
+
+                def blocks():
+                    for block in hf.blocks(leaf.hf_name, size):
+                        yield block
+                        progress.update(block.nbytes)
+
+                writer.write(leaf, info.dtype, blocks())
+
+            try:
+                for_each(todo, one, threads)
+            except OSError as e:
+                raise explained(e, target) from e
+        records = {leaf.hf_name: writer.finished(leaf) or {} for leaf in leaves}
+        _check_finite(hf, records, allow_nonfinite)
+    return Report(
+        tensors=len(leaves),
+        resumed=len(leaves) - len(todo),
+        nbytes=total,
+        dtypes=Counter(str(hf.tensors[leaf.hf_name].dtype) for leaf in leaves),
+        seconds=time.monotonic() - began,
+        peak_rss=peak_rss(),
+        digest=digest({name: record["sha256"] for name, record in records.items()}),
+        files=tuple(a.name for a in hf.assets),
+    )
+
+
+def _origin(hf: HFSource, source: str | os.PathLike[str]) -> dict[str, Any]:
+    return {
+        "source": os.fspath(source),
+        "revision": hf.revision,
         "files": hf.description,
         "hf_config": hf.config,
         "slopes_dtype": str(hf.tensors[SLOPES].dtype) if SLOPES in hf.tensors else None,
     }
-    out = checkpoint.writer(target, config, assets=hf.assets, origin=origin, overwrite=overwrite)
-    dtypes: dict[str, int] = {}
-    with out as write, Progress(total, "B", "convert") as progress:
-        for group in checkpoint.by_layer(config):
-            arrays = {}
-            for leaf in group:
-                array = hf.read(leaf.hf_name).reshape(leaf.weight.shape)
-                dtypes[str(array.dtype)] = dtypes.get(str(array.dtype), 0) + 1
-                arrays[leaf.path] = array
-            write(arrays)
-            progress.update(sum(a.nbytes for a in arrays.values()))
-    return Report(config, len(leaves), total, dtypes, tuple(a.name for a in hf.assets))
+
+
+def _key(hf: HFSource) -> dict[str, Any]:
+    """What must be the same for an interrupted conversion to be continued."""
+    return {
+        "by": f"convert {__version__}, format {manifest.FORMAT}",
+        "config": hf.config,
+        "files": {file.name: list(facts) for file, facts in hf.identities.items()},
+    }
+
+
+def _check_finite(hf: HFSource, records: dict[str, Any], allowed: bool) -> None:
+    bad = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r["nonfinite"]]
+    if not bad:
+        return
+    found = f"{hf.directory} holds NaN or Inf in {len(bad)} tensors:\n  " + "\n  ".join(bad)
+    if not allowed:
+        raise ValueError(f"{found}\nPass --allow-nonfinite to convert them as they are")
+    logger.warning("%s", found)
+
+
+def explained(error: OSError, target: manifest.PathLike) -> OSError:
+    """`error`, or for a full disk one that says what to do."""
+    if error.errno != errno.ENOSPC:
+        return error
+    return OSError(
+        errno.ENOSPC,
+        f"no space left while writing {target}; the finished tensors are kept: free space, then "
+        "run the same command again",
+    )
 
 
 def read_config(hf: HFSource) -> BTLMConfig:
@@ -108,7 +178,7 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
         optional[SLOPES] = (config.n_head, 1)
     if config.tie_word_embeddings:
         optional[HEAD] = (config.vocab_size, config.n_embd)
-    ignored = [n for n in hf.tensors if n not in expected and IGNORED.fullmatch(n)]
+    ignored = sorted(n for n in hf.tensors if n not in expected and IGNORED.fullmatch(n))
     if ignored:
         logger.info("ignored mask buffers: %s", ", ".join(ignored))
     known = expected | optional
@@ -127,18 +197,19 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
         raise ValueError(
             f"{hf.directory}: the weights do not match config.json:\n  " + "\n  ".join(problems)
         )
-    if HEAD in optional and HEAD in hf.tensors and not _same_bits(hf):
+    if HEAD in optional and HEAD in hf.tensors and not _same_bits(hf, HEAD, EMBEDDING):
         raise ValueError(
-            f"{hf.directory}: tie_word_embeddings is true, but {HEAD} differs from "
-            "transformer.wte.weight; set tie_word_embeddings to false in config.json if the head "
-            "is meant to be untied"
+            f"{hf.directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings to false in config.json if the head is meant to be untied"
         )
 
 
-def _same_bits(hf: HFSource) -> bool:
-    head, embedding = hf.read(HEAD), hf.read("transformer.wte.weight")
-    return head.dtype == embedding.dtype and head.tobytes() == embedding.tobytes()
-
-
-def _nbytes(info: Any) -> int:
-    return int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize
+def _same_bits(hf: HFSource, a: str, b: str) -> bool:
+    one, two = hf.tensors[a], hf.tensors[b]
+    if one.dtype != two.dtype:
+        return False
+    if one.offset is not None and (one.file, one.offset) == (two.file, two.offset):
+        return True  # torch saves tied weights once, under both names
+    size = array_files.BLOCK_BYTES // one.dtype.itemsize
+    pairs = zip(hf.blocks(a, size), hf.blocks(b, size), strict=True)
+    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in pairs)

@@ -60,6 +60,26 @@ class TorchFile:
             {name: (t.shape, t.storage.dtype) for name, t in self._records.items()}
         )
 
+    def run(self, name: str) -> tuple[int | None, int | None]:
+        """Where a tensor's bytes lie, if they are one run of the file in C order.
+
+        Returns:
+            The offset in the file, and the checksum of the run if the archive states one; both
+            None if the elements lie in another order.
+        """
+        tensor = self._records[name]
+        dtype, member = tensor.storage.dtype, self._members[tensor.storage.key]
+        stride, contiguous = 1, 0 not in tensor.shape
+        for size, step in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+            contiguous &= size == 1 or step == stride
+            stride *= size
+        if not contiguous:
+            return None, None
+        whole = tensor.offset == 0 and math.prod(tensor.shape) * dtype.itemsize == member.size
+        # torch writes 0 where checksums were switched off (set_crc32_options).
+        crc32 = member.crc if whole and member.crc else None
+        return member.offset + tensor.offset * dtype.itemsize, crc32
+
     def read(self, name: str) -> np.ndarray:
         """Read one tensor, touching no other bytes of the file than those it spans.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from .torch_pickle import TorchFile
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -40,12 +41,26 @@ class TensorInfo:
         shape: its axes; `()` for a scalar.
         dtype: the dtype as stored.
         file: the file that holds it.
+        offset: where its bytes begin in the file; None if they are not one run in C order.
+        crc32: of its bytes, as the file states it; None if it does not.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     file: Path
+    offset: int | None = None
+    crc32: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.size * self.dtype.itemsize
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -157,7 +172,10 @@ def check_index(
 
 def torch_header(file: TorchFile) -> dict[str, TensorInfo]:
     """What a torch file says of its tensors, by name."""
-    return {n: TensorInfo(n, shape, dtype, file.path) for n, (shape, dtype) in file.tensors.items()}
+    return {
+        name: TensorInfo(name, shape, dtype, file.path, *file.run(name))
+        for name, (shape, dtype) in file.tensors.items()
+    }
 
 
 def safetensors_header(file: Path) -> dict[str, TensorInfo]:
@@ -166,33 +184,37 @@ def safetensors_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         ValueError: the file is damaged, names a tensor twice, or has an unsupported dtype.
     """
-    header: dict[str, TensorInfo] = {}
-    unsupported: list[str] = []
+    # The library validates: offsets inside the file, no overlap, sizes that fit shapes and dtypes.
     try:
-        with safe_open(file, framework="numpy") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                piece = opened.get_slice(name)
-                shape, stored = tuple(piece.get_shape()), piece.get_dtype()
-                if stored in _SAFETENSORS_DTYPES:
-                    header[name] = TensorInfo(name, shape, _SAFETENSORS_DTYPES[stored], file)
-                else:
-                    unsupported.append(f"{name!r}: {stored}")
+        with safe_open(file, framework="numpy"):
+            pass
     except SafetensorError as error:
         raise ValueError(_explain_damage(file, str(error))) from None
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        # Refuses a name that comes twice, of which the library would silently keep the last.
+        entries = _parse_json(opened.read(size), f"{file} (header)")
+    entries.pop("__metadata__", None)
+    unsupported = [
+        f"{name!r}: {entry['dtype']}"
+        for name, entry in entries.items()
+        if entry["dtype"] not in SAFETENSORS_DTYPES
+    ]
     if unsupported:
         raise ValueError(
             f"{file}: unsupported dtypes {_listed(unsupported)}; expected one of "
-            f"{', '.join(_SAFETENSORS_DTYPES)}. Fix: use an unquantized checkpoint."
+            f"{', '.join(SAFETENSORS_DTYPES)}. Fix: use an unquantized checkpoint."
         )
-    _check_header_names(file)
-    return header
-
-
-def _check_header_names(file: Path) -> None:
-    """Refuse a name that comes twice: the safetensors library would silently keep the last."""
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        _parse_json(opened.read(size), f"{file} (header)")
+    return {
+        name: TensorInfo(
+            name,
+            tuple(entry["shape"]),
+            SAFETENSORS_DTYPES[entry["dtype"]],
+            file,
+            8 + size + entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+    }
 
 
 def _explain_damage(file: Path, error: str) -> str:

@@ -12,8 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from those before it; `cli` may import anything when a command runs.
 ORDER = [
+    "byte_size",
+    "paths",
     "progress",
     "staging",
+    "array_files",
     "config",
     "alibi",
     "weights",
@@ -24,6 +27,7 @@ ORDER = [
     "layers",
     "model",
     "loss",
+    "manifest",
     "checkpoint",
     "generation",
     "accounting",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 
@@ -13,7 +14,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
-from btlm_jax import AlibiScaling, BTLMConfig, checkpoint, make_mesh, staging, weights
+from btlm_jax import AlibiScaling, BTLMConfig, make_mesh, manifest, staging, weights
 
 # Sizes that force padding on a tensor axis of 4: V 509 -> 512, F 170 -> 172.
 CONFIG = dataclasses.replace(
@@ -63,10 +64,7 @@ def test_onto_a_mesh_and_back(saved, params, sizes, tmp_path):
     assert "tensor" not in sizes or not loaded["wte"].is_fully_replicated
     # Saving from the mesh strips the padding: the same bits as the original.
     btlm.save(tmp_path / "again", model.config, loaded)
-    assert (
-        checkpoint.read_metadata(tmp_path / "again").leaves
-        == checkpoint.read_metadata(saved).leaves
-    )
+    assert manifest.read(tmp_path / "again").leaves == manifest.read(saved).leaves
     assert same_bits(params, btlm.load(tmp_path / "again")[1])
 
 
@@ -91,8 +89,8 @@ def test_numpy_weights_and_assets(tmp_path, params):
     file.write_text("{}")
     host = jax.tree.map(np.asarray, params)
     btlm.save(tmp_path / "c", CONFIG, host, assets=[file], origin={"note": "x"})
-    assert [p.name for p in checkpoint.assets_of(tmp_path / "c")] == ["tokenizer.json"]
-    meta = checkpoint.read_metadata(tmp_path / "c")
+    assert [p.name for p in manifest.assets_of(tmp_path / "c")] == ["tokenizer.json"]
+    meta = manifest.read(tmp_path / "c")
     assert meta.origin == {"note": "x"}
     assert meta.nbytes == 4 * weights.count(CONFIG)
     assert same_bits(params, btlm.load(tmp_path / "c")[1])
@@ -121,7 +119,7 @@ def test_nothing_is_left_of_a_failed_save(tmp_path, saved, params, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ocp.partial, "finalize", fail)
+    monkeypatch.setattr(manifest, "mark", fail)
     for target, overwrite in ((tmp_path / "new", False), (saved, True)):
         with pytest.raises(OSError, match="No space left"):
             btlm.save(target, CONFIG, params, overwrite=overwrite)
@@ -145,12 +143,12 @@ def test_failed_replacement_keeps_the_old(tmp_path, saved, params, monkeypatch):
 
 
 def test_leftovers_of_an_interrupted_run(tmp_path, params):
-    (tmp_path / ".c.1234.partial").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"an interrupted run left .*c\.1234\.partial"):
+    (tmp_path / ".c.partial").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"an interrupted run left .*/\.c\.partial"):
         btlm.load(tmp_path / "c")
     (tmp_path / "c.partial").mkdir()  # somebody else's
     btlm.save(tmp_path / "c", CONFIG, params)
-    assert sorted(os.listdir(tmp_path)) == [".c.1234.partial", "c", "c.partial"]
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.partial"]
 
 
 def test_a_link_stays_a_link(tmp_path, saved, params):
@@ -179,7 +177,7 @@ def test_dtypes_that_are_not_stored(tmp_path, params):
         btlm.save(tmp_path / "c", CONFIG, jax.tree.map(lambda x: x.astype(jnp.int8), params))
 
 
-@pytest.mark.parametrize("victim", ["state/manifest.ocdbt", "state/_METADATA"])
+@pytest.mark.parametrize("victim", ["state/wte/zarr.json", "state/_METADATA"])
 def test_damaged_metadata(saved, victim):
     (saved / victim).write_bytes(b"")
     with pytest.raises(ValueError, match="damaged checkpoint"):
@@ -211,13 +209,16 @@ def test_what_is_not_a_checkpoint(tmp_path):
 def edit_metadata(path, change):
     file = path / "_CHECKPOINT_METADATA"
     meta = json.loads(file.read_text())
-    change(meta["custom_metadata"]["btlm_jax"])
+    notes = meta["custom_metadata"]["btlm_jax"]
+    change(notes)
+    notes.pop("seal")
+    notes["seal"] = hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
     file.write_text(json.dumps(meta))
 
 
 def test_unknown_format(saved):
     edit_metadata(saved, lambda m: m.update(format=99))
-    with pytest.raises(ValueError, match="format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="format 99, this version reads 2"):
         btlm.load(saved)
 
 
@@ -230,7 +231,7 @@ def test_arrays_that_do_not_match_the_configuration(saved):
 
 
 def test_truncated_data(saved):
-    files = sorted((saved / "state").rglob("d/*"), key=lambda p: p.stat().st_size)
+    files = sorted((saved / "state").glob("*/c/**/[0-9]*"), key=lambda p: p.stat().st_size)
     largest = files[-1]
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     with pytest.raises(ValueError, match="damaged checkpoint"):

@@ -17,7 +17,7 @@ from btlm_jax.convert.hf_source import open_hf
 from safetensors.numpy import load_file, save_file
 
 import btlm_jax as btlm
-from btlm_jax import checkpoint, make_mesh
+from btlm_jax import make_mesh, manifest
 
 BF16, UNTIED = cases.load("g_bf16"), cases.load("i_untied")
 
@@ -37,7 +37,7 @@ def assert_same_bits(a: dict, b: dict) -> None:
 def test_round_trip(case, tmp_path):
     cases.write_hf(tmp_path / "hf", case, tokenizer=True)
     report = convert(tmp_path / "hf", tmp_path / "c")
-    assert report.config == case.config  # stored slopes included, exactly
+    assert manifest.read(tmp_path / "c").config == case.config  # stored slopes included, exactly
     assert report.dtypes == {"bfloat16" if case.bf16 else "float32": report.tensors}
     export(tmp_path / "c", tmp_path / "back")
     assert_same_bits(tensors(tmp_path / "hf"), tensors(tmp_path / "back"))
@@ -151,7 +151,7 @@ def test_changed_model_gets_a_fresh_config(tmp_path):
     """A config.json that no longer describes the model is not carried along."""
     cases.write_hf(tmp_path / "hf", BF16)
     convert(tmp_path / "hf", tmp_path / "c")
-    meta = checkpoint.read_metadata(tmp_path / "c")
+    meta = manifest.read(tmp_path / "c")
     scaled = dataclasses.replace(meta.config, alibi_scaling=btlm.AlibiScaling(factor=4.0))
     _, params = btlm.load(tmp_path / "c")
     btlm.save(tmp_path / "c4", scaled, params, origin=meta.origin)

@@ -158,7 +158,7 @@ def test_opening_reads_no_tensor_data(tmp_path, monkeypatch):
 def test_a_file_changed_after_opening(tmp_path):
     opened = open_hf(single(tmp_path))
     save_file({**TENSORS, "half": np.ones((7,), np.float16)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"'half' is now float16\(7,\)"):
+    with pytest.raises(ValueError, match="has changed since it was opened"):
         opened.read("half")
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'half'"):

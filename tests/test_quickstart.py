@@ -148,4 +148,4 @@ def test_from_hf(tmp_path):
     done = subprocess.run([*command, "--hf", str(source)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     out = done.stdout
-    assert "converted 32 tensors" in out and "[greedy]" in out and "next: btlm generate" in out
+    assert ": 32 tensors (32 float32)" in out and "[greedy]" in out and "next: btlm generate" in out

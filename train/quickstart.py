@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from btlm_jax.convert import convert, export
+from btlm_jax.convert import convert, export, verify
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from btlm_jax import checkpoint, mup, sharding, staging, weights
+from btlm_jax import checkpoint, manifest, mup, sharding, staging, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.generation.loop import generate
 from btlm_jax.loss import IGNORE, next_token_loss
@@ -137,9 +137,9 @@ def train(
     checkpoint.save(directory / "checkpoint", config, params, assets=sorted(files.iterdir()))
     export(directory / "checkpoint", directory / "hf")
     convert(directory / "hf", directory / "converted")
-    same = _same_bits(directory / "checkpoint", directory / "converted")
+    same = verify(directory / "checkpoint", directory / "converted")
     if not same:
-        raise ValueError(f"{directory}: the round trip through Hugging Face files changed bits")
+        raise ValueError(f"{directory}: the round trip changed weights: {same}")
     print("Orbax -> Hugging Face -> Orbax: every weight bit-equal")
     _show(model, params, tokenizer, PROMPTS)
     _summary(directory, {
@@ -158,12 +158,12 @@ def from_hf(directory: Path, source: str) -> None:
     started = time.monotonic()
     _virtual_devices()
     directory = Path(directory)
-    staging.refuse_existing(directory, overwrite=False, ours=checkpoint.is_ours)
+    staging.refuse_existing(directory, overwrite=False, ours=manifest.is_ours)
     report = convert(source, directory / "checkpoint")
-    print(f"converted {report.tensors} tensors, {report.nbytes:,} bytes, "
-          f"{weights.count(report.config):,} parameters")  # fmt: skip
+    config = manifest.read(directory / "checkpoint").config
+    print(f"converted {weights.count(config):,} parameters: {report}")
     tokenizer = load_tokenizer(directory / "checkpoint")
-    model, params = checkpoint.load(directory / "checkpoint", mesh=_mesh(report.config))
+    model, params = checkpoint.load(directory / "checkpoint", mesh=_mesh(config))
     _show(model, params, tokenizer, PROMPTS)
     _summary(directory, {"checkpoint/": "Orbax checkpoint"}, started)
 
@@ -214,16 +214,6 @@ def _show(model: BTLM, params, tokenizer: Tokenizer, prompts) -> None:
             )
             print(f"\n[{name}] {tokenizer.decode(out[0].tolist())}")
     print()
-
-
-def _same_bits(a: Path, b: Path) -> bool:
-    """Whether two checkpoints hold the same bits, compared layer by layer."""
-    config = checkpoint.read_metadata(a).config
-    for group in checkpoint.by_layer(config):
-        one, two = checkpoint.read_leaves(a, group), checkpoint.read_leaves(b, group)
-        if any(x.dtype != two[p].dtype or x.tobytes() != two[p].tobytes() for p, x in one.items()):
-            return False
-    return True
 
 
 def _make(directory: Path) -> Path:

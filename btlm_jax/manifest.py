@@ -1,0 +1,267 @@
+"""What a checkpoint says about itself: Orbax's metadata, and ours inside it under a seal."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from btlm_jax import __version__, array_files, paths, staging, weights
+from btlm_jax.config import AlibiScaling, BTLMConfig
+
+FORMAT = 2
+ITEM = "state"  # Orbax's name for the item that `ocp.load(path)` reads: the weights
+MARK = "_CHECKPOINT_METADATA"  # a file Orbax writes into every finished checkpoint
+_KEY = "btlm_jax"
+_LAYOUT = "one leaf per layer"
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What a checkpoint says about itself.
+
+    Attributes:
+      path: where it lies.
+      config: the model, with the stored ALiBi slopes.
+      leaves: shape and dtype of every stored array, by path.
+      origin: where it came from: the converter records the source, its config.json and the dtype of
+        the slopes, so that an export gives the same files back.
+      sha256: of the bytes of every array, by path; empty if nobody recorded them.
+      asset_sha256: of every carried file, by name.
+      structure_sha256: of the files that describe the arrays; None if nobody recorded it.
+      ocdbt: whether the arrays lie in Orbax's OCDBT database, not in files of their own.
+    """
+
+    path: epath.Path
+    config: BTLMConfig
+    leaves: Mapping[weights.Path, jax.ShapeDtypeStruct]
+    origin: Mapping[str, Any]
+    sha256: Mapping[weights.Path, str]
+    asset_sha256: Mapping[str, str]
+    structure_sha256: str | None
+    ocdbt: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays, uncompressed."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in self.leaves.values())
+
+    def blocks(self, leaf: weights.DiskLeaf, width: int | None = None) -> Iterator[np.ndarray]:
+        """Yields a stored array as 1-D blocks, as stored.
+
+        Args:
+          leaf: which.
+          width: bytes per element for which to choose the size of the blocks
+            (`array_files.block_size`); default its own.
+
+        Raises:
+          ValueError: its files are damaged or missing.
+        """
+        stored, name = self.leaves[leaf.path], ".".join(leaf.path)
+        item = self.path / ITEM
+        store: Any = paths.kvstore(item / name)
+        if self.ocdbt:
+            store = {"driver": "ocdbt", "base": paths.kvstore(item), "path": f"{name}/"}
+        try:
+            rows = array_files.block_rows(stored.shape, width or stored.dtype.itemsize)
+            yield from array_files.read(store, rows)
+        except MemoryError:
+            raise
+        except Exception as e:  # TensorStore raises ValueError and others for damaged files
+            raise damaged(self.path, f"{'/'.join(leaf.path)}: {e}") from e
+
+
+def read(path: PathLike) -> Metadata:
+    """Reads what a checkpoint says about itself and checks it against the table of weights.
+
+    Raises:
+      FileNotFoundError, ValueError: as `checkpoint.load`.
+    """
+    place = paths.location(path)
+    left = ", ".join(map(str, staging.leftovers(place)))
+    if not place.exists():
+        hint = f"; an interrupted run left {left}: the same command continues it" if left else ""
+        raise FileNotFoundError(f"{place}: no such checkpoint{hint}")
+    if not (place / MARK).exists():  # ocp.is_orbax_checkpoint accepts any directory
+        if (place / "config.json").exists():
+            raise ValueError(
+                f"{place} is a Hugging Face directory, expected an Orbax checkpoint: convert it "
+                f"with `btlm convert {place} DST`"
+            )
+        if left and paths.is_remote(place):
+            raise ValueError(f"{place} is unfinished: run the command that was writing it again")
+        raise ValueError(f"{place} is not an Orbax checkpoint; expected one made by btlm")
+    return read_finished(place)
+
+
+def read_finished(place: epath.Path) -> Metadata:
+    """`read`, of a directory that is known to be a checkpoint."""
+    try:
+        found: Any = ocp.metadata(os.fspath(place))
+        item = json.loads((place / ITEM / "_METADATA").read_text())
+    except NOT_DAMAGE:
+        raise
+    except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
+        raise damaged(place, e) from e
+    if found.metadata is None:
+        raise damaged(place, "the list of its arrays cannot be read")
+    notes = (found.custom_metadata or {}).get(_KEY)
+    if not isinstance(notes, Mapping):
+        raise ValueError(
+            f"{place}: an Orbax checkpoint without BTLM metadata; expected one of ours"
+        )
+    if notes.get("format") != FORMAT:
+        raise ValueError(
+            f"{place}: checkpoint format {notes.get('format')!r}, this version reads {FORMAT}; "
+            f"it was written by {notes.get('created_by')}: install a matching btlm-jax"
+        )
+    if notes.get("seal") != _seal({k: v for k, v in notes.items() if k != "seal"}):
+        raise damaged(place, "its metadata does not match its seal")
+    config = _decode(notes["config"])
+    leaves = {
+        p: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
+        for p, x in weights.flatten(found.metadata).items()
+    }
+    known = {leaf.path: leaf.weight.shape for leaf in weights.disk_leaves(config)}
+    problems = [f"missing: {'/'.join(p)}" for p in known if p not in leaves]
+    problems += [f"unexpected: {'/'.join(p)}" for p in leaves if p not in known]
+    problems += [
+        f"{'/'.join(p)}: found shape {leaves[p].shape}, expected {shape}"
+        for p, shape in known.items()
+        if p in leaves and leaves[p].shape != shape
+    ]
+    if problems:
+        raise ValueError(f"{place} does not match its configuration:\n  " + "\n  ".join(problems))
+    sha256 = {tuple(name.split(".")): value for name, value in notes["sha256"].items()}
+    return Metadata(
+        path=place,
+        config=config,
+        leaves=leaves,
+        origin=notes["origin"],
+        sha256=sha256,
+        asset_sha256=notes["asset_sha256"],
+        structure_sha256=notes["structure_sha256"],
+        ocdbt=item["use_ocdbt"],
+    )
+
+
+def assets_of(path: PathLike) -> list[epath.Path]:
+    """The files a checkpoint carries along (tokenizer and the like)."""
+    folder = paths.location(path) / "tokenizer"
+    return sorted(p for p in folder.glob("*") if p.is_file())
+
+
+# Running out of memory on the host or a device must not be taken for a damaged file.
+NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)
+
+
+def damaged(path: epath.Path, why: object) -> ValueError:
+    """The error for a checkpoint whose files cannot be read."""
+    first = (str(why).splitlines() or [""])[0][:300]
+    return ValueError(f"{path}: damaged checkpoint ({first}); copy or convert it again")
+
+
+def structure_sha256(place: epath.Path, leaves: Iterable[weights.Path]) -> str | None:
+    """SHA-256 over Orbax's list of the arrays and the `zarr.json` of each; None if one is missing.
+
+    Damage there can leave every array readable and equal, and mislead another reader.
+    """
+    names = ["_METADATA", *(f"{'.'.join(path)}/zarr.json" for path in leaves)]
+    hashed = hashlib.sha256()
+    for name in sorted(names):
+        try:
+            hashed.update(hashlib.sha256((place / ITEM / name).read_bytes()).digest())
+        except OSError:
+            return None
+    return hashed.hexdigest()
+
+
+def notes(
+    config: BTLMConfig,
+    origin: Mapping[str, Any],
+    sha256: Mapping[weights.Path, str],
+    asset_sha256: Mapping[str, str],
+    structure_sha256: str | None,
+) -> dict[str, Any]:
+    """The custom metadata of a checkpoint; JSON keeps float64 exactly, hence the slopes too.
+
+    Args:
+      config, origin, sha256, asset_sha256, structure_sha256: see `Metadata`.
+    """
+    values = {
+        "format": FORMAT,
+        "layout": _LAYOUT,
+        "created_by": f"btlm-jax {__version__}",
+        "config": dataclasses.asdict(config),
+        "origin": dict(origin),
+        "sha256": {".".join(path): value for path, value in sha256.items()},
+        "asset_sha256": dict(asset_sha256),
+        "structure_sha256": structure_sha256,
+    }
+    return {_KEY: values | {"seal": _seal(values)}}
+
+
+def list_of_arrays(leaves: Iterable[weights.Path]) -> str:
+    """Orbax's `_METADATA` for arrays of these paths; their shapes stand in each `zarr.json`."""
+    return _skeleton(leaves, None)[0]
+
+
+def mark(notes: dict[str, Any]) -> str:
+    """Orbax's `_CHECKPOINT_METADATA` with our notes, without its clock readings."""
+    values = json.loads(_skeleton([("x",)], notes)[1])
+    return json.dumps(values | {"init_timestamp_nsecs": None, "commit_timestamp_nsecs": None})
+
+
+def _skeleton(leaves: Iterable[weights.Path], notes: dict[str, Any] | None) -> tuple[str, str]:
+    """The two metadata files that Orbax writes for a tree of scalars at these paths."""
+    context = ocp.Context()
+    context.array_options.saving.use_ocdbt = False
+    tree: Any = weights.unflatten({path: np.zeros((), np.float32) for path in leaves})
+    quiet = logging.getLogger("absl")
+    level = quiet.level
+    with tempfile.TemporaryDirectory() as folder, context:
+        quiet.setLevel(logging.ERROR)  # it warns that without OCDBT there is no OCDBT to merge
+        path = epath.Path(folder) / "skeleton"
+        try:
+            ocp.save(os.fspath(path), tree, custom_metadata=notes)
+        finally:
+            quiet.setLevel(level)
+        return (path / ITEM / "_METADATA").read_text(), (path / MARK).read_text()
+
+
+def _seal(notes: Mapping[str, Any]) -> str:
+    """SHA-256 over our notes: a flipped bit in a configuration or a hash must not go unseen."""
+    return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
+
+
+def is_ours(path: PathLike) -> bool:
+    """Whether a directory is a checkpoint we wrote."""
+    try:
+        return _KEY in json.loads((paths.location(path) / MARK).read_text())["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _decode(fields: Mapping[str, Any]) -> BTLMConfig:
+    values = dict(fields)
+    known = {f.name for f in dataclasses.fields(BTLMConfig)}
+    if unknown := set(values) - known:
+        raise ValueError(f"checkpoint metadata: unknown config fields {sorted(unknown)}")
+    if values.get("alibi_scaling") is not None:
+        values["alibi_scaling"] = AlibiScaling(**values["alibi_scaling"])
+    if values.get("alibi_slopes") is not None:
+        values["alibi_slopes"] = tuple(values["alibi_slopes"])
+    return BTLMConfig(**values)

@@ -1,0 +1,127 @@
+"""Random Hugging Face checkpoints of any size and form, made without torch and in little memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax import __version__, alibi, array_files, weights
+from btlm_jax.config import BTLMConfig
+from btlm_jax.progress import Progress
+
+from .safetensors_file import SafetensorsFile, Tensor
+from .to_orbax import EMBEDDING, HEAD, SLOPES
+
+FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
+SHARDS = 3
+BF16 = array_files.BF16
+
+
+def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k") -> int:
+    """Writes a checkpoint with random bf16 weights.
+
+    Args:
+      directory: must not exist.
+      layers: instead of the preset's.
+      form: one of `FORMS`; a `.bin` holds the tied head too, as the published one does.
+      preset: whose shapes to take.
+
+    Returns:
+      Bytes of the weights.
+    """
+    config = dataclasses.replace(BTLMConfig.preset(preset), n_layer=layers)
+    directory.mkdir(parents=True)
+    values = config.to_hf() | {"torch_dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(values, indent=2))
+    tensors = [Tensor(x.hf_name, BF16, x.weight.hf_shape) for x in weights.disk_leaves(config)]
+    tensors.append(Tensor(SLOPES, BF16, (config.n_head, 1)))
+    count = SHARDS if form.endswith("sharded") else 1
+    binary = form.startswith("bin")
+    stem, suffix = ("pytorch_model", ".bin") if binary else ("model", ".safetensors")
+    edges = [len(tensors) * i // count for i in range(count + 1)]
+    shards = [tensors[a:b] for a, b in itertools.pairwise(edges)]
+    names = [f"{stem}-{i + 1:05d}-of-{count:05d}{suffix}" for i in range(count)]
+    names = names if count > 1 else [f"{stem}{suffix}"]
+    total = sum(t.nbytes for t in tensors)
+    slopes = alibi.slopes(config.n_head).astype(BF16)
+    with Progress(total, "B", "make") as progress:
+
+        def content(tensor: Tensor) -> Iterator[np.ndarray]:
+            blocks = [slopes] if tensor.name == SLOPES else _random(tensor)
+            for block in blocks:
+                yield block
+                progress.update(block.nbytes)
+
+        for name, shard in zip(names, shards, strict=True):
+            (_write_bin if binary else _write_safetensors)(directory / name, shard, content)
+    if count > 1:
+        weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
+        if binary:
+            weight_map[HEAD] = weight_map[EMBEDDING]
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    return total
+
+
+def _random(tensor: Tensor) -> Iterator[np.ndarray]:
+    """Blocks of a normal distribution, drawn once and rolled: no two rows of a tensor are alike."""
+    size, left = array_files.BLOCK_BYTES // 2, tensor.nbytes // 2
+    seed = int.from_bytes(tensor.name.encode()[-7:], "little")
+    rng = np.random.default_rng(seed)
+    drawn = (rng.standard_normal(min(size, left), np.float32) * 0.02).astype(BF16)
+    while left:
+        n = min(size, left)
+        yield np.roll(drawn, int(rng.integers(len(drawn))))[:n]
+        left -= n
+
+
+def _write_safetensors(path: Path, shard: list[Tensor], content) -> None:
+    file = SafetensorsFile(path, shard, __version__)
+    file.finish({t.name: file.write(t.name, content(t)).sha256 for t in shard})
+
+
+def _write_bin(path: Path, shard: list[Tensor], content) -> None:
+    """A zip as `torch.save` writes it: a pickle that describes tensors, and a member for each."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", _pickled(shard))
+        archive.writestr("archive/byteorder", "little")
+        for key, tensor in enumerate(shard):
+            with archive.open(f"archive/data/{key}", "w", force_zip64=True) as member:
+                for block in content(tensor):
+                    member.write(block.view(np.uint8).data)
+        archive.writestr("archive/version", "3\n")
+
+
+def _pickled(shard: list[Tensor]) -> bytes:
+    """The opcodes of an OrderedDict of tensors; `pickle` itself would need torch to name its types.
+
+    Protocol 2, as torch writes it.
+    """
+    out = [b"\x80\x02", b"ccollections\nOrderedDict\n", b")R", b"("]
+    entries = list(enumerate(shard))
+    entries += [(key, t._replace(name=HEAD)) for key, t in entries if t.name == EMBEDDING]
+    for key, tensor in entries:
+        numel = tensor.nbytes // tensor.dtype.itemsize
+        strides = [int(np.prod(tensor.shape[i + 1 :])) for i in range(len(tensor.shape))]
+        out += [_text(tensor.name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"("]
+        out += [b"(", _text("storage"), b"ctorch\nBFloat16Storage\n", _text(str(key))]
+        out += [_text("cpu"), _int(numel), b"t", b"Q"]
+        out += [_int(0), b"(", *map(_int, tensor.shape), b"t", b"(", *map(_int, strides), b"t"]
+        out += [b"\x89", b"ccollections\nOrderedDict\n", b")R", b"t", b"R"]
+    return b"".join([*out, b"u", b"."])
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + len(data).to_bytes(4, "little") + data
+
+
+def _int(value: int) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]

@@ -1,0 +1,62 @@
+"""What a conversion did, for people and for scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import resource
+import sys
+from collections.abc import Mapping
+
+from btlm_jax import byte_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a conversion or an export did.
+
+    Attributes:
+      tensors: how many were written, those of an interrupted run included.
+      resumed: how many of them an interrupted run had written.
+      nbytes: bytes of all of them.
+      dtypes: dtype -> number of tensors.
+      seconds: of wall clock, of this run.
+      peak_rss: the most memory this process has held, in bytes.
+      digest: `digest` of the weights' SHA-256.
+      files: names of the files carried along (conversion) or of the weights (export).
+    """
+
+    tensors: int
+    resumed: int
+    nbytes: int
+    dtypes: Mapping[str, int]
+    seconds: float
+    peak_rss: int
+    digest: str
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        dtypes = ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
+        resumed = f", {self.resumed} of them by an interrupted run" if self.resumed else ""
+        rate = byte_size.show(self.nbytes / max(self.seconds, 1e-9))
+        speed = "" if self.resumed else f" ({rate}/s)"
+        return (
+            f"{self.tensors} tensors ({dtypes}){resumed}, {self.nbytes:,} bytes, "
+            f"{self.seconds:.1f} s{speed}, peak memory {byte_size.show(self.peak_rss)}\n"
+            f"sha256 of the tensors' sha256: {self.digest}"
+        )
+
+
+def digest(sha256: Mapping[str, str]) -> str:
+    """One hash for all weights: SHA-256 over lines "Hugging Face name, SHA-256", sorted by name.
+
+    It depends on names, dtypes and values alone, so a checkpoint has the same one in every format.
+    """
+    lines = "".join(f"{name} {value}\n" for name, value in sorted(sha256.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def peak_rss() -> int:
+    """The most memory this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

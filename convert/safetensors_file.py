@@ -1,0 +1,112 @@
+"""Write safetensors files tensor by tensor; the library's own writer wants them all in memory.
+
+The format: the length of the header in 8 bytes, the header (JSON: name -> dtype, shape and offsets,
+and free text under `__metadata__`), then the bytes of the tensors without a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from btlm_jax import array_files
+
+from .weight_files import SAFETENSORS_DTYPES
+
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+WRITER = "btlm_jax"  # an entry of `__metadata__` by which we know our own files
+SHA256 = "sha256"  # another: JSON, tensor name -> SHA-256 of its bytes
+_UNKNOWN = "0" * 64
+
+
+class Tensor(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def plan(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
+    """Groups tensors, in order, into files of at most `max_bytes` (or of one larger tensor).
+
+    Within a file wider dtypes come first, so that every tensor is aligned to its own width.
+    """
+    shards: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return [sorted(shard, key=lambda t: -t.dtype.itemsize) for shard in shards]
+
+
+class SafetensorsFile:
+    """A file of known tensors, whose bytes are filled in, in any order, from several threads.
+
+    Args:
+        path: created at its full size unless a file of that size is there already (left by an
+            interrupted run).
+        tensors: in the order in which they lie in the file.
+        version: of this package, noted in the header.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[Tensor], version: str) -> None:
+        self.path, self._tensors, self._version = path, tensors, version
+        header = self._header({})
+        self._start, position = {}, len(header)
+        for tensor in tensors:
+            self._start[tensor.name] = position
+            position += tensor.nbytes
+        if not (path.is_file() and path.stat().st_size == position):
+            with path.open("wb") as file:
+                file.truncate(position)
+
+    def write(self, name: str, blocks: Iterable[np.ndarray]) -> array_files.Digest:
+        """Writes a tensor from consecutive blocks, and waits until the disk has it.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        digest, position = array_files.Digest(), self._start[name]
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(position)
+            for block in blocks:
+                digest.update(block)
+                view = block.view(np.uint8).data
+                while view:
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        return digest
+
+    def finish(self, sha256: dict[str, str]) -> None:
+        """Writes the header, which makes the file valid, with the hash of every tensor."""
+        with self.path.open("r+b") as file:
+            file.write(self._header(sha256))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _header(self, sha256: dict[str, str]) -> bytes:
+        """Of one length, whether the hashes are known or not."""
+        hashes = {t.name: sha256.get(t.name, _UNKNOWN) for t in self._tensors}
+        metadata = {"format": "pt", WRITER: self._version, SHA256: json.dumps(hashes)}
+        entries: dict[str, object] = {"__metadata__": metadata}
+        position = 0
+        for t in self._tensors:
+            offsets = [position, position + t.nbytes]
+            entries[t.name] = {"dtype": _NAMES[t.dtype], "shape": t.shape, "data_offsets": offsets}
+            position += t.nbytes
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
