@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from btlm_jax import convert as convert
     from btlm_jax import mup as mup
     from btlm_jax.checkpoint import load as load
     from btlm_jax.checkpoint import save as save
@@ -36,12 +37,13 @@ _HOME = {
     "next_token_loss": "loss",
     "save": "checkpoint",
 }
-__all__ = ["__version__", "mup", *sorted(_HOME)]
+_MODULES = ("convert", "mup")
+__all__ = ["__version__", *_MODULES, *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "mup":
-        return importlib.import_module("btlm_jax.mup")
+    if name in _MODULES:
+        return importlib.import_module(f"btlm_jax.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(f"btlm_jax.{_HOME[name]}"), name)
     raise AttributeError(f"module 'btlm_jax' has no attribute {name!r}")

@@ -142,7 +142,7 @@ def _finish(
     for file in assets:
         (stage.content / "tokenizer").mkdir(exist_ok=True)
         data = file.read_bytes()
-        (stage.content / "tokenizer" / file.name).write_bytes(data)
+        staging.write_bytes(stage.content / "tokenizer" / file.name, data)
         asset_sha256[file.name] = hashlib.sha256(data).hexdigest()
     sha256 = {path: stage.finished[name]["sha256"] for name, path in names.items()}
     item = manifest.list_of_arrays(names.values())

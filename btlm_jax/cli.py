@@ -177,7 +177,7 @@ class Info:
         elif (path / "config.json").is_file():
             config = BTLMConfig.from_hf(Path(path))
         else:
-            from btlm_jax import manifest
+            from btlm_jax import manifest, weights
 
             meta = manifest.read(self.source)
             config = meta.config
@@ -189,6 +189,12 @@ class Info:
             rows = [("stored", ", ".join(f"{d} {accounting.gib(n)}" for d, n in stored.items()))]
             if meta.origin.get("source"):
                 rows.append(("converted from", meta.origin["source"]))
+            if meta.sha256:
+                from btlm_jax.convert.report import digest
+
+                names = {x.path: x.hf_name for x in weights.disk_leaves(config)}
+                hashes = {names[path]: value for path, value in meta.sha256.items()}
+                rows.append(("sha256 of sha256", digest(hashes)))
         rows = accounting.describe(config, self.length or config.n_positions) + rows
         width = max(len(what) for what, _ in rows)
         for what, value in rows:

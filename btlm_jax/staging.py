@@ -162,13 +162,18 @@ def leftovers(path: str | os.PathLike[str]) -> list[epath.Path]:
 
 
 def write_text(path: epath.Path, text: str) -> None:
+    """As `write_bytes`, of text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
     """Writes a small file so that it is there as a whole or not at all, also after a power cut."""
     if paths.is_remote(path):
-        path.write_text(text)
+        path.write_bytes(data)
         return
     fresh = path.with_name(f"{path.name}.new")
-    with open(fresh, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(fresh, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.rename(fresh, path)

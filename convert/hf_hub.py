@@ -71,11 +71,12 @@ def fetch(repo_id: str, revision: str | None, names: Sequence[str], mains: Seque
     token = os.environ.get("HF_TOKEN") or False
     # The exception types depend on the Hub library's version and its HTTP library.
     try:
-        listed = hub.list_repo_files(repo_id, revision=revision, token=token)
+        info = hub.model_info(repo_id, revision=revision, token=token)
     except Exception as error:
         if isinstance(error, HfHubHTTPError):
             raise _explained(error, repo_id, revision) from None
         return _cached(repo_id, revision, error)
+    listed = [file.rfilename for file in info.siblings or ()]
     files = select_files(listed, names, mains)
     if "config.json" not in files or not set(mains) & set(files):
         raise FileNotFoundError(
@@ -83,11 +84,12 @@ def fetch(repo_id: str, revision: str | None, names: Sequence[str], mains: Seque
             f"one of {', '.join(mains)}; it has {', '.join(sorted(listed)[:20])}. "
             "Fix: name a model repository in the transformers layout."
         )
-    _log.info("fetching %d files of %s", len(files), repo_id)
+    # The commit that was listed, should the branch move meanwhile.
+    _log.info("fetching %d files of %s at commit %s", len(files), repo_id, info.sha)
     try:
         patterns = [glob.escape(name) for name in files]
         return Path(
-            hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
+            hub.snapshot_download(repo_id, revision=info.sha, token=token, allow_patterns=patterns)
         )
     except Exception as error:
         raise _explained(error, repo_id, revision) from None

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from btlm_jax import __version__, alibi, array_files, manifest, paths, staging, weights
@@ -122,7 +123,7 @@ def export(
         sha256 = {t.name: stage.finished[t.name]["sha256"] for t in tensors}
         for file in files.values():
             file.finish(sha256)
-        _small_files(meta, content, names, shards)
+        _small_files(meta, stage.content, names, shards)
     return Report(
         tensors=len(tensors),
         resumed=len(tensors) - len(todo),
@@ -170,7 +171,7 @@ def _key(meta: manifest.Metadata, names: list[str], shards: list[list[Tensor]]) 
 
 
 def _small_files(
-    meta: manifest.Metadata, content: Path, names: list[str], shards: list[list[Tensor]]
+    meta: manifest.Metadata, content: epath.Path, names: list[str], shards: list[list[Tensor]]
 ) -> None:
     _write_json(content / "config.json", config_json(meta))
     _write_json(content / "generation_config.json", generation_config(meta.config))
@@ -179,7 +180,7 @@ def _small_files(
         recorded = meta.asset_sha256.get(file.name)
         if recorded is not None and hashlib.sha256(data).hexdigest() != recorded:
             raise manifest.damaged(meta.path, f"{file.name} does not match the recorded SHA-256")
-        (content / file.name).write_bytes(data)
+        staging.write_bytes(content / file.name, data)
     _mention_missing_code(content)
     if len(names) > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
@@ -188,11 +189,11 @@ def _small_files(
         _write_json(content / INDEX, index)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+def _write_json(path: epath.Path, value: Any) -> None:
+    staging.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _mention_missing_code(stage: Path) -> None:
+def _mention_missing_code(stage: epath.Path) -> None:
     """Says which modelling code a config.json names that is not in the directory."""
     named = json.loads((stage / "config.json").read_text()).get("auto_map", {}).values()
     local = {f"{entry.split('.')[0]}.py" for entry in named if "--" not in entry}

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import ml_dtypes
@@ -161,7 +162,7 @@ def test_a_file_changed_after_opening(tmp_path):
     with pytest.raises(ValueError, match="has changed since it was opened"):
         opened.read("half")
     (tmp_path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'half'"):
+    with pytest.raises(ValueError, match=r"model\.safetensors has changed"):
         opened.read("half")
 
 
@@ -324,7 +325,7 @@ class FakeHub:
 
     def __init__(self, monkeypatch, listed=None, snapshot=None):
         self.listed, self.snapshot, self.calls = listed, snapshot, []
-        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list_repo_files)
+        monkeypatch.setattr(huggingface_hub, "model_info", self.model_info)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
         monkeypatch.delenv("HF_TOKEN", raising=False)
 
@@ -333,9 +334,10 @@ class FakeHub:
             raise value
         return value
 
-    def list_repo_files(self, repo_id, **kwargs):
+    def model_info(self, repo_id, **kwargs):
         self.calls.append(("list", repo_id, kwargs))
-        return self.answer(self.listed)
+        siblings = [SimpleNamespace(rfilename=name) for name in self.answer(self.listed)]
+        return SimpleNamespace(sha="c0ffee", siblings=siblings)
 
     def snapshot_download(self, repo_id, **kwargs):
         self.calls.append(("download", repo_id, kwargs))
@@ -354,10 +356,12 @@ def test_hub_fetches_only_what_is_needed(tmp_path, monkeypatch):
     listed = [*SHARDS, MAINS[0], "config.json", "tokenizer.json", "pytorch_model.bin", "README.md"]
     hub = FakeHub(monkeypatch, listed, str(sharded(tmp_path)))
     monkeypatch.setenv("HF_TOKEN", "secret")
-    assert set(open_hf(REPO, revision="v1").tensors) == set(TENSORS)
+    opened = open_hf(REPO, revision="v1")
+    assert set(opened.tensors) == set(TENSORS)
+    assert opened.revision == tmp_path.name  # the Hub's cache names it by its commit
     (_, repo, asked), (_, _, got) = hub.calls
     assert repo == REPO and asked == {"revision": "v1", "token": "secret"}
-    assert (got["revision"], got["token"]) == ("v1", "secret")
+    assert (got["revision"], got["token"]) == ("c0ffee", "secret")
     assert set(got["allow_patterns"]) == {"config.json", "tokenizer.json", MAINS[0], *SHARDS}
 
 
