@@ -18,7 +18,8 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 
 def commands() -> list[str]:
-    return [part.strip() for lang, text in BLOCKS if lang == "bash" for part in text.split("&&")]
+    texts = [text for lang, text in BLOCKS if lang == "bash"]
+    return [part.strip() for text in texts for part in re.split(r"&&|\n", text) if part.strip()]
 
 
 def test_python_snippet(tmp_path):
