@@ -1,26 +1,26 @@
-"""Where files lie: local paths, and the object stores that Orbax and TensorStore write to."""
+"""Where files lie: local paths, and Google's object store, to which Orbax and TensorStore write."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import re
-from urllib.parse import unquote, urlsplit
+from collections.abc import Iterable
+from urllib.parse import unquote
 
+import tensorstore as ts
 from etils import epath
-
-# Scheme -> the fsspec driver that etils needs for it, and the extra of ours that installs it.
-_DRIVERS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+from etils.epath.backend import fsspec_backend
 
 
 def location(path: str | os.PathLike[str]) -> epath.Path:
     """The place that a path or URL names; local ones come back absolute.
 
     Args:
-      path: a local path, `file:///absolute/path`, `gs://bucket/path` or `s3://bucket/path`.
+      path: a local path, `file:///absolute/path`, or `gs://bucket/path`.
 
     Raises:
-      ValueError: another scheme, a file URL of another host, or a store whose driver is missing.
+      ValueError: another scheme, a file URL of another host, or gs:// without its driver.
     """
     text = os.fspath(path)
     scheme = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", text)
@@ -28,17 +28,23 @@ def location(path: str | os.PathLike[str]) -> epath.Path:
         return epath.Path(os.path.abspath(text))
     name = scheme[1].lower()
     if name == "file":
-        url = urlsplit(text)
-        if url.netloc not in ("", "localhost") or not url.path.startswith("/"):
+        host, slash, rest = text[len("file://") :].partition("/")
+        if host not in ("", "localhost") or not slash:
             raise ValueError(f"{text}: expected file:///absolute/path")
-        return epath.Path(os.path.abspath(unquote(url.path)))
-    if name not in _DRIVERS:
+        return epath.Path(os.path.abspath(f"/{unquote(rest)}"))
+    if name == "s3":
         raise ValueError(
-            f"{text}: unknown scheme {name}://, expected a local path, file://, gs:// or s3://"
+            f"{text}: Orbax cannot read or write arrays in s3://; use a mounted bucket (s3fs, "
+            "Mountpoint), or a local path and `aws s3 cp --recursive`"
         )
-    driver, extra = _DRIVERS[name]
-    if importlib.util.find_spec(driver) is None:
-        raise ValueError(f"{text}: {name}:// needs {driver}: pip install 'btlm-jax[{extra}]'")
+    if name != "gs":
+        raise ValueError(
+            f"{text}: unknown scheme {name}://, expected a local path, file:// or gs://"
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ValueError(f"{text}: gs:// needs gcsfs: pip install 'btlm-jax[gcs]'")
+    if bad := set("#?") & set(text):  # Orbax takes these for the end of a name
+        raise ValueError(f"{text}: found {' '.join(sorted(bad))} in a URL: choose another name")
     return epath.Path(text.rstrip("/"))
 
 
@@ -47,7 +53,41 @@ def is_remote(path: epath.Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def kvstore(path: epath.Path) -> str | dict[str, str]:
-    """The TensorStore key-value store of a folder."""
+def kvstore(path: epath.Path) -> dict[str, str]:
+    """The TensorStore key-value store of a folder.
+
+    Not a URL, in which TensorStore decodes %, as etils and Orbax do not.
+    """
     text = os.fspath(path).rstrip("/") + "/"
-    return text if is_remote(path) else {"driver": "file", "path": text}
+    if not is_remote(path):
+        return {"driver": "file", "path": text}
+    bucket, key = text.removeprefix("gs://").split("/", 1)
+    return {"driver": "gcs", "bucket": bucket, "path": key}
+
+
+def forget_listings(path: epath.Path) -> None:
+    """Makes the next look into an object store a fresh one.
+
+    fsspec, through which etils and Orbax look, remembers folders for as long as the process lives,
+    and learns neither of what TensorStore writes nor of other processes.
+    """
+    if is_remote(path):
+        fsspec_backend.fs(path).invalidate_cache()
+
+
+def remove_files(folder: epath.Path) -> None:
+    """Removes all that is below a folder of an object store.
+
+    Not fsspec's way, which goes by what it remembers and takes * and [ in a name for a pattern.
+    """
+    store = ts.KvStore.open(kvstore(folder)).result()
+    store.delete_range(ts.KvStore.KeyRange()).result()
+    forget_listings(folder)
+
+
+def read_files(folder: epath.Path, names: Iterable[str]) -> dict[str, bytes | None]:
+    """The contents of small files, all fetched at once; None for those that are missing."""
+    store = ts.KvStore.open(kvstore(folder)).result()
+    futures = {name: store.read(name) for name in names}
+    found = {name: future.result() for name, future in futures.items()}
+    return {name: r.value if r.state == "value" else None for name, r in found.items()}

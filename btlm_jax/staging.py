@@ -81,7 +81,7 @@ def new_directory(
     else:
         work = target.parent / f".{target.name}.partial"
         content = work / target.name
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     with _lock(work, target):
         stage = Stage(content, _take_up(work, content, key), work / "finished")
         done = False
@@ -93,8 +93,8 @@ def new_directory(
         finally:
             if done or key is None:
                 if not done and paths.is_remote(target):
-                    target.rmtree(missing_ok=True)
-                work.rmtree(missing_ok=True)
+                    _remove(target)
+                _remove(work)
             else:
                 logger.warning(
                     "unfinished: %d finished pieces are kept in %s; the same command continues "
@@ -118,6 +118,7 @@ def refuse_existing(
                 f"{target}: an object store cannot replace a checkpoint at one stroke: choose "
                 "another name, or delete it first"
             )
+        paths.forget_listings(target)
         if ours(target):
             raise FileExistsError(f"{target} exists: choose another name")
         names = {p.name for p in target.iterdir()} if target.exists() else set()
@@ -161,6 +162,12 @@ def leftovers(path: str | os.PathLike[str]) -> list[epath.Path]:
     return [p for name in names if (p := target.parent / name).exists()]
 
 
+def make_folder(path: epath.Path) -> None:
+    """Makes a folder, if it is not there; object stores know none, but fsspec may make a bucket."""
+    if not paths.is_remote(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """As `write_bytes`, of text in UTF-8."""
     write_bytes(path, text.encode())
@@ -201,10 +208,13 @@ def _take_up(
     work: epath.Path, content: epath.Path, key: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Makes the working folders, and returns the records of an interrupted run with this key."""
-    found = _read_json(work / "key.json")
+    paths.forget_listings(work)
+    found = _parsed(paths.read_files(work, ["key.json"])["key.json"])
     if key is not None and found == json.loads(json.dumps(key)) and content.exists():
-        files = (work / "finished").glob("*.json")
-        records = {p.name.removesuffix(".json"): _read_json(p) for p in files}
+        folder = work / "finished"
+        names = [p.name for p in folder.iterdir()] if folder.exists() else []
+        files = paths.read_files(folder, (n for n in names if n.endswith(".json")))
+        records = {name.removesuffix(".json"): _parsed(data) for name, data in files.items()}
         # A record cut short by the kill counts as none.
         finished = {name: r for name, r in records.items() if r is not None}
         if finished:
@@ -212,20 +222,31 @@ def _take_up(
         return finished
     if found is not None:
         logger.warning("%s held unfinished work of another kind: starting over", work)
-    for child in [*work.iterdir(), *(content.iterdir() if content.exists() else ())]:
-        if child.name not in ("lock", ".partial"):
-            child.rmtree() if child.is_dir() else child.unlink()
-    content.mkdir(parents=True, exist_ok=True)
-    (work / "finished").mkdir(parents=True, exist_ok=True)
-    if key is not None:
-        write_text(work / "key.json", json.dumps(key))
+    if paths.is_remote(content):
+        _remove(content)  # `work` too
+    else:
+        for child in [*work.iterdir(), *(content.iterdir() if content.exists() else ())]:
+            if child.name != "lock":
+                child.rmtree() if child.is_dir() else child.unlink()
+        content.mkdir(parents=True, exist_ok=True)
+        (work / "finished").mkdir(parents=True, exist_ok=True)
+    # Without a key too: in an object store this file is what makes `work` exist.
+    write_text(work / "key.json", json.dumps(key))
     return {}
 
 
-def _read_json(path: epath.Path) -> Any:
+def _remove(folder: epath.Path) -> None:
+    """Removes a folder, if it is there."""
+    if paths.is_remote(folder):
+        paths.remove_files(folder)
+    else:
+        folder.rmtree(missing_ok=True)
+
+
+def _parsed(data: bytes | None) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return None if data is None else json.loads(data)
+    except ValueError:
         return None
 
 

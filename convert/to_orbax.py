@@ -49,7 +49,7 @@ def convert(
     Args:
       source: a directory with `config.json` and safetensors or `.bin` weights, single or sharded,
         or a Hub id such as "cerebras/btlm-3b-8k-base".
-      target: a directory that does not exist yet, or a gs:// or s3:// URL.
+      target: a directory that does not exist yet, or a gs:// URL.
       revision: branch, tag or commit on the Hub.
       max_memory: bytes of weights in flight.
       allow_nonfinite: convert weights that hold NaN or Inf too, with a warning.

@@ -79,7 +79,8 @@ class Verification:
             )
         width = max(len(what) for what, _ in self.differences)
         rows = [f"{what:<{width}}  {found}" for what, found in self.differences]
-        return f"{len(rows)} differences in {self.tensors} tensors:\n" + "\n".join(rows)
+        plural = "s" * (len(rows) != 1)
+        return f"{len(rows)} difference{plural} in {self.tensors} tensors:\n" + "\n".join(rows)
 
 
 def verify(
