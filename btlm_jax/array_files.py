@@ -197,6 +197,6 @@ class _as_os_error:
 
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, ValueError | RuntimeError):
+            full = "No space left" in str(error) or "Disk quota" in str(error)
             first = str(error).splitlines()[0][:300]
-            full = "No space left" in first or "Disk quota" in first
             raise OSError(errno.ENOSPC if full else errno.EIO, first, str(self._folder)) from None

@@ -76,7 +76,7 @@ def save(
     """Writes a checkpoint: complete under its name, or not at all.
 
     Args:
-      path: a directory that does not exist yet, or a gs:// or s3:// URL.
+      path: a directory that does not exist yet, or a gs:// URL.
       config, params: the model and its stacked weights, sharded or not, padded or not.
       assets: files to carry along (tokenizer).
       origin: JSON-able notes on where the weights came from.
@@ -139,8 +139,10 @@ def _finish(
     if missing := [name for name in names if name not in stage.finished]:
         raise ValueError(f"{stage.content}: not written: {', '.join(missing)}")
     asset_sha256 = {}
+    if not paths.is_remote(stage.content):  # what an interrupted run carried may be gone since
+        (stage.content / "tokenizer").rmtree(missing_ok=True)
     for file in assets:
-        (stage.content / "tokenizer").mkdir(exist_ok=True)
+        staging.make_folder(stage.content / "tokenizer")
         data = file.read_bytes()
         staging.write_bytes(stage.content / "tokenizer" / file.name, data)
         asset_sha256[file.name] = hashlib.sha256(data).hexdigest()
@@ -150,7 +152,7 @@ def _finish(
     # Orbax knows arrays by a .zarray file in some folder, and would warn that it finds none: Zarr 3
     # names it zarr.json.
     marker = stage.content / manifest.ITEM / ".zarr3"
-    marker.mkdir(exist_ok=True)
+    staging.make_folder(marker)
     staging.write_text(marker / ".zarray", "The arrays are Zarr 3: see zarr.json in each folder.\n")
     structure = manifest.structure_sha256(stage.content, names.values())
     mark = manifest.mark(manifest.notes(config, origin, sha256, asset_sha256, structure))
@@ -158,7 +160,11 @@ def _finish(
         staging.write_text(stage.content / "commit_success.txt", "written by btlm-jax\n")
     staging.write_text(stage.content / manifest.MARK, mark)
     # Checks that the arrays are where the Orbax of this environment looks for them.
-    manifest.read_finished(stage.content)
+    try:
+        manifest.read_finished(stage.content)
+    except BaseException:
+        (stage.content / manifest.MARK).unlink(missing_ok=True)  # in an object store it is in place
+        raise
 
 
 def load(
@@ -193,39 +199,91 @@ def load(
     else:
         single = SingleDeviceSharding(jax.devices()[0])
         placed = {w.path: single for w in weights.table(meta.config)}
-    wanted = {}
-    for leaf in weights.disk_leaves(meta.config):
-        stacked = placed[leaf.weight.path]
-        one = stacked
-        if isinstance(stacked, NamedSharding) and leaf.layer is not None:
-            one = NamedSharding(stacked.mesh, jax.sharding.PartitionSpec(*stacked.spec[1:]))
-        stored = meta.leaves[leaf.path].dtype if dtype is None else dtype
-        wanted[leaf.path] = jax.ShapeDtypeStruct(leaf.weight.padded(pad), stored, sharding=one)
-    arrays = _restore(meta.path, wanted)
+    stored = {path: leaf.dtype if dtype is None else dtype for path, leaf in meta.leaves.items()}
+    arrays = restore(meta.path, {manifest.ITEM: request(meta.config, stored, placed, pad)})
+    try:
+        params = stack(meta.config, weights.flatten(arrays[manifest.ITEM]), placed)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    return model, weights.unflatten(params)
 
-    params = {}
-    for w in weights.table(meta.config):
+
+def request(
+    config: BTLMConfig,
+    dtypes: Mapping[weights.Path, DTypeLike],
+    placed: Mapping[weights.Path, Any],
+    pad: Mapping[str, int],
+) -> weights.Params:
+    """What to ask Orbax for: the tree of stored arrays, padded, each where its stack will be.
+
+    Args:
+      config: the model.
+      dtypes: of every stored array, by its path on disk.
+      placed: the sharding of every weight, stacked, by its path in memory; weights that are not
+        named are left out.
+      pad: padded sizes by logical axis.
+    """
+    wanted = {}
+    for leaf in weights.disk_leaves(config):
+        if leaf.weight.path not in placed:
+            continue
+        one = placed[leaf.weight.path]
+        if isinstance(one, NamedSharding) and leaf.layer is not None:
+            one = NamedSharding(one.mesh, jax.sharding.PartitionSpec(*one.spec[1:]))
+        shape = leaf.weight.padded(pad)
+        wanted[leaf.path] = jax.ShapeDtypeStruct(shape, dtypes[leaf.path], sharding=one)
+    return weights.unflatten(wanted)
+
+
+def stack(
+    config: BTLMConfig,
+    arrays: dict[weights.Path, jax.Array],
+    placed: Mapping[weights.Path, Any],
+) -> dict[weights.Path, jax.Array]:
+    """Stored arrays as they are in memory, by path; `arrays` is emptied on the way.
+
+    Raises:
+      ValueError: the layers of a weight are of several dtypes.
+    """
+    found = {}
+    for w in weights.table(config):
+        if w.path not in placed:
+            continue
         if not w.stacked:
-            params[w.path] = arrays.pop(w.path)
+            found[w.path] = arrays.pop(w.path)
             continue
         # Family by family: the copy that stacking makes is never more than one family.
-        names = [weights.DiskLeaf(w, i).path for i in range(meta.config.n_layer)]
-        layers = [arrays.pop(p) for p in names]
+        layers = [arrays.pop(weights.DiskLeaf(w, i).path) for i in range(config.n_layer)]
         dtypes = sorted({str(x.dtype) for x in layers})
         if len(dtypes) > 1:
             raise ValueError(
-                f"{path}: the layers of {w.name} are stored as {', '.join(dtypes)} and cannot be "
+                f"the layers of {w.name} are stored as {', '.join(dtypes)} and cannot be "
                 "stacked as they are; pass dtype="
             )
-        params[w.path] = _stack(layers, placed[w.path])
-    return model, weights.unflatten(params)
+        found[w.path] = _stack(layers, placed[w.path])
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def unstack(config: BTLMConfig, stacked: Mapping[weights.Path, jax.Array]):
+    """Weights (or what is shaped like them), by path in memory, as stored ones, by path on disk.
+
+    Padding is stripped. Under jit, so that a training step need not wait: `save` checks in addition
+    that the padding is zero.
+    """
+    found = {}
+    for leaf in weights.disk_leaves(config):
+        if leaf.weight.path in stacked:
+            x = stacked[leaf.weight.path]
+            found[leaf.path] = _cut_on_device(x, leaf.layer, leaf.weight.shape)[0]
+    return found
 
 
 def _unstack(stacked: Any, leaf: weights.DiskLeaf) -> Any:
     """One stored array out of a stacked, padded, sharded one."""
     w = leaf.weight
     if isinstance(stacked, jax.Array):
-        one, rest = _cut_on_device(stacked, leaf.layer, w.shape, sharding.mesh_of(stacked))
+        one, rest = _cut_on_device(stacked, leaf.layer, w.shape)
     else:
         one, rest = _cut(
             np.asarray(stacked if leaf.layer is None else stacked[leaf.layer]), w.shape
@@ -239,8 +297,9 @@ def _unstack(stacked: Any, leaf: weights.DiskLeaf) -> Any:
     return one
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "mesh"))
-def _cut_on_device(x: jax.Array, layer: int | None, shape: tuple[int, ...], mesh):
+@functools.partial(jax.jit, static_argnames="shape")
+def _cut_on_device(x: jax.Array, layer: int | None, shape: tuple[int, ...]):
+    mesh = sharding.mesh_of(x)
     with sharding.on_mesh(mesh):
         if layer is not None:
             x = jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)
@@ -266,22 +325,27 @@ def _stack(layers: list[jax.Array], out: Any) -> jax.Array:
     return jax.jit(lambda xs: jnp.stack(xs), out_shardings=out)(layers)
 
 
-def _restore(path: epath.Path, wanted: Mapping[weights.Path, Any]) -> dict[weights.Path, Any]:
-    """Restores arrays by disk path; shapes larger than stored are zero-padded by Orbax."""
+def restore(path: epath.Path, wanted: Mapping[str, weights.Params]) -> dict[str, weights.Params]:
+    """Restores trees of arrays by Orbax item; shapes larger than stored are zero-padded by Orbax.
+
+    Raises:
+      ValueError: files that are damaged or missing.
+    """
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
     context.array_options.loading.enable_padding_and_truncation = True
     try:
         with context:
-            request: Any = weights.unflatten(wanted)
-            tree: Any = ocp.load(os.fspath(path), request)
+            items: Any = ocp.load_checkpointables(os.fspath(path), dict(wanted))
     except manifest.NOT_DAMAGE:
         raise
     except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
         raise manifest.damaged(path, e) from e
-    arrays = weights.flatten(tree)
-    # Orbax hands back the request itself for an array that is missing on disk.
-    missing = ["/".join(p) for p in wanted if not isinstance(arrays.get(p), jax.Array)]
-    if missing:
-        raise manifest.damaged(path, f"not restored: {', '.join(missing)}")
-    return arrays
+    for item, tree in wanted.items():
+        arrays = weights.flatten(items[item])
+        # Orbax hands back the request itself for an array that is missing on disk.
+        asked = weights.flatten(tree)
+        missing = ["/".join(p) for p in asked if not isinstance(arrays.get(p), jax.Array)]
+        if missing:
+            raise manifest.damaged(path, f"not restored: {', '.join(missing)}")
+    return items

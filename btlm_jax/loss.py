@@ -93,14 +93,41 @@ def next_token_loss(
     h, _ = model.hidden(
         params, ids, attention_mask=attention_mask, segment_ids=segment_ids, positions=positions
     )
-    return _head_loss(model.spec(params), params, h, labels)
+    return _head_loss(model.spec(params), params, h, labels, shift=True)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _head_loss(spec: Spec, params: Params, h_BTD: jax.Array, labels_BT: jax.Array) -> LossSum:
+def target_loss(
+    model: BTLM, params: Params, tokens: jax.Array, segment_ids: jax.Array | None = None
+) -> LossSum:
+    """The loss of training windows: the first T tokens of each are read, the last T predicted.
+
+    Args:
+      model, params: the model and its weights.
+      tokens: int32 [B, T + 1].
+      segment_ids: int32 [B, T + 1]; attention stays within segments, and the first token of a
+        segment is not predicted from the segment before.
+
+    Returns:
+      Sums over the B * T predictions.
+    """
+    targets, segments = tokens[:, 1:], None
+    if segment_ids is not None:
+        segments = segment_ids[:, :-1]
+        targets = jnp.where(segment_ids[:, 1:] == segments, targets, IGNORE)
+    h, _ = model.hidden(params, tokens[:, :-1], segment_ids=segments)
+    return _head_loss(model.spec(params), params, h, targets, shift=False)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "shift"))
+def _head_loss(
+    spec: Spec, params: Params, h_BTD: jax.Array, targets_BT: jax.Array, *, shift: bool
+) -> LossSum:
+    """The loss of predicting `targets_BT`, each from the state there or one before (shift)."""
     with sharding.on_mesh(spec.mesh):
-        targets = spec.place(labels_BT[:, 1:], "batch", None)
-        logits = project_logits(spec, params, h_BTD[:, :-1], sharded=True)
+        if shift:
+            h_BTD, targets_BT = h_BTD[:, :-1], targets_BT[:, 1:]
+        targets = spec.place(targets_BT, "batch", None)
+        logits = project_logits(spec, params, h_BTD, sharded=True)
         known = (targets == IGNORE) | ((targets >= 0) & (targets < spec.config.vocab_size))
         nll = jnp.where(known, cross_entropy(logits, targets), jnp.nan)
         return LossSum(nll.sum(), (targets != IGNORE).sum().astype(jnp.float32))

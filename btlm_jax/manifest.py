@@ -87,10 +87,14 @@ class Metadata:
 def read(path: PathLike) -> Metadata:
     """Reads what a checkpoint says about itself and checks it against the table of weights.
 
+    Of a training run's directory, that of its newest checkpoint.
+
     Raises:
       FileNotFoundError, ValueError: as `checkpoint.load`.
     """
     place = paths.location(path)
+    paths.forget_listings(place)
+    place = _newest(place)
     left = ", ".join(map(str, staging.leftovers(place)))
     if not place.exists():
         hint = f"; an interrupted run left {left}: the same command continues it" if left else ""
@@ -109,9 +113,10 @@ def read(path: PathLike) -> Metadata:
 
 def read_finished(place: epath.Path) -> Metadata:
     """`read`, of a directory that is known to be a checkpoint."""
+    paths.forget_listings(place)
     try:
-        found: Any = ocp.metadata(os.fspath(place))
         item = json.loads((place / ITEM / "_METADATA").read_text())
+        found: Any = ocp.metadata(os.fspath(place))
     except NOT_DAMAGE:
         raise
     except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
@@ -158,10 +163,19 @@ def read_finished(place: epath.Path) -> Metadata:
     )
 
 
+def _newest(place: epath.Path) -> epath.Path:
+    folder = place / "checkpoints"
+    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    return max(steps, key=lambda p: int(p.name)) if steps else place
+
+
 def assets_of(path: PathLike) -> list[epath.Path]:
-    """The files a checkpoint carries along (tokenizer and the like)."""
-    folder = paths.location(path) / "tokenizer"
-    return sorted(p for p in folder.glob("*") if p.is_file())
+    """The files a checkpoint carries along (tokenizer and the like); a run keeps them once."""
+    place = paths.location(path)
+    folder = place / "tokenizer"
+    if place.parent.name == "checkpoints" and not folder.exists():
+        folder = place.parent.parent / "tokenizer"
+    return sorted(p for p in folder.iterdir() if p.is_file()) if folder.exists() else []
 
 
 # Running out of memory on the host or a device must not be taken for a damaged file.
@@ -181,11 +195,10 @@ def structure_sha256(place: epath.Path, leaves: Iterable[weights.Path]) -> str |
     """
     names = ["_METADATA", *(f"{'.'.join(path)}/zarr.json" for path in leaves)]
     hashed = hashlib.sha256()
-    for name in sorted(names):
-        try:
-            hashed.update(hashlib.sha256((place / ITEM / name).read_bytes()).digest())
-        except OSError:
+    for _, data in sorted(paths.read_files(place / ITEM, names).items()):
+        if data is None:
             return None
+        hashed.update(hashlib.sha256(data).digest())
     return hashed.hexdigest()
 
 

@@ -70,7 +70,9 @@ def new_directory(
       FileExistsError: see `refuse_existing`; or another process is writing there.
       ValueError: several processes, which would each write here; overwriting in an object store.
     """
-    if jax.process_count() > 1:
+    # Only asked where it can be so: it starts JAX's backends, which a converter on a TPU host that
+    # trains should not.
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         raise ValueError("writing a checkpoint from several processes is not supported yet")
     target = paths.location(path)
     if not paths.is_remote(target):
@@ -88,6 +90,7 @@ def new_directory(
         try:
             yield stage
             if not paths.is_remote(target):
+                refuse_existing(target, overwrite=overwrite, ours=ours)  # it may be new
                 _rename(content, target, aside=target.parent / f".{target.name}.replaced")
             done = True
         finally:
@@ -128,7 +131,9 @@ def refuse_existing(
     if not target.exists():
         return
     if not overwrite:
-        raise FileExistsError(f"{target} exists: choose another name, or pass --overwrite")
+        left = ", ".join(map(str, leftovers(target)))
+        also = f" (a killed run left {left}, which --overwrite removes)" if left else ""
+        raise FileExistsError(f"{target} exists: choose another name, or pass --overwrite{also}")
     if not ours(target):
         raise FileExistsError(
             f"{target} exists and was not written by this command, so --overwrite does not replace "
@@ -222,10 +227,12 @@ def _take_up(
         return finished
     if found is not None:
         logger.warning("%s held unfinished work of another kind: starting over", work)
+    # The key goes first: if this is cut short, no record counts any more.
+    (work / "key.json").unlink(missing_ok=True)
     if paths.is_remote(content):
         _remove(content)  # `work` too
     else:
-        for child in [*work.iterdir(), *(content.iterdir() if content.exists() else ())]:
+        for child in work.iterdir():
             if child.name != "lock":
                 child.rmtree() if child.is_dir() else child.unlink()
         content.mkdir(parents=True, exist_ok=True)
@@ -252,14 +259,14 @@ def _parsed(data: bytes | None) -> Any:
 
 def _rename(staged: epath.Path, target: epath.Path, aside: epath.Path) -> None:
     """Gives finished work its name; what had it before is removed last."""
-    if target.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(target, aside)
+    if target.exists() and aside.exists():
+        shutil.rmtree(aside)
     try:
+        if target.exists():
+            os.rename(target, aside)
         os.rename(staged, target)
     except BaseException:
-        if aside.exists():
+        if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
     shutil.rmtree(aside, ignore_errors=True)

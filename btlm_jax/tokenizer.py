@@ -27,6 +27,8 @@ ASSETS = (
     "configuration_jais.py",
     "modeling_jais.py",
 )
+# Those of them that `load_tokenizer` reads.
+_READ = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -34,21 +36,27 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Loads `tokenizer.json`, or GPT-2's `vocab.json`, `merges.txt` and any `added_tokens.json`.
 
     Args:
-      directory: of the files, or an Orbax checkpoint of ours (which keeps them in `tokenizer/`), or
-        the URL of one.
+      directory: of the files, or an Orbax checkpoint of ours (which keeps them in `tokenizer/`) or
+        of a training run (which keeps them there once), or the URL of one.
 
     Raises:
       FileNotFoundError: neither is there; the message says where it looked.
       ValueError: a file that cannot be parsed.
     """
     place = paths.location(directory)
-    inner = place / "tokenizer"
-    home = inner if inner.is_dir() else place
+    run = place.parent.parent if place.parent.name == "checkpoints" else place
+    homes = [p for p in (place / "tokenizer", run / "tokenizer") if p.is_dir()]
+    home = homes[0] if homes else place
     if paths.is_remote(home):  # the tokenizers library reads local files
+        found = paths.read_files(home, _READ)
         with tempfile.TemporaryDirectory() as copy:
-            for file in home.glob("*"):
-                (Path(copy) / file.name).write_bytes(file.read_bytes())
-            return load_tokenizer(copy)
+            for name, data in found.items():
+                if data is not None:
+                    (Path(copy) / name).write_bytes(data)
+            try:
+                return load_tokenizer(copy)
+            except (FileNotFoundError, ValueError) as e:
+                raise type(e)(str(e).replace(copy, str(home))) from e
     whole, vocab, merges = (home / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
         if whole.is_file():

@@ -84,7 +84,8 @@ def export(
     shards = plan(tensors, max_shard_bytes)
     names = _names(len(shards))
     key = _key(meta, names, shards)
-    with staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
+    out = staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key)
+    with explained(target), out as stage:
         content = Path(stage.content)
         todo = [t for t in tensors if t.name not in stage.finished]
         total, left = (sum(t.nbytes for t in ts) for ts in (tensors, todo))
@@ -116,10 +117,7 @@ def export(
                     )
                 stage.record(name, {"sha256": sha256})
 
-            try:
-                for_each(todo, one, threads)
-            except OSError as e:
-                raise explained(e, target) from e
+            for_each(todo, one, threads)
         sha256 = {t.name: stage.finished[t.name]["sha256"] for t in tensors}
         for file in files.values():
             file.finish(sha256)

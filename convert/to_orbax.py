@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -9,6 +10,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -76,7 +78,7 @@ def convert(
         overwrite=overwrite,
         key=_key(hf),
     )
-    with out as writer:
+    with explained(target), out as writer:
         todo = [leaf for leaf in leaves if not writer.finished(leaf)]
         total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in leaves)
         left = sum(hf.tensors[leaf.hf_name].nbytes for leaf in todo)
@@ -94,10 +96,7 @@ def convert(
 
                 writer.write(leaf, info.dtype, blocks())
 
-            try:
-                for_each(todo, one, threads)
-            except OSError as e:
-                raise explained(e, target) from e
+            for_each(todo, one, threads)
         records = {leaf.hf_name: writer.finished(leaf) or {} for leaf in leaves}
         _check_finite(hf, records, allow_nonfinite)
     return Report(
@@ -141,15 +140,19 @@ def _check_finite(hf: HFSource, records: dict[str, Any], allowed: bool) -> None:
     logger.warning("%s", found)
 
 
-def explained(error: OSError, target: manifest.PathLike) -> OSError:
-    """`error`, or for a full disk one that says what to do."""
-    if error.errno != errno.ENOSPC:
-        return error
-    return OSError(
-        errno.ENOSPC,
-        f"no space left while writing {target}; the finished tensors are kept: free space, then "
-        "run the same command again",
-    )
+@contextlib.contextmanager
+def explained(target: manifest.PathLike) -> Iterator[None]:
+    """Says of a full disk what is kept and what to do."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno != errno.ENOSPC or "free space" in str(e):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"no space left while writing {target}; the finished tensors are kept: free space, "
+            "then run the same command again",
+        ) from e
 
 
 def read_config(hf: HFSource) -> BTLMConfig:

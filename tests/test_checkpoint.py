@@ -188,7 +188,7 @@ def test_out_of_memory_is_not_damage(saved, monkeypatch):
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(ocp, "load", fail)
+    monkeypatch.setattr(ocp, "load_checkpointables", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         btlm.load(saved)
 

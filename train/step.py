@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
-from btlm_jax import sharding
-from btlm_jax.loss import next_token_loss
+from btlm_jax import mup, sharding
+from btlm_jax.loss import LossSum, target_loss
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
@@ -21,14 +20,21 @@ class TrainState(NamedTuple):
 
     params: Params
     opt_state: Any
-    step: jax.Array  # int32
+    step: jax.Array  # int32, steps taken, skipped ones included
+    skipped: jax.Array  # int32, steps whose gradients were not finite, in all
+    bad_in_a_row: jax.Array  # int32, of these, the last without a good one between
 
 
 class Metrics(NamedTuple):
     """Of one step, on the device; fetch them a step late to keep it busy."""
 
     loss: jax.Array  # nats per token
+    tokens: jax.Array  # predicted
     grad_norm: jax.Array  # global L2 norm before clipping
+    grad_norms: dict[str, jax.Array]  # per muP group
+    update_norms: dict[str, jax.Array]  # of the change of the weights, per muP group
+    skipped: jax.Array
+    bad_in_a_row: jax.Array
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -36,7 +42,8 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     mesh = sharding.concrete_mesh_of(params["wte"])
 
     def start(params):
-        return TrainState(params, tx.init(params), jnp.zeros((), jnp.int32))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(params, tx.init(params), zero, zero, zero)
 
     if mesh is None:
         return jax.jit(start)(params)
@@ -46,23 +53,79 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 def make_step(
     model: BTLM, tx: optax.GradientTransformation
-) -> Callable[[TrainState, ArrayLike], tuple[TrainState, Metrics]]:
-    """Returns the step: (state, input_ids [B, T]) -> (state, metrics).
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns the step: (state, tokens, segment_ids=None) -> (state, metrics).
+
+    Its tokens are int32 [A, B, T + 1]: A microbatches of B sequences, of which the first T tokens
+    are read and the last T predicted. Gradients are those of the mean over all predicted tokens of
+    all microbatches: sums are accumulated in fp32 and divided once. With `segment_ids` (same shape)
+    attention and loss stay within segments. If the gradients are not finite, weights and optimizer
+    stay as they are and the step is counted as skipped.
 
     Raises:
       ValueError: the configuration asks for dropout, which is not implemented.
     """
     model.config.require_no_dropout()
 
-    def step(state: TrainState, input_ids: ArrayLike) -> tuple[TrainState, Metrics]:
-        def loss_fn(params):
-            return next_token_loss(model, params, input_ids).mean
+    def loss_fn(params: Params, tokens: jax.Array, segments: jax.Array | None):
+        loss = target_loss(model, params, tokens, segments)
+        return loss.nll, loss
 
+    def gradients(params: Params, tokens: jax.Array, segments: jax.Array | None):
+        one = jax.value_and_grad(loss_fn, has_aux=True)
+        if tokens.shape[0] == 1:
+            (_, loss), grads = one(params, tokens[0], None if segments is None else segments[0])
+            return loss, grads
+
+        def add(total, microbatch):
+            (_, loss), grads = one(params, *microbatch)
+            return jax.tree.map(jnp.add, total, (loss, grads)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        start = LossSum(zero, zero), jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
+        return jax.lax.scan(add, start, (tokens, segments))[0]
+
+    def step(
+        state: TrainState, tokens: jax.Array, segment_ids: jax.Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         with sharding.on_mesh(sharding.mesh_of(state.params["wte"])):
-            loss, grads = jax.value_and_grad(loss_fn)(state.params)
+            loss, sums = gradients(state.params, tokens, segment_ids)
+            grads = jax.tree.map(lambda g: g / jnp.maximum(loss.tokens, 1.0), sums)
+            norm = optax.tree.norm(grads)
+            good = jnp.isfinite(norm)
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
-            metrics = Metrics(loss, optax.tree.norm(grads))
-        return TrainState(params, opt_state, state.step + 1), metrics
+
+            def keep(new, old):
+                return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+            bad = 1 - good.astype(jnp.int32)
+            after = TrainState(
+                params=keep(params, state.params),
+                opt_state=keep(opt_state, state.opt_state),
+                step=state.step + 1,
+                skipped=state.skipped + bad,
+                bad_in_a_row=(state.bad_in_a_row + bad) * bad,
+            )
+            metrics = Metrics(
+                loss=loss.mean,
+                tokens=loss.tokens,
+                grad_norm=norm,
+                grad_norms=mup.group_norms(grads, model.config),
+                update_norms=mup.group_norms(updates, model.config),
+                skipped=after.skipped,
+                bad_in_a_row=after.bad_in_a_row,
+            )
+        return after, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(model: BTLM) -> Callable[[Params, jax.Array], LossSum]:
+    """Returns the held-out loss: (params, tokens [B, T + 1]) -> sums."""
+
+    def evaluate(params: Params, tokens: jax.Array) -> LossSum:
+        with sharding.on_mesh(sharding.mesh_of(params["wte"])):
+            return target_loss(model, params, tokens)
+
+    return jax.jit(evaluate)

@@ -1,0 +1,77 @@
+"""The `btlm` command: one dataclass per subcommand, its fields the arguments.
+
+What a subcommand needs is imported when it runs, so that `btlm --help` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import tyro
+from tyro.conf import subcommand
+
+from .bench import Bench
+from .checkpoints import Convert, Export, Info, Verify
+from .generation import Generate
+from .training import Quickstart, Tokenize, Train
+
+Command = (
+    Annotated[Quickstart, subcommand("quickstart")]
+    | Annotated[Convert, subcommand("convert")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Verify, subcommand("verify")]
+    | Annotated[Bench, subcommand("bench")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[Tokenize, subcommand("tokenize")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Generate, subcommand("generate")]
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `btlm`.
+
+    Returns:
+      The exit code: 0, 1 if `verify` finds a difference, 2 on a bad argument or input, 130 on
+      Ctrl-C, 141 when the output is not wanted any more.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    command = tyro.cli(
+        Command,  # type: ignore
+        prog="btlm",
+        description="BTLM in JAX: train, convert, inspect and generate. "
+        "--debug, anywhere, shows tracebacks.",
+        args=[a for a in argv if a != "--debug"],
+    )
+    _log_to_stderr()
+    try:
+        code = command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as e:
+        if debug:
+            raise
+        print(f"btlm: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("btlm: interrupted", file=sys.stderr)
+        return 130
+    return code or 0
+
+
+def _log_to_stderr() -> None:
+    """Our own notices on standard error; of libraries, warnings only."""
+    handler: logging.Handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("btlm: %(message)s"))
+    logging.getLogger().addHandler(logging.NullHandler())  # or a library would print them twice
+    ours = logging.getLogger("btlm_jax")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(logging.INFO)
+    for noisy in ("absl", "asyncio"):  # Orbax logs at length, and tracebacks of what it raises
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)

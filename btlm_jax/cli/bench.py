@@ -1,0 +1,71 @@
+"""Subcommands that measure."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
+
+from .arguments import Bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConvert:
+    """Convert a random checkpoint of the 3B shape, beside a plain copy of it; rates and memory.
+
+    Needs three to four times the checkpoint's bytes (5.3 GB with 32 layers) on the disk.
+    """
+
+    directory: Positional[Path] = Path("btlm-bench")
+    """Where to work; must not exist, and is removed afterwards."""
+    layers: int = 32
+    """Of the model; the embedding stays."""
+    form: Literal["safetensors", "safetensors-sharded", "bin", "bin-sharded"] = "safetensors"
+    """Of the checkpoint that is converted."""
+    max_memory: Bytes = 512 << 20
+    """Of weights in flight, such as 512MiB."""
+    keep: bool = False
+    """Keep the files."""
+
+    def run(self) -> None:
+        from btlm_jax.convert.bench import bench_convert
+
+        bench_convert(
+            self.directory,
+            layers=self.layers,
+            form=self.form,
+            max_memory=self.max_memory,
+            keep=self.keep,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchLoad:
+    """Load a random checkpoint of the 3B shape, from Hugging Face files and from Orbax ones, onto
+    the devices, beside reading its bytes; rates and memory."""
+
+    directory: Positional[Path] = Path("btlm-bench")
+    """Where to work; must not exist, and is removed afterwards."""
+    layers: int = 32
+    """Of the model; the embedding stays."""
+    keep: bool = False
+    """Keep the files."""
+
+    def run(self) -> None:
+        from btlm_jax.convert.bench import bench_load
+
+        bench_load(self.directory, layers=self.layers, keep=self.keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Measure speed and memory, each beside a peer or a limit measured in the same run."""
+
+    what: OmitArgPrefixes[
+        Annotated[BenchConvert, subcommand("convert")] | Annotated[BenchLoad, subcommand("load")]
+    ]
+
+    def run(self) -> None:
+        self.what.run()

@@ -1,0 +1,156 @@
+"""Subcommands on checkpoints: convert, export, verify, info."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from .arguments import Bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Convert a Hugging Face checkpoint to Orbax, without loss.
+
+    Killed or failed, the same command continues it.
+    """
+
+    source: Positional[str]
+    """A directory with config.json and safetensors or .bin weights, or a Hub id (org/name)."""
+    target: Positional[str]
+    """The Orbax checkpoint to write: a directory, or a gs:// URL."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    max_memory: Bytes = 512 << 20
+    """Of weights in flight, such as 512MiB."""
+    allow_nonfinite: bool = False
+    """Convert weights that hold NaN or Inf too."""
+    overwrite: bool = False
+    """Replace an existing checkpoint."""
+
+    def run(self) -> None:
+        from btlm_jax.convert import convert
+
+        report = convert(
+            self.source,
+            self.target,
+            revision=self.revision,
+            max_memory=self.max_memory,
+            allow_nonfinite=self.allow_nonfinite,
+            overwrite=self.overwrite,
+        )
+        print(f"{self.target}: {report}")
+        print(f"carried along: {', '.join(report.files) or 'no tokenizer'}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Export an Orbax checkpoint to a Hugging Face directory, without loss.
+
+    Of a training checkpoint, the weights. Killed or failed, the same command continues it.
+    """
+
+    checkpoint: Positional[str]
+    """An Orbax checkpoint: a directory, or a gs:// URL."""
+    target: Positional[Path]
+    """The directory to write."""
+    max_shard_size: Bytes = 5 * 10**9
+    """Of one safetensors file, such as 5GB."""
+    max_memory: Bytes = 512 << 20
+    """Of weights in flight, such as 512MiB."""
+    overwrite: bool = False
+    """Replace an existing export."""
+
+    def run(self) -> None:
+        from btlm_jax.convert import export
+
+        report = export(
+            self.checkpoint,
+            self.target,
+            max_shard_bytes=self.max_shard_size,
+            max_memory=self.max_memory,
+            overwrite=self.overwrite,
+        )
+        print(f"{self.target}: {report}")
+        print(f"weights: {', '.join(report.files)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare two checkpoints tensor by tensor, or hash one again.
+
+    Exit code 1 and a table on any difference.
+    """
+
+    first: Positional[str]
+    """An Orbax checkpoint (directory or URL), a Hugging Face directory, or a Hub id."""
+    second: Positional[str | None] = None
+    """Another; without it, the first is checked against the SHA-256 that it records."""
+    atol: float | None = None
+    """Accept differences of values up to this, also between dtypes; default equal bits only."""
+    logits: bool = False
+    """Run both through the model on the same tokens too (in fp32, one model at a time)."""
+    max_memory: Bytes = 512 << 20
+    """Of weights in flight, such as 512MiB."""
+
+    def run(self) -> int:
+        from btlm_jax.convert import verify
+
+        result = verify(
+            self.first,
+            self.second,
+            atol=self.atol,
+            logits=self.logits,
+            max_memory=self.max_memory,
+        )
+        print(result)
+        return 0 if result else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Parameters, bytes and FLOPs of a checkpoint or preset."""
+
+    source: Positional[str]
+    """An Orbax checkpoint, a Hugging Face directory, or a preset's name."""
+    length: int = 0
+    """Sequence length for FLOPs and cache; 0 takes the trained context."""
+
+    def run(self) -> None:
+        from btlm_jax import accounting, paths
+        from btlm_jax.config import PRESETS, BTLMConfig
+
+        path, rows = paths.location(self.source), []
+        if not path.exists() and self.source in PRESETS:
+            config = BTLMConfig.preset(self.source)
+        elif not path.exists():
+            raise FileNotFoundError(
+                f"{self.source}: no such checkpoint; the presets are {', '.join(PRESETS)}"
+            )
+        elif (path / "config.json").is_file():
+            config = BTLMConfig.from_hf(Path(path))
+        else:
+            from btlm_jax import manifest, weights
+
+            meta = manifest.read(self.source)
+            config = meta.config
+            stored: dict[str, int] = {}
+            for leaf in meta.leaves.values():
+                stored[str(leaf.dtype)] = stored.get(str(leaf.dtype), 0) + leaf.size * (
+                    leaf.dtype.itemsize
+                )
+            rows = [("stored", ", ".join(f"{d} {accounting.gib(n)}" for d, n in stored.items()))]
+            if meta.origin.get("source"):
+                rows.append(("converted from", meta.origin["source"]))
+            if meta.sha256:
+                from btlm_jax.convert.report import digest
+
+                names = {x.path: x.hf_name for x in weights.disk_leaves(config)}
+                hashes = {names[path]: value for path, value in meta.sha256.items()}
+                rows.append(("sha256 of sha256", digest(hashes)))
+        rows = accounting.describe(config, self.length or config.n_positions) + rows
+        width = max(len(what) for what, _ in rows)
+        for what, value in rows:
+            print(f"{what:<{width}}  {value}")

@@ -1,0 +1,111 @@
+"""Subcommands that make models: quickstart, tokenize, train."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+
+@dataclasses.dataclass(frozen=True)
+class Quickstart:
+    """Train a small BTLM on the Python manual, save, export, convert back and generate.
+
+    With --hf, convert that checkpoint and generate from it instead.
+    """
+
+    directory: Positional[Path] = Path("btlm-quickstart")
+    """Where everything is written; must not exist."""
+    hf: str | None = None
+    """A Hugging Face directory or Hub id to convert and generate from instead of training."""
+    steps: int | None = None
+    """Training steps; default the recipe's."""
+    seed: int = 0
+    """Of the initial weights and the order of the data."""
+
+    def run(self) -> None:
+        from btlm_jax.train import quickstart
+
+        if self.hf is not None:
+            quickstart.from_hf(self.directory, self.hf)
+        else:
+            quickstart.train(self.directory, steps=self.steps, seed=self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train by a recipe, or go on with a run that was stopped.
+
+    The run directory holds the recipe as resolved, metrics, the loss curve and the checkpoints. The
+    same command goes on from the newest checkpoint; SIGTERM and Ctrl-C save first.
+    """
+
+    recipe: Positional[str]
+    """The name of a recipe that comes with btlm, or a TOML file."""
+    directory: Positional[Path]
+    """Of the run; made, or gone on with."""
+    set: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A value of the recipe to override, as section.key=value. May be repeated."""
+    coordinator: str | None = None
+    """host:port of process 0, for several processes that the environment does not speak of."""
+    processes: int | None = None
+    """How many processes."""
+    process: int | None = None
+    """Which of them this is, from 0."""
+
+    def run(self) -> None:
+        from btlm_jax.train import distributed, recipe
+
+        resolved = recipe.load(self.recipe, self.set)
+        distributed.initialize(self.coordinator, self.processes, self.process)
+        from btlm_jax.train.loop import train
+
+        done = train(resolved, self.directory)
+        held = f", held out {done.held_out:.3f}" if done.held_out == done.held_out else ""
+        print(f"step {done.step}: loss {done.loss:.3f} nats per token{held}")
+        if done.finished:
+            print(f"next: btlm generate {self.directory} --prompt TEXT --sample")
+        else:
+            print(f"resume with: {' '.join(sys.argv)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenize:
+    """Turn text into the token files that training reads: .jsonl, .txt (also .gz, .zst), .parquet.
+
+    Killed or failed, the same command continues it.
+    """
+
+    inputs: Positional[tuple[str, ...]]
+    """Files or globs; - is standard input."""
+    target: Annotated[str, arg(aliases=["-o"])]
+    """The directory to write."""
+    tokenizer: str
+    """A directory with a tokenizer's files, or a checkpoint that carries one."""
+    field: str = "text"
+    """Of JSON objects, or the parquet column, that holds the text."""
+    shard_tokens: int = 100_000_000
+    """Tokens per file."""
+    eos: str | None = None
+    """The token that ends a document; default the tokenizer's own."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """About a record that cannot be used: stop, or skip and count it."""
+    stdin_format: Literal["jsonl", "txt"] = "jsonl"
+    """What comes on standard input."""
+    threads: int | None = None
+    """Default one per core; the result does not depend on it."""
+    overwrite: bool = False
+    """Replace an existing directory of tokens."""
+
+    def run(self) -> None:
+        from btlm_jax.train.tokenize_text import tokenize
+
+        options = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("inputs", "target", "tokenizer")
+        }
+        print(tokenize(self.inputs, self.target, self.tokenizer, **options))

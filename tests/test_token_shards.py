@@ -1,0 +1,182 @@
+"""The format of token ids on disk: what is written is read, what is damaged is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from btlm_jax.train import token_shards
+from btlm_jax.train.token_shards import Manifest, Shard, TextSource, TokenShards
+from hypothesis import given
+from hypothesis import strategies as st
+
+EOS = 0
+
+
+def write_tokens(
+    path: Path, tokens, *, vocab_size: int = 50257, shard_tokens: int = 1 << 40, eos_id: int = EOS
+) -> Path:
+    """A directory of tokens as `tokenize` makes it, cut anywhere, with a tokenizer in name only."""
+    tokens = np.asarray(tokens).astype(token_shards.dtype_for(vocab_size))
+    (path / "tokenizer").mkdir(parents=True)
+    (path / "tokenizer/tokenizer.json").write_text("{}")
+    shards = []
+    for i, start in enumerate(range(0, len(tokens), shard_tokens)):
+        part, name = tokens[start : start + shard_tokens], f"tokens-{i:05}.bin"
+        (path / name).write_bytes(part.tobytes())
+        sha256 = hashlib.sha256(part.tobytes()).hexdigest()
+        documents = int((part == eos_id).sum())
+        shards.append(Shard(name, len(part), documents, int(part.max()), sha256))
+    manifest = Manifest(
+        vocab_size=vocab_size,
+        eos_id=eos_id,
+        tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(),
+        shards=tuple(shards),
+        sources=(TextSource("a.txt", 7, 1, 7),),
+    )
+    (path / "manifest.json").write_text(manifest.to_json())
+    return path
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return write_tokens(tmp_path / "t", np.arange(100) % 50, shard_tokens=40)
+
+
+@given(st.data())
+def test_reads_what_was_written(tmp_path_factory, data):
+    vocab = data.draw(st.sampled_from([300, 1 << 16, (1 << 16) + 1, 250_000]))
+    tokens = data.draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=40))
+    size = data.draw(st.integers(1, 40))
+    path = write_tokens(
+        tmp_path_factory.mktemp("t") / "t", tokens, vocab_size=vocab, shard_tokens=size
+    )
+    opened = TokenShards(path, vocab_size=vocab)
+    assert len(opened) == opened.manifest.tokens == len(tokens)
+    assert opened.manifest.max_id == max(tokens)
+    assert opened.manifest.documents == tokens.count(EOS)
+    start = data.draw(st.integers(0, len(tokens)))
+    n = data.draw(st.integers(0, len(tokens) - start))
+    got = opened.read(start, n)
+    assert got.dtype == np.int32 and got.tolist() == tokens[start : start + n]
+    opened.verify()
+
+
+def test_width_follows_the_vocabulary(tmp_path):
+    for vocab, width in ((1 << 16, 2), ((1 << 16) + 1, 4)):
+        path = write_tokens(tmp_path / str(vocab), [1, vocab - 1, 0], vocab_size=vocab)
+        assert (path / "tokens-00000.bin").stat().st_size == 3 * width
+        assert TokenShards(path).read(0, 3).tolist() == [1, vocab - 1, 0]
+
+
+def test_fingerprint_follows_the_manifest(directory):
+    before = TokenShards(directory).fingerprint
+    assert TokenShards(directory).fingerprint == before
+    edit(directory, eos_id=1)
+    assert TokenShards(directory).fingerprint != before
+
+
+def test_reading_beyond_the_end(directory):
+    for start, n in ((90, 11), (-1, 2), (101, 0)):
+        with pytest.raises(ValueError, match="it holds 100"):
+            TokenShards(directory).read(start, n)
+
+
+def test_ids_outside_the_vocabulary(directory):
+    TokenShards(directory, vocab_size=50)
+    with pytest.raises(ValueError, match=r"tokens-00000\.bin holds token 39.*vocab_size is 39"):
+        TokenShards(directory, vocab_size=39)
+    with pytest.raises(ValueError, match=r"tokens-00001\.bin holds token 49.*vocab_size is 49"):
+        TokenShards(directory, vocab_size=49)
+
+
+def test_missing(directory, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such directory, expected tokens made by"):
+        TokenShards(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json in it"):
+        TokenShards(tmp_path)
+    (tmp_path / ".u.partial").mkdir()
+    with pytest.raises(FileNotFoundError, match="the same command continues it"):
+        TokenShards(tmp_path / "u")
+    (directory / "tokens-00001.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokens-00001\.bin is missing"):
+        TokenShards(directory)
+
+
+def test_shards_of_another_size(directory):
+    shard = directory / "tokens-00002.bin"
+    whole = shard.read_bytes()
+    for data, said in (
+        (b"", "found 0 bytes, expected 40: the file is truncated"),
+        (whole[:-1], "found 39 bytes, expected 40: the file is truncated"),
+        (whole + b"x", "not the one described"),
+    ):
+        shard.write_bytes(data)
+        with pytest.raises(ValueError, match=rf"tokens-00002\.bin: .*{said}"):
+            TokenShards(directory)
+
+
+def test_verify_finds_flipped_bits_and_other_tokenizers(directory):
+    TokenShards(directory).verify()
+    for name in ("tokens-00001.bin", "tokens-00002.bin"):
+        data = bytearray((directory / name).read_bytes())
+        data[5] ^= 1
+        (directory / name).write_bytes(data)
+    (directory / "tokenizer/tokenizer.json").write_text("{ }")
+    opened = TokenShards(directory)
+    with pytest.raises(ValueError, match=r"tokens-00001\.bin, tokens-00002\.bin, tokenizer change"):
+        opened.verify()
+
+
+def test_tokenizer_files(directory):
+    assert [f.name for f in TokenShards(directory).tokenizer_files] == ["tokenizer.json"]
+    gpt2 = {"vocab.json": b"a", "merges.txt": b"b", "tokenizer_config.json": b"c"}
+    assert token_shards.fingerprint_of(gpt2) == hashlib.sha256(b"ab").hexdigest()
+    both = gpt2 | {"tokenizer.json": b"d"}
+    assert token_shards.fingerprint_of(both) == hashlib.sha256(b"d").hexdigest()
+
+
+def edit(directory: Path, **changes) -> None:
+    file = directory / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(kind="other"), "expected a manifest written by `btlm tokenize`"),
+        (dict(format=99), r"format: found 99, this version reads 1; it was written by btlm-jax"),
+        (dict(tokens=99), "tokens: found 99, its shards add up to 100"),
+        (dict(documents=None), "documents: found None"),
+        (dict(dtype="uint32"), "dtype: found 'uint32', expected uint16"),
+        (dict(vocab_size="many"), "vocab_size: found 'many', expected int"),
+        (dict(eos_id=-1), "eos_id: found -1"),
+        (dict(shards=7), "shards: found 7, expected tuple"),
+        (dict(shards=[7]), "Shard: found 7, expected an object"),
+        (dict(sources=[{"name": 3}]), "name: found 3, expected str"),
+    ],
+)
+def test_damaged_manifest(directory, changes, said):
+    edit(directory, **changes)
+    with pytest.raises(ValueError, match=rf"manifest\.json: {said}"):
+        TokenShards(directory)
+
+
+def test_shards_stay_inside_the_directory(directory):
+    shards = json.loads((directory / "manifest.json").read_text())["shards"]
+    shards[0]["name"] = "../tokens-00000.bin"
+    edit(directory, shards=shards)
+    with pytest.raises(ValueError, match=r"shard '\.\./tokens"):
+        TokenShards(directory)
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b"[]", b""])
+def test_manifest_that_is_none(directory, data):
+    assert token_shards.is_ours(directory)
+    (directory / "manifest.json").write_bytes(data)
+    assert not token_shards.is_ours(directory)
+    with pytest.raises(ValueError, match=r"manifest\.json: (not JSON|not UTF-8|expected a man)"):
+        TokenShards(directory)

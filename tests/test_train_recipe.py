@@ -1,0 +1,144 @@
+"""Recipes: the published run as published, and every way to get one wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from btlm_jax.train import recipe as recipes
+from btlm_jax.train.recipe import Model, Phase, Recipe
+
+from btlm_jax import AlibiScaling, BTLMConfig, weights
+
+B3 = recipes.load("btlm-3b-8k")
+
+
+def test_the_published_run():
+    assert B3.steps == 159_636
+    assert {p.tokens_per_step for p in B3.phases} == {3_932_160}
+    assert B3.tokens == pytest.approx(627.7e9, rel=1e-4)
+    assert B3.phase_at(119_726)[1].length == 2048
+    assert B3.phase_at(119_727) == (119_727, Phase(39_909, 480, 8192))
+    assert B3.model_config() == BTLMConfig.preset("btlm-3b-8k")
+    o = B3.optimizer
+    assert (o.name, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (
+        "adamw", 0.9, 0.95, 1e-8, 0.1, 1.0,
+    )  # fmt: skip
+
+
+def test_the_published_schedule():
+    """Linear from 0 to 0.012 in 95 steps, then linear to 1.02e-4 at the last: against float64."""
+    steps = np.array([0, 1, 50, 94, 95, 96, 1000, 119_726, 119_727, 150_000, 159_635])
+    got = jax.jit(jax.vmap(B3.learning_rate))(steps)
+    warm = 0.012 * steps / 95
+    decay = 0.012 + (1.02e-4 - 0.012) * (steps - 95) / (159_635 - 95)
+    # fp32 counts tokens to 1 in 16 million, where a step is 1 in 160,000.
+    np.testing.assert_allclose(got, np.where(steps < 95, warm, decay), rtol=1e-3, atol=1e-9)
+    assert float(got[4]) == pytest.approx(0.012, rel=1e-6)
+    assert float(got[-1]) == pytest.approx(1.02e-4, rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule, middle", [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
+def test_schedules(schedule, middle):
+    r = Recipe(
+        model=Model(preset="tiny"),
+        phases=(Phase(11, 2, 8), Phase(10, 4, 8)),  # a batch ramp: tokens count, not steps
+        optimizer=recipes.Optimizer(peak_lr=1.0, final_lr=0.0, schedule=schedule),
+    )
+    tokens = np.concatenate([np.arange(11) * 16, 176 + np.arange(10) * 32])
+    rates = np.array([float(r.learning_rate(s)) for s in range(21)])
+    done = tokens / tokens[-1]
+    expected = {
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + np.cos(np.pi * done)),
+        "constant": np.ones(21),
+    }[schedule]
+    np.testing.assert_allclose(rates, expected, atol=1e-6)
+    assert np.interp(0.5, done, rates) == pytest.approx(middle, abs=0.05)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_ours_load_and_come_back(name):
+    r = recipes.load(name)
+    assert recipes.parse(json.loads(json.dumps(recipes.to_dict(r)))) == r
+    if r.model.checkpoint is None:
+        r.model_config()
+
+
+def test_ladder_trains_on_20_tokens_per_parameter():
+    for name in ("btlm-40m", "btlm-130m", "btlm-450m", "btlm-1.7b"):
+        r = recipes.load(name)
+        assert r.tokens / weights.count(r.model_config()) == pytest.approx(20, rel=0.02), name
+        assert r.optimizer.peak_lr == B3.optimizer.peak_lr  # that is what muP is for
+
+
+def test_position_interpolation_scales_the_checkpoints_slopes():
+    base = BTLMConfig.preset("btlm-3b-8k")
+    config = recipes.load("position-interpolation").model_config(base)
+    assert config.alibi_scaling == AlibiScaling(factor=4.0) and config.n_positions == 32768
+    assert dataclasses.replace(config, alibi_scaling=None, n_positions=8192) == base
+
+
+def test_overrides():
+    r = recipes.load(
+        "tiny",
+        ["run.seed=3", "model.fields.n_layer=2", "phases.0.steps=50", "data.train=some/dir",
+         "optimizer.name=lion", "optimizer.peak_lr=1", "phases.0.microbatch=4"],
+    )  # fmt: skip
+    assert (r.run.seed, r.model_config().n_layer, r.steps) == (3, 2, 50)
+    assert (r.data.train, r.optimizer.name, r.optimizer.peak_lr) == ("some/dir", "lion", 1.0)
+    assert r.phases[0].microbatch == 4
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("optimizer.peek_lr=1", r"optimizer\.peek_lr: unknown key; did you mean peak_lr\?"),
+        ("optimiser.peak_lr=1", r"optimiser: unknown key; did you mean optimizer\?"),
+        ("model.preset=btlm-3b", "did you mean btlm-3b-8k"),
+        ("phases.0.steps=many", r"phases\.0\.steps: found 'many', expected int"),
+        ("phases.0.steps=0", r"phases\.0\.steps: found 0, expected a positive int"),
+        ("phases.3.steps=1", "there are phases 0 to 0"),
+        ("run.seed=true", r"run\.seed: found True, expected int"),
+        ("run.seed=1.5", r"run\.seed: found 1\.5, expected int"),
+        ("optimizer.name=sgd", "found 'sgd', expected one of adamw, lion, muon"),
+        ("phases.0.microbatch=3", r"found 3, expected a divisor of batch_size = 8"),
+        ("optimizer.b2=1.0", r"optimizer\.b2: found 1\.0"),
+        ("optimizer.peak_lr=-1", r"optimizer\.peak_lr: found -1\.0"),
+        ("optimizer.warmup_tokens=1000000000", r"the run has 819200 tokens"),
+        ("model.checkpoint=x", "found preset and checkpoint, expected exactly one"),
+        ("run.log_every=0", r"run\.log_every"),
+        ("run.checkpoint_every=-1", r"run\.checkpoint_every"),
+        ("data.weights=3", r"data\.weights: found 3, expected Mapping"),
+        ("nonsense", r"expected section\.key=value"),
+        ("run.seed.x=1", r"run\.seed: found \{'x': 1\}, expected int"),
+        ("phases=1", r"phases: found 1, expected a list of tables"),
+    ],
+)
+def test_bad_values(override, said):
+    with pytest.raises(ValueError, match=said):
+        recipes.load("tiny", [override])
+
+
+def test_bad_model_fields():
+    with pytest.raises(ValueError, match=r"model\.fields\.n_layers: unknown field; did you mean"):
+        recipes.load("tiny", ["model.fields.n_layers=2"]).model_config()
+    with pytest.raises(ValueError, match="n_head"):
+        recipes.load("tiny", ["model.fields.n_head=7"]).model_config()
+
+
+def test_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such recipe; ours are btlm-1\.7b, .*tiny"):
+        recipes.load("huge")
+    (tmp_path / "r.toml").write_text("model = [")
+    with pytest.raises(ValueError, match=r"r\.toml: not valid TOML"):
+        recipes.load(tmp_path / "r.toml")
+    (tmp_path / "r.toml").write_text("[model]\npreset = 'tiny'\n")
+    with pytest.raises(ValueError, match="phases: missing"):
+        recipes.load(tmp_path / "r.toml")
+    (tmp_path / "r.toml").write_text("[model]\npreset = 'tiny'\n[phases]\nsteps = 1\n")
+    with pytest.raises(ValueError, match=r"phases: found .*, expected a list of tables"):
+        recipes.load(tmp_path / "r.toml")

@@ -1,0 +1,249 @@
+"""Checkpoints of a training run: asynchronous, atomic, restored onto any mesh and any hosts.
+
+Each step's directory is a checkpoint like every other (`btlm_jax.checkpoint`: item `state`, one
+leaf per layer, unpadded), so that `btlm_jax.load`, `btlm export` and `btlm generate` take it as it
+is. Beside the weights lies the item `optimizer`, in which whatever is shaped like weights is stored
+like them. The step, the recipe and the fingerprint of the data stand in the metadata: with the
+step, the position in the data and every random draw are known.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from btlm_jax import checkpoint, manifest, sharding, weights
+from btlm_jax.config import BTLMConfig
+from btlm_jax.model import BTLM
+
+from .distributed import barrier
+from .step import TrainState
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZER = "optimizer"
+_COUNTERS = ("step", "skipped", "bad_in_a_row")
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process calls every method, in the same order.
+
+    Args:
+      directory: where; made if needed. What killed runs left half-written in it is removed.
+      keep_last: how many of the newest stay.
+      keep_every: checkpoints at multiples of this many steps stay too; 0 for none.
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int, keep_every: int) -> None:
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(keep_last)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        self.directory = directory
+        self._writer = ocp.training.Checkpointer(
+            os.fspath(directory),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, config: BTLMConfig, state: TrainState, step: int, origin: Mapping[str, Any]):
+        """Starts to write; returns once the arrays are copied, before they are on the disk.
+
+        A save that is still being written is waited for. An error of an earlier one is raised here.
+        """
+        items: dict[str, Any] = {
+            manifest.ITEM: weights.unflatten(
+                checkpoint.unstack(config, weights.flatten(state.params))
+            ),
+            _OPTIMIZER: _stored(config, state),
+        }
+        notes: Any = manifest.notes(config, {**origin, "step": step}, {}, {}, None)
+        self._writer.save_checkpointables_async(step, items, force=True, custom_metadata=notes)
+
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, ascending."""
+        return [c.step for c in self._writer.checkpoints]
+
+    def path(self, step: int) -> Path:
+        """The directory of a step."""
+        return self.directory / str(step)
+
+    def wait(self) -> None:
+        """Returns once all is on the disk. Raises what a save has raised."""
+        self._writer.wait()
+
+    def close(self) -> None:
+        """Waits, and ends the threads."""
+        self._writer.close()
+
+    def restore_newest(
+        self, model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None
+    ) -> tuple[TrainState, manifest.Metadata] | None:
+        """The state of the newest checkpoint that can be read; None if there is none.
+
+        A damaged one is reported, removed from the sequence by its number (it is renamed, not
+        deleted) and the one before is taken.
+
+        Raises:
+          ValueError: there are checkpoints and none can be read.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return restore(self.path(step), model, tx, mesh)
+            except (ValueError, FileNotFoundError) as e:
+                logger.warning("checkpoint %s cannot be used: %s", self.path(step), e)
+                self._set_aside(step)
+        if steps:
+            raise ValueError(f"{self.directory}: none of its checkpoints {steps} can be read")
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        """A step that is trained again must find its name free."""
+        if jax.process_index() == 0:
+            path = self.path(step)
+            os.rename(path, path.with_name(f"damaged-{step}"))
+            logger.warning("it is kept as %s", path.with_name(f"damaged-{step}"))
+        barrier("set aside")
+        self._writer.reload()
+
+
+def restore(
+    path: Path, model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None
+) -> tuple[TrainState, manifest.Metadata]:
+    """Reads a training checkpoint onto a device or mesh.
+
+    Raises:
+      FileNotFoundError, ValueError: no checkpoint, a damaged one, or one of another model or
+        optimizer.
+    """
+    meta = manifest.read(path)
+    if meta.config != model.config:
+        raise ValueError(f"{path} is of another model: {meta.config}, expected {model.config}")
+    config = model.config
+    pad = sharding.padding(config, mesh, model.rules) if mesh is not None else {}
+    if mesh is not None:
+        placed = weights.flatten(sharding.param_shardings(config, mesh, model.rules, pad))
+        whole: Any = NamedSharding(mesh, PartitionSpec())
+    else:
+        whole = SingleDeviceSharding(jax.devices()[0])
+        placed = {w.path: whole for w in weights.table(config)}
+    fp32 = {
+        w.path: jax.ShapeDtypeStruct(weights.stacked_shape(w, config, pad), jnp.float32)
+        for w in weights.table(config)
+    }
+    parts = _parts(config, jax.eval_shape(tx.init, weights.unflatten(fp32)))
+
+    stored = {leaf_path: leaf.dtype for leaf_path, leaf in meta.leaves.items()}
+    wanted = {manifest.ITEM: checkpoint.request(config, stored, placed, pad), _OPTIMIZER: {}}
+    for name, part in parts.items():
+        if isinstance(part, Mapping):
+            dtypes = {
+                leaf.path: part[leaf.weight.path].dtype
+                for leaf in weights.disk_leaves(config)
+                if leaf.weight.path in part
+            }
+            places = {p: placed[p] for p in part}
+            wanted[_OPTIMIZER][name] = checkpoint.request(config, dtypes, places, pad)
+        else:
+            wanted[_OPTIMIZER][name] = jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=whole)
+    for name in _COUNTERS:
+        wanted[_OPTIMIZER][name] = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    _check_optimizer(path, wanted[_OPTIMIZER])
+    found = checkpoint.restore(meta.path, wanted)
+
+    params = checkpoint.stack(config, weights.flatten(found[manifest.ITEM]), placed)
+    optimizer = found[_OPTIMIZER]
+    for name, part in parts.items():
+        if isinstance(part, Mapping):
+            places = {p: placed[p] for p in part}
+            parts[name] = checkpoint.stack(config, weights.flatten(optimizer[name]), places)
+        else:
+            parts[name] = optimizer[name]
+    opt_state = _from_parts(config, jax.eval_shape(tx.init, weights.unflatten(fp32)), parts)
+    counters = {name: optimizer[name] for name in _COUNTERS}
+    return TrainState(weights.unflatten(params), opt_state, **counters), meta
+
+
+def _stored(config: BTLMConfig, state: TrainState) -> dict[str, Any]:
+    """Optimizer state and counters, as the item `optimizer` holds them."""
+    stored: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
+    for name, part in _parts(config, state.opt_state).items():
+        if isinstance(part, Mapping):
+            stored[name] = weights.unflatten(checkpoint.unstack(config, part))
+        else:
+            stored[name] = part
+    return stored
+
+
+def _parts(config: BTLMConfig, opt_state: Any) -> dict[str, Any]:
+    """An optimizer state by name: dicts of what is shaped like weights, by path, and single arrays.
+
+    A leaf belongs to a weight if its keys end in the weight's path, as in every Optax state.
+    """
+    known = weights.by_path(config)
+    parts: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
+        name, weight = _split(keys, known)
+        if weight is None:
+            parts[name] = leaf
+        else:
+            parts.setdefault(name, {})[weight] = leaf
+    return parts
+
+
+def _from_parts(config: BTLMConfig, like: Any, parts: Mapping[str, Any]) -> Any:
+    known = weights.by_path(config)
+    flat, tree = jax.tree_util.tree_flatten_with_path(like)
+    leaves = []
+    for keys, _ in flat:
+        name, weight = _split(keys, known)
+        leaves.append(parts[name] if weight is None else parts[name][weight])
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _split(keys: tuple, known: Mapping[weights.Path, Any]) -> tuple[str, weights.Path | None]:
+    """The name of the state a leaf belongs to, and the path of its weight if it has one."""
+    trailing: list[str] = []
+    for key in reversed(keys):
+        if not isinstance(key, jax.tree_util.DictKey):
+            break
+        trailing.insert(0, str(key.key))
+    for start in range(len(trailing)):
+        path = tuple(trailing[start:])
+        if path in known:
+            return _name(keys[: len(keys) - len(path)]), path
+    return _name(keys), None
+
+
+def _name(keys: tuple) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="-").replace(".", "_") or "state"
+
+
+def _check_optimizer(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError if the stored optimizer state is not what the recipe's optimizer has."""
+    try:
+        found: Any = ocp.checkpointables_metadata(os.fspath(path)).metadata[_OPTIMIZER]
+    except manifest.NOT_DAMAGE:
+        raise
+    except Exception as e:
+        raise manifest.damaged(path, f"its optimizer state cannot be read: {e}") from e
+    if found is None:
+        raise ValueError(f"{path} holds no optimizer state: start from it with model.checkpoint")
+    have = {p: tuple(x.shape) for p, x in weights.flatten(found).items()}
+    want = {p for p, _ in weights.flatten(wanted).items()}
+    odd = ["/".join(p) for p in sorted(set(have) ^ want)]
+    if odd:
+        raise ValueError(
+            f"{path}: its optimizer state does not fit the recipe's optimizer, at "
+            f"{', '.join(odd[:5])}: was optimizer.name changed?"
+        )

@@ -1,0 +1,75 @@
+"""Global batches onto the devices: every process reads its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from btlm_jax import sharding
+
+from . import data
+from .data import Source
+from .recipe import Recipe
+
+
+def batches(
+    recipe: Recipe, sources: list[Source], mesh: Mesh, start: int
+) -> Iterator[tuple[jax.Array, ...]]:
+    """The global batches as device arrays [A, B, T + 1], each process reading its own rows."""
+    phases = [data.Phase(p.steps, p.batch_size, p.length) for p in recipe.phases]
+    place = NamedSharding(
+        mesh, jax.sharding.PartitionSpec(None, *sharding.spec(sharding.RULES, "batch"), None)
+    )
+
+    def rows(batch_size: int) -> list[int]:
+        needed: set[int] = set()
+        for phase in recipe.phases:
+            if phase.batch_size == batch_size:
+                micro = phase.microbatch or batch_size
+                shape = (batch_size // micro, micro, 1)
+                indices = place.addressable_devices_indices_map(shape).values()
+                mine = {r for i in indices for r in range(micro)[i[1]]}  # type: ignore
+                needed |= {a * micro + r for a in range(shape[0]) for r in mine}
+        return sorted(needed)
+
+    read = data.batches(
+        sources,
+        phases,
+        seed=recipe.run.seed,
+        start_step=start,
+        rows=rows,
+        mask_documents=recipe.data.mask_documents,
+        shuffle=recipe.data.shuffle,
+    )
+    step = start
+    for batch in read:
+        phase = recipe.phase_at(step)[1]
+        where = {row: i for i, row in enumerate(rows(phase.batch_size))}
+        micro = phase.microbatch or phase.batch_size
+        shape = (phase.batch_size // micro, micro, phase.length + 1)
+
+        def put(array: np.ndarray, micro=micro, shape=shape, where=where) -> jax.Array:
+            def part(index):
+                steps, sequences = range(shape[0])[index[0]], range(micro)[index[1]]
+                return np.stack([array[[where[a * micro + r] for r in sequences]] for a in steps])
+
+            with jax.transfer_guard("allow"):  # this one is meant
+                return jax.make_array_from_callback(shape, place, part)
+
+        arrays = (batch.tokens, batch.segment_ids)
+        yield tuple(put(x) for x in arrays if x is not None)
+        step += 1
+
+
+def prefetch(batches: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
+    """Keeps some batches on their way to the devices."""
+    queue = []
+    for batch in batches:
+        queue.append(batch)
+        if len(queue) > ahead:
+            yield queue.pop(0)
+    yield from queue

@@ -1,0 +1,91 @@
+"""What a run reports: a line per step in a file, TensorBoard, and the note of the progress line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from btlm_jax import accounting
+from btlm_jax.config import BTLMConfig
+
+logger = logging.getLogger(__name__)
+
+FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes metrics; process 0 only. TensorBoard if tensorboardX is installed.
+
+    Args:
+      directory: of the run.
+      step: the step from which it goes on; later lines, of a run that went further and was lost,
+        are removed.
+    """
+
+    def __init__(self, directory: Path, step: int) -> None:
+        self._file = self._board = None
+        if jax.process_index() != 0:
+            return
+        path = directory / FILE
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        fresh = path.with_name(f"{FILE}.new")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(fresh, path)
+        self._file = path.open("a", encoding="utf-8")
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            logger.info("no TensorBoard files: pip install 'btlm-jax[train]' brings tensorboardX")
+        else:
+            self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a line, and a point to every curve."""
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics file; one cut short by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            logger.warning("%s: a line that was cut short is dropped", path)
+    return lines
+
+
+def utilisation(config: BTLMConfig, length: int, tokens_per_second: float) -> dict[str, float]:
+    """MFU of one device in both conventions, where the device's peak is known; else empty.
+
+    Args:
+      config, length: the model and its sequences.
+      tokens_per_second: of one device.
+
+    Returns:
+      "mfu" counts full attention, as most papers do; "mfu_causal" the half that is computed.
+    """
+    peak = accounting.peak_flops(jax.devices()[0].device_kind)
+    if peak is None:
+        return {}
+    flops = accounting.flops_per_token(config, length)
+    return {
+        "mfu": flops.training_full * tokens_per_second / peak,
+        "mfu_causal": flops.training_causal * tokens_per_second / peak,
+    }

@@ -1,0 +1,372 @@
+"""Text files -> token ids on disk (`token_shards`): in parallel, resumably, always the same bytes.
+
+A shard holds whole documents and ends with the first that brings it to `shard_tokens`. So where
+shards end follows from the texts alone, and the record of a finished shard need only say where in
+the inputs it ended for a later run to go on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+
+from btlm_jax import paths, staging
+from btlm_jax.progress import Progress
+from btlm_jax.tokenizer import END_OF_TEXT, check_vocabulary, load_tokenizer
+
+from .text_files import Counts, Document, OnError, Position, Reader, expand
+from .token_shards import (
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Shard,
+    dtype_for,
+    fingerprint_of,
+    is_ours,
+)
+
+logger = logging.getLogger(__name__)
+
+# What defines the tokenizer, and what names its special tokens.
+ASSETS = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+# Of text per call of the tokenizer: enough to make a call's overhead vanish; what it returns takes
+# some 150 bytes per token.
+_BATCH_BYTES = 256 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `tokenize` did, what an interrupted run had finished included.
+
+    Attributes:
+      tokens: written, EOS included.
+      documents: written.
+      text_bytes: of their text, in UTF-8.
+      empty: documents left out because they have no text.
+      skipped: records left out because they could not be used.
+      shards: files.
+      resumed: how many of them an interrupted run had finished.
+      fresh_tokens: written by this run.
+      seconds: of wall clock, of this run.
+    """
+
+    tokens: int
+    documents: int
+    text_bytes: int
+    empty: int
+    skipped: int
+    shards: int
+    resumed: int
+    fresh_tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        resumed = f" ({self.resumed} by an interrupted run)" if self.resumed else ""
+        left_out = f", {self.empty:,} empty documents left out" if self.empty else ""
+        left_out += f", {self.skipped:,} UNUSABLE RECORDS SKIPPED" if self.skipped else ""
+        return (
+            f"{self.tokens:,} tokens of {self.documents:,} documents in {self.shards} shards"
+            f"{resumed}, {self.text_bytes / self.tokens:.2f} bytes per token, "
+            f"{self.seconds:.1f} s ({self.fresh_tokens / max(self.seconds, 1e-9):,.0f} tokens/s)"
+            f"{left_out}"
+        )
+
+
+def tokenize(
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    target: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str],
+    *,
+    field: str = "text",
+    shard_tokens: int = 100_000_000,
+    vocab_size: int | None = None,
+    eos: str | None = None,
+    on_error: OnError = "raise",
+    stdin_format: Literal["jsonl", "txt"] = "jsonl",
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Tokenizes documents, EOS after each, into a directory that `TokenShards` reads.
+
+    Documents without text are left out. Marker tokens in a text ("<|endoftext|>") are text: no
+    document can fake its own end. A run that was killed is continued by the same call, with the
+    same result, byte for byte; but standard input cannot be read twice.
+
+    Args:
+      inputs: files or globs of `.jsonl` (an object per line) and `.txt` (a document per file), both
+        also with `.gz` or `.zst`, and `.parquet`; "-" is standard input. Read in this order, the
+        files of a glob sorted by name.
+      target: a local directory that does not exist yet.
+      tokenizer: a directory with its files, or a checkpoint of ours (local or URL).
+      field: of JSON objects, or column, that holds the text.
+      shard_tokens: how many end a shard, with the document they are in.
+      vocab_size: of the model that will read the tokens; default the tokenizer's.
+      eos: the token that ends a document; default what the tokenizer's files name as `eos_token`,
+        or else "<|endoftext|>".
+      on_error: what to do about a record that cannot be used (malformed, without the field, not
+        UTF-8): stop there, or skip and count it.
+      stdin_format: what comes on standard input: JSON lines, or one document.
+      threads: how many batches of documents are tokenized at a time; default one per core. The
+        result does not depend on it.
+      overwrite: replace an existing directory of tokens.
+
+    Raises:
+      FileNotFoundError: no such input, nothing that matches a glob, no tokenizer.
+      FileExistsError: the target exists.
+      ValueError: an unknown kind of file, an empty or damaged one, an unusable record, a missing
+        package, a tokenizer without EOS or with a larger vocabulary than the model.
+    """
+    began = time.monotonic()
+    threads = (os.cpu_count() or 1) if threads is None else threads
+    _check_options(shard_tokens, on_error, stdin_format, threads)
+    if paths.is_remote(paths.location(target)):
+        raise ValueError(f"{target}: expected a local directory, which can be memory-mapped")
+    staging.refuse_existing(target, overwrite=overwrite, ours=is_ours)
+    files = expand(inputs, stdin_format=stdin_format, on_error=on_error)
+    coder = _Coder(tokenizer, eos, vocab_size)
+    key: dict[str, Any] | None = {
+        "by": f"tokenize, {Manifest.created_by}, format {FORMAT}",
+        "files": [[f.name, f.kind, f.size, f.mtime_ns] for f in files],
+        "options": [field, shard_tokens],
+        "tokenizer": [coder.sha256, coder.vocab_size, coder.eos_id],
+    }
+    if any(f.path is None for f in files):
+        logger.warning("standard input cannot be read twice: if interrupted, this starts over")
+        key = None
+    with staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
+        done = _finished(stage, coder.dtype)
+        resumed = len(done)
+        begin = Position(*done[-1]["position"]) if done else Position()
+        counts: list[Counts] = []
+        for record in done:
+            counts[record["file"] :] = [Counts(*x) for x in record["counts"]]
+        reader = Reader(files, field, on_error=on_error, begin=begin, counts=counts)
+        with _Writer(stage, coder.dtype, reader, shard_tokens, done) as writer:
+            total = sum(f.size for f in files)
+            with Progress(total, "B", "tokenize", done=begin.read) as progress:
+                shown = begin.read
+                for document, ids in _encoded(reader.documents(), coder, threads):
+                    writer.write(document, ids)
+                    ahead = document.next.read - shown
+                    if ahead > total // 1000:  # 0 on a pipe, where shards are what is logged
+                        progress.update(ahead)
+                        shown += ahead
+                if shown < total:
+                    progress.update(total - shown)
+            writer.end_shard()
+        if not done:
+            raise ValueError(f"{', '.join(f.name for f in files)}: no documents with text")
+        (stage.content / TOKENIZER).mkdir(exist_ok=True)
+        for name, data in coder.assets.items():
+            staging.write_bytes(stage.content / TOKENIZER / name, data)
+        manifest = Manifest(
+            vocab_size=coder.vocab_size,
+            eos_id=coder.eos_id,
+            tokenizer_sha256=coder.sha256,
+            shards=tuple(Shard(**record["shard"]) for record in done),
+            sources=reader.sources(),
+        )
+        staging.write_text(stage.content / MANIFEST, manifest.to_json())
+    if skipped := reader.total.skipped:
+        logger.warning("%d UNUSABLE RECORDS SKIPPED; the manifest says in which files", skipped)
+    return Report(
+        tokens=manifest.tokens,
+        documents=manifest.documents,
+        text_bytes=manifest.text_bytes,
+        empty=reader.total.empty,
+        skipped=skipped,
+        shards=len(done),
+        resumed=resumed,
+        fresh_tokens=sum(shard.tokens for shard in manifest.shards[resumed:]),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _check_options(shard_tokens: int, on_error: str, stdin_format: str, threads: int) -> None:
+    for name, value in (("shard_tokens", shard_tokens), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"{name}: found {value}, expected at least 1")
+    for name, value, known in (
+        ("on_error", on_error, ("raise", "skip")),
+        ("stdin_format", stdin_format, ("jsonl", "txt")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: found {value!r}, expected {' or '.join(map(repr, known))}")
+
+
+class _Coder:
+    """A tokenizer that appends EOS, and what the manifest says about it."""
+
+    def __init__(
+        self, source: str | os.PathLike[str], eos: str | None, vocab_size: int | None
+    ) -> None:
+        self._tokenizer = tokenizer = load_tokenizer(source)
+        # A tokenizer.json may ask for these two.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # as the text they are
+        if vocab_size is not None:
+            check_vocabulary(tokenizer, vocab_size)
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = vocab_size or max(ids.values()) + 1
+        home = paths.location(source)
+        home = home / "tokenizer" if (home / "tokenizer").is_dir() else home
+        self.assets = {n: (home / n).read_bytes() for n in ASSETS if (home / n).is_file()}
+        eos = eos or _named_eos(self.assets) or END_OF_TEXT
+        if eos not in ids:
+            raise ValueError(
+                f"{source}: the tokenizer has no token {eos!r} to end documents with; name one of "
+                "its tokens (eos)"
+            )
+        self.eos_id = ids[eos]
+        self.sha256 = fingerprint_of(self.assets)
+        self.dtype = dtype_for(self.vocab_size)
+
+    def encode(self, documents: list[Document]) -> list[np.ndarray]:
+        """The ids of each document, EOS last."""
+        texts = [document.text for document in documents]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*x.ids, self.eos_id], self.dtype) for x in found]
+
+
+def _named_eos(assets: dict[str, bytes]) -> str | None:
+    """The `eos_token` of the tokenizer's configuration, if it names one."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            found = json.loads(assets.get(name, b"{}"))["eos_token"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        found = found.get("content") if isinstance(found, dict) else found
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _encoded(
+    documents: Iterable[Document], coder: _Coder, threads: int
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents with their ids, in order; a few batches are read and tokenized ahead.
+
+    Threads, because the tokenizer works outside the GIL: 3 % of the time is spent inside.
+    """
+    ahead: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for batch in _batches(documents):
+            ahead.append((batch, pool.submit(coder.encode, batch)))
+            if len(ahead) > threads + 1:
+                first, ids = ahead.popleft()
+                yield from zip(first, ids.result(), strict=True)
+        for batch, ids in ahead:
+            yield from zip(batch, ids.result(), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _finished(stage: staging.Stage, dtype: np.dtype) -> list[dict[str, Any]]:
+    """The records of an interrupted run's shards, up to the first that is missing or cut short."""
+    done: list[dict[str, Any]] = []
+    while record := stage.finished.get(_shard_name(len(done))):
+        file = stage.content / record["shard"]["name"]
+        size = record["shard"]["tokens"] * dtype.itemsize
+        if not file.exists() or file.stat().length != size:
+            break
+        done.append(record)
+    return done
+
+
+def _shard_name(index: int) -> str:
+    return f"tokens-{index:05}.bin"
+
+
+class _Writer:
+    """A context manager that writes documents to shards, and a record of each shard to `done`."""
+
+    def __init__(
+        self,
+        stage: staging.Stage,
+        dtype: np.dtype,
+        reader: Reader,
+        shard_tokens: int,
+        done: list[dict[str, Any]],
+    ) -> None:
+        self._stage, self._dtype, self._reader = stage, dtype, reader
+        self._shard_tokens, self._done = shard_tokens, done
+        self._file: Any = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, document: Document, ids: np.ndarray) -> None:
+        """Appends a document; ends the shard if it is full."""
+        if self._file is None:
+            self._name = _shard_name(len(self._done))
+            self._file = open(self._stage.content / self._name, "wb")  # noqa: SIM115
+            self._hash, self._tokens, self._documents, self._max_id = hashlib.sha256(), 0, 0, 0
+        data = ids.tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self._tokens += len(ids)
+        self._documents += 1
+        self._max_id = max(self._max_id, int(ids.max()))
+        self._last = document
+        if self._tokens >= self._shard_tokens:
+            self.end_shard()
+
+    def end_shard(self) -> None:
+        """Finishes the file, and records it once it is on disk."""
+        if self._file is None:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        shard = Shard(
+            self._name, self._tokens, self._documents, self._max_id, self._hash.hexdigest()
+        )
+        after = self._last.next
+        # Only of files since the last shard: there may be thousands of either. And the reader is
+        # ahead: its counts of this document's file are not those of this moment.
+        file = Position(*self._done[-1]["position"]).file if self._done else 0
+        counts = [*self._reader.counts[file : after.file], self._last.counts]
+        record = {
+            "shard": dataclasses.asdict(shard), "position": after, "file": file, "counts": counts
+        }  # fmt: skip
+        self._stage.record(self._name, record)
+        self._done.append(record)
+        logger.info("%s: %s tokens", self._name, f"{self._tokens:,}")
