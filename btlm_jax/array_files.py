@@ -37,9 +37,9 @@ def block_rows(shape: tuple[int, ...], itemsize: int, limit: int = BLOCK_BYTES) 
     """Rows (of axis 0) in a block of an array.
 
     A divisor of the number of rows where there is a fitting one, because Zarr pads the last block
-    to full size: 50257 = 29 · 1733 and 6826 = 2 · 3413 have one.
+    to full size: the vocabulary, 50257 = 29 · 1733, has one; 6826 = 2 · 3413 has none that fits.
     """
-    if not shape or 0 in shape:
+    if 0 in shape:
         return 1
     row = math.prod(shape[1:]) * itemsize
     most = max(1, min(shape[0], limit // row))
@@ -89,7 +89,7 @@ def write(
 
     Args:
       folder: where; its content is replaced.
-      shape, dtype: of the array.
+      shape, dtype: of the array, which has at least one axis.
       blocks: 1-D arrays of `block_size(shape, dtype.itemsize)` elements each, but for the last.
 
     Raises:
@@ -104,9 +104,9 @@ def write(
         if block.dtype != dtype:
             raise ValueError(f"{folder.name}: found a block of {block.dtype}, expected {dtype}")
         digest.update(block)
-        part = block.reshape(-1, *shape[1:]) if shape else block.reshape(())
-        stop = start + len(part) if shape else 1
-        target = array[start:stop] if shape else array
+        part = block.reshape(-1, *shape[1:])
+        stop = start + len(part)
+        target = array[start:stop]
         with _as_os_error(folder):
             if pending is not None:
                 pending.result()
@@ -117,7 +117,7 @@ def write(
     with _as_os_error(folder):
         if pending is not None:
             pending.result()
-    if start != (shape[0] if shape else 1):
+    if start != shape[0]:
         raise ValueError(f"{folder.name}: found {start} rows, expected {shape}")
     return digest
 
@@ -131,9 +131,6 @@ def read(kvstore: str | dict, rows: int) -> Iterator[np.ndarray]:
     # A missing file is damage, not zeros.
     spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
     array = ts.open(spec, context=_context()).result()
-    if not array.shape:
-        yield array.read().result().reshape(1)
-        return
     edges = [*range(0, array.shape[0], rows), array.shape[0]]
     parts = [array[a:b] for a, b in itertools.pairwise(edges)]
     ahead = parts[0].read()  # while a block is used, the next is read

@@ -19,7 +19,7 @@ def parse(text: str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = found[2].lower() if found else "?"
-    if found is None or unit not in _LOWER or not (n := int(float(found[1]) * _LOWER[unit])):
+    if found is None or unit not in _LOWER or not (n := round(float(found[1]) * _LOWER[unit])):
         raise ValueError(
             f"found {text!r}, expected an amount of bytes such as 512MiB, 5GB, 1048576"
         )

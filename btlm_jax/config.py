@@ -300,7 +300,9 @@ def _is_int(x: Any) -> bool:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        return False
+    return abs(x) < math.inf if isinstance(x, float) else abs(x) < 1 << 1023
 
 
 def _problems(c: BTLMConfig):

@@ -115,7 +115,7 @@ def read_finished(place: epath.Path) -> Metadata:
     """`read`, of a directory that is known to be a checkpoint."""
     paths.forget_listings(place)
     try:
-        item = json.loads((place / ITEM / "_METADATA").read_text())
+        ocdbt = json.loads((place / ITEM / "_METADATA").read_text())["use_ocdbt"]
         found: Any = ocp.metadata(os.fspath(place))
     except NOT_DAMAGE:
         raise
@@ -135,6 +135,9 @@ def read_finished(place: epath.Path) -> Metadata:
         )
     if notes.get("seal") != _seal({k: v for k, v in notes.items() if k != "seal"}):
         raise damaged(place, "its metadata does not match its seal")
+    parts = {"config", "origin", "sha256", "asset_sha256", "structure_sha256"}
+    if missing := parts - set(notes):
+        raise damaged(place, f"its metadata lacks {', '.join(sorted(missing))}")
     config = _decode(notes["config"])
     leaves = {
         p: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
@@ -159,7 +162,7 @@ def read_finished(place: epath.Path) -> Metadata:
         sha256=sha256,
         asset_sha256=notes["asset_sha256"],
         structure_sha256=notes["structure_sha256"],
-        ocdbt=item["use_ocdbt"],
+        ocdbt=ocdbt,
     )
 
 

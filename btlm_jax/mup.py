@@ -367,13 +367,14 @@ def param_groups(
     weight_decay: float,
     decay: Decay = "original",
     completep: CompleteP | None = None,
+    optimizer: Optimizer = "adam",
 ) -> list[ParamGroup]:
-    """The groups of the original's `get_mup_param_groups`, which are those of `adamw` and `lion`.
+    """The groups of the original's `get_mup_param_groups`, by default; those of any optimizer here.
 
     "original" is the original's default, "coupled" its `decoupled_wd=False`. CompleteP with
-    alpha < 1 splits the vectors. Errors are those of `adamw`.
+    alpha < 1 splits the vectors, Muon an untied head from "hidden". Errors are those of `adamw`.
     """
-    factors = _factors(config, "adam", decay, completep)
+    factors = _factors(config, optimizer, decay, completep)
     members: dict[tuple, list[weights.DiskLeaf]] = {}
     for leaf in weights.disk_leaves(config):
         members.setdefault((leaf.weight.role, *factors[leaf.weight.path]), []).append(leaf)

@@ -45,7 +45,7 @@ def location(path: str | os.PathLike[str]) -> epath.Path:
         raise ValueError(f"{text}: gs:// needs gcsfs: pip install 'btlm-jax[gcs]'")
     if bad := set("#?") & set(text):  # Orbax takes these for the end of a name
         raise ValueError(f"{text}: found {' '.join(sorted(bad))} in a URL: choose another name")
-    return epath.Path(text.rstrip("/"))
+    return epath.Path(f"gs://{text[len('gs://') :].rstrip('/')}")
 
 
 def is_remote(path: epath.Path) -> bool:

@@ -21,16 +21,18 @@ def config_json(meta: Metadata) -> dict[str, Any]:
     """
     original = meta.origin.get("hf_config")
     plain = dataclasses.replace(meta.config, alibi_slopes=None)
+    dtypes = sorted({str(meta.leaves[x.path].dtype) for x in weights.disk_leaves(meta.config)})
+    dtype = dtypes[0] if len(dtypes) == 1 else "float32"
     if original is not None:
         changed = _changed(original, plain)
+        if dtypes != meta.origin.get("dtypes", dtypes):  # or transformers would round on loading
+            changed |= {key: dtype for key in ("torch_dtype", "dtype") if key in original}
         if BTLMConfig.from_hf(changed) == plain:
             return changed
         logger.warning(
             "config.json is written with the keys of the released BTLM: those of the source cannot "
             "express what has been changed since"
         )
-    dtypes = {str(meta.leaves[leaf.path].dtype) for leaf in weights.disk_leaves(meta.config)}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     return plain.to_hf() | {"torch_dtype": dtype}
 
 
@@ -39,7 +41,9 @@ def _changed(original: dict[str, Any], config: BTLMConfig) -> dict[str, Any]:
     before, fields = BTLMConfig.from_hf(original), config.to_hf()
     names = [f.name for f in dataclasses.fields(config) if f.name in fields]
     changed = {n: fields[n] for n in names if getattr(before, n) != getattr(config, n)}
-    old = "output_logits_scale" in original or "width_scale" in original
+    old = set(original) & {
+        "embeddings_scale", "scale_qk_dot_by_d", "output_logits_scale", "width_scale",
+    }  # fmt: skip
     if old and any(name.startswith("mup_") for name in changed):
         changed = {n: v for n, v in changed.items() if not n.startswith("mup_")} | {
             "embeddings_scale": config.mup_embeddings_scale,
@@ -48,7 +52,7 @@ def _changed(original: dict[str, Any], config: BTLMConfig) -> dict[str, Any]:
         if "output_logits_scale" in original:
             changed["output_logits_scale"] = config.logits_scale
             changed["width_scale"] = config.mup_width_scale
-        else:  # Jais-13b, where width_scale is the logits scale
+        elif "width_scale" in original:  # Jais-13b, where width_scale is the logits scale
             changed["width_scale"] = config.logits_scale
     return original | changed
 

@@ -87,7 +87,8 @@ class HFSource:
         """
         info = self._info(name)
         if info.offset is None:
-            flat = self._torch_files[info.file].read(name).reshape(-1)
+            with self._open(info):  # is it still the file that was opened?
+                flat = self._torch_files[info.file].read(name).reshape(-1)
             yield from (flat[i : i + size] for i in range(0, len(flat), size))
             return
         crc32, itemsize = 0, info.dtype.itemsize
@@ -126,7 +127,10 @@ class HFSource:
         """
         info = self._info(name)
         shape = info.shape if shape is None else shape
-        if index is None:
+        whole = index is not None and all(
+            i.indices(n) == (0, n, 1) for i, n in zip(index, shape, strict=True)
+        )
+        if index is None or whole:  # block by block, which looks at the checksum
             flat = np.empty(info.size, info.dtype)
             start = 0
             for block in self.blocks(name, max(info.size, 1)):
@@ -173,7 +177,7 @@ def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> H
         ValueError: a file is damaged, contradicts another, or uses an unsupported dtype; or
             `revision` is given for a local directory.
     """
-    local = isinstance(source, str) and source.startswith("file://")
+    local = isinstance(source, str) and source.lower().startswith("file://")
     path = Path(paths.location(source) if local else source)
     if path.is_dir():
         if revision is not None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,8 +74,7 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
 def _random(tensor: Tensor) -> Iterator[np.ndarray]:
     """Blocks of a normal distribution, drawn once and rolled: no two rows of a tensor are alike."""
     size, left = array_files.BLOCK_BYTES // 2, tensor.nbytes // 2
-    seed = int.from_bytes(tensor.name.encode()[-7:], "little")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     drawn = (rng.standard_normal(min(size, left), np.float32) * 0.02).astype(BF16)
     while left:
         n = min(size, left)

@@ -74,7 +74,7 @@ def convert(
         target,
         config,
         assets=hf.assets,
-        origin=_origin(hf, source),
+        origin=_origin(hf, source, [leaf.hf_name for leaf in leaves]),
         overwrite=overwrite,
         key=_key(hf),
     )
@@ -111,12 +111,13 @@ def convert(
     )
 
 
-def _origin(hf: HFSource, source: str | os.PathLike[str]) -> dict[str, Any]:
+def _origin(hf: HFSource, source: str | os.PathLike[str], names: list[str]) -> dict[str, Any]:
     return {
         "source": os.fspath(source),
         "revision": hf.revision,
         "files": hf.description,
         "hf_config": hf.config,
+        "dtypes": sorted({str(hf.tensors[name].dtype) for name in names}),
         "slopes_dtype": str(hf.tensors[SLOPES].dtype) if SLOPES in hf.tensors else None,
     }
 
@@ -175,6 +176,11 @@ def read_config(hf: HFSource) -> BTLMConfig:
 
 def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
     """Compares the source's keys, shapes and dtypes with the table; raises with all differences."""
+    if config.n_layer > len(hf.tensors):  # before listing what a wild number would have
+        raise ValueError(
+            f"{hf.directory}: config.json says n_layer = {config.n_layer}, the files hold only "
+            f"{len(hf.tensors)} tensors"
+        )
     expected = {leaf.hf_name: leaf.weight.hf_shape for leaf in weights.disk_leaves(config)}
     optional: dict[str, tuple[int, ...]] = {}
     if config.alibi:

@@ -22,7 +22,7 @@ from .parallel import DEFAULT_MEMORY, for_each, workers
 from .report import digest
 from .safetensors_file import SHA256
 from .to_hf import largest_block
-from .to_orbax import read_config
+from .to_orbax import SLOPES, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Opened:
       assets: its tokenizer and other small files.
       asset_sha256: what it records of them, by file name.
       structure: what it records of the files that describe its arrays, and what they are now.
+      slopes: what it records of the ALiBi slopes where they are a tensor, and what they are now.
       largest_block: bytes of the largest block.
     """
 
@@ -50,6 +51,7 @@ class Opened:
     assets: Mapping[str, bytes]
     asset_sha256: Mapping[str, str]
     structure: tuple[str | None, str | None] = (None, None)
+    slopes: tuple[str | None, str | None] = (None, None)
     largest_block: int = array_files.BLOCK_BYTES
 
 
@@ -60,7 +62,8 @@ class Verification:
     Attributes:
       tensors, nbytes: what was compared.
       differences: (what, what was found) for everything that differs; empty if all is well.
-      digest: of the first checkpoint's weights (`report.digest`), from the bytes just read.
+      digest: of the first checkpoint's weights (`report.digest`), from the bytes just read: of all
+        of them, if none is among the differences.
     """
 
     tensors: int
@@ -154,7 +157,7 @@ def verify(
     with Progress(nbytes, "B", "verify") as progress:
         for_each(common, lambda leaf: compare(leaf, progress), threads)
     differences += [(x.hf_name, rows[x.hf_name]) for x in common if x.hf_name in rows]
-    if logits and one.config == two.config:
+    if logits and not any(_config_rows(one.config, two.config)):
         differences += _logits_rows(a, b, one, atol)
     return Verification(len(leaves), nbytes, tuple(differences), digest(sha256))
 
@@ -209,6 +212,7 @@ def _open_hf(name: str, hf: HFSource) -> Opened:
         if file.suffix == ".safetensors":
             with safe_open(file, "numpy") as opened:
                 recorded |= json.loads((opened.metadata() or {}).get(SHA256, "{}"))
+    slopes = hashlib.sha256(hf.read(SLOPES).tobytes()).hexdigest() if SLOPES in recorded else None
     return Opened(
         name=name,
         config=read_config(hf),
@@ -217,6 +221,7 @@ def _open_hf(name: str, hf: HFSource) -> Opened:
         sha256=recorded,
         assets={file.name: file.read_bytes() for file in hf.assets},
         asset_sha256={},
+        slopes=(recorded.get(SLOPES), slopes),
     )
 
 
@@ -248,10 +253,12 @@ def _against_record(opened: Opened, max_memory: int) -> Verification:
         threads = workers(max_memory, opened.largest_block)
         for_each(leaves, lambda leaf: check(leaf, progress), threads)
     differences = [(leaf.hf_name, rows[leaf.hf_name]) for leaf in leaves if leaf.hf_name in rows]
-    recorded, found = opened.structure
-    if recorded != found:
-        what = "zarr.json, _METADATA"
-        differences.append((what, f"sha256 of all {found}, recorded {recorded}"))
+    for what, (recorded, found) in (
+        (SLOPES, opened.slopes),
+        ("zarr.json, _METADATA", opened.structure),
+    ):
+        if recorded != found:
+            differences.append((what, f"sha256 {found}, recorded {recorded}"))
     for name, recorded in opened.asset_sha256.items():
         data = opened.assets.get(name)
         found = "missing" if data is None else f"sha256 {hashlib.sha256(data).hexdigest()}"
@@ -288,7 +295,8 @@ def _logits_rows(
     tokens = np.random.default_rng(0).integers(opened.config.vocab_size, size=(2, length))
     one, two = (_logits(source, tokens) for source in (a, b))
     difference = np.abs(one - two)
-    worst = float(np.nanmax(difference, initial=0.0))
+    difference[(one == two) | (np.isnan(one) & np.isnan(two))] = 0.0
+    worst = float(np.nan_to_num(difference, nan=np.inf).max(initial=0.0))
     if (atol is not None and worst <= atol) or np.array_equal(one, two, equal_nan=True):
         return
     agree = float((one.argmax(-1) == two.argmax(-1)).mean())

@@ -133,7 +133,8 @@ def weight_map_of(index: Path) -> dict[str, str]:
 def _is_plain_name(value: object) -> bool:
     if not isinstance(value, str) or value in ("", ".", ".."):
         return False
-    return not any(c in value for c in "/\\:\0")
+    # 255 bytes is the longest name of common file systems.
+    return len(value.encode(errors="replace")) <= 255 and not any(c in value for c in "/\\:\0")
 
 
 def check_index(
@@ -195,6 +196,9 @@ def safetensors_header(file: Path) -> dict[str, TensorInfo]:
         # Refuses a name that comes twice, of which the library would silently keep the last.
         entries = _parse_json(opened.read(size), f"{file} (header)")
     entries.pop("__metadata__", None)
+    # What the library takes and NumPy does not: entries as lists, shapes beyond all arrays.
+    if odd := [repr(name) for name, entry in entries.items() if not _is_plain_entry(entry)]:
+        raise ValueError(f"{file}: unusable entries of the header: {_listed(odd)}. {REDOWNLOAD}")
     unsupported = [
         f"{name!r}: {entry['dtype']}"
         for name, entry in entries.items()
@@ -215,6 +219,14 @@ def safetensors_header(file: Path) -> dict[str, TensorInfo]:
         )
         for name, entry in entries.items()
     }
+
+
+def _is_plain_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape = entry["shape"]
+    # 64 axes is NumPy's limit; the product leaves out zeros, of which NumPy still checks the rest.
+    return len(shape) <= 64 and math.prod(n for n in shape if n) < 1 << 59
 
 
 def _explain_damage(file: Path, error: str) -> str:

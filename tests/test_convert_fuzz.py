@@ -34,7 +34,7 @@ import pytest
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf_source import open_hf
 from btlm_jax.convert.weight_files import SAFETENSORS_DTYPES
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 from test_convert_torch_pickle import archive, numbers, pickled, storage, tensor, text
@@ -102,7 +102,8 @@ def outcome(files: Mapping[str, bytes]) -> tuple[dict[str, np.ndarray], dict[str
             assert (array.shape, array.dtype) == (info.shape, info.dtype)
             assert b"".join(b.tobytes() for b in blocks) == array.tobytes()
             part = tuple(slice(n // 2) for n in info.shape)
-            assert source.read(name, part).tobytes() == array[part].tobytes()
+            # `...` keeps a scalar an array: a NumPy bool would lose a byte that is neither 0 nor 1.
+            assert source.read(name, part).tobytes() == array[(*part, ...)].tobytes()
             arrays[name] = array
     return arrays, errors
 
@@ -207,11 +208,12 @@ def test_mutated_bytes_of_safetensors(golden, data):
     check_safetensors(data.draw(mutated(golden, (0, header_end + 8))))
 
 
-# What stands where a name, a number or a list of numbers should; HEADERS has what else there is.
+# What stands where a name, a number or a list of numbers should.
 ODD = [
     None, True, 0, 1, -1, 1.0, 1.5, 1e300, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64,
     10**30, "", "F32", "BF16", "F64", "F8_E4M3", "F4", "BOOL", "x", [], [0], [0, 0], [0, 4], [4, 0],
     [-4, 0], [0.0, 4.0], [None], ["4"], [[4]], [1 << 63, 1 << 63], [0, 4, 8], {}, {"a": 1},
+    {"F32": None}, [0, 2**62], [2**63, 0], [1] * 65,
 ]  # fmt: skip
 
 
@@ -231,13 +233,12 @@ def test_mutated_headers_of_safetensors(data):
     for _ in range(data.draw(st.integers(1, 3))):
         name = data.draw(st.sampled_from([n for n in header if n != "__metadata__"]))
         entry = header[name]
-        kind = data.draw(st.sampled_from(["field", "shift", "exchange", "add", "drop", "item"]))
+        kinds = ["field", "shift", "exchange", "add", "list", "drop", "item"]
+        kind = data.draw(st.sampled_from(kinds))
         whole = isinstance(entry, dict) and isinstance(entry.get("data_offsets"), list)
         if kind == "field" and isinstance(entry, dict):
             field = data.draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
-            odd = copy.deepcopy(data.draw(st.sampled_from(ODD)))
-            assume(not (field == "dtype" and isinstance(odd, dict)))  # see HEADERS
-            entry[field] = odd
+            entry[field] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
         elif kind == "shift" and whole:
             delta = data.draw(st.sampled_from([-8, -4, -1, 1, 4, 24, 1 << 40]))
             entry["data_offsets"] = [
@@ -248,8 +249,9 @@ def test_mutated_headers_of_safetensors(data):
             header[name], header[other] = header[other], header[name]
         elif kind == "add":
             new = data.draw(st.sampled_from(["__metadata__", "", "\n", "../x", "a\0", "\u2028"]))
-            assume(not isinstance(entry, list))  # see HEADERS
             header[new] = copy.deepcopy(entry)
+        elif kind == "list" and isinstance(entry, dict):
+            header[name] = list(entry.values())
         elif kind == "drop" and isinstance(entry, dict) and entry:
             del entry[data.draw(st.sampled_from(sorted(entry)))]
         elif kind == "item" and whole:
@@ -258,34 +260,17 @@ def test_mutated_headers_of_safetensors(data):
 
 
 F32 = b'"dtype": "F32", "shape": [1], "data_offsets": [0, 4]'
-
-
-def bug(reason: str) -> Any:
-    return pytest.mark.xfail(strict=True, reason=f"safetensors_header: {reason}")
-
+EMPTY = b'"dtype": "F32", "data_offsets": [4, 4]'
 
 HEADERS = {
-    "entry is a list": pytest.param(
-        b'{"a": ["F32", [1], [0, 4]]}', marks=bug("the library takes a list of fields; TypeError")
-    ),
-    "dtype is an object": pytest.param(
-        b'{"a": {"dtype": {"F32": null}, "shape": [1], "data_offsets": [0, 4]}}',
-        marks=bug("the library takes an enum as an object; TypeError"),
-    ),
-    "axis of 2**64 - 1": pytest.param(
-        b'{"a": {%b}, "b": {"dtype": "F32", "shape": [0, %d], "data_offsets": [4, 4]}}'
-        % (F32, 2**64 - 1),
-        marks=bug("a shape NumPy cannot hold; ValueError without the file's name on reading"),
-    ),
-    "axis of 2**62": pytest.param(
-        b'{"a": {%b}, "b": {"dtype": "F32", "shape": [%d, 0], "data_offsets": [4, 4]}}'
-        % (F32, 2**62),
-        marks=bug("a shape NumPy cannot hold; ValueError without the file's name on reading"),
-    ),
-    "65 axes": pytest.param(
-        b'{"a": {"dtype": "F32", "shape": [%b], "data_offsets": [0, 4]}}' % b",".join([b"1"] * 65),
-        marks=bug("a shape NumPy cannot hold; ValueError without the file's name on reading"),
-    ),
+    "entry is a list": b'{"a": ["F32", [1], [0, 4]]}',
+    "dtype is an object": b'{"a": {"dtype": {"F32": null}, "shape": [1], "data_offsets": [0, 4]}}',
+    "axis of 2**64 - 1": b'{"a": {%b}, "b": {"dtype": "I8", "shape": [0, %d], %b}}'
+    % (F32, 2**64 - 1, b'"data_offsets": [4, 4]'),
+    "axis of 2**62": b'{"a": {%b}, "b": {"dtype": "I64", "shape": [%d, 0], %b}}'
+    % (F32, 2**62, b'"data_offsets": [4, 4]'),
+    "65 axes": b'{"a": {"dtype": "F32", "shape": [%b], "data_offsets": [0, 4]}}'
+    % b",".join([b"1"] * 65),
     "name twice": b'{"a": {%b}, "a": {%b}}' % (F32, F32),
     "field twice": b'{"a": {%b, "dtype": "F32"}}' % F32,
     "metadata twice": b'{"a": {%b}, "__metadata__": {}, "__metadata__": {}}' % F32,
@@ -413,7 +398,6 @@ def test_indices_that_are_none(text):
     assert INDEX in refusal(SHARDED | {INDEX: text})
 
 
-@pytest.mark.xfail(strict=True, reason="weight_map_of: Path.is_file raises OSError ENAMETOOLONG")
 def test_an_index_with_a_name_too_long_for_the_file_system():
     assert INDEX in refusal(index({"a": "x" * 5000}))
 
@@ -777,7 +761,7 @@ def attempt(files: Mapping[str, bytes]) -> str | None:
         export(target, path.parent / "back")
         source, back = open_hf(path), open_hf(path.parent / "back")
         found = {n: back.read(n) for n in back.tensors}
-        assert set(found) == set(PLAIN)
+        assert set(found) - {"lm_head.weight"} == set(PLAIN)
         assert_same(found, {n: source.read(n) for n in found})
         return None
 
@@ -801,11 +785,10 @@ def test_conversions_of_mutated_files(data):
     assert message is not None or set(outcome(changed)[0]) >= set(expected) - set(MASKS)
 
 
-# Numbers above 1e308 and layers without end have tests of their own.
 VALUES = [
     None, True, False, "", "x", "gelu", "alibi", "learned", "jais", [], [1], {}, {"type": "linear"},
     {"type": "linear", "factor": 2.0}, {"type": [], "factor": 2}, -1, 0, 1, 2, 3, 7, 8, 11, 12, 1.5,
-    -0.0, 1e-320, 1e308, math.inf, math.nan, 2**31, 2**63, 10**30, 10**300,
+    -0.0, 1e-320, 1e308, math.inf, math.nan, 2**31, 2**63, 10**30, 10**300, 10**400,
 ]  # fmt: skip
 KEYS = [
     *json.loads(CONFIG), "alibi_scaling", "layer_norm_epsilon", "initializer_range", "rotary_dim",
@@ -822,23 +805,17 @@ def test_conversions_with_an_odd_config(data):
     config = json.loads(CONFIG)
     for _ in range(data.draw(st.integers(1, 2))):
         key, value = data.draw(st.sampled_from(KEYS)), data.draw(st.sampled_from(VALUES))
-        assume(not (key == "n_layer" and isinstance(value, int) and value > 1000))
         config[key] = value
     files = BINS["btlm"][0] | {"config.json": json.dumps(config).encode()}
     attempt(files)
 
 
-@pytest.mark.xfail(strict=True, reason="config._is_number: math.isfinite raises OverflowError")
 @pytest.mark.parametrize("key", ["layer_norm_epsilon", "resid_pdrop", "mup_width_scale"])
 def test_numbers_beyond_floats_in_a_config(key):
     config = json.dumps(json.loads(CONFIG) | {key: 10**400})
     assert key in unconverted(BINS["btlm"][0] | {"config.json": config.encode()})
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="_check_tensors lists every layer that config.json claims: n_layer 10**9 never ends",
-)
 def test_a_config_with_layers_without_end():
     config = json.dumps(json.loads(CONFIG) | {"n_layer": 10_000})
     message = unconverted(BINS["btlm"][0] | {"config.json": config.encode()})
@@ -856,9 +833,6 @@ def test_a_missing_or_foreign_shard_does_not_convert():
     assert "plain names" in unconverted(files | lying)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="staging._take_up removes the content first, then what was in it"
-)
 def test_a_repaired_file_converts(tmp_path):
     """What a refused conversion has kept does no harm once the file is whole."""
     files, path = BINS["btlm"][0], tmp_path / "hf"

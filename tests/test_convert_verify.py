@@ -130,13 +130,11 @@ def test_flips_in_the_descriptions_of_arrays(converted):
 
 
 def test_flips_in_the_list_of_arrays(converted):
-    """But for the key `use_ocdbt`, whose damage is a KeyError: see test_manifest.py."""
     rng, file = random.Random(2), converted / "state/_METADATA"
     whole = file.read_bytes()
     key = whole.index(b'"use_ocdbt"')
     bits = [0, -1, *(rng.randrange(8 * len(whole)) for _ in range(25))]
     bits += [rng.randrange(8 * (key - 40), 8 * len(whole)) for _ in range(15)]  # the options
-    bits = [b for b in bits if not 8 * key <= b % (8 * len(whole)) < 8 * (key + 11)]
     for bit in bits:
         with flipped(file, bit):
             found = found_in(converted)
@@ -233,7 +231,6 @@ def test_flips_in_an_export(converted):
                 assert all(after[n].tobytes() == x.tobytes() for n, x in before.items())
 
 
-@pytest.mark.xfail(strict=True, reason="_against_record looks at the trained weights only")
 def test_flips_in_the_slopes_of_an_export(converted):
     file = converted.parent / "back/model.safetensors"
     data = 8 + int.from_bytes(file.read_bytes()[:8], "little")
@@ -690,7 +687,6 @@ def test_logits_of_different_configurations_are_not_compared(tmp_path, logits_ca
     assert verify(a, a, logits=True) and logits_calls == [a, a]
 
 
-@pytest.mark.xfail(strict=True, reason="None and the stored exact slopes: logits silently skipped")
 def test_logits_of_a_fresh_model_and_its_export(tmp_path, logits_calls):
     config = BTLMConfig.preset("tiny")
     shapes = {w.path: weights.stacked_shape(w, config) for w in weights.table(config)}
@@ -701,7 +697,6 @@ def test_logits_of_a_fresh_model_and_its_export(tmp_path, logits_calls):
     assert len(logits_calls) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="nanmax drops a NaN that only one model has")
 def test_nan_logits_of_one_model_are_a_difference(forms, monkeypatch):
     module, answers = sys.modules["btlm_jax.convert.verify"], [np.zeros((1, 2, 3)) for _ in "ab"]
     answers[1][0, 1, 2] = np.nan

@@ -82,6 +82,14 @@ def test_group_table():
     assert coupled[1].split() == ["hidden", "160", "2,516,418,560", "0.0012", "1", "0.0012"]
 
 
+def test_groups_under_muon():
+    """Matrices keep their learning rate, a head of its own has Adam's."""
+    groups = mup.param_groups(SMALL, 0.01, 0.1, optimizer="muon")
+    rates = {name: g.lr for g in groups for name in g.params}
+    assert rates["transformer.h.1.mlp.c_fc.weight"] == 0.01
+    assert rates["lm_head.weight"] == pytest.approx(0.001)
+
+
 def test_three_steps_of_the_original(case):
     golden = json.loads(str(case["groups_json"]))
     b1, b2 = golden["betas"]

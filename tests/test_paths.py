@@ -118,7 +118,6 @@ def test_gs_names_that_orbax_cuts_short(driver, url):
         paths.location(url)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="etils knows gs:// in lower case only")
 def test_gs_in_upper_case(driver):
     place = paths.location("GS://bucket/dir")
     assert paths.is_remote(place) and paths.kvstore(place) == paths.kvstore(
@@ -202,7 +201,6 @@ def test_a_full_pass_through_file_urls(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="Export.target is a Path, which makes file:/… of file:///…")
 def test_command_line_exports_to_a_file_url(checkpoint_dir, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
@@ -211,7 +209,6 @@ def test_command_line_exports_to_a_file_url(checkpoint_dir, tmp_path, monkeypatc
     assert os.listdir(tmp_path / "home") == [] and (tmp_path / "back/config.json").is_file()
 
 
-@pytest.mark.xfail(strict=True, reason="open_hf knows file:// in lower case only")
 def test_schemes_in_upper_case(tmp_path):
     source = cases.write_hf(tmp_path / "hf", cases.load("i_untied"))
     convert(source.as_uri().replace("file", "FILE"), tmp_path / "c")

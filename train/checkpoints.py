@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
@@ -48,10 +49,11 @@ class Checkpoints:
         kept: list[Any] = [policies.LatestN(keep_last)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
+        either: Any = policies.AnyPreservationPolicy(kept)
         self.directory = directory
         self._writer = ocp.training.Checkpointer(
             os.fspath(directory),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=either,
             cleanup_tmp_directories=True,
         )
 
@@ -144,7 +146,10 @@ def restore(
     parts = _parts(config, jax.eval_shape(tx.init, weights.unflatten(fp32)))
 
     stored = {leaf_path: leaf.dtype for leaf_path, leaf in meta.leaves.items()}
-    wanted = {manifest.ITEM: checkpoint.request(config, stored, placed, pad), _OPTIMIZER: {}}
+    wanted: dict[str, Any] = {
+        manifest.ITEM: checkpoint.request(config, stored, placed, pad),
+        _OPTIMIZER: {},
+    }
     for name, part in parts.items():
         if isinstance(part, Mapping):
             dtypes = {
@@ -236,7 +241,7 @@ def _check_optimizer(path: Path, wanted: Mapping[str, Any]) -> None:
     except manifest.NOT_DAMAGE:
         raise
     except Exception as e:
-        raise manifest.damaged(path, f"its optimizer state cannot be read: {e}") from e
+        raise manifest.damaged(epath.Path(path), f"its optimizer state cannot be read: {e}") from e
     if found is None:
         raise ValueError(f"{path} holds no optimizer state: start from it with model.checkpoint")
     have = {p: tuple(x.shape) for p, x in weights.flatten(found).items()}

@@ -12,12 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 from btlm_jax import sharding
 
 from . import data
-from .data import Source
 from .recipe import Recipe
 
 
-def batches(
-    recipe: Recipe, sources: list[Source], mesh: Mesh, start: int
+def batches_on(
+    recipe: Recipe, sources: list[data.Source], mesh: Mesh, start: int
 ) -> Iterator[tuple[jax.Array, ...]]:
     """The global batches as device arrays [A, B, T + 1], each process reading its own rows."""
     phases = [data.Phase(p.steps, p.batch_size, p.length) for p in recipe.phases]

@@ -28,13 +28,13 @@ from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
 from btlm_jax.tokenizer import load_tokenizer
 
-from . import data, feed, plots
-from . import recipe as recipes
+from . import data, plots
 from .checkpoints import Checkpoints
 from .distributed import barrier
 from .evaluation import Evaluation
+from .feed import batches_on, prefetch
 from .metrics import FILE, MetricsLog, read_lines, utilisation
-from .recipe import Phase, Recipe
+from .recipe import Phase, Recipe, to_dict
 from .step import Metrics, TrainState, init_state, make_step
 from .stopping import StopSignal
 from .token_shards import TokenShards
@@ -80,7 +80,7 @@ def train(recipe: Recipe, directory: str | os.PathLike[str]) -> Outcome:
     if recipe.run.compute_dtype != "auto":
         model = BTLM(model.config, compute_dtype=recipe.run.compute_dtype)
     _check(recipe, model.config, mesh, sources, held)
-    identity = {"recipe": recipes.to_dict(recipe), "data": [s.fingerprint for s in sources]}
+    identity = {"recipe": to_dict(recipe), "data": [s.fingerprint for s in sources]}
     _claim(directory, identity, Path(sources[0].directory))
 
     tx = recipe.transformation(model.config)
@@ -103,13 +103,14 @@ def train(recipe: Recipe, directory: str | os.PathLike[str]) -> Outcome:
             mup.format_groups(mup.param_groups(
                 model.config, recipe.optimizer.peak_lr, recipe.optimizer.weight_decay,
                 recipe.optimizer.decay,
+                optimizer="adam" if recipe.optimizer.name == "adamw" else recipe.optimizer.name,
             )),
         )  # fmt: skip
 
     step_fn = make_step(model, tx)
     evaluate = Evaluation(recipe, model, mesh, held)
     log = MetricsLog(directory, first)
-    batches = feed.prefetch(feed.batches(recipe, _sources(recipe), mesh, first))
+    batches = prefetch(batches_on(recipe, _sources(recipe), mesh, first))
     origin = {**identity, "run": str(directory)}
     loss, held_out, stopped = math.nan, math.nan, False
     waiting: tuple[int, Phase, Metrics] | None = None
@@ -368,7 +369,7 @@ def _draw(directory: Path, recipe: Recipe) -> None:
         logger.warning("%s", e)
         return
     lines = read_lines(directory / FILE)
-    curves = {}
+    curves: dict[str, Any] = {}
     for name, label in (("loss", "training"), ("held_out_loss", "held out")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:

@@ -114,7 +114,7 @@ class Optimizer:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    decay: str = "original"
+    decay: Literal["original", "coupled", "independent"] = "original"
     clip_norm: float = 1.0
 
 
@@ -231,7 +231,7 @@ class Recipe:
         """The optimizer, in muP groups."""
         o = self.optimizer
         clip = o.clip_norm or None
-        shared = dict(weight_decay=o.weight_decay, decay=o.decay, clip_norm=clip)
+        shared: dict[str, Any] = dict(weight_decay=o.weight_decay, decay=o.decay, clip_norm=clip)
         if o.name == "adamw":
             return mup.adamw(self.learning_rate, config, b1=o.b1, b2=o.b2, eps=o.eps, **shared)
         if o.name == "lion":

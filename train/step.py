@@ -93,8 +93,9 @@ def make_step(
             grads = jax.tree.map(lambda g: g / jnp.maximum(loss.tokens, 1.0), sums)
             norm = optax.tree.norm(grads)
             good = jnp.isfinite(norm)
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
+            changes, opt_state = tx.update(grads, state.opt_state, state.params)
+            updates: Any = changes
+            params: Any = optax.apply_updates(state.params, changes)
 
             def keep(new, old):
                 return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)

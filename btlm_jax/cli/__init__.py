@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         if debug:
             raise
         print(f"btlm: error: {e}", file=sys.stderr)
@@ -65,9 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     return code or 0
 
 
+class _ToStderr(logging.StreamHandler):
+    """To whatever is standard error at the time; callers of `main` may exchange it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _log_to_stderr() -> None:
     """Our own notices on standard error; of libraries, warnings only."""
-    handler: logging.Handler = logging.StreamHandler()
+    handler = _ToStderr()
     handler.setFormatter(logging.Formatter("btlm: %(message)s"))
     logging.getLogger().addHandler(logging.NullHandler())  # or a library would print them twice
     ours = logging.getLogger("btlm_jax")

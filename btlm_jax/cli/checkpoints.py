@@ -54,7 +54,7 @@ class Export:
 
     checkpoint: Positional[str]
     """An Orbax checkpoint: a directory, or a gs:// URL."""
-    target: Positional[Path]
+    target: Positional[str]
     """The directory to write."""
     max_shard_size: Bytes = 5 * 10**9
     """Of one safetensors file, such as 5GB."""
