@@ -75,7 +75,7 @@ class _ToStderr(logging.StreamHandler):
 
 def _log_to_stderr() -> None:
     """Our own notices on standard error; of libraries, warnings only."""
-    handler = _ToStderr()
+    handler: logging.Handler = _ToStderr()
     handler.setFormatter(logging.Formatter("btlm: %(message)s"))
     logging.getLogger().addHandler(logging.NullHandler())  # or a library would print them twice
     ours = logging.getLogger("btlm_jax")
