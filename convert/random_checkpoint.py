@@ -22,6 +22,7 @@ from .to_orbax import EMBEDDING, HEAD, SLOPES
 
 FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
 SHARDS = 3
+_STORAGES = {"bfloat16": b"ctorch\nBFloat16Storage\n", "float32": b"ctorch\nFloatStorage\n"}
 BF16 = array_files.BF16
 
 
@@ -61,7 +62,7 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
                 progress.update(block.nbytes)
 
         for name, shard in zip(names, shards, strict=True):
-            (_write_bin if binary else _write_safetensors)(directory / name, shard, content)
+            (write_bin if binary else _write_safetensors)(directory / name, shard, content)
     if count > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
         if binary:
@@ -87,10 +88,13 @@ def _write_safetensors(path: Path, shard: list[Tensor], content) -> None:
     file.finish({t.name: file.write(t.name, content(t)).sha256 for t in shard})
 
 
-def _write_bin(path: Path, shard: list[Tensor], content) -> None:
-    """A zip as `torch.save` writes it: a pickle that describes tensors, and a member for each."""
+def write_bin(path: Path, shard: list[Tensor], content, *, tied: bool = True) -> None:
+    """A zip as `torch.save` writes it: a pickle that describes tensors, and a member for each.
+
+    With `tied` the embedding occurs a second time, as the head.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _pickled(shard))
+        archive.writestr("archive/data.pkl", _pickled(shard, tied))
         archive.writestr("archive/byteorder", "little")
         for key, tensor in enumerate(shard):
             with archive.open(f"archive/data/{key}", "w", force_zip64=True) as member:
@@ -99,19 +103,19 @@ def _write_bin(path: Path, shard: list[Tensor], content) -> None:
         archive.writestr("archive/version", "3\n")
 
 
-def _pickled(shard: list[Tensor]) -> bytes:
+def _pickled(shard: list[Tensor], tied: bool) -> bytes:
     """The opcodes of an OrderedDict of tensors; `pickle` itself would need torch to name its types.
 
     Protocol 2, as torch writes it.
     """
     out = [b"\x80\x02", b"ccollections\nOrderedDict\n", b")R", b"("]
     entries = list(enumerate(shard))
-    entries += [(key, t._replace(name=HEAD)) for key, t in entries if t.name == EMBEDDING]
+    entries += [(key, t._replace(name=HEAD)) for key, t in entries if tied and t.name == EMBEDDING]
     for key, tensor in entries:
         numel = tensor.nbytes // tensor.dtype.itemsize
         strides = [int(np.prod(tensor.shape[i + 1 :])) for i in range(len(tensor.shape))]
         out += [_text(tensor.name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"("]
-        out += [b"(", _text("storage"), b"ctorch\nBFloat16Storage\n", _text(str(key))]
+        out += [b"(", _text("storage"), _STORAGES[tensor.dtype.name], _text(str(key))]
         out += [_text("cpu"), _int(numel), b"t", b"Q"]
         out += [_int(0), b"(", *map(_int, tensor.shape), b"t", b"(", *map(_int, strides), b"t"]
         out += [b"\x89", b"ccollections\nOrderedDict\n", b")R", b"t", b"R"]

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export
+from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf_source import open_hf
+from btlm_jax.convert.random_checkpoint import write_bin
+from btlm_jax.convert.safetensors_file import Tensor
 from safetensors.numpy import load_file, save_file
 
 import btlm_jax as btlm
@@ -22,7 +24,7 @@ from btlm_jax import make_mesh, manifest
 BF16, UNTIED = cases.load("g_bf16"), cases.load("i_untied")
 
 
-def tensors(path) -> dict[str, np.ndarray]:
+def tensors_of(path) -> dict[str, np.ndarray]:
     source = open_hf(path)
     return {name: source.read(name) for name in source.tensors}
 
@@ -40,7 +42,7 @@ def test_round_trip(case, tmp_path):
     assert manifest.read(tmp_path / "c").config == case.config  # stored slopes included, exactly
     assert report.dtypes == {"bfloat16" if case.bf16 else "float32": report.tensors}
     export(tmp_path / "c", tmp_path / "back")
-    assert_same_bits(tensors(tmp_path / "hf"), tensors(tmp_path / "back"))
+    assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
     assert json.loads((tmp_path / "back/config.json").read_text()) == case.hf_config
     tokenizer = "tokenizer.json"
     assert (tmp_path / "back" / tokenizer).read_bytes() == (
@@ -68,7 +70,39 @@ def test_sharded_round_trip(tmp_path):
         assert size <= 60_000
     convert(tmp_path / "back", tmp_path / "c2")
     export(tmp_path / "c2", tmp_path / "again")
-    assert_same_bits(tensors(tmp_path / "hf"), tensors(tmp_path / "again"))
+    assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("form", ["safetensors-sharded", "bin", "bin-sharded"])
+def test_round_trip_of_every_form(case, form, tmp_path):
+    """The forms that `test_round_trip` leaves out; a .bin holds the tied head as well."""
+    source, count = cases.write_hf(tmp_path / "hf", case), 3 if "sharded" in form else 1
+    (source / "model.safetensors").unlink()
+    names = list(case.weights)
+    suffix = ".bin" if form.startswith("bin") else ".safetensors"
+    stem = "pytorch_model" if suffix == ".bin" else "model"
+    weight_map = {}
+    for i in range(count):
+        shard = names[i::count]
+        file = f"{stem}{suffix}" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}{suffix}"
+        weight_map |= dict.fromkeys(shard, file)
+        if suffix == ".bin":
+            tensors = [Tensor(n, case.weights[n].dtype, case.weights[n].shape) for n in shard]
+            tied = case.config.tie_word_embeddings
+            write_bin(
+                source / file, tensors, lambda t: [case.weights[t.name].reshape(-1)], tied=tied
+            )
+            if tied and "transformer.wte.weight" in shard:
+                weight_map["lm_head.weight"] = file
+        else:
+            save_file({n: case.weights[n] for n in shard}, source / file)
+    if count > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (source / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    convert(source, tmp_path / "c")
+    export(tmp_path / "c", tmp_path / "back", max_shard_bytes=60_000)
+    assert_same_bits(case.weights, tensors_of(tmp_path / "back"))
+    assert verify(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize("form", ["single", "sharded"])
@@ -79,7 +113,7 @@ def test_bin_files(form, tmp_path):
     report = export(tmp_path / "c", tmp_path / "back")
     with np.load(folder / "weights.npz") as z:
         expected = {name: z[name].view(ml_dtypes.bfloat16) for name in z.files}
-    assert_same_bits(expected, tensors(tmp_path / "back"))
+    assert_same_bits(expected, tensors_of(tmp_path / "back"))
     assert report.tensors == len(expected) == 32
     model, params = btlm.load(tmp_path / "c")
     assert model.config.alibi_slopes == (0.83984375, 0.0625)
@@ -96,7 +130,7 @@ def test_mixed_dtypes_survive(tmp_path):
     save_file(mixed, source / "model.safetensors")
     convert(source, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back")
-    assert_same_bits(mixed, tensors(tmp_path / "back"))
+    assert_same_bits(mixed, tensors_of(tmp_path / "back"))
     with pytest.raises(ValueError, match=r"stored as bfloat16, float32.*pass dtype="):
         btlm.load(tmp_path / "c")
     btlm.load(tmp_path / "c", dtype=jnp.float32)
@@ -109,7 +143,7 @@ def test_tied_head_of_bin_files_is_checked_and_left_out(tmp_path):
     save_file(whole, source / "model.safetensors")
     convert(source, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back")
-    assert_same_bits(BF16.weights, tensors(tmp_path / "back"))
+    assert_same_bits(BF16.weights, tensors_of(tmp_path / "back"))
     whole["lm_head.weight"][0, 0] += 1
     save_file(whole, source / "model.safetensors")
     with pytest.raises(ValueError, match="differs from transformer"):
@@ -133,7 +167,7 @@ def test_fresh_model_exports_exact_slopes(tmp_path):
     params = model.init(jax.random.key(0), mesh=make_mesh(fsdp=2, tensor=4))
     btlm.save(tmp_path / "c", config, params)
     export(tmp_path / "c", tmp_path / "hf")
-    written = tensors(tmp_path / "hf")
+    written = tensors_of(tmp_path / "hf")
     assert written[cases.SLOPES].shape == (4, 1)
     np.testing.assert_array_equal(written[cases.SLOPES].ravel(), btlm.alibi.slopes(4))
     assert written["transformer.h.0.mlp.c_fc.weight"].shape == (64, 170)  # no padding
@@ -193,7 +227,7 @@ def test_missing_and_unexpected_keys_are_all_listed(tmp_path):
     ]
 
 
-def test_truncated_safetensors(tmp_path):
+def test_truncated_safetensors_of(tmp_path):
     source = cases.write_hf(tmp_path / "hf", UNTIED)
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -224,7 +258,7 @@ def test_existing_targets(tmp_path):
     export(tmp_path / "c", tmp_path / "back", overwrite=True)
     with pytest.raises(FileExistsError, match="was not written by this command"):
         export(tmp_path / "c", tmp_path / "c", overwrite=True)
-    assert_same_bits(tensors(source), tensors(tmp_path / "back"))
+    assert_same_bits(tensors_of(source), tensors_of(tmp_path / "back"))
 
 
 def test_overwrite_spares_a_downloaded_original(tmp_path):
@@ -232,7 +266,7 @@ def test_overwrite_spares_a_downloaded_original(tmp_path):
     convert(original, tmp_path / "c")
     with pytest.raises(FileExistsError, match="was not written by this command"):
         export(tmp_path / "c", original, overwrite=True)
-    assert_same_bits(UNTIED.weights, tensors(original))
+    assert_same_bits(UNTIED.weights, tensors_of(original))
 
 
 def test_modelling_code_is_carried_along(tmp_path, caplog):
