@@ -18,7 +18,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from btlm_jax import paths
+from btlm_jax import array_files, paths
 from btlm_jax.tokenizer import ASSETS
 
 from .hf_hub import fetch, is_hub_id
@@ -133,7 +133,7 @@ class HFSource:
         if index is None or whole:  # block by block, which looks at the checksum
             flat = np.empty(info.size, info.dtype)
             start = 0
-            for block in self.blocks(name, max(info.size, 1)):
+            for block in self.blocks(name, array_files.BLOCK_BYTES // info.dtype.itemsize):
                 flat[start : start + len(block)] = block
                 start += len(block)
             return flat.reshape(shape)

@@ -162,7 +162,10 @@ def read_config(hf: HFSource) -> BTLMConfig:
     Raises:
       ValueError: see `convert`.
     """
-    config = BTLMConfig.from_hf(hf.config)
+    try:
+        config = BTLMConfig.from_hf(hf.config)
+    except ValueError as e:
+        raise ValueError(f"{hf.directory / 'config.json'}: {e}") from None
     _check_tensors(hf, config)
     if config.alibi and SLOPES in hf.tensors:
         stored = hf.read(SLOPES).astype(np.float64).ravel()
