@@ -23,7 +23,9 @@ import sys, time
 {imports}
 began = time.perf_counter()
 {work}
-print(time.perf_counter() - began)
+seconds = time.perf_counter() - began
+from btlm_jax.convert.report import peak_rss
+print(seconds, peak_rss())
 """
 Show = Callable[[object], None]
 
@@ -174,12 +176,8 @@ def _run(imports: str, work: str, *arguments: Path) -> tuple[float, int]:
     """Times `work` in a process of its own. Returns seconds, and its peak memory in bytes."""
     code = _TIMED.format(imports=imports, work=work)
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise ValueError(f"{work} failed:\n{output}")
-    rss = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return float(output.splitlines()[-1]), rss
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise ValueError(f"{work} failed:\n{done.stdout}")
+    seconds, rss = done.stdout.splitlines()[-1].split()
+    return float(seconds), int(rss)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import re
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from btlm_jax import byte_size
 
@@ -58,5 +61,9 @@ def digest(sha256: Mapping[str, str]) -> str:
 
 def peak_rss() -> int:
     """The most memory this process has held, in bytes."""
+    with contextlib.suppress(OSError):  # Linux; its ru_maxrss counts what the parent held as well
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -255,6 +255,8 @@ def _fork(job: dict, pipes: dict[int, int]) -> int:
         pipes[pid] = reader
         return pid
     os.dup2(2, 1)
+    # A shell starts its background jobs deaf to Ctrl-C, and the child would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.write(writer, json.dumps(_child(job)).encode())
     os._exit(0)
 

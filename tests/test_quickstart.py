@@ -73,7 +73,7 @@ def test_steps_agree_on_a_mesh():
         state = init_state(model.init(jax.random.key(0), mesh=mesh), tx)
         losses = []
         for _ in range(5):
-            state, metrics = step(state, ids)
+            state, metrics = step(state, ids[None])
             losses.append(float(metrics.loss))
         curves.append(losses)
         adam = state.opt_state[1]

@@ -181,7 +181,7 @@ def _fit(model: BTLM, params, tokens, held, recipe: Recipe, seed: int):
     pending: Any = None
     with Progress(recipe.steps, "step", "train") as progress:
         for i in range(1, recipe.steps + 1):
-            state, metrics = step(state, next(batches))
+            state, metrics = step(state, next(batches)[None])
             # The loss of the step before: fetching this one's would wait for it.
             if pending is not None:
                 losses[i - 1] = float(pending)
