@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from btlm_jax import __version__, array_files, paths, staging, weights
 from btlm_jax.config import AlibiScaling, BTLMConfig
+from btlm_jax.tokenizer import home_of
 
 FORMAT = 2
 ITEM = "state"  # Orbax's name for the item that `ocp.load(path)` reads: the weights
@@ -173,12 +174,10 @@ def _newest(place: epath.Path) -> epath.Path:
 
 
 def assets_of(path: PathLike) -> list[epath.Path]:
-    """The files a checkpoint carries along (tokenizer and the like); a run keeps them once."""
-    place = paths.location(path)
-    folder = place / "tokenizer"
-    if place.parent.name == "checkpoints" and not folder.exists():
-        folder = place.parent.parent / "tokenizer"
-    return sorted(p for p in folder.iterdir() if p.is_file()) if folder.exists() else []
+    """The files a checkpoint carries along (tokenizer and the like)."""
+    folder = home_of(path)
+    carries = folder != paths.location(path)
+    return sorted(p for p in folder.iterdir() if p.is_file()) if carries else []
 
 
 # Running out of memory on the host or a device must not be taken for a damaged file.

@@ -32,6 +32,19 @@ _READ = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 END_OF_TEXT = "<|endoftext|>"
 
 
+def home_of(directory: str | os.PathLike[str]) -> epath.Path:
+    """The folder that holds a tokenizer's files.
+
+    Args:
+      directory: it; or a checkpoint of ours, which keeps them in `tokenizer/`; or one of a training
+        run, which keeps them there once for all its checkpoints.
+    """
+    place = paths.location(directory)
+    run = place.parent.parent if place.parent.name == "checkpoints" else place
+    homes = [p for p in (place / "tokenizer", run / "tokenizer") if p.is_dir()]
+    return homes[0] if homes else place
+
+
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Loads `tokenizer.json`, or GPT-2's `vocab.json`, `merges.txt` and any `added_tokens.json`.
 
@@ -43,10 +56,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
       FileNotFoundError: neither is there; the message says where it looked.
       ValueError: a file that cannot be parsed.
     """
-    place = paths.location(directory)
-    run = place.parent.parent if place.parent.name == "checkpoints" else place
-    homes = [p for p in (place / "tokenizer", run / "tokenizer") if p.is_dir()]
-    home = homes[0] if homes else place
+    home = home_of(directory)
     if paths.is_remote(home):  # the tokenizers library reads local files
         found = paths.read_files(home, _READ)
         with tempfile.TemporaryDirectory() as copy:

@@ -22,7 +22,7 @@ import numpy as np
 
 from btlm_jax import paths, staging
 from btlm_jax.progress import Progress
-from btlm_jax.tokenizer import END_OF_TEXT, check_vocabulary, load_tokenizer
+from btlm_jax.tokenizer import END_OF_TEXT, check_vocabulary, home_of, load_tokenizer
 
 from .text_files import Counts, Document, OnError, Position, Reader, expand
 from .token_shards import (
@@ -227,8 +227,7 @@ class _Coder:
             check_vocabulary(tokenizer, vocab_size)
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = vocab_size or max(ids.values()) + 1
-        home = paths.location(source)
-        home = home / "tokenizer" if (home / "tokenizer").is_dir() else home
+        home = home_of(source)
         self.assets = {n: (home / n).read_bytes() for n in ASSETS if (home / n).is_file()}
         eos = eos or _named_eos(self.assets) or END_OF_TEXT
         if eos not in ids:
