@@ -32,7 +32,7 @@ def attention(
     offset: int | jax.Array = 0,
     implementation: Implementation | None = None,
     precision: jax.lax.Precision | None = None,
-    shard: tuple[PartitionSpec, PartitionSpec] | None = None,
+    shard: PartitionSpec | None = None,
 ) -> jax.Array:
     """softmax(scale * q·k - slope * distance, causal and within segments) @ v.
 
@@ -45,8 +45,9 @@ def attention(
       offset: the slot of the first query; keys occupy slots 0 to S - 1.
       implementation: "xla"; None takes the best for the platform (today always "xla").
       precision: of both matrix products.
-      shard: on a mesh, the PartitionSpecs of batch and heads: attention is independent along both,
-        so it runs per shard without communication.
+      shard: on a mesh, the mesh axes of batch, heads and sequence. Attention runs per shard:
+        without communication along batch and heads, with the keys and values of the whole sequence
+        gathered where it is split. `offset` is that of the first shard.
 
     Returns:
       [B, H, T, K] in q's dtype.
@@ -60,10 +61,22 @@ def attention(
     offset = jnp.asarray(offset, jnp.int32)
     if shard is None:
         return fn(q, k, v, slopes, segments, offset)
-    (batch,), (heads,) = shard
-    bhtk, bt = PartitionSpec(batch, heads, None, None), PartitionSpec(batch, None)
+    batch, heads, sequence = shard
+    bhtk, bt = PartitionSpec(batch, heads, sequence, None), PartitionSpec(batch, sequence)
+
+    def local(q, k, v, slopes, segments, offset):
+        if sequence is not None:
+            # Causal, so that half of the work is masked; the gradients of k and v are scattered
+            # back by the transpose of the gather.
+            k, v = (jax.lax.all_gather(x, sequence, axis=2, tiled=True) for x in (k, v))
+            offset = offset + jax.lax.axis_index(sequence) * q.shape[2]
+            if segments is not None:
+                of_key = jax.lax.all_gather(segments[1], sequence, axis=1, tiled=True)
+                segments = segments[0], of_key
+        return fn(q, k, v, slopes, segments, offset)
+
     return jax.shard_map(
-        fn,
+        local,
         in_specs=(
             bhtk,
             bhtk,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
@@ -193,12 +193,7 @@ def load(
     """
     meta = manifest.read(path)
     model = BTLM(meta.config, rules=rules or sharding.RULES)
-    pad = sharding.padding(meta.config, mesh, model.rules) if mesh is not None else {}
-    if mesh is not None:
-        placed = weights.flatten(sharding.param_shardings(meta.config, mesh, model.rules, pad))
-    else:
-        single = SingleDeviceSharding(jax.devices()[0])
-        placed = {w.path: single for w in weights.table(meta.config)}
+    pad, placed = sharding.placement(meta.config, mesh, model.rules)
     stored = {path: leaf.dtype if dtype is None else dtype for path, leaf in meta.leaves.items()}
     arrays = restore(meta.path, {manifest.ITEM: request(meta.config, stored, placed, pad)})
     try:
@@ -227,9 +222,8 @@ def request(
     for leaf in weights.disk_leaves(config):
         if leaf.weight.path not in placed:
             continue
-        one = placed[leaf.weight.path]
-        if isinstance(one, NamedSharding) and leaf.layer is not None:
-            one = NamedSharding(one.mesh, jax.sharding.PartitionSpec(*one.spec[1:]))
+        out = placed[leaf.weight.path]
+        one = out if leaf.layer is None else sharding.of_one_layer(out)
         shape = leaf.weight.padded(pad)
         wanted[leaf.path] = jax.ShapeDtypeStruct(shape, dtypes[leaf.path], sharding=one)
     return weights.unflatten(wanted)
@@ -249,18 +243,10 @@ def stack(
     for w in weights.table(config):
         if w.path not in placed:
             continue
-        if not w.stacked:
-            found[w.path] = arrays.pop(w.path)
-            continue
-        # Family by family: the copy that stacking makes is never more than one family.
-        layers = [arrays.pop(weights.DiskLeaf(w, i).path) for i in range(config.n_layer)]
-        dtypes = sorted({str(x.dtype) for x in layers})
-        if len(dtypes) > 1:
-            raise ValueError(
-                f"the layers of {w.name} are stored as {', '.join(dtypes)} and cannot be "
-                "stacked as they are; pass dtype="
-            )
-        found[w.path] = _stack(layers, placed[w.path])
+        # Weight by weight: the copy that stacking makes is never more than one.
+        layers = [arrays.pop(leaf.path) for leaf in weights.leaves_of(w, config)]
+        weights.one_dtype(w, (x.dtype for x in layers))
+        found[w.path] = _stack(layers, placed[w.path]) if w.stacked else layers[0]
     return found
 
 

@@ -5,7 +5,7 @@ L layers. LayerNorm statistics, softmax, the ALiBi bias and the logits are fp32 
 dtype. Matrix products accumulate and return fp32; their bias is added before the one rounding.
 
 On a mesh, weights are stored split over "fsdp" and gathered, in the compute dtype, where they are
-used; activations are split over batch and, inside a block, over heads or MLP units.
+used; activations are split over batch, sequence and, inside a block, over heads or MLP units.
 
 Only this module imports flax.
 """
@@ -76,11 +76,9 @@ class Spec:
         return reshard(x, jax.sharding.NamedSharding(self.mesh, sharding.spec(self.rules, *axes)))
 
     @property
-    def attention_shard(self) -> tuple[PartitionSpec, PartitionSpec] | None:
-        """How attention is split: the PartitionSpecs of batch and heads; None off any mesh."""
-        if self.mesh is None:
-            return None
-        return sharding.spec(self.rules, "batch"), sharding.spec(self.rules, "heads")
+    def attention_shard(self) -> PartitionSpec | None:
+        """How attention is split, along batch, heads and queries; None off any mesh."""
+        return self.axes("batch", "heads", "sequence")
 
     def zeros(self, shape, dtype, *axes: str | None) -> jax.Array:
         """A sharded array of zeros."""
@@ -100,10 +98,10 @@ class Spec:
             out_sharding=self.axes(*axes),
         )
 
-    def check_batch(self, batch_size: int) -> None:
-        """Raises ValueError if the batch does not divide over the mesh."""
+    def check_batch(self, batch_size: int, length: int | None = None) -> None:
+        """Raises ValueError if a batch, or its sequences, do not divide over the mesh."""
         if self.mesh is not None:
-            sharding.check_batch(batch_size, self.mesh, self.rules)
+            sharding.check_batch(batch_size, self.mesh, self.rules, length)
 
     def check_cache(self, cache: KVCache, batch_size: int) -> None:
         """Raises ValueError if a cache was made for another model, batch, dtype or mesh."""
@@ -168,7 +166,7 @@ class Attention(Layer):
     @nn.compact
     def __call__(self, x_BTD, layer, context: Context, kv, capture: bool):
         c, spec = self.spec.config, self.spec
-        qkv_axes = (None, "batch", "heads", None, None)
+        qkv_axes = (None, "batch", "heads", "sequence", None)
         qkv = Linear(spec, "btd,dchk->cbhtk", qkv_axes, name="c_attn")(x_BTD)
         q, k, v = qkv[0], qkv[1], qkv[2]
         if kv is not None:
@@ -195,8 +193,11 @@ class Attention(Layer):
             implementation=spec.implementation,
             shard=spec.attention_shard,
         )
-        h = Linear(spec, "bhtk,hkd->btd", ("batch", None, None), name="c_proj")(out)
-        return h, kv, attention.probabilities(q, k, **shared) if capture else None
+        h = Linear(spec, "bhtk,hkd->btd", ("batch", "sequence", None), name="c_proj")(out)
+        if not capture:
+            return h, kv, None
+        q, k = (spec.place(x, "batch", "heads", None, None) for x in (q, k))
+        return h, kv, attention.probabilities(q, k, **shared)
 
 
 class MLP(Layer):
@@ -204,13 +205,13 @@ class MLP(Layer):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c, spec, axes = self.spec.config, self.spec, ("batch", None, "mlp")
+        c, spec, axes = self.spec.config, self.spec, ("batch", "sequence", "mlp")
         y_BTF = Linear(spec, "btd,df->btf", axes, name="c_fc")(x_BTD)
         if c.gated:
             y_BTF = y_BTF * nn.silu(Linear(spec, "btd,df->btf", axes, name="c_fc2")(x_BTD))
         else:
             y_BTF = nn.gelu(y_BTF, approximate=c.activation_function == "gelu_new")
-        return Linear(spec, "btf,fd->btd", ("batch", None, None), name="c_proj")(y_BTF)
+        return Linear(spec, "btf,fd->btd", ("batch", "sequence", None), name="c_proj")(y_BTF)
 
 
 class Block(Layer):
@@ -251,8 +252,8 @@ class Transformer(Layer):
         wte = self.weight("wte")
         h = _look_up(spec, wte, ids, c.vocab_size)
         if not c.alibi:
-            slots = spec.place(jnp.broadcast_to(offset + jnp.arange(T), ids.shape), "batch", None)
-            at = inputs.get("positions", slots)
+            slots = jnp.broadcast_to(offset + jnp.arange(T), ids.shape)
+            at = inputs.get("positions", spec.place(slots, "batch", "sequence"))
             h = h + _look_up(spec, self.weight("wpe"), at, c.n_positions)
         h = h * c.mup_embeddings_scale
         if "token_type_ids" in inputs:
@@ -295,7 +296,7 @@ class Transformer(Layer):
             started = (offset > 0) & (last > 0)
             segments = jnp.broadcast_to(jnp.where(started, last, 1), inputs["input_ids"].shape)
             # Broadcasting forgets the sharding of a batch of one.
-            segments = self.spec.place(segments, "batch", None)
+            segments = self.spec.place(segments, "batch", "sequence")
         if mask is None:
             return segments
         return mask if segments is None else jnp.where(mask != 0, segments, 0)
@@ -303,7 +304,7 @@ class Transformer(Layer):
 
 def _look_up(spec: Spec, table: jax.Array, index: jax.Array, size: int) -> jax.Array:
     """Rows of an embedding, fp32 [B, T, D]; NaN where the index is out of range."""
-    rows = table.at[index].get(mode="clip", out_sharding=spec.axes("batch", None, None))
+    rows = table.at[index].get(mode="clip", out_sharding=spec.axes("batch", "sequence", None))
     inside = (index >= 0) & (index < size)
     return jnp.where(inside[..., None], rows.astype(jnp.float32), jnp.nan)
 
@@ -319,7 +320,9 @@ def project_logits(spec: Spec, params, hidden: jax.Array, *, sharded: bool = Fal
     c = spec.config
     w = params["wte" if c.tie_word_embeddings else "lm_head"]
     w = spec.place(w.astype(spec.dtype), "vocab", None)
-    lead = ("batch",) + (None,) * (hidden.ndim - 2)
+    # Decoding leaves sequences whole: the states say whether theirs are split.
+    own = jax.typeof(hidden).sharding.spec
+    lead = ("batch", *("sequence" if axis else None for axis in own[1:-1]))
     logits = spec.einsum("...d,vd->...v", hidden, w, *lead, "vocab") * c.logits_scale
     if w.shape[0] > c.vocab_size:
         real = spec.place(jnp.arange(w.shape[0]) < c.vocab_size, "vocab")

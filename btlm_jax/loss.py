@@ -93,7 +93,9 @@ def next_token_loss(
     h, _ = model.hidden(
         params, ids, attention_mask=attention_mask, segment_ids=segment_ids, positions=positions
     )
-    return _head_loss(model.spec(params), params, h, labels, shift=True)
+    # The last state predicts nothing; it stays, because a split sequence cannot be cut by one.
+    targets = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORE)], 1)
+    return _head_loss(model.spec(params), params, h, targets)
 
 
 def target_loss(
@@ -115,18 +117,14 @@ def target_loss(
         segments = segment_ids[:, :-1]
         targets = jnp.where(segment_ids[:, 1:] == segments, targets, IGNORE)
     h, _ = model.hidden(params, tokens[:, :-1], segment_ids=segments)
-    return _head_loss(model.spec(params), params, h, targets, shift=False)
+    return _head_loss(model.spec(params), params, h, targets)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "shift"))
-def _head_loss(
-    spec: Spec, params: Params, h_BTD: jax.Array, targets_BT: jax.Array, *, shift: bool
-) -> LossSum:
-    """The loss of predicting `targets_BT`, each from the state there or one before (shift)."""
+@functools.partial(jax.jit, static_argnames="spec")
+def _head_loss(spec: Spec, params: Params, h_BTD: jax.Array, targets_BT: jax.Array) -> LossSum:
+    """The loss of predicting `targets_BT`, each from the state there."""
     with sharding.on_mesh(spec.mesh):
-        if shift:
-            h_BTD, targets_BT = h_BTD[:, :-1], targets_BT[:, 1:]
-        targets = spec.place(targets_BT, "batch", None)
+        targets = spec.place(targets_BT, "batch", "sequence")
         logits = project_logits(spec, params, h_BTD, sharded=True)
         known = (targets == IGNORE) | ((targets >= 0) & (targets < spec.config.vocab_size))
         nll = jnp.where(known, cross_entropy(logits, targets), jnp.nan)

@@ -51,18 +51,23 @@ class BTLM:
         object.__setattr__(self, "rules", tuple(dict(self.rules).items()))
 
     def init(
-        self, key: jax.Array, *, dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None
+        self,
+        key: jax.Array,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        mesh: Mesh | None = None,
+        truncation: float | None = None,
     ) -> weights.Params:
-        """Draws fresh weights (`weights.init`), sharded over `mesh` if one is given.
+        """Draws fresh weights, sharded over `mesh` if one is given; see `weights.init`.
 
         Returns:
           A nested dict of arrays; the same values on every mesh, up to zero padding.
         """
         if mesh is None:
-            return weights.init(key, self.config, dtype)
+            return weights.init(key, self.config, dtype, truncation=truncation)
         pad = sharding.padding(self.config, mesh, self.rules)
         placed = sharding.param_shardings(self.config, mesh, self.rules, pad)
-        return weights.init(key, self.config, dtype, pad, placed)
+        return weights.init(key, self.config, dtype, pad, placed, truncation)
 
     def init_cache(self, params: weights.Params, batch_size: int, capacity: int) -> KVCache:
         """Makes an empty cache of `capacity` slots, sharded like the activations of `params`."""
@@ -211,7 +216,9 @@ class BTLM:
                 )
             if name != "attention_mask" and not jnp.issubdtype(x.dtype, jnp.integer):
                 raise ValueError(f"{name}: found dtype {x.dtype}, expected integers")
-        spec.check_batch(shape[0])
+        if cache is not None:  # a step of decoding has nothing to split
+            spec = dataclasses.replace(spec, rules=sharding.whole_sequences(spec.rules))
+        spec.check_batch(*shape)
         if not c.alibi and segments is not None and positions is None:
             raise ValueError(
                 "segment_ids with learned positions: pass positions, counted within each segment"
@@ -238,7 +245,7 @@ class BTLM:
 @functools.partial(jax.jit, static_argnames=("spec", "capture"))
 def _forward(spec: Spec, params, inputs: Mapping[str, jax.Array], cache, capture: bool):
     with sharding.on_mesh(spec.mesh):
-        inputs = {k: spec.place(x, "batch", None) for k, x in inputs.items()}
+        inputs = {k: spec.place(x, "batch", "sequence") for k, x in inputs.items()}
         return Transformer(spec).apply({"params": params}, inputs, cache, capture)
 
 

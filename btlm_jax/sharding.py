@@ -14,25 +14,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from btlm_jax import weights
 from btlm_jax.config import BTLMConfig
 
 logger = logging.getLogger(__name__)
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
-# Logical axis -> mesh axis. Weights are stored by these rules; before use the "fsdp" shards are
-# gathered. "batch" is the first axis of every activation.
+# Logical axis -> mesh axis. Weights are stored by these rules; before use the "embed" shards are
+# gathered. "batch" is the first axis of every activation, "sequence" the second. Devices that share
+# a sequence share the weights' storage as well.
 RULES: Rules = (
     ("batch", ("data", "fsdp")),
+    ("sequence", "context"),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
-    ("embed", "fsdp"),
+    ("embed", ("fsdp", "context")),
     ("positions", None),
     ("qkv", None),
     ("head_dim", None),
@@ -43,20 +45,27 @@ _TILE, _TILE_COST = 128, 0.02
 
 
 def make_mesh(
-    *, data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    *,
+    data: int = 1,
+    fsdp: int = -1,
+    context: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """Makes a mesh with the axes `AXES` over all devices (or those given).
 
     Args:
       data: replicas of the weights; the batch is split over data x fsdp.
       fsdp: shards of weights, gradients and optimizer state; -1 takes what is left.
+      context: shards of every sequence, for those too long for one device, and further shards of
+        weights, gradients and optimizer state.
       tensor: shards of heads, MLP and vocabulary.
 
     Raises:
       ValueError: the product of the sizes is not the number of devices.
     """
     devices = list(devices) if devices is not None else jax.devices()
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     free = [name for name, n in sizes.items() if n == -1]
     if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
         raise ValueError(f"mesh sizes: found {sizes}, expected positive ints and at most one -1")
@@ -66,7 +75,7 @@ def make_mesh(
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"mesh {sizes} needs {math.prod(sizes.values())} devices, found {len(devices)}: "
-            "make the product of data, fsdp and tensor equal to it"
+            f"make the product of {', '.join(AXES)} equal to it"
         )
     shape = tuple(sizes[name] for name in AXES)
     return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
@@ -195,6 +204,28 @@ def param_shardings(
     )
 
 
+def placement(
+    config: BTLMConfig, mesh: Mesh | None, rules: Rules = RULES
+) -> tuple[dict[str, int], dict[weights.Path, jax.sharding.Sharding]]:
+    """Where stored weights go: padded sizes by logical axis, and the sharding of each by path.
+
+    Args:
+      mesh: None puts them on the default device, unpadded.
+    """
+    if mesh is None:
+        single = SingleDeviceSharding(jax.devices()[0])
+        return {}, {w.path: single for w in weights.table(config)}
+    pad = padding(config, mesh, rules)
+    return pad, weights.flatten(param_shardings(config, mesh, rules, pad))
+
+
+def of_one_layer(stacked: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """The sharding of one layer out of a stack."""
+    if isinstance(stacked, NamedSharding):
+        return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
+    return stacked
+
+
 def mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh | None:
     """The explicit mesh an array lives on, from its type; None off any mesh."""
     mesh = jax.typeof(x).sharding.mesh
@@ -206,14 +237,24 @@ def on_mesh(mesh: jax.sharding.AbstractMesh | None) -> contextlib.AbstractContex
     return jax.sharding.use_abstract_mesh(mesh) if mesh is not None else contextlib.nullcontext()
 
 
-def check_batch(batch_size: int, mesh: jax.sharding.AbstractMesh, rules: Rules) -> None:
-    """Raises ValueError if a batch does not divide over the mesh."""
-    parts = ways(mesh, rules, "batch")
-    if batch_size % parts:
-        raise ValueError(
-            f"batch size {batch_size} does not divide over mesh axes {mesh_axes(rules, 'batch')} = "
-            f"{parts}: use a multiple of {parts}, or a mesh with more of the tensor axis"
-        )
+def check_batch(
+    batch_size: int, mesh: jax.sharding.AbstractMesh, rules: Rules, length: int | None = None
+) -> None:
+    """Raises ValueError if a batch, or its sequences of `length`, do not divide over the mesh."""
+    sizes = {"batch": batch_size} | ({} if length is None else {"sequence": length})
+    names = {"batch": "batch size", "sequence": "sequence length"}
+    for axis, size in sizes.items():
+        parts = ways(mesh, rules, axis)
+        if size % parts:
+            raise ValueError(
+                f"{names[axis]} {size} does not divide over mesh axes {mesh_axes(rules, axis)} = "
+                f"{parts}: use a multiple of {parts}, or a mesh with more of another axis"
+            )
+
+
+def whole_sequences(rules: Rules) -> Rules:
+    """The rules with sequences left whole: those of a model that decodes with a cache."""
+    return tuple((name, None if name == "sequence" else axes) for name, axes in rules)
 
 
 def concrete_mesh_of(x: jax.Array) -> Mesh | None:

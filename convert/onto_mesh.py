@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from btlm_jax import sharding, weights
@@ -53,28 +52,21 @@ def load_hf(
     hf = open_hf(source, revision=revision)
     model = BTLM(read_config(hf), rules=rules or sharding.RULES)
     config = model.config
-    pad = sharding.padding(config, mesh, model.rules) if mesh is not None else {}
-    if mesh is not None:
-        placed = weights.flatten(sharding.param_shardings(config, mesh, model.rules, pad))
-    else:
-        single = SingleDeviceSharding(jax.devices()[0])
-        placed = {w.path: single for w in weights.table(config)}
+    pad, placed = sharding.placement(config, mesh, model.rules)
     params = {}
-    leaves = list(weights.disk_leaves(config))
-    with Progress(sum(hf.tensors[x.hf_name].nbytes for x in leaves), "B", "load") as progress:
+    total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in weights.disk_leaves(config))
+    with Progress(total, "B", "load") as progress:
         for w in weights.table(config):
-            mine = [leaf for leaf in leaves if leaf.weight is w or leaf.weight == w]
-            to = jnp.dtype(dtype) if dtype is not None else _one_dtype(hf, w, mine)
+            leaves = weights.leaves_of(w, config)
+            to = jnp.dtype(dtype) if dtype is not None else _one_dtype(hf, w, leaves)
             shape, out = w.padded(pad), placed[w.path]
             if not w.stacked:
-                params[w.path] = _read(hf, mine[0], shape, to, out)
-                progress.update(hf.tensors[mine[0].hf_name].nbytes)
+                params[w.path] = _read(hf, leaves[0], shape, to, out)
+                progress.update(hf.tensors[leaves[0].hf_name].nbytes)
                 continue
-            one = out
-            if isinstance(out, NamedSharding):
-                one = NamedSharding(out.mesh, PartitionSpec(*out.spec[1:]))
+            one = sharding.of_one_layer(out)
             stack = _zeros((config.n_layer, *shape), to, out)
-            for i, leaf in enumerate(mine):
+            for i, leaf in enumerate(leaves):
                 stack = _put(stack, _read(hf, leaf, shape, to, one), np.int32(i), out)
                 progress.update(hf.tensors[leaf.hf_name].nbytes)
             params[w.path] = stack
@@ -82,13 +74,10 @@ def load_hf(
 
 
 def _one_dtype(hf: HFSource, w: weights.Weight, leaves: list[weights.DiskLeaf]) -> np.dtype:
-    dtypes = {hf.tensors[leaf.hf_name].dtype for leaf in leaves}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"{hf.directory}: the layers of {w.name} are stored as "
-            f"{', '.join(sorted(map(str, dtypes)))} and cannot be stacked as they are; pass dtype="
-        )
-    return dtypes.pop()
+    try:
+        return weights.one_dtype(w, (hf.tensors[leaf.hf_name].dtype for leaf in leaves))
+    except ValueError as e:
+        raise ValueError(f"{hf.directory}: {e}") from None
 
 
 def _read(
@@ -122,6 +111,5 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, out: Any) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="out", donate_argnums=0)
 def _put(stack: jax.Array, layer: jax.Array, i: jax.Array, out: Any) -> jax.Array:
     """`stack` with one layer put in place; donated, so the devices hold one copy."""
-    placed: Callable = jax.lax.dynamic_update_index_in_dim
     with sharding.on_mesh(sharding.mesh_of(stack)):
-        return placed(stack, layer, i, 0)
+        return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)

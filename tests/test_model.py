@@ -272,8 +272,12 @@ def test_left_padded_equals_unpadded(name):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(tensor=4)]
-)
+    "sizes",
+    [
+        dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(tensor=4),
+        dict(fsdp=4, context=2), dict(data=2, context=2, tensor=2), dict(context=8),
+    ],
+)  # fmt: skip
 def test_mesh_equals_one_device(sizes):
     """Logits, gradients and cache on meshes that force padding (V 509, F 170)."""
     config = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=509)
@@ -304,6 +308,29 @@ def test_mesh_equals_one_device(sizes):
     _, cache = model.apply(many, ids[:, :20], cache=cache)
     step, _ = model.apply(many, ids[:, 20:], cache=cache)
     assert max_error(step, expected[:, 20:]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
+def test_split_sequences(name):
+    """What depends on the place in a sequence: segments, scaling, positions, query chunks."""
+    case = cases.load(name)
+    model = BTLM(dataclasses.replace(case.config, n_positions=2048))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, case.config.vocab_size, (2, 2048))
+    segments = np.sort(rng.integers(1, 5, ids.shape), 1)
+    positions = np.arange(2048)[None] - np.argmax(segments[:, :, None] == segments[:, None], 2)
+    mask = np.arange(2048)[None] >= np.array([[0], [700]])
+    mesh = make_mesh(data=2, fsdp=1, context=2, devices=jax.devices()[:4])
+    one, many = (model.init(jax.random.key(0), mesh=m) for m in (None, mesh))
+    for options in (
+        {}, dict(attention_mask=mask), dict(segment_ids=segments, positions=positions),
+    ):  # fmt: skip
+        expected = model.apply(one, ids, **options)
+        got = model.apply(many, ids, **options)
+        assert got.sharding.spec[1] == "context"
+        assert max_error(got, expected) < 1e-5, options
+    with pytest.raises(ValueError, match=r"length 2047 does not divide over .*context.* = 2"):
+        model.apply(many, ids[:, :2047])
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=1), dict(fsdp=1, tensor=2)])

@@ -15,7 +15,7 @@ B3 = BTLMConfig.preset("btlm-3b-8k")
 
 
 def test_mesh_sizes():
-    assert sharding.make_mesh(tensor=2).shape == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert sharding.make_mesh(tensor=2).shape == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
     assert sharding.make_mesh(data=2, fsdp=1, tensor=4).size == 8
     for sizes in (dict(fsdp=3), dict(tensor=3), dict(data=-1), dict(fsdp=0)):
         with pytest.raises(ValueError, match="mesh"):
@@ -42,14 +42,16 @@ def test_specs_of_the_released_model():
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     pad = sharding.padding(B3, mesh)
     specs = weights.flatten(sharding.param_specs(B3, mesh, pad=pad))
-    assert specs[("wte",)] == P("tensor", "fsdp")
-    assert specs[("blocks", "attn", "c_attn", "kernel")] == P(None, "fsdp", None, "tensor", None)
+    assert specs[("wte",)] == P("tensor", ("fsdp", "context"))
+    embed = ("fsdp", "context")
+    qkv = P(None, embed, None, "tensor", None)
+    assert specs[("blocks", "attn", "c_attn", "kernel")] == qkv
     assert specs[("blocks", "attn", "c_proj", "bias")] == P(None, None)
-    assert specs[("blocks", "mlp", "c_proj", "kernel")] == P(None, "tensor", "fsdp")
+    assert specs[("blocks", "mlp", "c_proj", "kernel")] == P(None, "tensor", embed)
     # Every matrix is split over the whole mesh: nothing large is replicated.
     for w in weights.table(B3):
         if len(w.shape) > 1 and w.role != "vector":
-            assert {"fsdp", "tensor"} <= {s for s in specs[w.path] if s}, w.name
+            assert {embed, "tensor"} <= {s for s in specs[w.path] if s}, w.name
 
 
 def test_sizes_that_do_not_divide_are_named():
