@@ -108,7 +108,7 @@ def read(path: PathLike) -> Metadata:
             )
         if left and paths.is_remote(place):
             raise ValueError(f"{place} is unfinished: run the command that was writing it again")
-        raise ValueError(f"{place} is not an Orbax checkpoint; expected one made by btlm")
+        raise Damaged(f"{place} is not an Orbax checkpoint; expected one made by btlm")
     return read_finished(place)
 
 
@@ -126,9 +126,7 @@ def read_finished(place: epath.Path) -> Metadata:
         raise damaged(place, "the list of its arrays cannot be read")
     notes = (found.custom_metadata or {}).get(_KEY)
     if not isinstance(notes, Mapping):
-        raise ValueError(
-            f"{place}: an Orbax checkpoint without BTLM metadata; expected one of ours"
-        )
+        raise Damaged(f"{place}: an Orbax checkpoint without BTLM metadata; expected one of ours")
     if notes.get("format") != FORMAT:
         raise ValueError(
             f"{place}: checkpoint format {notes.get('format')!r}, this version reads {FORMAT}; "
@@ -153,7 +151,7 @@ def read_finished(place: epath.Path) -> Metadata:
         if p in leaves and leaves[p].shape != shape
     ]
     if problems:
-        raise ValueError(f"{place} does not match its configuration:\n  " + "\n  ".join(problems))
+        raise Damaged(f"{place} does not match its configuration:\n  " + "\n  ".join(problems))
     sha256 = {tuple(name.split(".")): value for name, value in notes["sha256"].items()}
     return Metadata(
         path=place,
@@ -184,10 +182,14 @@ def assets_of(path: PathLike) -> list[epath.Path]:
 NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)
 
 
-def damaged(path: epath.Path, why: object) -> ValueError:
+class Damaged(ValueError):
+    """What should be a checkpoint of ours is not, or not all of it: another one may do."""
+
+
+def damaged(path: epath.Path, why: object) -> Damaged:
     """The error for a checkpoint whose files cannot be read."""
     first = (str(why).splitlines() or [""])[0][:300]
-    return ValueError(f"{path}: damaged checkpoint ({first}); copy or convert it again")
+    return Damaged(f"{path}: damaged checkpoint ({first}); copy or convert it again")
 
 
 def structure_sha256(place: epath.Path, leaves: Iterable[weights.Path]) -> str | None:

@@ -112,3 +112,16 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"vocabulary mismatch: the tokenizer has ids up to {largest}, the model's vocab_size "
             f"is {vocab_size}; use the tokenizer the model was trained with"
         )
+
+
+def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers know the same tokens by the same ids and merge alike.
+
+    A `tokenizer.json` and the `vocab.json` and `merges.txt` it was made of are the same.
+    """
+
+    def known(tokenizer: Tokenizer):
+        merges = json.loads(tokenizer.to_str())["model"].get("merges")
+        return merges, tokenizer.get_vocab(with_added_tokens=True)
+
+    return known(a) == known(b)

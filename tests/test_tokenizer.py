@@ -7,7 +7,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
+from btlm_jax.tokenizer import check_vocabulary, load_tokenizer, same_ids
 
 TEXT = "The quick brown fox, the lazy dog. Ünïcode 🙂\n\tand tabs"
 
@@ -68,3 +68,16 @@ def test_vocabulary(bpe):
     check_vocabulary(bpe, 512)
     with pytest.raises(ValueError, match="vocab_size is 200"):
         check_vocabulary(bpe, 200)
+
+
+def test_same_ids(bpe, tmp_path):
+    """The two ways to store a tokenizer are one; another merge order or token is another."""
+    bpe.model.save(str(tmp_path))
+    files = load_tokenizer(tmp_path)
+    assert same_ids(files, bpe) and same_ids(files, files)
+    state = json.loads(bpe.to_str())
+    merges = state["model"]["merges"]
+    merges[-1], merges[-2] = merges[-2], merges[-1]
+    assert not same_ids(Tokenizer.from_str(json.dumps(state)), bpe)
+    files.add_tokens(["<|new|>"])
+    assert not same_ids(files, bpe)

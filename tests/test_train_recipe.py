@@ -8,10 +8,10 @@ import json
 import jax
 import numpy as np
 import pytest
-from btlm_jax.train import recipe as recipes
-from btlm_jax.train.recipe import Model, Phase, Recipe
+from btlm_jax.train import recipe_file as recipes
+from btlm_jax.train.recipe import Model, Optimizer, Phase, Recipe
 
-from btlm_jax import AlibiScaling, BTLMConfig, weights
+from btlm_jax import BTLM, AlibiScaling, BTLMConfig, weights
 
 B3 = recipes.load("btlm-3b-8k")
 
@@ -46,7 +46,7 @@ def test_schedules(schedule, middle):
     r = Recipe(
         model=Model(preset="tiny"),
         phases=(Phase(11, 2, 8), Phase(10, 4, 8)),  # a batch ramp: tokens count, not steps
-        optimizer=recipes.Optimizer(peak_lr=1.0, final_lr=0.0, schedule=schedule),
+        optimizer=Optimizer(peak_lr=1.0, final_lr=0.0, schedule=schedule),
     )
     tokens = np.concatenate([np.arange(11) * 16, 176 + np.arange(10) * 32])
     rates = np.array([float(r.learning_rate(s)) for s in range(21)])
@@ -82,6 +82,42 @@ def test_position_interpolation_scales_the_checkpoints_slopes():
     assert dataclasses.replace(config, alibi_scaling=None, n_positions=8192) == base
 
 
+def updates(*overrides):
+    """The change of each group's weights in the first steps of an optimizer from a recipe."""
+    small = ["model.fields.n_layer=1", "model.fields.n_embd=32", "model.fields.n_head=2"]
+    r = recipes.load("tiny", [*small, "optimizer.weight_decay=0", "optimizer.clip_norm=0",
+                              "optimizer.warmup_tokens=0", *overrides])  # fmt: skip
+    model = BTLM(r.model_config())
+    params = model.init(jax.random.key(0))
+    tx = r.transformation(model.config)
+    state = tx.init(params)
+    for sign in (1.0, 1.0, -0.05):  # tells b2 = 0.99 from 0.95 in Lion
+        change, state = tx.update(jax.tree.map(lambda p, s=sign: s * p, params), state, params)
+    return {k: np.asarray(v) for k, v in weights.flatten(change).items()}
+
+
+def test_each_optimizer_keeps_its_own_betas():
+    for name, b1, b2 in (("adamw", 0.9, 0.95), ("lion", 0.9, 0.99)):
+        default = updates(f"optimizer.name={name}")
+        said = updates(f"optimizer.name={name}", f"optimizer.b1={b1}", f"optimizer.b2={b2}")
+        other = updates(f"optimizer.name={name}", f"optimizer.b1={b1}", "optimizer.b2=0.5")
+        assert all(np.array_equal(default[k], said[k]) for k in said)
+        assert not all(np.array_equal(default[k], other[k]) for k in said)
+
+
+def test_muon_has_rates_of_its_own():
+    kernel, embedding = ("blocks", "attn", "c_attn", "kernel"), ("wte",)
+    base = updates("optimizer.name=muon")
+    twice = updates("optimizer.name=muon", "optimizer.muon_lr=12e-3")  # 2 * peak_lr
+    np.testing.assert_allclose(twice[kernel], 2 * base[kernel], rtol=1e-6)
+    np.testing.assert_array_equal(twice[embedding], base[embedding])
+    rms = updates("optimizer.name=muon", "optimizer.muon_rms=0.2")
+    # 0.2 * peak_lr / sqrt(m), less the part of the schedule that three steps have gone.
+    m = 32 / 64
+    expected = 0.2 * 6e-3 / np.sqrt(m)
+    assert np.sqrt(np.mean(rms[kernel] ** 2)) == pytest.approx(expected, rel=0.2)
+
+
 def test_overrides():
     r = recipes.load(
         "tiny",
@@ -107,6 +143,8 @@ def test_overrides():
         ("optimizer.name=sgd", "found 'sgd', expected one of adamw, lion, muon"),
         ("phases.0.microbatch=3", r"found 3, expected a divisor of batch_size = 8"),
         ("optimizer.b2=1.0", r"optimizer\.b2: found 1\.0"),
+        ("optimizer.muon_lr=0.02", r"optimizer\.muon_lr: found 0\.02, .* with name = 'muon' only"),
+        ("model.init_truncation=0", r"model\.init_truncation: found 0\.0"),
         ("optimizer.peak_lr=-1", r"optimizer\.peak_lr: found -1\.0"),
         ("optimizer.warmup_tokens=1000000000", r"the run has 819200 tokens"),
         ("model.checkpoint=x", "found preset and checkpoint, expected exactly one"),

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax import checkpoint, manifest, sharding, weights
+from btlm_jax import checkpoint, manifest, sharding, staging, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
 
-from .distributed import barrier
+from .distributed import anywhere, barrier
 from .step import TrainState
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(keep_every))
         either: Any = policies.AnyPreservationPolicy(kept)
         self.directory = directory
+        self._keep_last, self._keep_every = keep_last, keep_every
         self._writer = ocp.training.Checkpointer(
             os.fspath(directory),
             preservation_policy=either,
@@ -70,6 +72,18 @@ class Checkpoints:
         }
         notes: Any = manifest.notes(config, {**origin, "step": step}, {}, {}, None)
         self._writer.save_checkpointables_async(step, items, force=True, custom_metadata=notes)
+
+    def require_space(self, state: TrainState, to_come: Iterable[int]) -> None:
+        """Raises OSError if the disk lacks room for the checkpoints of the steps to come.
+
+        One more than `keep_last` must fit: the newest is complete before the oldest goes.
+        """
+        steps = list(to_come)
+        staying = [s for s in steps if self._keep_every and s % self._keep_every == 0]
+        passing = len(steps) - len(staying)
+        more = max(self._keep_last + 1 - len(self.steps()), 1)
+        size = sum(x.nbytes for x in jax.tree.leaves(state))
+        staging.require_space(self.directory, size * (len(staying) + min(passing, more)))
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, ascending."""
@@ -92,29 +106,46 @@ class Checkpoints:
     ) -> tuple[TrainState, manifest.Metadata] | None:
         """The state of the newest checkpoint that can be read; None if there is none.
 
-        A damaged one is reported, removed from the sequence by its number (it is renamed, not
-        deleted) and the one before is taken.
+        A damaged one is reported and the one before is taken; only then is the damaged one renamed
+        (it is not deleted), so that its step can be written again.
 
         Raises:
-          ValueError: there are checkpoints and none can be read.
+          ValueError: there are checkpoints and none can be read; or one that can be is of another
+            model or optimizer.
         """
         steps = self.steps()
+        unusable = []
         for step in reversed(steps):
             try:
-                return restore(self.path(step), model, tx, mesh)
-            except (ValueError, FileNotFoundError) as e:
-                logger.warning("checkpoint %s cannot be used: %s", self.path(step), e)
-                self._set_aside(step)
+                found, why = restore(self.path(step), model, tx, mesh), None
+            except (manifest.Damaged, FileNotFoundError) as e:
+                found, why = None, e
+            # Each process reads its own parts: damage may show in one and not in another.
+            if not anywhere(why is not None):
+                self._set_aside(unusable)
+                return found
+            why = why or "another process cannot read it"
+            logger.warning("checkpoint %s cannot be used: %s", self.path(step), why)
+            unusable.append(step)
         if steps:
-            raise ValueError(f"{self.directory}: none of its checkpoints {steps} can be read")
+            raise ValueError(
+                f"{self.directory}: none of its checkpoints {steps} can be read (see the warnings "
+                "above); put back one that can, or name another directory to start afresh"
+            )
         return None
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, steps: list[int]) -> None:
         """A step that is trained again must find its name free."""
+        if not steps:
+            return
         if jax.process_index() == 0:
-            path = self.path(step)
-            os.rename(path, path.with_name(f"damaged-{step}"))
-            logger.warning("it is kept as %s", path.with_name(f"damaged-{step}"))
+            for step in steps:
+                path = self.path(step)
+                kept = path.with_name(f"damaged-{step}")
+                if kept.exists():  # damaged before, trained again, and damaged again
+                    kept = path.with_name(f"damaged-{step}-{time.time_ns()}")
+                os.rename(path, kept)
+                logger.warning("%s is kept as %s", path, kept)
         barrier("set aside")
         self._writer.reload()
 
@@ -132,13 +163,8 @@ def restore(
     if meta.config != model.config:
         raise ValueError(f"{path} is of another model: {meta.config}, expected {model.config}")
     config = model.config
-    pad = sharding.padding(config, mesh, model.rules) if mesh is not None else {}
-    if mesh is not None:
-        placed = weights.flatten(sharding.param_shardings(config, mesh, model.rules, pad))
-        whole: Any = NamedSharding(mesh, PartitionSpec())
-    else:
-        whole = SingleDeviceSharding(jax.devices()[0])
-        placed = {w.path: whole for w in weights.table(config)}
+    pad, placed = sharding.placement(config, mesh, model.rules)
+    whole = placed[("wte",)] if mesh is None else NamedSharding(mesh, PartitionSpec())
     fp32 = {
         w.path: jax.ShapeDtypeStruct(weights.stacked_shape(w, config, pad), jnp.float32)
         for w in weights.table(config)
@@ -243,7 +269,9 @@ def _check_optimizer(path: Path, wanted: Mapping[str, Any]) -> None:
     except Exception as e:
         raise manifest.damaged(epath.Path(path), f"its optimizer state cannot be read: {e}") from e
     if found is None:
-        raise ValueError(f"{path} holds no optimizer state: start from it with model.checkpoint")
+        raise manifest.Damaged(
+            f"{path} holds no optimizer state: start from it with model.checkpoint"
+        )
     have = {p: tuple(x.shape) for p, x in weights.flatten(found).items()}
     want = {p for p, _ in weights.flatten(wanted).items()}
     odd = ["/".join(p) for p in sorted(set(have) ^ want)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -64,7 +64,7 @@ def batches_on(
         step += 1
 
 
-def prefetch(batches: Iterator[Any], ahead: int = 2) -> Iterator[Any]:
+def prefetch(batches: Iterator[Any], ahead: int = 2) -> Generator[Any]:
     """Keeps some batches on their way to the devices."""
     queue = []
     for batch in batches:

@@ -6,6 +6,7 @@ A run directory holds `recipe.json` (as resolved), `checkpoints/`, `metrics.json
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -33,8 +34,10 @@ from .checkpoints import Checkpoints
 from .distributed import barrier
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch
-from .metrics import FILE, MetricsLog, read_lines, utilisation
-from .recipe import Phase, Recipe, to_dict
+from .metrics import FILE, MetricsLog, read_lines, require_wandb, utilisation
+from .profiling import Profile
+from .recipe import Phase, Recipe
+from .recipe_file import to_dict
 from .step import Metrics, TrainState, init_state, make_step
 from .stopping import StopSignal
 from .token_shards import TokenShards
@@ -60,10 +63,17 @@ class Outcome(NamedTuple):
     held_out: float
 
 
-def train(recipe: Recipe, directory: str | os.PathLike[str]) -> Outcome:
+def train(
+    recipe: Recipe, directory: str | os.PathLike[str], profile: tuple[int, int] | None = None
+) -> Outcome:
     """Trains, or goes on training.
 
     Every process of a run calls this with the same recipe and a directory they share.
+
+    Args:
+      recipe: what to do.
+      directory: of the run.
+      profile: the first and the last step to trace (`Profile`).
 
     Raises:
       ValueError: something that does not fit: recipe, data, mesh, checkpoint, run directory.
@@ -72,9 +82,9 @@ def train(recipe: Recipe, directory: str | os.PathLike[str]) -> Outcome:
       OSError: the disk is full or fails.
     """
     directory = Path(directory).absolute()
-    mesh = sharding.make_mesh(
-        data=recipe.mesh.data, fsdp=recipe.mesh.fsdp, tensor=recipe.mesh.tensor
-    )
+    if recipe.run.wandb_project:
+        require_wandb()
+    mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
     sources, held = _open_data(recipe)
     model = BTLM(_config(recipe))
     if recipe.run.compute_dtype != "auto":
@@ -96,6 +106,7 @@ def train(recipe: Recipe, directory: str | os.PathLike[str]) -> Outcome:
     else:
         state = init_state(_weights(recipe, model, mesh), tx)
     first = int(state.step)
+    keeper.require_space(state, _saves(recipe, first))
     if jax.process_index() == 0:
         logger.info(
             "%s parameters in muP groups:\n%s",
@@ -109,7 +120,8 @@ def train(recipe: Recipe, directory: str | os.PathLike[str]) -> Outcome:
 
     step_fn = make_step(model, tx)
     evaluate = Evaluation(recipe, model, mesh, held)
-    log = MetricsLog(directory, first)
+    log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
+    trace = Profile(directory, profile, first)
     batches = prefetch(batches_on(recipe, _sources(recipe), mesh, first))
     origin = {**identity, "run": str(directory)}
     loss, held_out, stopped = math.nan, math.nan, False
@@ -122,8 +134,11 @@ def train(recipe: Recipe, directory: str | os.PathLike[str]) -> Outcome:
         with StopSignal() as stop, bar as progress, jax.transfer_guard("disallow"):
             while step < recipe.steps and not stopped:
                 _, phase = recipe.phase_at(step)
-                state, metrics = step_fn(state, *next(batches))
+                trace.before(step + 1)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                    state, metrics = step_fn(state, *next(batches))
                 step += 1
+                trace.after(step, metrics)
                 # The metrics of the step before: fetching this one's would wait for it.
                 done, waiting = waiting, (step, phase, metrics)
                 if done is not None:
@@ -153,10 +168,18 @@ def train(recipe: Recipe, directory: str | os.PathLike[str]) -> Outcome:
             if saved != step:
                 keeper.save(model.config, state, step, origin)
     finally:
+        trace.close()
+        batches.close()  # ends the threads that read ahead
         log.close()
         keeper.close()  # waits until the last checkpoint is on the disk
     _draw(directory, recipe)
     return Outcome(step, step == recipe.steps, loss, held_out)
+
+
+def _saves(recipe: Recipe, first: int) -> list[int]:
+    """The steps after `first` whose state is saved."""
+    every = recipe.run.checkpoint_every
+    return [s for s in range(first + 1, recipe.steps) if every and s % every == 0] + [recipe.steps]
 
 
 def _already_finished(recipe: Recipe, directory: Path, keeper: Checkpoints) -> Outcome:
@@ -210,7 +233,8 @@ def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
     """Fresh weights, or those of the checkpoint to start from; fp32 masters."""
     source = recipe.model.checkpoint
     if source is None:
-        return model.init(jax.random.key(recipe.run.seed), mesh=mesh)
+        key = jax.random.key(recipe.run.seed)
+        return model.init(key, mesh=mesh, truncation=recipe.model.init_truncation)
     loader = load_hf if _is_hf(source) else checkpoint.load
     _, params = loader(source, mesh=mesh, dtype=jnp.float32)
     weights.check(params, model.config)
@@ -234,6 +258,11 @@ def _check(
             problems.append(
                 f"phases.{i}.{name}: found {micro}, expected a multiple of {ways}, over which this "
                 f"mesh splits the batch (data x fsdp)"
+            )
+        if phase.length % recipe.mesh.context:
+            problems.append(
+                f"phases.{i}.length: found {phase.length}, expected a multiple of mesh.context = "
+                f"{recipe.mesh.context}"
             )
         if not config.alibi and phase.length > config.n_positions:
             problems.append(
@@ -313,8 +342,10 @@ def _report(
     rate = float(m.tokens) / max(seconds, 1e-9) / jax.device_count()
     used = utilisation(model.config, phase.length, rate)
     if step % recipe.run.log_every == 0 or step in (1, recipe.steps):
+        # Skipped steps do not move the schedule. This one, if it was, would have had the next rate.
+        updates = step - int(m.skipped) - (0 if m.bad_in_a_row else 1)
         with jax.transfer_guard("allow"):
-            learning_rate = float(recipe.learning_rate(step - 1))
+            learning_rate = float(recipe.learning_rate(updates))
         values = {
             "loss": float(m.loss),
             "learning_rate": learning_rate,

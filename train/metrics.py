@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -25,10 +27,14 @@ class MetricsLog:
       directory: of the run.
       step: the step from which it goes on; later lines, of a run that went further and was lost,
         are removed.
+      recipe: as plain values, for Weights & Biases.
+      wandb_project: its project; empty for none.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
-        self._file = self._board = None
+    def __init__(
+        self, directory: Path, step: int, recipe: Mapping[str, Any], wandb_project: str = ""
+    ) -> None:
+        self._file = self._board = self._wandb = None
         if jax.process_index() != 0:
             return
         path = directory / FILE
@@ -43,6 +49,17 @@ class MetricsLog:
             logger.info("no TensorBoard files: pip install 'btlm-jax[train]' brings tensorboardX")
         else:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step)
+        if wandb_project:
+            self._wandb = require_wandb().init(
+                project=wandb_project,
+                name=directory.name,
+                id=_wandb_id(directory),
+                resume="allow",
+                dir=str(directory),
+                config=dict(recipe),
+            )
+            # Its own step cannot go back to a checkpoint; a metric can.
+            self._wandb.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a line, and a point to every curve."""
@@ -52,12 +69,39 @@ class MetricsLog:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log({"step": step, **values})
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def require_wandb() -> Any:
+    """The wandb package.
+
+    Raises:
+      ValueError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            "run.wandb_project is set and wandb is not installed: pip install wandb, or unset it"
+        ) from None
+    return wandb
+
+
+def _wandb_id(directory: Path) -> str:
+    """The same for all calls that go on with a run."""
+    file = directory / "wandb_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    return file.read_text()
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:

@@ -1,18 +1,10 @@
-"""Recipes: everything a training run depends on, as TOML files read into frozen dataclasses.
-
-A recipe's sections are the fields of `Recipe`. Unknown keys and wrong types are errors that name
-the key and the nearest valid one; `--set section.key=value` overrides single values.
-"""
+"""Recipes: everything a training run depends on, as dataclasses that `recipe_file` reads."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import tomllib
-import types
-import typing
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -21,8 +13,6 @@ import optax
 from btlm_jax import config as config_lib
 from btlm_jax import mup
 from btlm_jax.config import AlibiScaling, BTLMConfig
-
-FOLDER = Path(__file__).parent / "recipes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +25,8 @@ class Model:
       checkpoint: an Orbax checkpoint or a Hugging Face directory, whose weights are trained on.
       fields: fields of `BTLMConfig` to replace (n_layer, vocab_size and the like).
       alibi_scaling_factor: position interpolation by a fixed factor.
+      init_truncation: fresh weights are drawn within this many standard deviations, as those of the
+        original training were (2); None draws plain normals, as its Hugging Face code does.
     """
 
     preset: str | None = None
@@ -42,6 +34,7 @@ class Model:
     checkpoint: str | None = None
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     alibi_scaling_factor: float | None = None
+    init_truncation: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +92,12 @@ class Optimizer:
       final_lr: at the last step.
       warmup_tokens: from 0 to the peak, in tokens.
       schedule: from the peak to the end.
-      b1, b2, eps: of Adam and Lion.
+      b1, b2: of Adam and Lion; default 0.9 and 0.95, Lion's 0.9 and 0.99.
+      eps: of Adam.
+      muon_lr: peak of the layers' matrices under Muon, which follows the same schedule; default
+        `peak_lr`.
+      muon_rms: scale Muon's updates to this RMS (0.2 lets it share Adam's rate) in place of the
+        spectral norm.
       weight_decay: of matrices and embeddings.
       decay: its meaning under muP (`mup`).
       clip_norm: of the gradient's global norm; 0 for none.
@@ -110,9 +108,11 @@ class Optimizer:
     final_lr: float = 1.02e-4
     warmup_tokens: int = 0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    b1: float = 0.9
-    b2: float = 0.95
+    b1: float | None = None
+    b2: float | None = None
     eps: float = 1e-8
+    muon_lr: float | None = None
+    muon_rms: float | None = None
     weight_decay: float = 0.1
     decay: Literal["original", "coupled", "independent"] = "original"
     clip_norm: float = 1.0
@@ -124,6 +124,7 @@ class Mesh:
 
     data: int = 1
     fsdp: int = -1
+    context: int = 1
     tensor: int = 1
 
 
@@ -139,6 +140,7 @@ class Run:
       sample_every, prompt: generated text.
       max_bad_steps: steps in a row with gradients that are not finite before the run gives up.
       compute_dtype: "auto" is bfloat16 on accelerators, float32 on CPU.
+      wandb_project: a project of Weights & Biases to report to as well; empty for none.
     """
 
     seed: int = 0
@@ -151,6 +153,7 @@ class Run:
     prompt: str = "The"
     max_bad_steps: int = 10
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    wandb_project: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +204,7 @@ class Recipe:
         known = {f.name for f in dataclasses.fields(BTLMConfig)}
         if unknown := set(self.model.fields) - known:
             name = sorted(unknown)[0]
-            raise ValueError(f"model.fields.{name}: unknown field{_nearest(name, known)}")
+            raise ValueError(f"model.fields.{name}: unknown field{nearest(name, known)}")
         fields = dict(self.model.fields)
         if self.model.alibi_scaling_factor is not None:
             fields["alibi_scaling"] = AlibiScaling(factor=self.model.alibi_scaling_factor)
@@ -232,135 +235,20 @@ class Recipe:
         o = self.optimizer
         clip = o.clip_norm or None
         shared: dict[str, Any] = dict(weight_decay=o.weight_decay, decay=o.decay, clip_norm=clip)
-        if o.name == "adamw":
-            return mup.adamw(self.learning_rate, config, b1=o.b1, b2=o.b2, eps=o.eps, **shared)
+        shared |= {n: getattr(o, n) for n in ("b1", "b2") if getattr(o, n) is not None}
         if o.name == "lion":
-            return mup.lion(self.learning_rate, config, b1=o.b1, b2=o.b2, **shared)
-        return mup.muon(self.learning_rate, config, **shared)
-
-
-def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a recipe.
-
-    Args:
-      source: the name of one of ours (`names`), or the path of a TOML file.
-      overrides: "section.key=value" each, the value as in TOML (strings may lack their quotes);
-        phases are numbered: "phases.0.steps=10".
-
-    Raises:
-      FileNotFoundError: no such recipe; the message lists ours.
-      ValueError: not TOML, unknown keys, values of the wrong type, a recipe that cannot be run.
-    """
-    path = Path(source)
-    if path.suffix != ".toml" and str(source) in names():
-        path = FOLDER / f"{source}.toml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{source}: no such recipe; ours are {', '.join(names())}, others end in .toml"
+            return mup.lion(self.learning_rate, config, **shared)
+        if o.name == "adamw":
+            return mup.adamw(self.learning_rate, config, eps=o.eps, **shared)
+        ratio = (o.muon_lr or o.peak_lr) / o.peak_lr
+        return mup.muon(
+            lambda step: self.learning_rate(step) * ratio,
+            config,
+            adam_learning_rate=self.learning_rate,
+            consistent_rms=o.muon_rms,
+            eps=o.eps,
+            **shared,
         )
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not valid TOML: {e}") from None
-    for override in overrides:
-        _override(raw, override)
-    try:
-        return parse(raw)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-
-
-def parse(raw: Mapping[str, Any]) -> Recipe:
-    """A recipe from parsed TOML; see `load`."""
-    return _dataclass(Recipe, raw, "")
-
-
-def names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(p.stem for p in FOLDER.glob("*.toml"))
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """What `parse` reads back, as JSON and TOML can hold it."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: clean(v) for k, v in value.items() if v is not None}
-        return [clean(v) for v in value] if isinstance(value, list | tuple) else value
-
-    return clean(dataclasses.asdict(recipe))
-
-
-def _dataclass(cls: type, raw: Any, where: str) -> Any:
-    if not isinstance(raw, Mapping):
-        raise ValueError(f"{where or 'recipe'}: found {raw!r}, expected a table")
-    hints, values = typing.get_type_hints(cls), {}
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key, value in raw.items():
-        if key not in fields:
-            raise ValueError(f"{where}{key}: unknown key{_nearest(key, fields)}")
-        values[key] = _value(hints[key], value, where + key)
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(f"{where}{missing[0]}: missing")
-    return cls(**values)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), value, f"{where}.")
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where}: found {value!r}, expected a list of tables")
-        return tuple(_dataclass(args[0], v, f"{where}.{i}.") for i, v in enumerate(value))
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{where}: found {value!r}, expected one of {', '.join(args)}")
-        return value
-    options = args if origin is types.UnionType else (origin or hint,)
-    if float in options and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    kinds = [Mapping if o is Mapping or o is typing.get_origin(hint) else o for o in options]
-    if isinstance(value, bool) and bool not in kinds:
-        kinds = []
-    if not any(isinstance(value, k) for k in kinds if isinstance(k, type)):
-        expected = " or ".join(k.__name__ for k in options if k is not types.NoneType)
-        raise ValueError(f"{where}: found {value!r}, expected {expected}")
-    return value
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)
-    return f"; did you mean {close[0]}? Valid: {', '.join(valid)}" if close else ""
-
-
-def _override(raw: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"--set {text}: expected section.key=value")
-    try:
-        parsed = tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
-        parsed = value
-    node: Any = raw
-    *path, last = key.strip().split(".")
-    for part in path:
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise ValueError(f"--set {text}: there are phases 0 to {len(node) - 1}")
-            node = node[int(part)]
-        else:
-            node = node.setdefault(part, {})
-    if not isinstance(node, dict):
-        raise ValueError(f"--set {text}: {key} is not a key of a table")
-    node[last] = parsed
 
 
 def _problems(r: Recipe) -> Iterable[str]:
@@ -369,7 +257,7 @@ def _problems(r: Recipe) -> Iterable[str]:
         found = " and ".join(given) or "none"
         yield f"model: found {found}, expected exactly one of preset, config and checkpoint"
     if r.model.preset is not None and r.model.preset not in config_lib.PRESETS:
-        valid = _nearest(r.model.preset, config_lib.PRESETS)
+        valid = nearest(r.model.preset, config_lib.PRESETS)
         yield f"model.preset: unknown preset {r.model.preset!r}{valid}"
     if not r.phases:
         yield "phases: found none, expected at least one [[phases]]"
@@ -391,8 +279,14 @@ def _problems(r: Recipe) -> Iterable[str]:
         if getattr(o, name) < 0:
             yield f"optimizer.{name}: found {getattr(o, name)}, expected a number >= 0"
     for name in ("b1", "b2"):
-        if not 0 <= getattr(o, name) < 1:
+        if not 0 <= (getattr(o, name) or 0) < 1:
             yield f"optimizer.{name}: found {getattr(o, name)}, expected a number in [0, 1)"
+    for name in ("muon_lr", "muon_rms"):
+        value = getattr(o, name)
+        if value is not None and (o.name != "muon" or not value > 0):
+            yield f"optimizer.{name}: found {value}, expected a number > 0, with name = 'muon' only"
+    if r.model.init_truncation is not None and not r.model.init_truncation > 0:
+        yield f"model.init_truncation: found {r.model.init_truncation}, expected a number > 0"
     if r.phases and o.warmup_tokens >= r.tokens:
         yield f"optimizer.warmup_tokens: found {o.warmup_tokens}, the run has {r.tokens} tokens"
     if r.data.mixture is not None and r.data.weights:
@@ -403,3 +297,9 @@ def _problems(r: Recipe) -> Iterable[str]:
     for name in ("checkpoint_every", "keep_every", "eval_every", "sample_every"):
         if getattr(r.run, name) < 0:
             yield f"run.{name}: found {getattr(r.run, name)}, expected an int >= 0"
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The hint that ends the message about an unknown name."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)
+    return f"; did you mean {close[0]}? Valid: {', '.join(valid)}" if close else ""

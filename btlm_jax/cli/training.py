@@ -49,6 +49,8 @@ class Train:
     """Of the run; made, or gone on with."""
     set: Annotated[tuple[str, ...], UseAppendAction] = ()
     """A value of the recipe to override, as section.key=value. May be repeated."""
+    profile: str | None = None
+    """Steps to trace for a profiler, as first:last (10:15), into profile/ of the run."""
     coordinator: str | None = None
     """host:port of process 0, for several processes that the environment does not speak of."""
     processes: int | None = None
@@ -57,19 +59,27 @@ class Train:
     """Which of them this is, from 0."""
 
     def run(self) -> None:
-        from btlm_jax.train import distributed, recipe
+        from btlm_jax.train import distributed, recipe_file
 
-        resolved = recipe.load(self.recipe, self.set)
+        resolved = recipe_file.load(self.recipe, self.set)
+        profile = _steps(self.profile) if self.profile is not None else None
         distributed.initialize(self.coordinator, self.processes, self.process)
         from btlm_jax.train.loop import train
 
-        done = train(resolved, self.directory)
+        done = train(resolved, self.directory, profile)
         held = f", held out {done.held_out:.3f}" if done.held_out == done.held_out else ""
         print(f"step {done.step}: loss {done.loss:.3f} nats per token{held}")
         if done.finished:
             print(f"next: btlm generate {self.directory} --prompt TEXT --sample")
         else:
             print(f"resume with: {' '.join(sys.argv)}")
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit()):
+        raise ValueError(f"--profile: found {text!r}, expected first:last, such as 10:15")
+    return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,51 @@
+"""Traces of a few steps, for TensorBoard's profiler, XProf or Perfetto."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+
+class Profile:
+    """Traces the steps from the first to the last named, into `profile/` of the run.
+
+    Args:
+      directory: of the run.
+      steps: first and last, from 1; None traces nothing.
+      done: steps that the run has taken already.
+
+    Raises:
+      ValueError: a first step that is done already, or after the last.
+    """
+
+    def __init__(self, directory: Path, steps: tuple[int, int] | None, done: int) -> None:
+        if steps is not None and not done < steps[0] <= steps[1]:
+            raise ValueError(
+                f"profile: found {steps[0]}:{steps[1]}, expected FIRST:LAST from {done + 1} on"
+            )
+        self._directory, self._tracing = directory / "profile", False
+        self._first, self._last = steps or (0, 0)
+
+    def before(self, step: int) -> None:
+        """Starts to trace if this is the first step to trace."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._directory))
+            self._tracing = True
+
+    def after(self, step: int, results: Any) -> None:
+        """Ends the trace after the last step, once its results are there."""
+        if self._tracing and step == self._last:
+            jax.block_until_ready(results)
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace, if one is being taken."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+            logger.info("trace: tensorboard --logdir %s", self._directory)
