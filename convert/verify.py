@@ -8,15 +8,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from btlm_jax import alibi, array_files, manifest, paths, weights
+from btlm_jax import alibi, array_files, manifest, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 
+from . import formats
 from .hf_source import HFSource, open_hf
 from .parallel import DEFAULT_MEMORY, for_each, workers
 from .report import digest
@@ -183,10 +184,7 @@ def _difference(x: np.ndarray, y: np.ndarray) -> tuple[int, float]:
 def open_any(source: manifest.PathLike) -> Opened:
     """Opens a checkpoint of either format; see `verify`."""
     text = os.fspath(source)
-    place = paths.location(text)
-    if not paths.is_remote(place) and (not place.exists() or (place / "config.json").exists()):
-        if place.exists():
-            source = Path(place)
+    if formats.is_hf(source):
         return _open_hf(text, open_hf(source))
     meta = manifest.read(source)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
@@ -308,15 +306,7 @@ def _logits_rows(
 
 
 def _logits(source: manifest.PathLike, tokens: np.ndarray) -> np.ndarray:
-    import jax.numpy as jnp
-
-    from btlm_jax import checkpoint
-
-    from .onto_mesh import load_hf
-
-    place = paths.location(source)
-    hf = not paths.is_remote(place) and (not place.exists() or (place / "config.json").exists())
     # In fp32, because layers of mixed dtypes cannot be stacked otherwise.
-    model, params = (load_hf if hf else checkpoint.load)(source, dtype=jnp.float32)
+    model, params = formats.load(source, dtype=jnp.float32)
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     return np.asarray(model.apply(params, tokens))

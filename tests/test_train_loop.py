@@ -16,7 +16,7 @@ import cases
 import jax
 import numpy as np
 import pytest
-from btlm_jax.convert import export, verify
+from btlm_jax.convert import convert, export, hf_source, verify
 from btlm_jax.train import recipe as recipes
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
@@ -343,6 +343,24 @@ def test_start_from_a_checkpoint(files, reference, tmp_path):
         file.write_text(text)
         train(recipes.load(file), tmp_path / f"run-{source.name}")
         assert losses(tmp_path / f"run-{source.name}")[1] < losses(run)[1] - 0.1
+
+
+def test_stored_slopes_are_trained_with(files, tmp_path, monkeypatch):
+    """Those of the released model lost bits in bf16: no format of it may lead to the exact ones."""
+    case = cases.load("g_bf16")
+    hf = cases.write_hf(tmp_path / "hf", case, tokenizer=True)
+    convert(hf, tmp_path / "orbax")
+    monkeypatch.setattr(hf_source, "fetch", lambda name, *_: {"org/name": hf}[name])
+    text = files.read_text()
+    rest = text[text.rindex("[[phases]]") :]
+    found = []
+    for i, source in enumerate((tmp_path / "orbax", hf, "org/name")):
+        file, run = tmp_path / f"{i}.toml", tmp_path / f"run-{i}"
+        file.write_text(f'[model]\ncheckpoint = "{source}"\n{rest}')
+        train(load(file, "phases.0.steps=2"), run)
+        assert manifest.read(run).config == case.config, source
+        found.append(losses(run))
+    assert len(found[0]) == 2 and found[0] == found[1] == found[2]
 
 
 def test_training_checkpoints_are_checkpoints(reference):

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from btlm_jax.convert import load_hf
+from btlm_jax.convert import formats
 from etils import epath
 from jax.sharding import Mesh
 
-from btlm_jax import checkpoint, manifest, mup, sharding, staging, weights
+from btlm_jax import manifest, mup, sharding, staging, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
@@ -197,13 +197,7 @@ def _config(recipe: Recipe) -> BTLMConfig:
     source = recipe.model.checkpoint
     if source is None:
         return recipe.model_config()
-    return recipe.model_config(
-        BTLMConfig.from_hf(source) if _is_hf(source) else manifest.read(source).config
-    )
-
-
-def _is_hf(source: str) -> bool:
-    return (Path(source) / "config.json").is_file()
+    return recipe.model_config(formats.config_of(source))
 
 
 def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
@@ -211,8 +205,7 @@ def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
     source = recipe.model.checkpoint
     if source is None:
         return model.init(jax.random.key(recipe.run.seed), mesh=mesh)
-    loader = load_hf if _is_hf(source) else checkpoint.load
-    _, params = loader(source, mesh=mesh, dtype=jnp.float32)
+    _, params = formats.load(source, mesh=mesh, dtype=jnp.float32)
     weights.check(params, model.config)
     return params
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
 from .arguments import Bytes
+
+if TYPE_CHECKING:
+    from btlm_jax.config import BTLMConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,35 +127,38 @@ class Info:
         from btlm_jax import accounting, paths
         from btlm_jax.config import PRESETS, BTLMConfig
 
-        path, rows = paths.location(self.source), []
-        if not path.exists() and self.source in PRESETS:
+        rows: list[tuple[str, str]] = []
+        if paths.location(self.source).exists():
+            config, rows = _look_into(self.source)
+        elif self.source in PRESETS:
             config = BTLMConfig.preset(self.source)
-        elif not path.exists():
+        else:
             raise FileNotFoundError(
                 f"{self.source}: no such checkpoint; the presets are {', '.join(PRESETS)}"
             )
-        elif (path / "config.json").is_file():
-            config = BTLMConfig.from_hf(Path(path))
-        else:
-            from btlm_jax import manifest, weights
-
-            meta = manifest.read(self.source)
-            config = meta.config
-            stored: dict[str, int] = {}
-            for leaf in meta.leaves.values():
-                stored[str(leaf.dtype)] = stored.get(str(leaf.dtype), 0) + leaf.size * (
-                    leaf.dtype.itemsize
-                )
-            rows = [("stored", ", ".join(f"{d} {accounting.gib(n)}" for d, n in stored.items()))]
-            if meta.origin.get("source"):
-                rows.append(("converted from", meta.origin["source"]))
-            if meta.sha256:
-                from btlm_jax.convert.report import digest
-
-                names = {x.path: x.hf_name for x in weights.disk_leaves(config)}
-                hashes = {names[path]: value for path, value in meta.sha256.items()}
-                rows.append(("sha256 of sha256", digest(hashes)))
         rows = accounting.describe(config, self.length or config.n_positions) + rows
         width = max(len(what) for what, _ in rows)
         for what, value in rows:
             print(f"{what:<{width}}  {value}")
+
+
+def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
+    """The configuration of a checkpoint of either format, and what an Orbax one says besides."""
+    from btlm_jax import accounting, manifest, paths, weights
+    from btlm_jax.config import BTLMConfig
+    from btlm_jax.convert import formats
+    from btlm_jax.convert.report import digest
+
+    if formats.is_hf(source):
+        return BTLMConfig.from_hf(Path(paths.location(source))), []
+    meta = manifest.read(source)
+    stored: Counter[str] = Counter()
+    for leaf in meta.leaves.values():
+        stored[str(leaf.dtype)] += leaf.size * leaf.dtype.itemsize
+    rows = [("stored", ", ".join(f"{d} {accounting.gib(n)}" for d, n in stored.items()))]
+    if meta.origin.get("source"):
+        rows.append(("converted from", meta.origin["source"]))
+    if meta.sha256:
+        names = {x.path: x.hf_name for x in weights.disk_leaves(meta.config)}
+        rows.append(("sha256 of sha256", digest({names[p]: v for p, v in meta.sha256.items()})))
+    return meta.config, rows
