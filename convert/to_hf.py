@@ -24,7 +24,7 @@ from .hf_config import config_json, generation_config
 from .parallel import DEFAULT_MEMORY, for_each, workers
 from .report import Report, digest, peak_rss
 from .safetensors_file import WRITER, SafetensorsFile, Tensor, plan
-from .to_orbax import SLOPES, explained
+from .to_orbax import SLOPES
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ def export(
     shards = plan(tensors, max_shard_bytes)
     names = _names(len(shards))
     key = _key(meta, names, shards)
-    out = staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key)
-    with explained(target), out as stage:
+    with staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
         content = Path(stage.content)
         todo = [t for t in tensors if t.name not in stage.finished]
         total, left = (sum(t.nbytes for t in ts) for ts in (tensors, todo))

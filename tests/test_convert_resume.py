@@ -585,7 +585,7 @@ class FullDisk:
 
 def assert_says_what_to_do(error: OSError, target: Path) -> None:
     assert error.errno == errno.ENOSPC
-    for part in (str(target), "finished tensors are kept", "free space", "same command again"):
+    for part in (str(target), "finished pieces are kept", "free space", "same command again"):
         assert part in str(error)
 
 
@@ -768,9 +768,11 @@ def test_too_little_memory(made, tmp_path):
 def test_save_leaves_nothing_of_a_failure(made, tmp_path):
     """Weights in memory cannot be known again, so `save` starts anew each time."""
     model, params = btlm.load(made.checkpoint)
-    with failing(3, OSError("broken")), pytest.raises(OSError):
-        checkpoint.save(tmp_path / "c", model.config, params)
-    assert list(tmp_path.iterdir()) == []
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error, said in ((OSError("broken"), "broken"), (full, f"{tmp_path / 'c'}; nothing of it")):
+        with failing(3, error), pytest.raises(OSError, match=said):
+            checkpoint.save(tmp_path / "c", model.config, params)
+        assert list(tmp_path.iterdir()) == []
 
 
 if __name__ == "__main__":
