@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from btlm_jax import __version__, array_files, checkpoint, manifest, staging, weights
+from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
 
 from .hf_source import HFSource, open_hf
-from .parallel import DEFAULT_MEMORY, for_each, workers
+from .parallel import for_each, workers
 from .report import Report, digest, peak_rss
 
 logger = logging.getLogger(__name__)

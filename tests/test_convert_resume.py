@@ -26,7 +26,7 @@ import cases
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, to_hf
+from btlm_jax.convert import convert, export
 from btlm_jax.convert.hf_source import open_hf
 from btlm_jax.convert.safetensors_file import SafetensorsFile
 from safetensors.numpy import save_file
@@ -285,7 +285,7 @@ def _child(job: dict) -> dict:
     if "at" in job:  # which change it is must not depend on threads
         options["max_memory"] = ONE_THREAD
         if job["what"] == "export":
-            options["max_memory"] = 5 * to_hf.largest_block(manifest.read(job["source"]))
+            options["max_memory"] = 5 * manifest.read(job["source"]).largest_block
     try:
         report = WORK[job["what"]](job["source"], job["target"], **options)
         out |= {"resumed": report.resumed, "tensors": report.tensors}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from btlm_jax.byte_size import DEFAULT_MEMORY
+
 from .arguments import Bytes
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class Convert:
     """The Orbax checkpoint to write: a directory, or a gs:// URL."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    max_memory: Bytes = 512 << 20
+    max_memory: Bytes = DEFAULT_MEMORY
     """Of weights in flight, such as 512MiB."""
     allow_nonfinite: bool = False
     """Convert weights that hold NaN or Inf too."""
@@ -63,7 +65,7 @@ class Export:
     """The directory to write."""
     max_shard_size: Bytes = 5 * 10**9
     """Of one safetensors file, such as 5GB."""
-    max_memory: Bytes = 512 << 20
+    max_memory: Bytes = DEFAULT_MEMORY
     """Of weights in flight, such as 512MiB."""
     overwrite: bool = False
     """Replace an existing export."""
@@ -97,7 +99,7 @@ class Verify:
     """Accept differences of values up to this, also between dtypes; default equal bits only."""
     logits: bool = False
     """Run both through the model on the same tokens too (in fp32, one model at a time)."""
-    max_memory: Bytes = 512 << 20
+    max_memory: Bytes = DEFAULT_MEMORY
     """Of weights in flight, such as 512MiB."""
 
     def run(self) -> int:
@@ -144,7 +146,7 @@ class Info:
 
 def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     """The configuration of a checkpoint of either format, and what an Orbax one says besides."""
-    from btlm_jax import accounting, manifest, paths, weights
+    from btlm_jax import byte_size, manifest, paths, weights
     from btlm_jax.config import BTLMConfig
     from btlm_jax.convert import formats
     from btlm_jax.convert.report import digest
@@ -155,7 +157,7 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     stored: Counter[str] = Counter()
     for leaf in meta.leaves.values():
         stored[str(leaf.dtype)] += leaf.size * leaf.dtype.itemsize
-    rows = [("stored", ", ".join(f"{d} {accounting.gib(n)}" for d, n in stored.items()))]
+    rows = [("stored", ", ".join(f"{d} {byte_size.show(n)}" for d, n in stored.items()))]
     if meta.origin.get("source"):
         rows.append(("converted from", meta.origin["source"]))
     if meta.sha256:
