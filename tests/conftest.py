@@ -1,14 +1,15 @@
-"""Shared set-up: 8 virtual CPU devices, before anything initialises JAX."""
+"""Shared set-up: 8 virtual CPU devices."""
 
 import os
 
+import cases
+import pytest
+from hypothesis import settings
+
+# JAX reads this when its first device is asked for, which no import does.
 _FLAG = "--xla_force_host_platform_device_count=8"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
-
-import cases  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
 
 # Compiling dwarfs everything else, so no deadline; fixed examples, so that CI is repeatable.
 settings.register_profile("btlm", deadline=None, derandomize=True)
