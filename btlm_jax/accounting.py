@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from btlm_jax import weights
+from btlm_jax import byte_size, weights
 from btlm_jax.config import BTLMConfig
 
 
@@ -74,14 +74,11 @@ def describe(config: BTLMConfig, length: int) -> list[tuple[str, str]]:
         ("positions", f"{c.position_embedding_type}, {c.n_positions} trained, scaling {scaling}"),
         ("muP", mup),
         ("parameters", f"{n:,} ({', '.join(f'{k} {v:,}' for k, v in by_role.items())})"),
-        (
-            "weights",
-            ", ".join(f"{name} {gib(n * size)}" for name, size in (("fp32", 4), ("bf16", 2))),
-        ),
+        ("weights", f"fp32 {byte_size.show(4 * n)}, bf16 {byte_size.show(2 * n)}"),
         (
             "KV cache",
             f"{kv_bytes_per_token(c):,} B per token in bf16, "
-            f"{gib(kv_bytes_per_token(c) * length)} at {length} tokens",
+            f"{byte_size.show(kv_bytes_per_token(c) * length)} at {length} tokens",
         ),
         (
             f"forward FLOPs per token at {length}",
@@ -99,11 +96,6 @@ def _size(w: weights.Weight, c: BTLMConfig) -> int:
     for size in w.shape:
         n *= size
     return n
-
-
-def gib(nbytes: float) -> str:
-    """Bytes in GiB, or MiB below one."""
-    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.2f} MiB"
 
 
 # Dense bf16 FLOP/s per device as JAX counts devices, from the vendors' data sheets.

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 
+# Of weights in flight, wherever `max_memory` is an argument. Here, where the command line, which
+# starts without JAX, can have it too.
+DEFAULT_MEMORY = 512 << 20
+
 _DECIMAL, _BINARY = "kMGT", "KMGT"
 _FACTORS = {"": 1, "B": 1}
 _FACTORS |= {f"{u}B": 1000 ** (i + 1) for i, u in enumerate(_DECIMAL)}

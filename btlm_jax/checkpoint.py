@@ -59,7 +59,7 @@ class Writer:
         name = ".".join(leaf.path)
         folder = self._stage.content / manifest.ITEM / name
         digest = array_files.write(folder, leaf.weight.shape, dtype, blocks)
-        record = {"sha256": digest.sha256, "nonfinite": digest.nonfinite, "dtype": str(dtype)}
+        record = {"sha256": digest.sha256, "nonfinite": digest.nonfinite}
         self._stage.record(name, record)
         return record
 

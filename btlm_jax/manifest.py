@@ -60,6 +60,15 @@ class Metadata:
         """Bytes of all arrays, uncompressed."""
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in self.leaves.values())
 
+    @property
+    def largest_block(self) -> int:
+        """Bytes of the largest block that `blocks` brings into memory.
+
+        Orbax's own layout is read by whole arrays, ours by blocks.
+        """
+        whole = max(math.prod(x.shape) * x.dtype.itemsize for x in self.leaves.values())
+        return whole if self.ocdbt else min(whole, array_files.BLOCK_BYTES)
+
     def blocks(self, leaf: weights.DiskLeaf, width: int | None = None) -> Iterator[np.ndarray]:
         """Yields a stored array as 1-D blocks, as stored.
 

@@ -69,6 +69,7 @@ def new_directory(
     Raises:
       FileExistsError: see `refuse_existing`; or another process is writing there.
       ValueError: several processes, which would each write here; overwriting in an object store.
+      OSError: the disk is full (it says what is kept and what to do) or fails.
     """
     # Only asked where it can be so: it starts JAX's backends, which a converter on a TPU host that
     # trains should not.
@@ -83,8 +84,7 @@ def new_directory(
     else:
         work = target.parent / f".{target.name}.partial"
         content = work / target.name
-    make_folder(work)
-    with _lock(work, target):
+    with _full_disk_explained(path, resumable=key is not None), _lock(work, target):
         stage = Stage(content, _take_up(work, content, key), work / "finished")
         done = False
         try:
@@ -192,8 +192,28 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
+def _full_disk_explained(path: str | os.PathLike[str], *, resumable: bool) -> Iterator[None]:
+    """Says of a full disk what is kept and what to do."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno != errno.ENOSPC or "free space" in str(e):  # `require_space` has said it
+            raise
+        kept = (
+            "the finished pieces are kept: free space, then run the same command again"
+            if resumable
+            else "nothing of it is kept: free space or choose another disk, then write it again"
+        )
+        raise OSError(errno.ENOSPC, f"no space left while writing {path}; {kept}") from e
+
+
+@contextlib.contextmanager
 def _lock(work: epath.Path, target: epath.Path) -> Iterator[None]:
-    """Keeps a second process out for as long as this one lives; object stores know no locks."""
+    """Makes the folder and keeps a second process out of it while this one lives.
+
+    Object stores know neither folders nor locks.
+    """
+    make_folder(work)
     if paths.is_remote(work):
         yield
         return

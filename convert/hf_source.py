@@ -12,9 +12,10 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -153,7 +154,7 @@ class HFSource:
             raise KeyError(f"{self.directory} holds no tensor {name!r}")
         return self.tensors[name]
 
-    def _open(self, info: TensorInfo) -> BinaryIO:
+    def _open(self, info: TensorInfo) -> FileIO:
         file = info.file.open("rb", buffering=0)
         if identity(info.file) != self.identities[info.file]:
             file.close()

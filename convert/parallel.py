@@ -9,8 +9,6 @@ from typing import Any
 
 from btlm_jax import array_files, byte_size
 
-DEFAULT_MEMORY = 512 << 20
-
 # What a thread holds: a block in hand and one on its way to or from the disk, each with the copies
 # that coding and writing make of it.
 _BLOCKS_PER_WORKER = 5

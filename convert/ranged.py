@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterator[tuple[int
         yield first + sum(i * s for i, s in zip(outer, steps, strict=False)), length
 
 
-def read_into(file: BinaryIO, offset: int, out: np.ndarray) -> None:
+def read_into(file: FileIO, offset: int, out: np.ndarray) -> None:
     """Fill a C-contiguous array with the bytes of an unbuffered file from `offset` on.
 
     Raises:
@@ -50,7 +50,7 @@ def read_into(file: BinaryIO, offset: int, out: np.ndarray) -> None:
     view = out.reshape(-1).view(np.uint8).data
     file.seek(offset)
     while view:
-        count = file.readinto(view)  # type: ignore
+        count = file.readinto(view)
         if not count:
             raise ValueError(f"{file.name} ends {len(view)} bytes early. {REDOWNLOAD}")
         view = view[count:]

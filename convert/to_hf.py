@@ -17,14 +17,15 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from btlm_jax import __version__, alibi, array_files, manifest, paths, staging, weights
+from btlm_jax import __version__, alibi, manifest, paths, staging, weights
+from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.progress import Progress
 
 from .hf_config import config_json, generation_config
-from .parallel import DEFAULT_MEMORY, for_each, workers
+from .parallel import for_each, workers
 from .report import Report, digest, peak_rss
 from .safetensors_file import WRITER, SafetensorsFile, Tensor, plan
-from .to_orbax import SLOPES, explained
+from .to_orbax import SLOPES
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def export(
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
     staging.refuse_existing(target, overwrite=overwrite, ours=is_ours)
     meta = manifest.read(source)
-    threads = workers(max_memory, largest_block(meta))
+    threads = workers(max_memory, meta.largest_block)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
     tensors = [
         Tensor(name, np.dtype(meta.leaves[leaf.path].dtype), leaf.weight.hf_shape)
@@ -84,8 +85,7 @@ def export(
     shards = plan(tensors, max_shard_bytes)
     names = _names(len(shards))
     key = _key(meta, names, shards)
-    out = staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key)
-    with explained(target), out as stage:
+    with staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
         content = Path(stage.content)
         todo = [t for t in tensors if t.name not in stage.finished]
         total, left = (sum(t.nbytes for t in ts) for ts in (tensors, todo))
@@ -141,15 +141,6 @@ def is_ours(path: manifest.PathLike) -> bool:
         return bool(files) and all(WRITER in safe_open(f, "np").metadata() for f in files)
     except (SafetensorError, TypeError):
         return False
-
-
-def largest_block(meta: manifest.Metadata) -> int:
-    """Bytes of the largest block that reading a checkpoint brings into memory.
-
-    Orbax's own layout reads by whole arrays; ours by blocks.
-    """
-    whole = max(x.size * x.dtype.itemsize for x in meta.leaves.values())
-    return whole if meta.ocdbt else min(whole, array_files.BLOCK_BYTES)
 
 
 def _names(count: int) -> list[str]:

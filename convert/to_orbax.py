@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import logging
 import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from btlm_jax import __version__, array_files, checkpoint, manifest, staging, weights
+from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
 
 from .hf_source import HFSource, open_hf
-from .parallel import DEFAULT_MEMORY, for_each, workers
+from .parallel import for_each, workers
 from .report import Report, digest, peak_rss
 
 logger = logging.getLogger(__name__)
@@ -70,15 +68,14 @@ def convert(
     hf = open_hf(source, revision=revision)
     config = read_config(hf)
     leaves = list(weights.disk_leaves(config))
-    out = checkpoint.writer(
+    with checkpoint.writer(
         target,
         config,
         assets=hf.assets,
         origin=_origin(hf, source, [leaf.hf_name for leaf in leaves]),
         overwrite=overwrite,
         key=_key(hf),
-    )
-    with explained(target), out as writer:
+    ) as writer:
         todo = [leaf for leaf in leaves if not writer.finished(leaf)]
         total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in leaves)
         left = sum(hf.tensors[leaf.hf_name].nbytes for leaf in todo)
@@ -139,21 +136,6 @@ def _check_finite(hf: HFSource, records: dict[str, Any], allowed: bool) -> None:
     if not allowed:
         raise ValueError(f"{found}\nPass --allow-nonfinite to convert them as they are")
     logger.warning("%s", found)
-
-
-@contextlib.contextmanager
-def explained(target: manifest.PathLike) -> Iterator[None]:
-    """Says of a full disk what is kept and what to do."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno != errno.ENOSPC or "free space" in str(e):
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"no space left while writing {target}; the finished tensors are kept: free space, "
-            "then run the same command again",
-        ) from e
 
 
 def read_config(hf: HFSource) -> BTLMConfig:

@@ -8,20 +8,21 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from btlm_jax import alibi, array_files, manifest, paths, weights
+from btlm_jax import alibi, array_files, manifest, weights
+from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 
+from . import formats
 from .hf_source import HFSource, open_hf
-from .parallel import DEFAULT_MEMORY, for_each, workers
+from .parallel import for_each, workers
 from .report import digest
 from .safetensors_file import SHA256
-from .to_hf import largest_block
 from .to_orbax import SLOPES, read_config
 
 
@@ -38,8 +39,8 @@ class Opened:
       sha256: what the checkpoint records of its tensors, by Hugging Face name.
       assets: its tokenizer and other small files.
       asset_sha256: what it records of them, by file name.
-      structure: what it records of the files that describe its arrays, and what they are now.
-      slopes: what it records of the ALiBi slopes where they are a tensor, and what they are now.
+      rest: what else it records a SHA-256 of, and how to find out what that is now: the files that
+        describe its arrays, or the ALiBi slopes where they are a tensor.
       largest_block: bytes of the largest block.
     """
 
@@ -50,8 +51,7 @@ class Opened:
     sha256: Mapping[str, str]
     assets: Mapping[str, bytes]
     asset_sha256: Mapping[str, str]
-    structure: tuple[str | None, str | None] = (None, None)
-    slopes: tuple[str | None, str | None] = (None, None)
+    rest: Mapping[str, tuple[str | None, Callable[[], str | None]]]
     largest_block: int = array_files.BLOCK_BYTES
 
 
@@ -183,23 +183,24 @@ def _difference(x: np.ndarray, y: np.ndarray) -> tuple[int, float]:
 def open_any(source: manifest.PathLike) -> Opened:
     """Opens a checkpoint of either format; see `verify`."""
     text = os.fspath(source)
-    place = paths.location(text)
-    if not paths.is_remote(place) and (not place.exists() or (place / "config.json").exists()):
-        if place.exists():
-            source = Path(place)
+    if formats.is_hf(source):
         return _open_hf(text, open_hf(source))
     meta = manifest.read(source)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
+
+    def structure() -> str | None:
+        return manifest.structure_sha256(meta.path, meta.leaves)
+
     return Opened(
         name=text,
         config=meta.config,
         dtypes={name: np.dtype(meta.leaves[leaf.path].dtype) for name, leaf in leaves.items()},
-        blocks=lambda leaf, width: meta.blocks(leaf, width),
+        blocks=meta.blocks,
         sha256={n: meta.sha256[x.path] for n, x in leaves.items() if x.path in meta.sha256},
         assets={file.name: file.read_bytes() for file in manifest.assets_of(meta.path)},
         asset_sha256=meta.asset_sha256,
-        structure=(meta.structure_sha256, manifest.structure_sha256(meta.path, meta.leaves)),
-        largest_block=largest_block(meta),
+        rest={"zarr.json, _METADATA": (meta.structure_sha256, structure)},
+        largest_block=meta.largest_block,
     )
 
 
@@ -212,7 +213,10 @@ def _open_hf(name: str, hf: HFSource) -> Opened:
         if file.suffix == ".safetensors":
             with safe_open(file, "numpy") as opened:
                 recorded |= json.loads((opened.metadata() or {}).get(SHA256, "{}"))
-    slopes = hashlib.sha256(hf.read(SLOPES).tobytes()).hexdigest() if SLOPES in recorded else None
+
+    def slopes() -> str:
+        return hashlib.sha256(hf.read(SLOPES).tobytes()).hexdigest()
+
     return Opened(
         name=name,
         config=read_config(hf),
@@ -221,7 +225,7 @@ def _open_hf(name: str, hf: HFSource) -> Opened:
         sha256=recorded,
         assets={file.name: file.read_bytes() for file in hf.assets},
         asset_sha256={},
-        slopes=(recorded.get(SLOPES), slopes),
+        rest={SLOPES: (recorded[SLOPES], slopes)} if SLOPES in recorded else {},
     )
 
 
@@ -253,11 +257,8 @@ def _against_record(opened: Opened, max_memory: int) -> Verification:
         threads = workers(max_memory, opened.largest_block)
         for_each(leaves, lambda leaf: check(leaf, progress), threads)
     differences = [(leaf.hf_name, rows[leaf.hf_name]) for leaf in leaves if leaf.hf_name in rows]
-    for what, (recorded, found) in (
-        (SLOPES, opened.slopes),
-        ("zarr.json, _METADATA", opened.structure),
-    ):
-        if recorded != found:
+    for what, (recorded, now) in opened.rest.items():
+        if recorded != (found := now()):
             differences.append((what, f"sha256 {found}, recorded {recorded}"))
     for name, recorded in opened.asset_sha256.items():
         data = opened.assets.get(name)
@@ -308,15 +309,7 @@ def _logits_rows(
 
 
 def _logits(source: manifest.PathLike, tokens: np.ndarray) -> np.ndarray:
-    import jax.numpy as jnp
-
-    from btlm_jax import checkpoint
-
-    from .onto_mesh import load_hf
-
-    place = paths.location(source)
-    hf = not paths.is_remote(place) and (not place.exists() or (place / "config.json").exists())
     # In fp32, because layers of mixed dtypes cannot be stacked otherwise.
-    model, params = (load_hf if hf else checkpoint.load)(source, dtype=jnp.float32)
+    model, params = formats.load(source, dtype=jnp.float32)
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     return np.asarray(model.apply(params, tokens))

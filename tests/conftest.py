@@ -1,19 +1,20 @@
-"""Shared set-up: 8 virtual CPU devices, before anything initialises JAX."""
+"""Shared set-up: 8 virtual CPU devices."""
 
 import os
 
-# On a busy machine the threads of 8 devices may wait long for each other; XLA's limit is 40 s.
+import cases
+import pytest
+from hypothesis import settings
+
+# JAX reads these when its first device is asked for, which no import does. On a busy machine the
+# threads of 8 devices may wait long for each other; XLA's limit is 40 s.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
-for flag in _FLAGS:
-    if flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-
-import cases  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+for _flag in _FLAGS:
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
 # Compiling dwarfs everything else, so no deadline; fixed examples, so that CI is repeatable.
 settings.register_profile("btlm", deadline=None, derandomize=True)

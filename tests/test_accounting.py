@@ -50,4 +50,5 @@ def test_bad_length():
 def test_description():
     rows = dict(accounting.describe(B3, 8192))
     assert "2,646,255,744" in rows["parameters"]
-    assert "327,680 B per token" in rows["KV cache"] and "2.50 GiB" in rows["KV cache"]
+    assert rows["weights"] == "fp32 9.9 GiB, bf16 4.9 GiB"
+    assert rows["KV cache"] == "327,680 B per token in bf16, 2.5 GiB at 8192 tokens"

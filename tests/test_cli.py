@@ -10,7 +10,7 @@ import sys
 import cases
 import pytest
 
-from btlm_jax import cli
+from btlm_jax import byte_size, cli
 
 COMMANDS = ("quickstart", "convert", "export", "info", "generate")
 
@@ -48,6 +48,9 @@ def test_convert_info_generate_export(capsys, tmp_path):
     assert code == 0 and "31 tensors (31 float32)" in out and "tokenizer.json" in out
     code, out, _ = run(capsys, "info", tmp_path / "c", "--length", "64")
     assert code == 0 and "2 layers, n_embd 96" in out and str(source) in out
+    weights = cases.load("a2_btlm_mup_h32").weights
+    nbytes = sum(x.nbytes for name, x in weights.items() if name != cases.SLOPES)
+    assert ["stored", "float32", *byte_size.show(nbytes).split()] in map(str.split, out.split("\n"))
     assert (
         run(capsys, "info", source, "--length", "64")[1].split()
         == out[: out.index("stored")].split()

@@ -26,7 +26,7 @@ import cases
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, to_hf
+from btlm_jax.convert import convert, export
 from btlm_jax.convert.hf_source import open_hf
 from btlm_jax.convert.safetensors_file import SafetensorsFile
 from safetensors.numpy import save_file
@@ -285,7 +285,7 @@ def _child(job: dict) -> dict:
     if "at" in job:  # which change it is must not depend on threads
         options["max_memory"] = ONE_THREAD
         if job["what"] == "export":
-            options["max_memory"] = 5 * to_hf.largest_block(manifest.read(job["source"]))
+            options["max_memory"] = 5 * manifest.read(job["source"]).largest_block
     try:
         report = WORK[job["what"]](job["source"], job["target"], **options)
         out |= {"resumed": report.resumed, "tensors": report.tensors}
@@ -585,7 +585,7 @@ class FullDisk:
 
 def assert_says_what_to_do(error: OSError, target: Path) -> None:
     assert error.errno == errno.ENOSPC
-    for part in (str(target), "finished tensors are kept", "free space", "same command again"):
+    for part in (str(target), "finished pieces are kept", "free space", "same command again"):
         assert part in str(error)
 
 
@@ -768,9 +768,11 @@ def test_too_little_memory(made, tmp_path):
 def test_save_leaves_nothing_of_a_failure(made, tmp_path):
     """Weights in memory cannot be known again, so `save` starts anew each time."""
     model, params = btlm.load(made.checkpoint)
-    with failing(3, OSError("broken")), pytest.raises(OSError):
-        checkpoint.save(tmp_path / "c", model.config, params)
-    assert list(tmp_path.iterdir()) == []
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error, said in ((OSError("broken"), "broken"), (full, f"{tmp_path / 'c'}; nothing of it")):
+        with failing(3, error), pytest.raises(OSError, match=said):
+            checkpoint.save(tmp_path / "c", model.config, params)
+        assert list(tmp_path.iterdir()) == []
 
 
 if __name__ == "__main__":

@@ -621,6 +621,16 @@ def test_what_is_not_there(tmp_path, monkeypatch, forms):
     assert asked == ["runs/checkpoint"] * 2
 
 
+def test_the_structure_is_read_where_it_is_compared(forms, monkeypatch):
+    def read(*_):
+        raise AssertionError("read")
+
+    monkeypatch.setattr(manifest, "structure_sha256", read)
+    assert verify(forms["orbax"], forms["export"])
+    with pytest.raises(AssertionError, match="read"):
+        verify(forms["orbax"])
+
+
 def test_what_is_no_checkpoint(tmp_path, forms):
     with pytest.raises(ValueError, match="not an Orbax checkpoint"):
         verify(tmp_path)

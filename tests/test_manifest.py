@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cases
+import jax
 import numpy as np
 import pytest
 from btlm_jax.convert import convert
 from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
-from btlm_jax import AlibiScaling, manifest, weights
+from btlm_jax import AlibiScaling, array_files, manifest, weights
 
 CASE = cases.load("g_bf16")
 
@@ -84,6 +85,16 @@ def test_what_is_read_back(converted):
     assert not meta.ocdbt and meta.path == converted
     slopes = CASE.weights[cases.SLOPES].nbytes
     assert meta.nbytes == sum(x.nbytes for x in CASE.weights.values()) - slopes
+    largest = max(x.nbytes for x in CASE.weights.values())
+    assert meta.largest_block == dataclasses.replace(meta, ocdbt=True).largest_block == largest
+
+
+def test_largest_block_of_large_arrays(converted):
+    """A block of ours; in Orbax's own layout, the whole array."""
+    large = {("x",): jax.ShapeDtypeStruct((1 << 20, 9), np.float32)}
+    meta = dataclasses.replace(manifest.read(converted), leaves=large)
+    assert meta.largest_block == array_files.BLOCK_BYTES
+    assert dataclasses.replace(meta, ocdbt=True).largest_block == 36 << 20
 
 
 # The seal --------------------------------------------------------------------------------------

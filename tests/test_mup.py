@@ -428,7 +428,10 @@ def test_schedule_free_wraps_and_is_a_partition():
 
     def reference(kind):
         factor = 0.1 if kind == "hidden" else 1.0
-        rate = lambda i: factor * warmup(i)  # noqa: E731
+
+        def rate(i):
+            return factor * warmup(i)
+
         return schedule_free(
             optax.adamw(rate, 0.0, 0.95, weight_decay=DECAYED["original"][kind]), rate
         )

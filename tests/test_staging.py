@@ -42,6 +42,11 @@ def interrupt(path, *pieces: str, key=KEY, **options) -> None:
         raise KeyboardInterrupt
 
 
+def interrupt_with(error: BaseException, path, key) -> None:
+    with new(path, key=key):
+        raise error
+
+
 def names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
@@ -296,6 +301,40 @@ def test_require_space(tmp_path, monkeypatch):
         staging.require_space(tmp_path / "not/yet/there", 1_001)
     assert error.value.errno == errno.ENOSPC
     assert asked == [tmp_path, tmp_path]
+
+
+@pytest.mark.parametrize(
+    "key, said, left",
+    [
+        (
+            KEY,
+            "the finished pieces are kept: free space, then run the same command",
+            [".c.partial"],
+        ),
+        (None, "nothing of it is kept: free space or choose another disk", []),
+    ],
+)
+def test_full_disk(c, key, said, left):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
+    with pytest.raises(OSError, match=f"no space left while writing {c}; {said}") as error:
+        interrupt_with(full, c, key)
+    assert error.value.errno == errno.ENOSPC and error.value.__cause__ is full
+    assert names(c.parent) == left
+    # What says so itself, and every other failure, is left as it is.
+    short = OSError(errno.ENOSPC, "1001 B are to be written; free space or choose another disk")
+    for other in (short, OSError(errno.EIO, "broken"), ValueError("no space")):
+        with pytest.raises(type(other)) as error:
+            interrupt_with(other, c, key)
+        assert error.value is other
+
+
+def test_too_full_to_begin(c, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(staging, "make_folder", full)
+    with pytest.raises(OSError, match="no space left while writing"):
+        write(c, "x", key=KEY)
 
 
 # Small files -----------------------------------------------------------------------------------

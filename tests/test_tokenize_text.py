@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -301,6 +303,29 @@ def test_bad_record_can_be_skipped_later(tokenizer, tmp_path, caplog, monkeypatc
     assert TokenShards(tmp_path / "t").manifest.sources[0].skipped == 4
     tokenize(tmp_path / "a.jsonl", tmp_path / "u", tokenizer, shard_tokens=5000, on_error="skip")
     assert contents(tmp_path / "t") == contents(tmp_path / "u")
+
+
+@pytest.mark.parametrize("source", ["a.jsonl", "-"])
+def test_full_disk(tokenizer, tmp_path, monkeypatch, source):
+    """It says what is kept, and what to do; the same call does it."""
+    data, count = jsonl(DOCUMENTS * 40), itertools.count()
+    (tmp_path / "a.jsonl").write_bytes(data)
+    arguments = source if source == "-" else tmp_path / source, tmp_path / "t", tokenizer
+
+    def full_after_three(path, mode):
+        return open(path if next(count) < 3 else "/dev/full", mode)
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+        patch.setattr(tokenize_text, "open", full_after_three, raising=False)
+        tokenize(*arguments, shard_tokens=5000)
+    said, kept = ("nothing of it is kept", 0) if source == "-" else ("same command again", 3)
+    assert error.value.errno == errno.ENOSPC and said in str(error.value)
+    assert f"no space left while writing {tmp_path / 't'}" in str(error.value)
+    assert not (tmp_path / "t").exists()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert tokenize(*arguments, shard_tokens=5000).resumed == kept
+    assert texts(tmp_path / "t") == DOCUMENTS * 40
 
 
 def test_changed_input_starts_over(tokenizer, tmp_path, caplog):

@@ -18,7 +18,7 @@ import cases
 import jax
 import numpy as np
 import pytest
-from btlm_jax.convert import export, verify
+from btlm_jax.convert import convert, export, hf_source, verify
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
@@ -407,6 +407,39 @@ def test_start_from_a_checkpoint(files, reference, tmp_path):
         file.write_text(text)
         train(recipes.load(file), tmp_path / f"run-{source.name}")
         assert losses(tmp_path / f"run-{source.name}")[1] < losses(run)[1] - 0.1
+
+
+def test_tokens_of_another_tokenizer_are_refused(files, reference, tmp_path):
+    """The same number of tokens in another order, which no loss would tell at once."""
+    run = copy_of(reference[0], tmp_path / "run")
+    path = run / "tokenizer/tokenizer.json"
+    tokens = json.loads(path.read_text())
+    vocab = tokens["model"]["vocab"]
+    vocab["0"], vocab["1"] = vocab["1"], vocab["0"]
+    path.write_text(json.dumps(tokens))
+    file = tmp_path / "other.toml"
+    rest = files.read_text()
+    file.write_text(f'[model]\ncheckpoint = "{run}"\n{rest[rest.index("[[phases]]") :]}')
+    with pytest.raises(ValueError, match=r"another tokenizer than that of .*--tokenizer .*run"):
+        train(load(file), tmp_path / "next")
+
+
+def test_stored_slopes_are_trained_with(files, tmp_path, monkeypatch):
+    """Those of the released model lost bits in bf16: no format of it may lead to the exact ones."""
+    case = cases.load("g_bf16")
+    hf = cases.write_hf(tmp_path / "hf", case)
+    convert(hf, tmp_path / "orbax")
+    monkeypatch.setattr(hf_source, "fetch", lambda name, *_: {"org/name": hf}[name])
+    text = files.read_text()
+    rest = text[text.rindex("[[phases]]") :]
+    found = []
+    for i, source in enumerate((tmp_path / "orbax", hf, "org/name")):
+        file, run = tmp_path / f"{i}.toml", tmp_path / f"run-{i}"
+        file.write_text(f'[model]\ncheckpoint = "{source}"\n{rest}')
+        train(load(file, "phases.0.steps=2"), run)
+        assert manifest.read(run).config == case.config, source
+        found.append(losses(run))
+    assert len(found[0]) == 2 and found[0] == found[1] == found[2]
 
 
 def test_training_checkpoints_are_checkpoints(reference):

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from btlm_jax.convert import load_hf
+from btlm_jax.convert import formats
 from etils import epath
 from jax.sharding import Mesh
 
-from btlm_jax import checkpoint, manifest, mup, sharding, staging, weights
+from btlm_jax import manifest, mup, sharding, staging, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
-from btlm_jax.tokenizer import load_tokenizer
+from btlm_jax.tokenizer import load_tokenizer, same_ids
 
 from . import data, plots
 from .checkpoints import Checkpoints
@@ -220,13 +220,7 @@ def _config(recipe: Recipe) -> BTLMConfig:
     source = recipe.model.checkpoint
     if source is None:
         return recipe.model_config()
-    return recipe.model_config(
-        BTLMConfig.from_hf(source) if _is_hf(source) else manifest.read(source).config
-    )
-
-
-def _is_hf(source: str) -> bool:
-    return (Path(source) / "config.json").is_file()
+    return recipe.model_config(formats.config_of(source))
 
 
 def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
@@ -235,8 +229,7 @@ def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
     if source is None:
         key = jax.random.key(recipe.run.seed)
         return model.init(key, mesh=mesh, truncation=recipe.model.init_truncation)
-    loader = load_hf if _is_hf(source) else checkpoint.load
-    _, params = loader(source, mesh=mesh, dtype=jnp.float32)
+    _, params = formats.load(source, mesh=mesh, dtype=jnp.float32)
     weights.check(params, model.config)
     return params
 
@@ -277,6 +270,13 @@ def _check(
             )
     if len({t.manifest.tokenizer_sha256 for t in [*sources, *([held] if held else [])]}) > 1:
         problems.append("data: the directories were made with different tokenizers")
+    start = recipe.model.checkpoint
+    known = formats.tokenizer_of(start) if start is not None else None
+    if known is not None and not same_ids(known, load_tokenizer(sources[0].directory)):
+        problems.append(
+            f"data.train: {sources[0].directory} was made with another tokenizer than that of "
+            f"{start}: tokenize it with --tokenizer {start}"
+        )
     if problems:
         raise ValueError("the recipe cannot be run:\n  " + "\n  ".join(problems))
 

@@ -22,7 +22,8 @@ class Model:
     Attributes:
       preset: a named configuration, with fresh weights.
       config: a `config.json`, with fresh weights.
-      checkpoint: an Orbax checkpoint or a Hugging Face directory, whose weights are trained on.
+      checkpoint: an Orbax checkpoint, a Hugging Face directory or a Hub id, whose weights are
+        trained on.
       fields: fields of `BTLMConfig` to replace (n_layer, vocab_size and the like).
       alibi_scaling_factor: position interpolation by a fixed factor.
       init_truncation: fresh weights are drawn within this many standard deviations, as those of the

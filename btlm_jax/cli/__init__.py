@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     command = tyro.cli(
-        Command,  # type: ignore
+        Command,
         prog="btlm",
         description="BTLM in JAX: train, convert, inspect and generate. "
         "--debug, anywhere, shows tracebacks.",

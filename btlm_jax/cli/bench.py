@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
+from btlm_jax.byte_size import DEFAULT_MEMORY
+
 from .arguments import Bytes
 
 
@@ -24,7 +26,7 @@ class BenchConvert:
     """Of the model; the embedding stays."""
     form: Literal["safetensors", "safetensors-sharded", "bin", "bin-sharded"] = "safetensors"
     """Of the checkpoint that is converted."""
-    max_memory: Bytes = 512 << 20
+    max_memory: Bytes = DEFAULT_MEMORY
     """Of weights in flight, such as 512MiB."""
     keep: bool = False
     """Keep the files."""

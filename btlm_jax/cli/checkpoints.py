@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
+from btlm_jax.byte_size import DEFAULT_MEMORY
+
 from .arguments import Bytes
+
+if TYPE_CHECKING:
+    from btlm_jax.config import BTLMConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Convert:
     """The Orbax checkpoint to write: a directory, or a gs:// URL."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    max_memory: Bytes = 512 << 20
+    max_memory: Bytes = DEFAULT_MEMORY
     """Of weights in flight, such as 512MiB."""
     allow_nonfinite: bool = False
     """Convert weights that hold NaN or Inf too."""
@@ -58,7 +65,7 @@ class Export:
     """The directory to write."""
     max_shard_size: Bytes = 5 * 10**9
     """Of one safetensors file, such as 5GB."""
-    max_memory: Bytes = 512 << 20
+    max_memory: Bytes = DEFAULT_MEMORY
     """Of weights in flight, such as 512MiB."""
     overwrite: bool = False
     """Replace an existing export."""
@@ -92,7 +99,7 @@ class Verify:
     """Accept differences of values up to this, also between dtypes; default equal bits only."""
     logits: bool = False
     """Run both through the model on the same tokens too (in fp32, one model at a time)."""
-    max_memory: Bytes = 512 << 20
+    max_memory: Bytes = DEFAULT_MEMORY
     """Of weights in flight, such as 512MiB."""
 
     def run(self) -> int:
@@ -122,35 +129,38 @@ class Info:
         from btlm_jax import accounting, paths
         from btlm_jax.config import PRESETS, BTLMConfig
 
-        path, rows = paths.location(self.source), []
-        if not path.exists() and self.source in PRESETS:
+        rows: list[tuple[str, str]] = []
+        if paths.location(self.source).exists():
+            config, rows = _look_into(self.source)
+        elif self.source in PRESETS:
             config = BTLMConfig.preset(self.source)
-        elif not path.exists():
+        else:
             raise FileNotFoundError(
                 f"{self.source}: no such checkpoint; the presets are {', '.join(PRESETS)}"
             )
-        elif (path / "config.json").is_file():
-            config = BTLMConfig.from_hf(Path(path))
-        else:
-            from btlm_jax import manifest, weights
-
-            meta = manifest.read(self.source)
-            config = meta.config
-            stored: dict[str, int] = {}
-            for leaf in meta.leaves.values():
-                stored[str(leaf.dtype)] = stored.get(str(leaf.dtype), 0) + leaf.size * (
-                    leaf.dtype.itemsize
-                )
-            rows = [("stored", ", ".join(f"{d} {accounting.gib(n)}" for d, n in stored.items()))]
-            if meta.origin.get("source"):
-                rows.append(("converted from", meta.origin["source"]))
-            if meta.sha256:
-                from btlm_jax.convert.report import digest
-
-                names = {x.path: x.hf_name for x in weights.disk_leaves(config)}
-                hashes = {names[path]: value for path, value in meta.sha256.items()}
-                rows.append(("sha256 of sha256", digest(hashes)))
         rows = accounting.describe(config, self.length or config.n_positions) + rows
         width = max(len(what) for what, _ in rows)
         for what, value in rows:
             print(f"{what:<{width}}  {value}")
+
+
+def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
+    """The configuration of a checkpoint of either format, and what an Orbax one says besides."""
+    from btlm_jax import byte_size, manifest, paths, weights
+    from btlm_jax.config import BTLMConfig
+    from btlm_jax.convert import formats
+    from btlm_jax.convert.report import digest
+
+    if formats.is_hf(source):
+        return BTLMConfig.from_hf(Path(paths.location(source))), []
+    meta = manifest.read(source)
+    stored: Counter[str] = Counter()
+    for leaf in meta.leaves.values():
+        stored[str(leaf.dtype)] += leaf.size * leaf.dtype.itemsize
+    rows = [("stored", ", ".join(f"{d} {byte_size.show(n)}" for d, n in stored.items()))]
+    if meta.origin.get("source"):
+        rows.append(("converted from", meta.origin["source"]))
+    if meta.sha256:
+        names = {x.path: x.hf_name for x in weights.disk_leaves(meta.config)}
+        rows.append(("sha256 of sha256", digest({names[p]: v for p, v in meta.sha256.items()})))
+    return meta.config, rows

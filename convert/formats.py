@@ -1,0 +1,58 @@
+"""A checkpoint of either format: which one a source is, and what both can be asked for."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from tokenizers import Tokenizer
+
+from btlm_jax import checkpoint, manifest, paths, weights
+from btlm_jax.config import BTLMConfig
+from btlm_jax.model import BTLM
+from btlm_jax.tokenizer import home_of, load_tokenizer
+
+from .hf_source import open_hf
+from .onto_mesh import load_hf
+from .to_orbax import read_config
+
+
+def is_hf(source: manifest.PathLike) -> bool:
+    """Whether a source is to be opened as Hugging Face files, not as an Orbax checkpoint.
+
+    It is if it is a local directory with a config.json, or if there is nothing of this name: then
+    it may be a Hub id, and `open_hf` knows what to say if it is none.
+
+    Raises:
+      ValueError: a URL that `paths.location` refuses.
+    """
+    place = paths.location(source)
+    return not paths.is_remote(place) and (not place.exists() or (place / "config.json").is_file())
+
+
+def config_of(source: manifest.PathLike) -> BTLMConfig:
+    """The configuration of a checkpoint of either format, with its stored ALiBi slopes.
+
+    Raises:
+      FileNotFoundError, ConnectionError, ValueError: as `open_hf`, `read_config`, `manifest.read`.
+    """
+    return read_config(open_hf(source)) if is_hf(source) else manifest.read(source).config
+
+
+def tokenizer_of(source: manifest.PathLike) -> Tokenizer | None:
+    """The tokenizer that a checkpoint of either format carries; None if it carries none.
+
+    Raises:
+      FileNotFoundError, ConnectionError, ValueError: as `open_hf` and `load_tokenizer`.
+    """
+    home = open_hf(source).directory if is_hf(source) else home_of(source)
+    try:
+        return load_tokenizer(home)
+    except FileNotFoundError:
+        return None
+
+
+def load(
+    source: manifest.PathLike, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+) -> tuple[BTLM, weights.Params]:
+    """`checkpoint.load` or `load_hf`, whichever reads this source."""
+    return (load_hf if is_hf(source) else checkpoint.load)(source, mesh=mesh, dtype=dtype)
