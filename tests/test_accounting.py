@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -30,8 +32,6 @@ def test_flops_of_the_released_model():
 
 def test_flops_against_the_compiler():
     """XLA counts the same products; it also counts elementwise work, so it is a little above."""
-    import dataclasses
-
     config = dataclasses.replace(BTLMConfig.preset("tiny"), n_layer=1, n_embd=256, n_inner=1024)
     model, T = BTLM(config), 256
     params = model.init(jax.random.key(0))
@@ -51,3 +51,7 @@ def test_description():
     rows = dict(accounting.describe(B3, 8192))
     assert "2,646,255,744" in rows["parameters"]
     assert "327,680 B per token" in rows["KV cache"] and "2.50 GiB" in rows["KV cache"]
+    assert "CompleteP" not in rows
+    deep = dataclasses.replace(B3, completep_base_layers=4)
+    said = dict(accounting.describe(deep, 8192))["CompleteP"]
+    assert said == "tuned at depth 4, alpha 1, residual branches times 0.125"

@@ -300,6 +300,11 @@ def test_gradients_that_are_not_finite(files, tmp_path):
         (["model.fields.vocab_size=50"], ValueError, "61 tokens, the model 50"),
         (["phases.0.steps=100000"], ValueError, ""),
         (["model.checkpoint=gone", "model.preset="], ValueError, ""),
+        (
+            ["model.fields.completep_base_layers=1"],
+            ValueError,
+            "^optimizer.decay: .*expected .c",
+        ),
     ],
 )
 def test_refused_before_the_first_step(files, tmp_path, overrides, error, said):
@@ -307,7 +312,7 @@ def test_refused_before_the_first_step(files, tmp_path, overrides, error, said):
         pytest.skip("more than one epoch is allowed, and reported")
     with pytest.raises(error, match=said):
         train(load(files, *overrides), tmp_path / "run")
-    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_gone_on_with_otherwise(files, reference, tmp_path):

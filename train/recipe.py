@@ -228,15 +228,22 @@ class Recipe:
         return jnp.where(seen < o.warmup_tokens, o.peak_lr * warm, decayed)
 
     def transformation(self, config: BTLMConfig) -> optax.GradientTransformation:
-        """The optimizer, in muP groups."""
+        """The optimizer, in muP groups.
+
+        Raises:
+          ValueError: a decay that does not go with the model (`mup.adamw`).
+        """
         o = self.optimizer
         clip = o.clip_norm or None
         shared: dict[str, Any] = dict(weight_decay=o.weight_decay, decay=o.decay, clip_norm=clip)
-        if o.name == "adamw":
-            return mup.adamw(self.learning_rate, config, b1=o.b1, b2=o.b2, eps=o.eps, **shared)
-        if o.name == "lion":
-            return mup.lion(self.learning_rate, config, b1=o.b1, b2=o.b2, **shared)
-        return mup.muon(self.learning_rate, config, **shared)
+        try:
+            if o.name == "adamw":
+                return mup.adamw(self.learning_rate, config, b1=o.b1, b2=o.b2, eps=o.eps, **shared)
+            if o.name == "lion":
+                return mup.lion(self.learning_rate, config, b1=o.b1, b2=o.b2, **shared)
+            return mup.muon(self.learning_rate, config, **shared)
+        except ValueError as e:  # mup names its arguments, which are the keys of this section
+            raise ValueError(f"optimizer.{e}") from None
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
