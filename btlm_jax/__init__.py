@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from btlm_jax.model import BTLM as BTLM
     from btlm_jax.sharding import make_mesh as make_mesh
     from btlm_jax.tokenizer import load_tokenizer as load_tokenizer
+    from btlm_jax.weights import fold_completep as fold_completep
 
 _HOME = {
     "AlibiScaling": "config",
     "BTLM": "model",
     "BTLMConfig": "config",
     "KVCache": "layers",
+    "fold_completep": "weights",
     "generate": "generation.loop",
     "load": "checkpoint",
     "load_tokenizer": "tokenizer",

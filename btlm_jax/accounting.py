@@ -64,6 +64,8 @@ def describe(config: BTLMConfig, length: int) -> list[tuple[str, str]]:
     }
     mup = f"width_scale {c.mup_width_scale:g}, embeddings_scale {c.mup_embeddings_scale:g}, "
     mup += f"output_alpha {c.mup_output_alpha:g}, q·k / {'K' if c.mup_scale_qk_dot_by_d else '√K'}"
+    depth = f"tuned at depth {c.completep_base_layers}, alpha {c.completep_alpha:g}, residual "
+    depth += f"branches times {c.residual_scale:.6g}"
     scaling = c.alibi_scaling.to_hf() if c.alibi_scaling else "none"
     return [
         (
@@ -73,6 +75,7 @@ def describe(config: BTLMConfig, length: int) -> list[tuple[str, str]]:
         ),
         ("positions", f"{c.position_embedding_type}, {c.n_positions} trained, scaling {scaling}"),
         ("muP", mup),
+        *([("CompleteP", depth)] if c.completep_base_layers else []),
         ("parameters", f"{n:,} ({', '.join(f'{k} {v:,}' for k, v in by_role.items())})"),
         ("weights", f"fp32 {byte_size.show(4 * n)}, bf16 {byte_size.show(2 * n)}"),
         (

@@ -13,14 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# muP base width of the family: the hyper-parameters were tuned at this n_embd.
-MUP_BASE_WIDTH = 256
+from btlm_jax.presets import MUP_BASE_WIDTH, PRESETS
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_new")
 POSITION_EMBEDDINGS = ("alibi", "learned")
 MODEL_TYPES = ("btlm", "jais")
 # The original modelling code, to which the config.json of an export refers.
 _CODE = "cerebras/btlm-3b-8k-base--"
+# Fields that no config.json has a key for.
+_OURS = ("alibi_slopes", "completep_base_layers", "completep_alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,11 @@ class BTLMConfig:
     `alibi_slopes` are the H slopes stored in a checkpoint, exactly (the released one stores them
     rounded to bf16); None means the exact slopes of `alibi.slopes`.
 
+    `completep_base_layers` L0 turns on CompleteP (arXiv 2505.01618), so that hyper-parameters tuned
+    at depth L0 hold at depth L: residual branches are multiplied by (L0 / L)**completep_alpha,
+    their out-projections start without the 1 / sqrt(2 L), and `mup` follows. Alpha is in [0.5, 1];
+    1 is CompleteP proper. The original and all published weights are without.
+
     Raises:
       ValueError: one or more fields are invalid or unsupported; every one is named.
     """
@@ -114,6 +120,8 @@ class BTLMConfig:
     eos_token_id: int | None = 50256
     pad_token_id: int | None = None
     alibi_slopes: tuple[float, ...] | None = None
+    completep_base_layers: int | None = None
+    completep_alpha: float = 1.0
 
     def __post_init__(self) -> None:
         if self.n_inner in (0, None):
@@ -151,6 +159,13 @@ class BTLMConfig:
         """The factor on the logits, mup_output_alpha * mup_width_scale."""
         return self.mup_output_alpha * self.mup_width_scale
 
+    @property
+    def residual_scale(self) -> float:
+        """The factor on what attention and MLP add to the residual stream; 1 without CompleteP."""
+        if self.completep_base_layers is None:
+            return 1.0
+        return (self.completep_base_layers / self.n_layer) ** self.completep_alpha
+
     def require_no_dropout(self) -> None:
         """Raises ValueError if any dropout probability is above zero. Training calls it."""
         rates = {n: getattr(self, n) for n in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
@@ -179,7 +194,7 @@ class BTLMConfig:
         """
         raw = source if isinstance(source, Mapping) else read_config_json(source)
         _refuse_unsupported(raw)
-        names = [f.name for f in dataclasses.fields(cls) if f.name != "alibi_slopes"]
+        names = [f.name for f in dataclasses.fields(cls) if f.name not in _OURS]
         values = {n: raw[n] for n in names if n in raw}
         if values.get("n_inner") is None:
             values["n_inner"] = 0
@@ -191,11 +206,21 @@ class BTLMConfig:
         """Returns the `config.json` of the released flavour.
 
         Its `auto_map` names the original modelling code on the Hub.
+
+        Raises:
+          ValueError: CompleteP, which that code does not know.
         """
+        if self.completep_base_layers is not None:
+            raise ValueError(
+                f"completep_base_layers: found {self.completep_base_layers}; neither config.json "
+                "nor the original modelling code has a factor on residual branches. Multiply it "
+                "into the weights first: model, params = btlm.load(CHECKPOINT); btlm.save(FOLDED, "
+                "*btlm.fold_completep(model.config, params))"
+            )
         fields = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
-            if f.name not in ("alibi_slopes", "alibi_scaling")
+            if f.name not in (*_OURS, "alibi_scaling")
         }
         return {
             "architectures": ["BTLMLMHeadModel"],
@@ -220,59 +245,7 @@ class BTLMConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
-        return cls(**_BTLM, **PRESETS[name])
-
-
-# Shared by every preset: the choices of the released model that do not depend on its size.
-_BTLM: dict[str, Any] = dict(
-    activation_function="swiglu",
-    position_embedding_type="alibi",
-    initializer_range=0.073,
-    mup_embeddings_scale=14.6,
-    mup_output_alpha=2.2200000000000003,
-    mup_scale_qk_dot_by_d=True,
-    resid_pdrop=0.0,
-    embd_pdrop=0.0,
-    attn_pdrop=0.0,
-)
-
-
-def _ladder(width: int) -> dict[str, Any]:
-    """A rung of the muP ladder: the released model with only the width changed.
-
-    Depth stays 32, heads are 64 wide, n_inner follows floor(8/3 * width) as 6826 does for 2560.
-    """
-    return dict(
-        n_positions=8192,
-        n_embd=width,
-        n_layer=32,
-        n_head=width // 64,
-        n_inner=8 * width // 3,
-        mup_width_scale=MUP_BASE_WIDTH / width,
-    )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "btlm-3b-8k": dict(
-        n_positions=8192, n_embd=2560, n_layer=32, n_head=32, n_inner=6826, mup_width_scale=0.1
-    ),
-    # Small enough for a test; its muP base width is 32.
-    "tiny": dict(
-        vocab_size=512,
-        n_positions=256,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        n_inner=170,
-        mup_width_scale=0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-    ),
-    "btlm-40m": _ladder(256),
-    "btlm-130m": _ladder(512),
-    "btlm-450m": _ladder(1024),
-    "btlm-1.7b": _ladder(2048),
-}
+        return cls(**PRESETS[name])
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
@@ -337,6 +310,13 @@ def _problems(c: BTLMConfig):
         token = getattr(c, name)
         if token is not None and not (_is_int(token) and token >= 0):
             yield bad(name, "null or a token id >= 0")
+    base = c.completep_base_layers
+    if base is not None and not (_is_int(base) and base > 0):
+        yield bad("completep_base_layers", "None or a positive int")
+    if not (_is_number(c.completep_alpha) and 0.5 <= c.completep_alpha <= 1):
+        yield bad("completep_alpha", "a number in [0.5, 1]")
+    elif base is None and c.completep_alpha != 1:
+        yield bad("completep_alpha", "1.0 without completep_base_layers: set that too")
     if c.alibi_scaling is not None and not isinstance(c.alibi_scaling, AlibiScaling):
         yield bad("alibi_scaling", "None or an AlibiScaling")
     elif c.alibi_scaling is not None and c.position_embedding_type != "alibi":
@@ -364,6 +344,12 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention", "is_encoder_decoder"):
         if raw.get(name):
             problems.append(f"{name}: found {raw[name]!r}, expected false: it is not supported")
+    for name in ("completep_base_layers", "completep_alpha"):
+        if name in raw:
+            problems.append(
+                f"{name}: found {raw[name]!r}, expected no such key: the original code would "
+                "ignore it. Set it with dataclasses.replace, or in model.fields of a recipe"
+            )
     if raw.get("quantization_config"):
         problems.append("quantization_config: quantised checkpoints are not supported as a source")
     if problems:

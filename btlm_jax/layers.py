@@ -146,10 +146,11 @@ class LayerNorm(Layer):
 
 
 class Linear(Layer):
-    """A projection with bias; `axes` are the logical axes of the result."""
+    """A projection with bias, times `scale`; `axes` are the logical axes of the result."""
 
     equation: str
     axes: tuple[str | None, ...]
+    scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -157,7 +158,10 @@ class Linear(Layer):
         bias = self.weight("bias", jnp.float32)
         if self.equation.endswith("->cbhtk"):
             bias = bias[:, None, :, None, :]
-        return (y + bias).astype(self.spec.dtype)
+        y = y + bias
+        # In fp32, before the one rounding. Without CompleteP the program has no trace of it.
+        y = y if self.scale == 1.0 else y * self.scale
+        return y.astype(self.spec.dtype)
 
 
 class Attention(Layer):
@@ -193,7 +197,8 @@ class Attention(Layer):
             implementation=spec.implementation,
             shard=spec.attention_shard,
         )
-        h = Linear(spec, "bhtk,hkd->btd", ("batch", "sequence", None), name="c_proj")(out)
+        axes = ("batch", "sequence", None)
+        h = Linear(spec, "bhtk,hkd->btd", axes, c.residual_scale, name="c_proj")(out)
         if not capture:
             return h, kv, None
         q, k = (spec.place(x, "batch", "heads", None, None) for x in (q, k))
@@ -211,11 +216,15 @@ class MLP(Layer):
             y_BTF = y_BTF * nn.silu(Linear(spec, "btd,df->btf", axes, name="c_fc2")(x_BTD))
         else:
             y_BTF = nn.gelu(y_BTF, approximate=c.activation_function == "gelu_new")
-        return Linear(spec, "btf,fd->btd", ("batch", "sequence", None), name="c_proj")(y_BTF)
+        axes = ("batch", "sequence", None)
+        return Linear(spec, "btf,fd->btd", axes, c.residual_scale, name="c_proj")(y_BTF)
 
 
 class Block(Layer):
-    """h += Attn(ln_1(h)); h += MLP(ln_2(h)). The body of the scan over layers."""
+    """h += Attn(ln_1(h)); h += MLP(ln_2(h)). The body of the scan over layers.
+
+    Both branches end in a c_proj, which multiplies by CompleteP's `residual_scale`.
+    """
 
     capture: bool
 

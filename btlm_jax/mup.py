@@ -10,6 +10,10 @@ and one on the weight decay. With m = 1 / mup_width_scale, for AdamW:
 | embedding | wte (tied head included), wpe | lr | wd |
 | vector | LayerNorm scales, every bias | lr | 0 |
 
+CompleteP (arXiv 2505.01618), transfer in depth, is a matter of the configuration: at d times the
+depth of `completep_base_layers`, everything in a layer learns at d ** (alpha - 1) times its rate,
+eps becomes eps / m * d ** -alpha, and hidden matrices decay "coupled".
+
 `adamw`, `lion` and `muon` have everything in its place. In a chain of one's own, `scale_by_mup`
 must come after what normalises the gradients (Adam would divide the factor out again), and within
 `schedule_free`, never around it. A transformation cannot see its neighbours in `optax.chain`; so
@@ -18,7 +22,6 @@ must come after what normalises the gradients (Adam would divide the factor out 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -54,54 +57,41 @@ _WIDTH_POWER = {"adam": 1.0, "lion": 1.0, "muon": 0.0, "muon_rms": 0.5}
 _ROLES = ("hidden", "embedding", "vector")
 
 
-@dataclasses.dataclass(frozen=True)
-class CompleteP:
-    """The optimizer's half of CompleteP (arXiv 2505.01618): transfer in depth.
-
-    At d times the base's depth, everything in a layer learns at d ** (alpha - 1) times its rate,
-    Adam's eps is multiplied by mup_width_scale * d ** -alpha, and hidden matrices decay "coupled".
-    The model's half (branches times d ** -alpha, no 1 / sqrt(2 L) in the init) is not done here.
-
-    Attributes:
-      base_layers: the depth at which the hyper-parameters were tuned.
-      alpha: in [0.5, 1]; 1 is CompleteP proper.
-    """
-
-    base_layers: int
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.base_layers < 1 or not 0.5 <= self.alpha <= 1.0:
-            raise ValueError(f"found {self}, expected base_layers >= 1 and alpha in [0.5, 1]")
-
-
 def _factors(
-    config: BTLMConfig, optimizer: Optimizer, decay: Decay, completep: CompleteP | None = None
+    config: BTLMConfig, optimizer: Optimizer, decay: Decay
 ) -> dict[weights.Path, tuple[float, float]]:
     """The factors on learning rate and weight decay, by path. Every rule of the groups is here."""
     for name, value, known in (("optimizer", optimizer, Optimizer), ("decay", decay, Decay)):
         if value not in get_args(known):
             raise ValueError(f"{name}: found {value!r}, expected one of {get_args(known)}")
-    if completep and decay == "original":
-        raise ValueError('decay: found "original" with CompleteP, whose rule is decay="coupled"')
+    base_layers = config.completep_base_layers
+    if base_layers and decay == "original":
+        raise ValueError(
+            'decay: found "original" with CompleteP, expected "coupled", its rule, or "independent"'
+        )
     factors = {}
     for w in weights.table(config):
         width = depth = 1.0
         if w.role == "hidden":
             # Muon is for the matrices of layers: an untied head stays with Adam.
             width = config.mup_width_scale ** (_WIDTH_POWER[optimizer] if w.stacked else 1.0)
-        if completep and w.stacked:
-            depth = (config.n_layer / completep.base_layers) ** (completep.alpha - 1.0)
+        if base_layers and w.stacked:
+            depth = (config.n_layer / base_layers) ** (config.completep_alpha - 1.0)
         divisor = {"original": 1.0, "coupled": width, "independent": width * depth}[decay]
         factors[w.path] = width * depth, 1.0 / divisor if w.decay else 0.0
     return factors
 
 
-def multipliers(
-    config: BTLMConfig, optimizer: Optimizer = "adam", *, completep: CompleteP | None = None
-) -> dict[str, Any]:
+def _eps(config: BTLMConfig, eps: float) -> float:
+    """Under CompleteP it follows the size of the gradients, which falls with width and depth."""
+    if not config.completep_base_layers:
+        return eps
+    return eps * config.mup_width_scale * config.residual_scale
+
+
+def multipliers(config: BTLMConfig, optimizer: Optimizer = "adam") -> dict[str, Any]:
     """The learning-rate multiplier of every weight: a tree of floats like the parameters."""
-    factors = _factors(config, optimizer, "coupled", completep)  # any decay: only rates are used
+    factors = _factors(config, optimizer, "coupled")  # any decay: only rates are used
     return weights.unflatten({path: rate for path, (rate, _) in factors.items()})
 
 
@@ -114,19 +104,18 @@ class ScaleByMupState(NamedTuple):
     """Holds nothing; it marks the place of `scale_by_mup` in the state of an optimizer."""
 
 
-def scale_by_mup(
-    config: BTLMConfig, optimizer: Optimizer = "adam", *, completep: CompleteP | None = None
-) -> optax.GradientTransformation:
+def scale_by_mup(config: BTLMConfig, optimizer: Optimizer = "adam") -> optax.GradientTransformation:
     """Multiplies updates by `multipliers`: hidden matrices by mup_width_scale. Stateless.
 
     It belongs after what normalises the gradients: before Adam it would change nothing.
     `add_decayed_weights` before it gives the "original" decay, after it the "independent" one.
-    Compose with `mup.chain`, which refuses a wrong order.
+    Under CompleteP, Adam's eps is yours to scale, as `adamw` does. Compose with `mup.chain`, which
+    refuses a wrong order.
 
     Raises:
       ValueError: unknown optimizer; on update, a tree that is not of this configuration's weights.
     """
-    scales = weights.flatten(multipliers(config, optimizer, completep=completep))
+    scales = weights.flatten(multipliers(config, optimizer))
     return _multiply(scales, config, ScaleByMupState())
 
 
@@ -210,7 +199,6 @@ def adamw(
     decay: Decay = "original",
     clip_norm: float | None = 1.0,
     mu_dtype: DTypeLike | None = None,
-    completep: CompleteP | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW in the original's muP groups. The defaults are those that trained BTLM-3B-8K.
 
@@ -219,18 +207,15 @@ def adamw(
 
     Args:
       learning_rate: of embeddings and vectors, a number or an optax schedule.
+      eps: Adam's; under CompleteP, at the base width and depth.
       mu_dtype: of the first moment; None is the dtype of the weights.
-      completep: transfer in depth; goes with decay="coupled".
 
     Raises:
       ValueError: unknown decay, "original" with CompleteP; on update, weights of another config.
     """
-    if completep:
-        shallower = completep.base_layers / config.n_layer
-        eps = eps * config.mup_width_scale * shallower**completep.alpha
-    normalise = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)
+    normalise = optax.scale_by_adam(b1, b2, _eps(config, eps), mu_dtype=mu_dtype)
     rate = optax.scale_by_learning_rate(learning_rate)
-    factors = _factors(config, "adam", decay, completep)
+    factors = _factors(config, "adam", decay)
     return _optimizer(config, clip_norm, normalise, weight_decay, factors, rate)
 
 
@@ -281,6 +266,7 @@ def muon(
       adam_learning_rate: of the rest; None is `learning_rate`.
     """
     rms = consistent_rms is not None
+    eps = _eps(config, eps)
     table = weights.table(config)
     seen = {w.path: _matrix(w, rms) for w in table if w.role == "hidden" and w.stacked}
     labels = weights.unflatten({w.path: "muon" if w.path in seen else "adam" for w in table})
@@ -366,7 +352,6 @@ def param_groups(
     learning_rate: float,
     weight_decay: float,
     decay: Decay = "original",
-    completep: CompleteP | None = None,
     optimizer: Optimizer = "adam",
 ) -> list[ParamGroup]:
     """The groups of the original's `get_mup_param_groups`, by default; those of any optimizer here.
@@ -374,7 +359,7 @@ def param_groups(
     "original" is the original's default, "coupled" its `decoupled_wd=False`. CompleteP with
     alpha < 1 splits the vectors, Muon an untied head from "hidden". Errors are those of `adamw`.
     """
-    factors = _factors(config, optimizer, decay, completep)
+    factors = _factors(config, optimizer, decay)
     members: dict[tuple, list[weights.DiskLeaf]] = {}
     for leaf in weights.disk_leaves(config):
         members.setdefault((leaf.weight.role, *factors[leaf.weight.path]), []).append(leaf)

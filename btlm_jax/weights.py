@@ -80,7 +80,8 @@ def table(config: BTLMConfig) -> tuple[Weight, ...]:
     D, H, K, F, V = c.n_embd, c.n_head, c.head_dim, c.n_inner, c.vocab_size
     std = c.initializer_range
     hidden = std * math.sqrt(c.mup_width_scale)
-    residual = hidden / math.sqrt(2 * c.n_layer)
+    # Under CompleteP the forward pass has a factor in its place.
+    residual = hidden if c.completep_base_layers else hidden / math.sqrt(2 * c.n_layer)
 
     def embedding(name: str, size: int, axis: str) -> Weight:
         axes, hf = (axis, "embed"), f"transformer.{name}.weight"
@@ -193,6 +194,30 @@ def _drawer(shape, target, mean, std, truncation, dtype, sharding):
         return jnp.pad(value.astype(dtype), pads)
 
     return jax.jit(draw, out_shardings=sharding)
+
+
+def fold_completep(config: BTLMConfig, params: Mapping[str, Any]) -> tuple[BTLMConfig, Params]:
+    """The same model without CompleteP, as Hugging Face's code can run it.
+
+    The factor on residual branches is multiplied into the kernels and biases of their
+    out-projections, in their dtype: exact if it is a power of two (and nothing underflows), else
+    rounded. The result is for inference and export; what is trained on is the original. `save` it
+    with `assets=manifest.assets_of(path)` to carry the tokenizer of a checkpoint along.
+
+    Args:
+      config: with CompleteP or without; then nothing changes.
+      params: its weights, sharded or not, padded or not.
+    """
+    scale, flat = config.residual_scale, flatten(params)
+    if scale != 1.0:
+        residual = {p for p in by_path(config) if p[-2:-1] == ("c_proj",)}
+
+        def scaled(x):
+            return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+        flat = {path: scaled(x) if path in residual else x for path, x in flat.items()}
+    plain = dataclasses.replace(config, completep_base_layers=None, completep_alpha=1.0)
+    return plain, unflatten(flat)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[Path, Any]:

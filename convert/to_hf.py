@@ -60,7 +60,8 @@ def export(
 
     Raises:
       FileNotFoundError, ValueError: the source is not a checkpoint, or damaged; the target is in an
-        object store; the budget is below one block.
+        object store; the budget is below one block; the model has CompleteP, which the original
+        code cannot compute (`fold_completep` first).
       FileExistsError: the target exists.
       OSError: the disk is full or fails.
     """
@@ -73,6 +74,7 @@ def export(
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
     staging.refuse_existing(target, overwrite=overwrite, ours=is_ours)
     meta = manifest.read(source)
+    config = config_json(meta)
     threads = workers(max_memory, meta.largest_block)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
     tensors = [
@@ -121,7 +123,7 @@ def export(
         sha256 = {t.name: stage.finished[t.name]["sha256"] for t in tensors}
         for file in files.values():
             file.finish(sha256)
-        _small_files(meta, stage.content, names, shards)
+        _small_files(meta, config, stage.content, names, shards)
     return Report(
         tensors=len(tensors),
         resumed=len(tensors) - len(todo),
@@ -160,9 +162,13 @@ def _key(meta: manifest.Metadata, names: list[str], shards: list[list[Tensor]]) 
 
 
 def _small_files(
-    meta: manifest.Metadata, content: epath.Path, names: list[str], shards: list[list[Tensor]]
+    meta: manifest.Metadata,
+    config: dict[str, Any],
+    content: epath.Path,
+    names: list[str],
+    shards: list[list[Tensor]],
 ) -> None:
-    _write_json(content / "config.json", config_json(meta))
+    _write_json(content / "config.json", config)
     _write_json(content / "generation_config.json", generation_config(meta.config))
     for file in manifest.assets_of(meta.path):
         data = file.read_bytes()

@@ -98,6 +98,13 @@ def by_hf_name(config: BTLMConfig, params: weights.Params) -> dict[str, np.ndarr
     return out
 
 
+def witness_config(config: BTLMConfig) -> dict[str, Any]:
+    """A configuration as `reference_numpy` takes it, CompleteP included."""
+    ours = {n: getattr(config, n) for n in ("completep_base_layers", "completep_alpha")}
+    plain = dataclasses.replace(config, completep_base_layers=None, completep_alpha=1.0)
+    return plain.to_hf() | ours
+
+
 def sample(a: np.ndarray) -> np.ndarray:
     """The entries the golden files keep of a large array."""
     if a.size <= 512:

@@ -15,6 +15,7 @@ DEFAULTS = {  # of the original's config class: what an absent key means (not th
     "layer_norm_epsilon": 1e-5, "alibi_scaling": None, "tie_word_embeddings": True,
     "mup_width_scale": 1.0, "mup_embeddings_scale": 1.0, "mup_output_alpha": 1.0,
     "mup_scale_qk_dot_by_d": False, "scale_attn_weights": True,
+    "completep_base_layers": None, "completep_alpha": 1.0,  # not the original's: arXiv 2505.01618
 }  # fmt: skip
 
 
@@ -128,18 +129,21 @@ def sequence(w, cfg, ids, mask=None, types=None, positions=None, segments=None, 
         # Stored slopes may be rounded to bf16; the original uses them as they are in every dtype.
         slopes = w.get("transformer.relative_pe.slopes", alibi_slopes(cfg["n_head"]))
         bias = alibi_bias(slopes, len(ids), s_len, alibi_scale(cfg["alibi_scaling"], s_len))
+    depth = cfg["n_layer"] / (cfg["completep_base_layers"] or cfg["n_layer"])
+    branch = depth ** -cfg["completep_alpha"]  # 1 at the base depth, and without CompleteP
     h = embed(w, cfg, ids, types, positions)
-    out = {"hidden_states": [h], "attentions": [], "keys": [], "values": []}
+    out = {"hidden_states": [h], "attentions": [], "keys": [], "values": [], "streams": []}
     for i in range(cfg["n_layer"]):
         name = f"transformer.h.{i}"
         layer_past = (past["keys"][i], past["values"][i]) if past else None
         x = layer_norm(w, name + ".ln_1", h, eps)
         a, probs, k, v = attention(w, name + ".attn", cfg, x, layer_past, allowed, bias)
-        h = h + a
-        h = h + mlp(w, name + ".mlp", cfg, layer_norm(w, name + ".ln_2", h, eps))
-        for key, value in zip(out, (h, probs, k, v), strict=True):
+        h = h + branch * a
+        h = h + branch * mlp(w, name + ".mlp", cfg, layer_norm(w, name + ".ln_2", h, eps))
+        for key, value in zip(out, (h, probs, k, v, h), strict=True):
             out[key].append(value)
-    h = out["hidden_states"][-1] = layer_norm(w, "transformer.ln_f", h, eps)  # HF: after ln_f
+    # As in Hugging Face, the last hidden state is after ln_f; "streams" has it before.
+    h = out["hidden_states"][-1] = layer_norm(w, "transformer.ln_f", h, eps)
     # Tied: the head is wte, and a stored lm_head only its copy. Either is [V, D], without a bias.
     head = w["transformer.wte.weight" if cfg["tie_word_embeddings"] else "lm_head.weight"]
     return {"logits": h @ head.T * (cfg["mup_output_alpha"] * cfg["mup_width_scale"]), **out}

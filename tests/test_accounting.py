@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -30,8 +32,6 @@ def test_flops_of_the_released_model():
 
 def test_flops_against_the_compiler():
     """XLA counts the same products; it also counts elementwise work, so it is a little above."""
-    import dataclasses
-
     config = dataclasses.replace(BTLMConfig.preset("tiny"), n_layer=1, n_embd=256, n_inner=1024)
     model, T = BTLM(config), 256
     params = model.init(jax.random.key(0))
@@ -52,3 +52,7 @@ def test_description():
     assert "2,646,255,744" in rows["parameters"]
     assert rows["weights"] == "fp32 9.9 GiB, bf16 4.9 GiB"
     assert rows["KV cache"] == "327,680 B per token in bf16, 2.5 GiB at 8192 tokens"
+    assert "CompleteP" not in rows
+    deep = dataclasses.replace(B3, completep_base_layers=4)
+    said = dict(accounting.describe(deep, 8192))["CompleteP"]
+    assert said == "tuned at depth 4, alpha 1, residual branches times 0.125"

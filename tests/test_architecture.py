@@ -17,6 +17,7 @@ ORDER = [
     "progress",
     "staging",
     "array_files",
+    "presets",
     "config",
     "alibi",
     "weights",

@@ -151,6 +151,41 @@ def test_unknown_preset_lists_the_known():
         BTLMConfig.preset("btlm-7b")
 
 
+def test_residual_scale():
+    c = BTLMConfig.preset("btlm-3b-8k")
+    assert c.residual_scale == 1.0
+    c = dataclasses.replace(c, completep_base_layers=2)
+    assert c.residual_scale == 2 / 32
+    assert dataclasses.replace(c, completep_alpha=0.5).residual_scale == 0.25
+    assert dataclasses.replace(c, n_layer=1).residual_scale == 2.0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(completep_base_layers=0), "completep_base_layers: found 0, expected None or a posit"),
+        (dict(completep_base_layers=2.0), r"completep_base_layers: found 2\.0"),
+        (dict(completep_base_layers=True), "completep_base_layers: found True"),
+        (dict(completep_base_layers=2, completep_alpha=0.4), r"completep_alpha: found 0\.4, expe"),
+        (dict(completep_base_layers=2, completep_alpha="1"), "completep_alpha: found '1'"),
+        (dict(completep_alpha=0.5), r"completep_alpha: found 0\.5, expected 1\.0 without"),
+    ],
+)
+def test_bad_completep(changes, message):
+    with pytest.raises(ValueError, match=message):
+        BTLMConfig(**changes)
+
+
+def test_no_config_json_holds_completep():
+    """The original code would ignore it, so none is written and none is read."""
+    c = dataclasses.replace(BTLMConfig.preset("tiny"), completep_base_layers=1)
+    with pytest.raises(ValueError, match=r"completep_base_layers: found 1;[\s\S]*fold_completep"):
+        c.to_hf()
+    assert not [key for key in released() if "completep" in key]
+    with pytest.raises(ValueError, match="completep_base_layers: found 4, expected no such key"):
+        BTLMConfig.from_hf(released(completep_base_layers=4))
+
+
 def test_scaling_and_slopes_belong_to_alibi():
     scaling = AlibiScaling(factor=4.0)
     with pytest.raises(ValueError, match="alibi_scaling"):

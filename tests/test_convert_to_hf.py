@@ -111,6 +111,24 @@ def test_of_a_training_checkpoint_the_weights(tmp_path):
     )
 
 
+def test_completep_is_refused_and_exported_once_folded(tmp_path):
+    """The original code has no factor on branches; folded in, it computes the same logits."""
+    config = dataclasses.replace(UNTIED.config, completep_base_layers=1)
+    btlm.save(tmp_path / "c", config, UNTIED.params, origin={"hf_config": UNTIED.hf_config})
+    with pytest.raises(ValueError, match=r"completep_base_layers: found 1; neither config\.json"):
+        export(tmp_path / "c", tmp_path / "hf")
+    assert os.listdir(tmp_path) == ["c"]
+    model, params = btlm.load(tmp_path / "c")
+    btlm.save(tmp_path / "folded", *btlm.fold_completep(model.config, params))
+    export(tmp_path / "folded", tmp_path / "hf")
+    ids = UNTIED["plain/input_ids"]
+    theirs, exported = btlm.convert.load_hf(tmp_path / "hf")
+    np.testing.assert_array_equal(theirs.apply(exported, ids), model.apply(params, ids))
+    assert not np.allclose(model.apply(params, ids), UNTIED.model.apply(params, ids), atol=0.1)
+    found = dict(verify(tmp_path / "c", tmp_path / "hf").differences)
+    assert found["config completep_base_layers"] == "1 and None"
+
+
 @pytest.mark.parametrize(
     "stored, dtype",
     [(None, "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float32", "float32")],

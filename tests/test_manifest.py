@@ -97,6 +97,19 @@ def test_largest_block_of_large_arrays(converted):
     assert dataclasses.replace(meta, ocdbt=True).largest_block == 36 << 20
 
 
+def test_completep_comes_back(tmp_path):
+    config = dataclasses.replace(CASE.config, completep_base_layers=1, completep_alpha=0.75)
+    btlm.save(tmp_path / "c", config, CASE.params)
+    assert manifest.read(tmp_path / "c").config == config
+    assert btlm.load(tmp_path / "c")[0].config == config
+
+
+def test_a_checkpoint_from_before_completep(converted):
+    with edited(converted, seal=True) as apply:
+        apply(lambda n: [n["config"].pop(f"completep_{x}") for x in ("base_layers", "alpha")])
+        assert manifest.read(converted).config == CASE.config
+
+
 # The seal --------------------------------------------------------------------------------------
 
 EDITS = {

@@ -19,7 +19,7 @@ from cases import max_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss, weights
+from btlm_jax import BTLM, BTLMConfig, fold_completep, make_mesh, next_token_loss, weights
 
 LOGITS_TOL = 5e-5  # measured: 6.3e-6 plain, 1.2e-5 over all cases and modes
 KV_TOL = 5e-5  # measured: 1.5e-5
@@ -204,11 +204,19 @@ def small_configs(draw):
     }
 
 
+COMPLETEP = [{}, {"completep_base_layers": 2}, dict(completep_base_layers=5, completep_alpha=0.75)]
+
+
 @settings(max_examples=12)
-@given(config=small_configs(), seed=st.integers(0, 2**16), packed=st.booleans())
-def test_equals_float64_witness(config, seed, packed):
+@given(
+    config=small_configs(),
+    depth=st.sampled_from(COMPLETEP),
+    seed=st.integers(0, 2**16),
+    packed=st.booleans(),
+)
+def test_equals_float64_witness(config, depth, seed, packed):
     rng = np.random.default_rng(seed)
-    c = BTLMConfig.from_hf(config)
+    c = dataclasses.replace(BTLMConfig.from_hf(config), **depth)
     params = BTLM(c).init(jax.random.key(seed))
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
     ids = rng.integers(0, c.vocab_size, (2, 12))
@@ -219,10 +227,92 @@ def test_equals_float64_witness(config, seed, packed):
             extra["positions"] = rng.integers(0, 64, ids.shape)
     named = cases.by_hf_name(c, params)
     theirs = {k.replace("positions", "position_ids"): v for k, v in extra.items()}
-    expected = reference_numpy.forward(named, config, ids, **theirs)["logits"]
+    expected = reference_numpy.forward(named, config | depth, ids, **theirs)["logits"]
     got = BTLM(c, compute_dtype=jnp.float32).apply(params, ids, **extra)
     # fp32 rounding grows with the logits; measured 8.5e-7 of the largest.
     assert max_error(got, expected) < 1e-5 * max(1.0, np.abs(expected).max())
+
+
+def deep(**changes):
+    """Three layers with a factor that no dtype holds, (2/3)**0.75, and weights all random."""
+    config = dict(n_layer=3, completep_base_layers=2, completep_alpha=0.75) | changes
+    c, rng = dataclasses.replace(BTLMConfig.preset("tiny"), **config), np.random.default_rng(0)
+    params = {
+        w.path: (w.mean + 0.1 * rng.normal(size=weights.stacked_shape(w, c))).astype(np.float32)
+        for w in weights.table(c)
+    }
+    return c, weights.unflatten(params), rng.integers(0, c.vocab_size, (2, 12))
+
+
+def test_completep_forward_and_backward():
+    """Gradients by central differences of the witness, in a random direction for every array."""
+    c, params, ids = deep()
+    model, raw, named = BTLM(c), cases.witness_config(c), cases.by_hf_name(c, params)
+    wide = {k: v.astype(np.float64) for k, v in named.items()}
+
+    def loss(changed):
+        logits = reference_numpy.forward(wide | changed, raw, ids)["logits"]
+        return reference_numpy.cross_entropy(logits, ids)
+
+    cache = model.init_cache(params, 2, 12)
+    _, cache = model.apply(params, ids[:, :9], cache=cache)
+    last, _ = model.apply(params, ids[:, 9:], cache=cache)
+    expected = reference_numpy.forward(named, raw, ids)["logits"]
+    for got, wanted in ((model.apply(params, ids), expected), (last, expected[:, 9:])):
+        # Measured 2.2e-7.
+        assert max_error(got, wanted) < 1e-5 * np.abs(expected).max()
+
+    value, grads = jax.jit(jax.value_and_grad(lambda p: next_token_loss(model, p, ids).mean))(
+        params
+    )
+    assert abs(float(value) - loss({})) < 1e-5
+    rng, step = np.random.default_rng(1), 1e-6
+    for name, got in cases.by_hf_name(c, grads).items():
+        u = rng.normal(size=got.shape)
+        up, down = (loss({name: wide[name] + sign * step * u}) for sign in (1, -1))
+        error = abs((got * u).sum() - (up - down) / (2 * step))
+        assert error < 2e-5 * np.linalg.norm(got), name  # measured 2e-6
+
+
+def test_completep_is_two_multiplications():
+    """In the scanned layer, and none if the factor is 1: then the program is that without."""
+
+    def program(**config):
+        c, params, ids = deep(**config)
+        text = str(jax.make_jaxpr(lambda p: BTLM(c).apply(p, ids))(params))
+        return re.sub("0x[0-9a-f]+", "", text)
+
+    off = program(completep_base_layers=None, completep_alpha=1.0)
+    assert program(completep_base_layers=3) == off
+    assert program().count(" = mul ") == off.count(" = mul ") + 2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_folded_is_the_same_model(dtype):
+    """To the bit if the factor is a power of two, else to rounding (measured 2e-7, 4e-3)."""
+    for base_layers, tolerance in ((3, 0.0), (4, 1e-5 if dtype == jnp.float32 else 0.05)):
+        c, params, ids = deep(n_layer=6, completep_base_layers=base_layers, completep_alpha=1.0)
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+        plain, folded = fold_completep(c, params)
+        assert plain == dataclasses.replace(c, completep_base_layers=None)
+        assert {str(x.dtype) for x in jax.tree.leaves(folded)} == {jnp.dtype(dtype).name}
+        expected = BTLM(c, compute_dtype=dtype).apply(params, ids)
+        got = BTLM(plain, compute_dtype=dtype).apply(folded, ids)
+        assert max_error(got, expected) <= tolerance * np.abs(expected).max()
+    again, unchanged = fold_completep(plain, folded)
+    assert again == plain
+    assert jax.tree.all(jax.tree.map(lambda x, y: x is y, folded, unchanged))
+
+
+def test_completep_on_a_mesh():
+    c, _, ids = deep(vocab_size=509, n_layer=2, completep_base_layers=1, completep_alpha=1.0)
+    model, mesh = BTLM(c), make_mesh(fsdp=2, tensor=4)
+    many = model.init(jax.random.key(0), mesh=mesh)
+    got = model.apply(many, ids)
+    assert max_error(got, model.apply(model.init(jax.random.key(0)), ids)) < 1e-5
+    plain, folded = fold_completep(c, many)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding == y.sharding, many, folded))
+    np.testing.assert_array_equal(BTLM(plain).apply(folded, ids), got)
 
 
 # Against itself --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference_numpy
 from optax.contrib import schedule_free
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh, mup, next_token_loss, weights
@@ -536,20 +537,22 @@ def test_bad_arguments():
         ValueError, match=r"optimizer: found 'sgd', expected one of \('adam', 'lion'"
     ):
         mup.scale_by_mup(SMALL, "sgd")
-    with pytest.raises(ValueError, match='CompleteP, whose rule is decay="coupled"'):
-        mup.adamw(1e-2, SMALL, completep=mup.CompleteP(2))
-    for bad in (dict(base_layers=0), dict(base_layers=2, alpha=0.4)):
-        with pytest.raises(ValueError, match="expected base_layers >= 1 and alpha in"):
-            mup.CompleteP(**bad)
+    deep = dataclasses.replace(SMALL, completep_base_layers=2)
+    for make in MAKES:
+        with pytest.raises(ValueError, match='"original" with CompleteP, expected "coupled", its'):
+            make(1e-2, deep)
 
 
 # Depth --------------------------------------------------------------------------------------------
 
 
+# Four times the base depth, at which vectors of layers learn half as fast.
+DEEP = dataclasses.replace(SMALL, n_layer=4, completep_base_layers=1, completep_alpha=0.5)
+
+
 def test_completep_is_a_partition():
-    """Four times the base depth, with an eps that matters: 0.01 / (m * 4 ** alpha)."""
-    config, alpha, slow = dataclasses.replace(SMALL, n_layer=4), 0.5, 4**-0.5
-    scaled = {"hidden": 0.1 * slow, "layer vector": slow, "head": 0.1}
+    """With an eps that matters: 0.01 / (m * 4 ** alpha)."""
+    scaled = {"hidden": 0.1 * 0.5, "layer vector": 0.5, "head": 0.1}
 
     def kind(w):
         if w.role == "hidden":
@@ -559,28 +562,107 @@ def test_completep_is_a_partition():
     def reference(kind):
         decay = {"hidden": 1.0, "head": 1.0, "embedding": 0.1}.get(kind, 0.0)
         rate = 1e-2 * scaled.get(kind, 1.0)
-        return optax.adamw(rate, 0.9, 0.95, 0.01 * 0.1 * 4**-alpha, weight_decay=decay)
+        return optax.adamw(rate, 0.9, 0.95, 0.01 * 0.1 * 0.5, weight_decay=decay)
 
-    completep = mup.CompleteP(1, alpha)
-    tx = mup.adamw(1e-2, config, eps=0.01, decay="coupled", clip_norm=None, completep=completep)
-    ours, _ = run(tx, start(config), 10)
-    assert_equal(ours, run(partition(config, reference, kind), start(config), 10)[0], 1e-6)
+    tx = mup.adamw(1e-2, DEEP, eps=0.01, decay="coupled", clip_norm=None)
+    ours, _ = run(tx, start(DEEP), 10)
+    assert_equal(ours, run(partition(DEEP, reference, kind), start(DEEP), 10)[0], 1e-6)
 
-    groups = mup.param_groups(config, 1e-2, 0.1, "coupled", completep=completep)
-    assert sum(g.count for g in groups) == weights.count(config)
+    groups = mup.param_groups(DEEP, 1e-2, 0.1, "coupled")
+    assert sum(g.count for g in groups) == weights.count(DEEP)
     rates = {name: g.lr for g in groups for name in g.params}
-    assert rates["transformer.h.3.ln_2.weight"] == pytest.approx(1e-2 * slow)
+    assert rates["transformer.h.3.ln_2.weight"] == pytest.approx(1e-2 * 0.5)
     assert rates["transformer.ln_f.weight"] == rates["transformer.wte.weight"] == 1e-2
     # "independent" undoes the depth as well.
-    independent = mup.param_groups(config, 1e-2, 0.1, "independent", completep=completep)
+    independent = mup.param_groups(DEEP, 1e-2, 0.1, "independent")
     assert independent[0].lr * independent[0].weight_decay == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("make", MAKES)
+def test_completep_slows_what_is_in_layers(make):
+    """By 4 ** (alpha - 1), under every optimizer: its first steps against those at alpha = 1."""
+    options = dict(weight_decay=0.0, decay="coupled", clip_norm=None)
+    slow, full = (
+        make(1e-2, dataclasses.replace(DEEP, completep_alpha=alpha), **options)
+        for alpha in (0.5, 1.0)
+    )
+
+    @fast_jit
+    def updates(params):
+        grads = descend(params, 0)
+        return [tx.update(grads, tx.init(params), params)[0] for tx in (slow, full)]
+
+    a, b = (weights.flatten(x) for x in updates(start(DEEP)))
+    for w in weights.table(DEEP):
+        # Updates of about the learning rate; eps, which differs too, is 1e-8 of gradients of 0.1.
+        assert cases.max_error(a[w.path], (0.5 if w.stacked else 1.0) * b[w.path]) < 1e-7, w.name
+
+
 def test_completep_at_alpha_one_keeps_the_learning_rates():
-    completep = mup.CompleteP(2, 1.0)
-    assert mup.multipliers(B3, completep=completep) == mup.multipliers(B3)
-    groups = mup.param_groups(B3, 0.012, 0.1, "coupled", completep=completep)
+    deep = dataclasses.replace(B3, completep_base_layers=2)
+    assert mup.multipliers(deep) == mup.multipliers(B3)
+    groups = mup.param_groups(deep, 0.012, 0.1, "coupled")
     assert groups == mup.param_groups(B3, 0.012, 0.1, "coupled")
+
+
+def movement(n_layer, base_layers):
+    """How far 1 and 10 steps of AdamW move the residual stream, on average over its entries.
+
+    The stream is the float64 witness's, after the last layer.
+    """
+    config = dataclasses.replace(
+        BTLMConfig.preset("tiny"),
+        vocab_size=64,
+        n_layer=n_layer,
+        mup_width_scale=1.0,
+        initializer_range=0.1,
+        mup_embeddings_scale=10.0,
+        mup_output_alpha=1.0,
+        completep_base_layers=base_layers,
+    )
+    model, ids = BTLM(config), np.random.default_rng(0).integers(64, size=(4, 32))
+    tx = mup.adamw(2.0**-5, config, decay="coupled")
+
+    @fast_jit
+    def after(params, steps):
+        def step(_, carry):
+            params, state = carry
+            grads = jax.grad(lambda p: next_token_loss(model, p, ids).mean)(params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, steps, step, (params, tx.init(params)))[0]
+
+    def stream(params):
+        named = cases.by_hf_name(config, params)
+        return reference_numpy.forward(named, cases.witness_config(config), ids)["streams"][-1]
+
+    # Drawn as the table says, without the compiling of `init`.
+    rng = np.random.default_rng(1)
+    draws = {
+        w.path: (w.mean + w.std * rng.normal(size=weights.stacked_shape(w, config))).astype("f4")
+        for w in weights.table(config)
+    }
+    params = weights.unflatten(draws)
+    before = stream(params)
+    return [np.abs(stream(after(params, steps)) - before).mean() for steps in (1, 10)]
+
+
+@pytest.mark.parametrize(
+    "base_layers, lowest, highest",
+    [(None, 0.6, 1.4), (2, -0.25, 0.25)],
+    ids=["muP", "CompleteP"],
+)
+def test_depth_coordinate_check(base_layers, lowest, highest):
+    """The slope of log2 movement over log2 depth: about 1 for muP, 0 for CompleteP.
+
+    After 1 and 10 steps, measured 0.87 and 1.20, -0.08 and -0.12. Three more seeds gave 0.79 to
+    1.12 and -0.17 to -0.01.
+    """
+    depths = (2, 4, 8, 16)
+    moved = np.log2([movement(depth, base_layers) for depth in depths])
+    slopes = np.polyfit(np.log2(depths), moved, 1)[0]
+    assert all(lowest <= slope <= highest for slope in slopes), slopes
 
 
 # On a mesh ----------------------------------------------------------------------------------------

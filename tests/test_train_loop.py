@@ -360,13 +360,15 @@ def test_learning_rate_in_the_log_is_that_of_the_update(files, skipped, bad, upd
         (["phases.0.length=9", "mesh.context=2", "mesh.fsdp=4"], ValueError,
          r"phases\.0\.length: found 9, expected a multiple of mesh\.context = 2"),
         (["run.wandb_project=x"], ValueError, "pip install wandb"),
+        (["model.fields.completep_base_layers=1"], ValueError,
+         "^optimizer.decay: .*expected .c"),
     ],
 )  # fmt: skip
 def test_refused_before_the_first_step(files, tmp_path, overrides, error, said):
     assert said
     with pytest.raises(error, match=said):
         train(load(files, *overrides), tmp_path / "run")
-    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_gone_on_with_otherwise(files, reference, tmp_path):

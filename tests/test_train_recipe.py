@@ -167,6 +167,20 @@ def test_bad_model_fields():
         recipes.load("tiny", ["model.fields.n_head=7"]).model_config()
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_completep(name):
+    """Set in the model's fields; the optimizer reads it there, and wants a decay that fits."""
+    asked = ["model.fields.completep_base_layers=1", f"optimizer.name={name}"]
+    r = recipes.load("tiny", asked)
+    config = r.model_config()
+    assert config.residual_scale == 0.25
+    with pytest.raises(ValueError, match=r'^optimizer\.decay: found "original" with CompleteP,'):
+        r.transformation(config)
+    recipes.load("tiny", [*asked, "optimizer.decay=coupled"]).transformation(config)
+    with pytest.raises(ValueError, match=r"completep_alpha: found 0\.5, expected 1\.0 without"):
+        recipes.load("tiny", ["model.fields.completep_alpha=0.5"]).model_config()
+
+
 def test_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such recipe; ours are btlm-1\.7b, .*tiny"):
         recipes.load("huge")

@@ -42,8 +42,21 @@ def test_init_scales_of_the_released_model():
     assert untied[("lm_head",)].std == pytest.approx(0.0230846, rel=1e-5)
 
 
-def test_init_draws_what_the_table_says():
-    c = dataclasses.replace(BTLMConfig.preset("tiny"), tie_word_embeddings=False)
+def test_init_scales_under_completep():
+    """Out-projections as every other kernel: no 1 / sqrt(2 L). Nothing else changes."""
+    deep = weights.by_path(dataclasses.replace(B3, completep_base_layers=2))
+    for w in weights.table(B3):
+        std = w.std * math.sqrt(64) if w.path[-2:] == ("c_proj", "kernel") else w.std
+        assert deep[w.path] == dataclasses.replace(w, std=pytest.approx(std, rel=1e-12))
+
+
+@pytest.mark.parametrize("base_layers", [None, 1])
+def test_init_draws_what_the_table_says(base_layers):
+    c = dataclasses.replace(
+        BTLMConfig.preset("tiny"),
+        tie_word_embeddings=False,
+        completep_base_layers=base_layers,
+    )
     flat = weights.flatten(BTLM(c).init(jax.random.key(0)))
     for w in weights.table(c):
         x = np.asarray(flat[w.path], np.float64)

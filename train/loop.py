@@ -90,10 +90,10 @@ def train(
     if recipe.run.compute_dtype != "auto":
         model = BTLM(model.config, compute_dtype=recipe.run.compute_dtype)
     _check(recipe, model.config, mesh, sources, held)
+    tx = recipe.transformation(model.config)  # may refuse: so before the directory is claimed
     identity = {"recipe": to_dict(recipe), "data": [s.fingerprint for s in sources]}
     _claim(directory, identity, Path(sources[0].directory))
 
-    tx = recipe.transformation(model.config)
     keeper = Checkpoints(
         directory / "checkpoints", keep_last=recipe.run.keep_last, keep_every=recipe.run.keep_every
     )

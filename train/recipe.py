@@ -232,24 +232,31 @@ class Recipe:
         return jnp.where(seen < o.warmup_tokens, o.peak_lr * warm, decayed)
 
     def transformation(self, config: BTLMConfig) -> optax.GradientTransformation:
-        """The optimizer, in muP groups."""
+        """The optimizer, in muP groups.
+
+        Raises:
+          ValueError: a decay that does not go with the model (`mup.adamw`).
+        """
         o = self.optimizer
         clip = o.clip_norm or None
         shared: dict[str, Any] = dict(weight_decay=o.weight_decay, decay=o.decay, clip_norm=clip)
         shared |= {n: getattr(o, n) for n in ("b1", "b2") if getattr(o, n) is not None}
-        if o.name == "lion":
-            return mup.lion(self.learning_rate, config, **shared)
-        if o.name == "adamw":
-            return mup.adamw(self.learning_rate, config, eps=o.eps, **shared)
         ratio = (o.muon_lr or o.peak_lr) / o.peak_lr
-        return mup.muon(
-            lambda step: self.learning_rate(step) * ratio,
-            config,
-            adam_learning_rate=self.learning_rate,
-            consistent_rms=o.muon_rms,
-            eps=o.eps,
-            **shared,
-        )
+        try:
+            if o.name == "lion":
+                return mup.lion(self.learning_rate, config, **shared)
+            if o.name == "adamw":
+                return mup.adamw(self.learning_rate, config, eps=o.eps, **shared)
+            return mup.muon(
+                lambda step: self.learning_rate(step) * ratio,
+                config,
+                adam_learning_rate=self.learning_rate,
+                consistent_rms=o.muon_rms,
+                eps=o.eps,
+                **shared,
+            )
+        except ValueError as e:  # mup names its arguments, which are the keys of this section
+            raise ValueError(f"optimizer.{e}") from None
 
 
 def _problems(r: Recipe) -> Iterable[str]:
