@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -88,12 +89,11 @@ def require_wandb() -> Any:
       ValueError: it is not installed.
     """
     try:
-        import wandb
+        return importlib.import_module("wandb")
     except ImportError:
         raise ValueError(
             "run.wandb_project is set and wandb is not installed: pip install wandb, or unset it"
         ) from None
-    return wandb
 
 
 def _wandb_id(directory: Path) -> str:
