@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,11 +63,45 @@ class BenchLoad:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchTrain:
+    """Time the training step beside a large matrix product, PyTorch's step (where torch is
+    installed), and the data loader, all in turn in one run."""
+
+    preset: str = "btlm-40m"
+    """Of the model."""
+    length: int = 512
+    """Tokens per sequence."""
+    batch_size: int = 4
+    """Sequences per device and step."""
+    rounds: int = 5
+    """How often everything is measured; medians are reported."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the computation; default bfloat16 on accelerators, float32 on CPU."""
+    json: Path | None = None
+    """A file for the measurements and their conditions."""
+
+    def run(self) -> None:
+        from btlm_jax.train.bench import bench_train
+
+        report = bench_train(
+            preset=self.preset,
+            length=self.length,
+            batch_size=self.batch_size,
+            rounds=self.rounds,
+            dtype=self.dtype,
+        )
+        if self.json is not None:
+            self.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure speed and memory, each beside a peer or a limit measured in the same run."""
 
     what: OmitArgPrefixes[
-        Annotated[BenchConvert, subcommand("convert")] | Annotated[BenchLoad, subcommand("load")]
+        Annotated[BenchConvert, subcommand("convert")]
+        | Annotated[BenchLoad, subcommand("load")]
+        | Annotated[BenchTrain, subcommand("train")]
     ]
 
     def run(self) -> None:

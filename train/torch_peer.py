@@ -1,0 +1,130 @@
+"""The same training step in PyTorch, written for speed, for `bench` to run beside ours.
+
+`python -m btlm_jax.train.torch_peer FILE` reads a problem (`write`), prints what it is, and takes a
+step for every line that it reads, printing loss and seconds as JSON. It never imports JAX.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def write(path: Path, problem: dict[str, Any], arrays: Arrays) -> None:
+    """Writes the problem for the other process.
+
+    Args:
+      problem: dtype, device, mode ("eager" or "compile"), lr, weight_decay, b1, b2, eps, clip_norm,
+        width_scale, embeddings_scale, logits_scale, attention_scale, epsilon, layers, heads.
+      arrays: the weights by Hugging Face name, `slopes` [H], `tokens` int [B, T + 1].
+    """
+    np.savez(path, problem=np.frombuffer(json.dumps(problem).encode(), np.uint8), **arrays)
+
+
+def main(path: str) -> None:
+    """Serves steps of the problem in `path` until its standard input ends."""
+    import torch
+
+    with np.load(path) as file:
+        problem = json.loads(file["problem"].tobytes())
+        device = problem["device"]
+        arrays = {k: torch.from_numpy(file[k]).to(device) for k in file.files if k != "problem"}
+    slopes, tokens = arrays.pop("slopes"), arrays.pop("tokens").long()
+    params = _parameters(arrays)
+    loss_of = _loss(problem, slopes, tokens.shape[1] - 1)
+    if problem["mode"] == "compile":
+        loss_of = torch.compile(loss_of)
+    optimizer = torch.optim.AdamW(
+        _groups(problem, params),
+        betas=(problem["b1"], problem["b2"]),
+        eps=problem["eps"],
+        fused=True,
+    )
+    weights = list(params.values())
+    cast = torch.autocast(device, torch.bfloat16, enabled=problem["dtype"] == "bfloat16")
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        with cast:
+            loss = loss_of(params, tokens)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, problem["clip_norm"], foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value = loss.item()  # waits for a GPU
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps({"loss": value, "seconds": time.perf_counter() - began}), flush=True)
+
+
+def _parameters(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Leaves to train; the kernels as torch.nn.Linear keeps them, (out, in), its faster layout."""
+    found = {}
+    for name, x in arrays.items():
+        kernel = x.ndim == 2 and not name.startswith("transformer.wte")
+        found[name] = (x.t().contiguous() if kernel else x).requires_grad_()
+    return found
+
+
+def _groups(problem: dict[str, Any], params: dict[str, Any]) -> list[dict[str, Any]]:
+    """The original's muP groups: layer kernels at a fraction of the rate, vectors without decay."""
+    lr, decay = problem["lr"], problem["weight_decay"]
+    wte = "transformer.wte.weight"
+    hidden = [p for n, p in params.items() if p.ndim == 2 and n != wte]
+    vectors = [p for p in params.values() if p.ndim == 1]
+    return [
+        dict(params=[params[wte]], lr=lr, weight_decay=decay),
+        dict(params=hidden, lr=lr * problem["width_scale"], weight_decay=decay),
+        dict(params=vectors, lr=lr, weight_decay=0.0),
+    ]
+
+
+def _loss(problem: dict[str, Any], slopes: Any, length: int) -> Any:
+    """(params, tokens [B, T + 1]) -> mean cross-entropy, computed in fp32."""
+    import torch
+    import torch.nn.functional as F
+
+    H, eps = problem["heads"], problem["epsilon"]
+    position = torch.arange(length, device=slopes.device)
+    distance = (position[:, None] - position[None]).float()
+    bias = (-slopes[:, None, None] * distance).masked_fill(distance < 0, float("-inf"))[None]
+    bias = bias.to(getattr(torch, problem["dtype"]))
+
+    def norm(params, name, h):
+        return F.layer_norm(h, h.shape[-1:], params[f"{name}.weight"], params[f"{name}.bias"], eps)
+
+    def linear(params, name, x):
+        return F.linear(x, params[f"{name}.weight"], params[f"{name}.bias"])
+
+    def loss(params, tokens):
+        wte = params["transformer.wte.weight"]
+        h = F.embedding(tokens[:, :-1], wte) * problem["embeddings_scale"]
+        B, T, D = h.shape
+        for layer in range(problem["layers"]):
+            block = f"transformer.h.{layer}"
+            x = linear(params, f"{block}.attn.c_attn", norm(params, f"{block}.ln_1", h))
+            q, k, v = x.view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4).unbind(0)
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, scale=problem["attention_scale"]
+            )
+            h = h + linear(params, f"{block}.attn.c_proj", x.transpose(1, 2).reshape(B, T, D))
+            x = norm(params, f"{block}.ln_2", h)
+            gate = F.silu(linear(params, f"{block}.mlp.c_fc2", x))
+            h = h + linear(
+                params, f"{block}.mlp.c_proj", linear(params, f"{block}.mlp.c_fc", x) * gate
+            )
+        logits = F.linear(norm(params, "transformer.ln_f", h), wte) * problem["logits_scale"]
+        return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+    return loss
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
