@@ -121,7 +121,7 @@ def test_nothing_is_left_of_a_failed_save(tmp_path, saved, params, monkeypatch):
 
     monkeypatch.setattr(manifest, "mark", fail)
     for target, overwrite in ((tmp_path / "new", False), (saved, True)):
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=f"no space left while writing {target}; nothing"):
             btlm.save(target, CONFIG, params, overwrite=overwrite)
     assert sorted(os.listdir(tmp_path)) == ["c"]
     assert same_bits(params, btlm.load(saved)[1])
