@@ -24,6 +24,7 @@ class Progress:
       title: what is being done.
       done: how many units an earlier run has done.
       every: seconds between lines when standard error is not a terminal.
+      shown: False counts silently, as all but one of several processes should.
       clock: seconds; injected by tests.
     """
 
@@ -35,15 +36,16 @@ class Progress:
         *,
         done: int = 0,
         every: float = 10.0,
+        shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.unit, self.title = total, unit, title
-        self._every, self._clock = every, clock
+        self._every, self._shown, self._clock = every, shown, clock
         self._start = self._last = clock()
         self._initial = self._done = done
         self._lock = threading.Lock()
         self._bar = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             scale = unit == "B"
             base = 1024 if scale else 1000
             self._bar = tqdm(
@@ -71,7 +73,7 @@ class Progress:
                 self._bar.update(n)
                 return
             now = self._clock()
-            if now - self._last >= self._every or self._done >= self.total:
+            if self._shown and (now - self._last >= self._every or self._done >= self.total):
                 self._last = now
                 logger.info("%s", self.line(now, note))
 

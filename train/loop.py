@@ -7,12 +7,10 @@ A run directory holds `recipe.json` (as resolved), `checkpoints/`, `metrics.json
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from btlm_jax.convert import formats
-from etils import epath
 from jax.sharding import Mesh
 
-from btlm_jax import manifest, mup, sharding, staging, weights
+from btlm_jax import mup, sharding, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
@@ -31,20 +28,19 @@ from btlm_jax.tokenizer import load_tokenizer, same_ids
 
 from . import data, plots
 from .checkpoints import Checkpoints
-from .distributed import barrier
+from .distributed import agreed
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch
 from .metrics import FILE, MetricsLog, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
 from .recipe_file import to_dict
+from .run_directory import claim
 from .step import Metrics, TrainState, init_state, make_step
 from .stopping import StopSignal
 from .token_shards import TokenShards
 
 logger = logging.getLogger(__name__)
-
-RECIPE = "recipe.json"
 
 
 class Outcome(NamedTuple):
@@ -82,17 +78,19 @@ def train(
       OSError: the disk is full or fails.
     """
     directory = Path(directory).absolute()
-    if recipe.run.wandb_project:
-        require_wandb()
-    mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
-    sources, held = _open_data(recipe)
-    model = BTLM(_config(recipe))
-    if recipe.run.compute_dtype != "auto":
-        model = BTLM(model.config, compute_dtype=recipe.run.compute_dtype)
-    _check(recipe, model.config, mesh, sources, held)
-    tx = recipe.transformation(model.config)  # may refuse: so before the directory is claimed
+    with agreed():
+        if recipe.run.wandb_project:
+            require_wandb()
+        mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+        sources, held = _open_data(recipe)
+        model = BTLM(_config(recipe))
+        if recipe.run.compute_dtype != "auto":
+            model = BTLM(model.config, compute_dtype=recipe.run.compute_dtype)
+        _check(recipe, model.config, mesh, sources, held)
+        tx = recipe.transformation(model.config)  # may refuse: so before the directory is claimed
     identity = {"recipe": to_dict(recipe), "data": [s.fingerprint for s in sources]}
-    _claim(directory, identity, Path(sources[0].directory))
+    also = None if held is None else held.fingerprint
+    claim(directory, identity, also, Path(sources[0].directory))
 
     keeper = Checkpoints(
         directory / "checkpoints", keep_last=recipe.run.keep_last, keep_every=recipe.run.keep_every
@@ -106,7 +104,8 @@ def train(
     else:
         state = init_state(_weights(recipe, model, mesh), tx)
     first = int(state.step)
-    keeper.require_space(state, _saves(recipe, first))
+    with agreed():
+        keeper.require_space(state, _saves(recipe, first))
     if jax.process_index() == 0:
         logger.info(
             "%s parameters in muP groups:\n%s",
@@ -120,14 +119,15 @@ def train(
 
     step_fn = make_step(model, tx)
     evaluate = Evaluation(recipe, model, mesh, held)
-    log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
-    trace = Profile(directory, profile, first)
+    with agreed():
+        log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
+        trace = Profile(directory, profile, first)
     batches = prefetch(batches_on(recipe, _sources(recipe), mesh, first))
     origin = {**identity, "run": str(directory)}
     loss, held_out, stopped = math.nan, math.nan, False
     waiting: tuple[int, Phase, Metrics] | None = None
     clock = time.monotonic()
-    bar = Progress(recipe.steps, "step", "train", done=first)
+    bar = Progress(recipe.steps, "step", "train", done=first, shown=jax.process_index() == 0)
     saved = first if restored is not None else -1
     step = first
     try:
@@ -279,51 +279,6 @@ def _check(
         )
     if problems:
         raise ValueError("the recipe cannot be run:\n  " + "\n  ".join(problems))
-
-
-def _claim(directory: Path, identity: dict[str, Any], tokens: Path) -> None:
-    """Makes the run directory, or checks that it is of the same run."""
-    file = directory / RECIPE
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = sorted(_differences(_fixed(before), _fixed(identity)))
-        if changed:
-            raise ValueError(
-                f"{directory} is of a run that differs in {', '.join(changed)}; name another "
-                "directory (model.checkpoint can start from this run's weights)"
-            )
-    elif directory.exists() and any(directory.iterdir()):
-        raise FileExistsError(f"{directory} exists and is not a run: name another directory")
-    barrier("checked")  # what process 0 now writes must not confuse another's check
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        staging.write_text(epath.Path(file), json.dumps(identity, indent=2))
-        (directory / "tokenizer").mkdir(exist_ok=True)
-        for asset in manifest.assets_of(tokens):
-            staging.write_bytes(
-                epath.Path(directory / "tokenizer" / asset.name), asset.read_bytes()
-            )
-    barrier("claimed")
-
-
-def _fixed(identity: dict[str, Any]) -> dict[str, Any]:
-    """What must not change when a run goes on; mesh, intervals and microbatches may."""
-    recipe = json.loads(json.dumps(identity["recipe"]))
-    recipe.pop("mesh", None)
-    recipe["run"] = {"seed": recipe["run"]["seed"]}
-    for phase in recipe["phases"]:
-        phase.pop("microbatch", None)
-    for name in ("train", "held_out", "held_out_tokens"):  # the fingerprint counts, not the path
-        recipe["data"].pop(name, None)
-    return {**recipe, "data_fingerprint": identity["data"]}
-
-
-def _differences(a: Any, b: Any, where: str = "") -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in {*a, *b}:
-            yield from _differences(a.get(key), b.get(key), f"{where}.{key}" if where else key)
-    elif a != b:
-        yield f"{where} ({a} -> {b})"
 
 
 # While it runs ------------------------------------------------------------------------------------

@@ -5,48 +5,56 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import jax
 
 logger = logging.getLogger(__name__)
 
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+
 
 class StopSignal:
     """A context manager that turns SIGTERM and Ctrl-C into a question to ask after every step.
 
-    With one process, the first signal asks to stop and a second one ends the process at once. With
-    several, JAX's coordination service receives SIGTERM in whichever process it arrives and has all
-    of them stop after the same step.
+    The first signal asks to stop, a second one ends the process at once. Where JAX's runtime joins
+    processes it is the one to receive SIGTERM (and Ctrl-C is passed on to it as such): a notice to
+    any process has all of them stop after the same step.
     """
 
     def __init__(self) -> None:
-        self._received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._received = False
+        self._joined = jax.distributed.is_initialized()
+        self._previous: dict[int, _Handler] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            watched = [signal.SIGINT]
-            if jax.process_count() == 1:
-                watched.append(signal.SIGTERM)
+            watched = [signal.SIGINT] if self._joined else [signal.SIGINT, signal.SIGTERM]
             self._previous = {s: signal.signal(s, self._receive) for s in watched}
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore
+            # None stands for a handler that is not Python's, which cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = number
+        self._received = True
         name = signal.Signals(number).name
         logger.warning("%s: saving after this step, then leaving; again to leave at once", name)
-        for watched, handler in self._previous.items():
-            signal.signal(watched, handler)  # type: ignore
+        self._restore()
+        if self._joined:
+            signal.raise_signal(signal.SIGTERM)
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; every process asks, after every step."""
-        if jax.process_count() == 1:
-            return self._received is not None
+        if not self._joined:
+            return self._received
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -52,27 +53,42 @@ class Train:
     profile: str | None = None
     """Steps to trace for a profiler, as first:last (10:15), into profile/ of the run."""
     coordinator: str | None = None
-    """host:port of process 0, for several processes that the environment does not speak of."""
+    """For several processes: host:port of process 0. The same command, with another --process, runs
+    on every host. Not needed on TPU pods, in SLURM, Open MPI and Kubernetes (see README)."""
     processes: int | None = None
-    """How many processes."""
+    """How many processes; 1 looks for no others."""
     process: int | None = None
     """Which of them this is, from 0."""
+    join_timeout: int = 300
+    """Seconds within which all processes must have come."""
+    lost_timeout: int = 100
+    """Seconds without a sign of life after which a process counts as lost and the others end."""
 
     def run(self) -> None:
+        import jax
+
         from btlm_jax.train import distributed, recipe_file
 
         resolved = recipe_file.load(self.recipe, self.set)
         profile = _steps(self.profile) if self.profile is not None else None
-        distributed.initialize(self.coordinator, self.processes, self.process)
+        distributed.initialize(
+            self.coordinator,
+            self.processes,
+            self.process,
+            join_timeout=self.join_timeout,
+            lost_timeout=self.lost_timeout,
+        )
         from btlm_jax.train.loop import train
 
         done = train(resolved, self.directory, profile)
-        held = f", held out {done.held_out:.3f}" if done.held_out == done.held_out else ""
-        print(f"step {done.step}: loss {done.loss:.3f} nats per token{held}")
-        if done.finished:
+        first = jax.process_index() == 0
+        if first:
+            held = f", held out {done.held_out:.3f}" if done.held_out == done.held_out else ""
+            print(f"step {done.step}: loss {done.loss:.3f} nats per token{held}")
+        if not done.finished:
+            print(f"resume with: btlm {shlex.join(sys.argv[1:])}")
+        elif first:
             print(f"next: btlm generate {self.directory} --prompt TEXT --sample")
-        else:
-            print(f"resume with: {' '.join(sys.argv)}")
 
 
 def _steps(text: str) -> tuple[int, int]:

@@ -1,0 +1,365 @@
+"""Runs of two processes with four devices each, over the loopback: the same runs as one process's.
+
+Sums are taken in another order than in one process, so losses agree to fp32 rounding, which
+training amplifies (MEASURED); among runs of two processes, exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cases
+import numpy as np
+import pytest
+from btlm_jax.train import recipe_file as recipes
+from btlm_jax.train.loop import train
+from btlm_jax.train.metrics import read_lines
+from test_convert_onto_mesh import free_port
+from test_token_shards import write_tokens
+from test_train_loop import compiled_once, final_weights, losses, same_bits  # noqa: F401
+
+RECIPE = """
+[model]
+preset = "tiny"
+[model.fields]
+vocab_size = 61
+n_embd = 32
+n_head = 2
+n_inner = 42
+n_layer = 2
+[[phases]]
+steps = 60
+batch_size = 16
+length = 16
+microbatch = 8
+[optimizer]
+peak_lr = 1e-2
+final_lr = 1e-3
+warmup_tokens = 512
+[data]
+train = "{train}"
+held_out = "{held}"
+held_out_tokens = 1024
+[run]
+log_every = 1
+checkpoint_every = 15
+keep_last = 9
+eval_every = 30
+prompt = "3"
+"""
+# An evaluation of 24 batches after every step: slow enough to be caught in the act.
+SLOWLY = ("run.eval_every=1", "data.held_out_tokens=3072")
+
+BTLM = """
+import sys
+from jax._src import cache_key
+# On CPUs the process is part of the key, and every process would compile for itself.
+cache_key._hash_accelerator_config = cache_key._hash_devices
+from btlm_jax import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    tokens = np.zeros(20000, np.int64)
+    tokens[:2] = 1, 2
+    for i in range(2, len(tokens)):
+        tokens[i] = (3 * tokens[i - 1] + tokens[i - 2]) % 61
+    for name, part in (("train", tokens[:16000]), ("held", tokens[16000:])):
+        write_tokens(root / name, part, vocab_size=61, eos_id=0)
+        cases.write_tokenizer(root / name / "tokenizer", 61)
+    file = root / "recipe.toml"
+    file.write_text(RECIPE.format(train=root / "train", held=root / "held"))
+    return file
+
+
+class Pair:
+    """Two processes, and what they print."""
+
+    def __init__(self, logs: Path, cache: str, code: str, arguments: list[str]) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        env = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "4",
+            # Of what is compiled here little is run: quick to compile is what counts.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": cache,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        self.logs = [logs / "0.log", logs / "1.log"]
+        self.processes: list[subprocess.Popen] = []
+        where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2"]
+        for number, log in enumerate(self.logs):
+            command = [sys.executable, "-c", code, *arguments, *where, "--process", str(number)]
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT)
+                )
+
+    def until(self, reached: Callable[[], bool]) -> None:
+        """Returns once it is so."""
+        deadline = time.monotonic() + 240
+        while not reached():
+            assert all(p.poll() is None for p in self.processes), self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.02)
+
+    def codes(self) -> list[int]:
+        """The exit codes, once both have ended."""
+        return [p.wait(timeout=240) for p in self.processes]
+
+    def said(self) -> str:
+        return "\n=====\n".join(log.read_text()[-5000:] for log in self.logs)
+
+
+@pytest.fixture
+def two(recipe, compiled_once, tmp_path):  # noqa: F811
+    """Starts `btlm train` in two processes, and leaves none behind."""
+    with starting(recipe, compiled_once, tmp_path) as start:
+        yield start
+
+
+@contextlib.contextmanager
+def starting(recipe: Path, cache: str, logs: Path) -> Iterator[Callable[..., Pair]]:
+    pairs: list[Pair] = []
+
+    def start(run: Path, *overrides: str, code: str = BTLM) -> Pair:
+        sets = [x for o in overrides for x in ("--set", o)]
+        arguments = ["train", str(recipe), str(run), *sets, "--lost-timeout", "10"]
+        pairs.append(Pair(logs / f"logs-{len(pairs)}", cache, code, arguments))
+        return pairs[-1]
+
+    try:
+        yield start
+    finally:
+        for process in [p for pair in pairs for p in pair.processes]:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="module")
+def one(recipe, tmp_path_factory) -> Path:
+    """An uninterrupted run of one process with eight devices."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    assert train(recipes.load(recipe), run).finished
+    return run
+
+
+@pytest.fixture(scope="module")
+def both(recipe, compiled_once, tmp_path_factory) -> tuple[Path, Pair]:  # noqa: F811
+    """The same of two processes with four each."""
+    root = tmp_path_factory.mktemp("both")
+    with starting(recipe, compiled_once, root) as start:
+        pair = start(root / "run", "run.sample_every=30")
+        assert pair.codes() == [0, 0], pair.said()
+    return root / "run", pair
+
+
+def copy_until(run: Path, step: int, target: Path) -> Path:
+    """The run as it was when it had saved a step, and went on a little."""
+    shutil.copytree(run, target)
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    return target
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    a, b = losses(run), losses(reference)
+    assert list(a) == list(b) == list(range(1, 61))
+    assert max(abs(a[s] - b[s]) for s in a) < 1e-5
+    a, b = final_weights(run), final_weights(reference)
+    assert max(np.abs(a[k] - b[k]).max() for k in a) < 1e-3
+
+
+def test_two_processes_are_as_one(one, both):
+    run, _ = both
+    assert_same(run, one)
+    held = [
+        {x["step"]: x["held_out_loss"] for x in read_lines(r / "metrics.jsonl") if len(x) == 3}
+        for r in (run, one)
+    ]
+    assert held[0] == pytest.approx(held[1], abs=1e-5) and set(held[0]) == {30, 60}
+
+
+def test_process_0_alone_reports(both):
+    run, pair = both
+    steps = [(x["step"], len(x)) for x in read_lines(run / "metrics.jsonl")]
+    assert len(steps) == len(set(steps)) == 62  # 60 steps, 2 evaluations
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    first, second = (log.read_text() for log in pair.logs)
+    for said in ("train: 60 step/60 step", "held-out loss", "btlm: step 30: 3", "next: btlm gen"):
+        assert said in first
+    joining = "btlm: process 1 waits for the others"
+    assert [x for x in second.splitlines() if "btlm" in x and not x.startswith(joining)] == []
+
+
+def test_one_process_goes_on_with_a_checkpoint_of_two(recipe, one, both, tmp_path):
+    run = copy_until(both[0], 30, tmp_path / "run")
+    assert train(recipes.load(recipe), run).finished
+    assert {s: x for s, x in losses(run).items() if s <= 30} == {
+        s: x for s, x in losses(both[0]).items() if s <= 30
+    }
+    assert_same(run, one)
+
+
+def test_interrupted(one, two, tmp_path):
+    """Two processes go on with a run of one; one is told to stop, next time one is killed."""
+    run = copy_until(one, 15, tmp_path / "run")
+    pair = two(run, *SLOWLY)
+    pair.until(lambda: 17 <= last_step(run) < 60)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    stopped = both_stopped(pair, run)
+    assert "btlm: going on from step 15\n" in pair.logs[0].read_text()
+
+    pair = two(run, *SLOWLY, f"run.checkpoint_every={stopped + 2}")
+    pair.until((run / f"checkpoints/{stopped + 2}").exists)
+    pair.processes[1].kill()
+    assert pair.codes()[0] != 0, pair.said()
+    assert f"btlm: going on from step {stopped}\n" in pair.logs[0].read_text()
+
+    pair = two(run)
+    assert pair.codes() == [0, 0], pair.said()
+    assert f"btlm: going on from step {stopped + 2}\n" in pair.logs[0].read_text()
+    assert_same(run, one)
+
+
+def last_step(run: Path) -> int:
+    return max(losses(run), default=0)
+
+
+def both_stopped(pair: Pair, run: Path) -> int:
+    """The step that both have saved, after which both have ended well and said how to go on."""
+    assert pair.codes() == [0, 0], pair.said()
+    for number, log in enumerate(pair.logs):
+        (line,) = [x for x in log.read_text().splitlines() if x.startswith("resume with: btlm tr")]
+        assert f" {run} " in line and line.endswith(f"--process {number}")
+    stopped = max(int(p.name) for p in (run / "checkpoints").iterdir())
+    assert last_step(run) == stopped < 60
+    return stopped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [{0: signal.SIGTERM, 1: signal.SIGTERM}, {0: signal.SIGINT}])
+def test_told_to_stop(one, two, tmp_path, signals):
+    """The scheduler tells every process; somebody presses Ctrl-C at one of them."""
+    run = copy_until(one, 15, tmp_path / "run")
+    pair = two(run, *SLOWLY)
+    pair.until(lambda: 17 <= last_step(run) < 60)
+    for process, number in signals.items():
+        pair.processes[process].send_signal(number)
+    both_stopped(pair, run)
+    assert two(run).codes() == [0, 0]
+    assert_same(run, one)
+
+
+@pytest.mark.slow
+def test_process_0_is_killed(one, two, tmp_path):
+    run = copy_until(one, 15, tmp_path / "run")
+    pair = two(run, *SLOWLY)
+    pair.until(lambda: 17 <= last_step(run) < 60)
+    pair.processes[0].kill()
+    assert pair.codes()[1] != 0, pair.said()
+    assert two(run).codes() == [0, 0]
+    assert_same(run, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh", [dict(data=2, fsdp=4), dict(fsdp=4, tensor=2), dict(fsdp=1, tensor=8)]
+)
+def test_meshes(one, two, tmp_path, mesh):
+    pair = two(tmp_path / "run", *(f"mesh.{k}={v}" for k, v in mesh.items()))
+    assert pair.codes() == [0, 0], pair.said()
+    assert_same(tmp_path / "run", one)
+
+
+# What can be wrong ------------------------------------------------------------------------------
+
+REFUSED = """
+import json, sys
+from pathlib import Path
+from btlm_jax.train import distributed, recipe_file, run_directory
+from btlm_jax.train.loop import train
+_, file, cases, _, coordinator, _, processes, _, process = sys.argv
+distributed.initialize(coordinator, int(processes), int(process), lost_timeout=10)
+run_directory._VISIBLE_WITHIN = 1.0
+said = {}
+for name, runs, overrides in json.loads(cases):
+    try:
+        train(recipe_file.load(Path(file), overrides[int(process)]), runs[int(process)])
+    except (ValueError, OSError) as e:
+        said[name] = f"{type(e).__name__}: {e}"
+try:
+    with distributed.agreed():
+        if process == "1":
+            raise OSError("disk full")
+except (ValueError, OSError) as e:
+    said["agreed"] = f"{type(e).__name__}: {e}"
+print("said", json.dumps(said))
+"""
+
+
+def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: F811
+    """In every process an error, with its cause; none waits for another."""
+    other = tmp_path / "other"
+    write_tokens(other, np.arange(16000) % 61, vocab_size=61, eos_id=0)
+    run = str(tmp_path / "run")
+    cases = [
+        ("recipe", [run, run], [[], ["optimizer.peak_lr=0.02", "run.eval_every=7"]]),
+        ("data", [run, run], [[], [f"data.held_out={other}"]]),
+        ("hidden", [run, run], [[], ["data.train=nowhere"]]),
+        ("mesh", [run, run], [["mesh.fsdp=3"], ["mesh.fsdp=3"]]),
+        ("directory", [run, str(tmp_path / "elsewhere")], [[], []]),
+    ]
+    pair = Pair(tmp_path, compiled_once, REFUSED, [str(recipe), json.dumps(cases)])
+    try:
+        assert pair.codes() == [0, 0], pair.said()
+    finally:
+        for process in pair.processes:
+            process.kill()
+    lines = [log.read_text().split("said ")[1].splitlines()[0] for log in pair.logs]
+    first, second = map(json.loads, lines)
+    assert first.keys() == second.keys() == {*(name for name, *_ in cases), "agreed"}
+    for name in ("recipe", "data", "mesh"):
+        assert first[name] == second[name]
+    assert first["recipe"].startswith(
+        "ValueError: process 1 was started otherwise than process 0: "
+        "recipe.optimizer.peak_lr (0.01 -> 0.02), recipe.run.eval_every (30 -> 7); start"
+    )
+    assert "process 0: held_out (" in first["data"]
+    assert "found 8" in first["mesh"]
+    assert second["hidden"].startswith("FileNotFoundError: nowhere")
+    assert first["hidden"] == f"ValueError: process 1: {second['hidden']}"
+    assert second["directory"].startswith(f"ValueError: {tmp_path}/elsewhere is not the directory")
+    assert first["directory"] == f"ValueError: process 1: {second['directory']}"
+    assert first["agreed"] == "ValueError: process 1: OSError: disk full"
+    assert second["agreed"] == "OSError: disk full"
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_the_others_do_not_come(recipe, tmp_path):
+    """JAX ends a process 0 that waits in vain; what it waited for is the line before."""
+    where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "btlm_jax.cli", "train", str(recipe), str(tmp_path / "run"), *where,
+         "--join-timeout", "1"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "btlm: process 0 waits for the others at 127.0.0.1:" in done.stderr
+    assert "up to 1 s (--join-timeout)" in done.stderr
+    assert not (tmp_path / "run").exists()

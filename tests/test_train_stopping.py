@@ -1,0 +1,48 @@
+"""Signals ask to stop; where processes are joined, JAX's runtime hears of them."""
+
+from __future__ import annotations
+
+import signal
+
+import jax
+import pytest
+from btlm_jax.train.stopping import StopSignal
+
+
+@pytest.fixture
+def handlers():
+    """What was set before, and is put back after."""
+    heard: list[int] = []
+    before = {s: signal.signal(s, lambda n, _: heard.append(n)) for s in (2, 15)}
+    yield heard
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_the_second_acts(handlers, number, caplog):
+    with StopSignal() as stop:
+        assert not stop.asked(1)
+        signal.raise_signal(number)
+        assert stop.asked(2) and handlers == []
+        assert f"{number.name}: saving after this step" in caplog.text
+        signal.raise_signal(number)
+        assert handlers == [number]
+    signal.raise_signal(number)
+    assert handlers == [number] * 2
+
+
+def test_joined_processes_leave_sigterm_to_jax(handlers, monkeypatch):
+    """And Ctrl-C becomes one, so that all processes stop."""
+    from jax.experimental import multihost_utils
+
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 7)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert handlers == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGINT)
+        assert handlers == [signal.SIGTERM] * 2
+        assert [s for s in range(10) if stop.asked(s)] == [7]
+        signal.raise_signal(signal.SIGINT)
+        assert handlers[-1] == signal.SIGINT
