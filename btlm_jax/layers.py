@@ -20,11 +20,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 
-from btlm_jax import alibi, attention, sharding, weights
+from btlm_jax import alibi, attention, products, sharding, weights
 from btlm_jax.config import BTLMConfig
+
+# What the forward pass keeps for the backward pass: the results of matrix products and of
+# attention. LayerNorm, activations and casts are computed again, which costs less than storing and
+# reading them; within attention see `attention`.
+_KEPT = "kept"
 
 
 @jax.tree_util.register_dataclass
@@ -85,18 +91,8 @@ class Spec:
         return jnp.zeros(shape, dtype, out_sharding=self.axes(*axes))
 
     def einsum(self, equation: str, x: jax.Array, y: jax.Array, *axes: str | None) -> jax.Array:
-        """jnp.einsum accumulated and returned in fp32, sharded by the logical axes of the result.
-
-        fp32 results are also what keeps XLA on its fast CPU path for bf16 operands.
-        """
-        return jnp.einsum(
-            equation,
-            x,
-            y,
-            precision=self.precision,
-            preferred_element_type=jnp.float32,
-            out_sharding=self.axes(*axes),
-        )
+        """`products.einsum`, fp32, sharded by the logical axes of the result."""
+        return products.einsum(equation, x, y, self.precision, self.axes(*axes))
 
     def check_batch(self, batch_size: int, length: int | None = None) -> None:
         """Raises ValueError if a batch, or its sequences, do not divide over the mesh."""
@@ -155,13 +151,10 @@ class Linear(Layer):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.spec.einsum(self.equation, x, self.weight("kernel"), *self.axes)
-        bias = self.weight("bias", jnp.float32)
-        if self.equation.endswith("->cbhtk"):
-            bias = bias[:, None, :, None, :]
-        y = y + bias
+        y = y + self.weight("bias", jnp.float32)
         # In fp32, before the one rounding. Without CompleteP the program has no trace of it.
         y = y if self.scale == 1.0 else y * self.scale
-        return y.astype(self.spec.dtype)
+        return checkpoint_name(y.astype(self.spec.dtype), _KEPT)
 
 
 class Attention(Layer):
@@ -170,9 +163,11 @@ class Attention(Layer):
     @nn.compact
     def __call__(self, x_BTD, layer, context: Context, kv, capture: bool):
         c, spec = self.spec.config, self.spec
-        qkv_axes = (None, "batch", "heads", "sequence", None)
-        qkv = Linear(spec, "btd,dchk->cbhtk", qkv_axes, name="c_attn")(x_BTD)
-        q, k, v = qkv[0], qkv[1], qkv[2]
+        # As it comes out of the product: XLA would otherwise multiply into [qkv, H, K, B, T], and
+        # every chunk of attention would turn its part round.
+        qkv_axes = ("batch", "sequence", None, "heads", None)
+        qkv = Linear(spec, "btd,dchk->btchk", qkv_axes, name="c_attn")(x_BTD)
+        q, k, v = (x[:, :, 0].swapaxes(1, 2) for x in jnp.split(qkv, 3, axis=2))
         if kv is not None:
             # In place on the stacked cache: only the T new slots of this layer are written.
             zero = jnp.zeros_like(layer)
@@ -186,7 +181,7 @@ class Attention(Layer):
             slopes=context.slopes,
             scale=c.attention_scale,
             segments=context.segments,
-            offset=context.offset,
+            offset=0 if context.offset is None else context.offset,
             precision=spec.precision,
         )
         out = attention.attention(
@@ -197,8 +192,9 @@ class Attention(Layer):
             implementation=spec.implementation,
             shard=spec.attention_shard,
         )
+        out = checkpoint_name(out.swapaxes(1, 2), _KEPT)
         axes = ("batch", "sequence", None)
-        h = Linear(spec, "bhtk,hkd->btd", axes, c.residual_scale, name="c_proj")(out)
+        h = Linear(spec, "bthk,hkd->btd", axes, c.residual_scale, name="c_proj")(out)
         if not capture:
             return h, kv, None
         q, k = (spec.place(x, "batch", "heads", None, None) for x in (q, k))
@@ -244,7 +240,7 @@ class Context(NamedTuple):
 
     slopes: jax.Array | None  # fp32 [H], divided by the ALiBi scale
     segments: tuple[jax.Array, jax.Array] | None  # of queries [B, T] and keys [B, S]
-    offset: jax.Array  # int32, the slot of the first query
+    offset: jax.Array | None  # int32, the slot of the first query; None without a cache: 0
 
 
 class Transformer(Layer):
@@ -279,15 +275,16 @@ class Transformer(Layer):
             scaled = jnp.asarray(alibi.model_slopes(c), jnp.float32)
             slopes = spec.place(scaled / alibi.scale(c.alibi_scaling, key_length), "heads")
 
+        policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
         blocks = nn.scan(
-            Block,
+            nn.remat(Block, prevent_cse=False, policy=policy),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.n_layer,
         )(spec, capture, name="blocks")
         kv = None if cache is None else (cache.key, cache.value)
-        context = Context(slopes, pair, offset)
+        context = Context(slopes, pair, None if cache is None else offset)
         out: Any = blocks((h, kv), jnp.arange(c.n_layer, dtype=jnp.int32), context)
         (h, filled), captured = out
         h = LayerNorm(spec, name="ln_f")(h)
@@ -332,7 +329,8 @@ def project_logits(spec: Spec, params, hidden: jax.Array, *, sharded: bool = Fal
     # Decoding leaves sequences whole: the states say whether theirs are split.
     own = jax.typeof(hidden).sharding.spec
     lead = ("batch", *("sequence" if axis else None for axis in own[1:-1]))
-    logits = spec.einsum("...d,vd->...v", hidden, w, *lead, "vocab") * c.logits_scale
+    rows = "bts"[: hidden.ndim - 1]
+    logits = spec.einsum(f"{rows}d,vd->{rows}v", hidden, w, *lead, "vocab") * c.logits_scale
     if w.shape[0] > c.vocab_size:
         real = spec.place(jnp.arange(w.shape[0]) < c.vocab_size, "vocab")
         logits = jnp.where(real, logits, jnp.finfo(jnp.float32).min)
