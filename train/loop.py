@@ -33,7 +33,7 @@ from .checkpoints import Checkpoints
 from .distributed import barrier
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch
-from .metrics import FILE, MetricsLog, read_lines, utilisation
+from .metrics import FILE, MetricsLog, curves, read_lines, utilisation
 from .recipe import Phase, Recipe, to_dict
 from .step import Metrics, TrainState, init_state, make_step
 from .stopping import StopSignal
@@ -176,8 +176,8 @@ def _already_finished(recipe: Recipe, directory: Path, keeper: Checkpoints) -> O
 def _open_data(recipe: Recipe) -> tuple[list[TokenShards], TokenShards | None]:
     if not recipe.data.train:
         raise ValueError(
-            "data.train: not set; make a directory of tokens with `btlm tokenize TEXT DIR`, then "
-            "pass --set data.train=DIR"
+            "data.train: not set; make a directory of tokens with `btlm tokenize TEXT --target DIR "
+            "--tokenizer DIR` (or --new-tokenizer SIZE), then pass --set data.train=DIR"
         )
     folders = [s.directory for s in _sources(recipe)]
     held = recipe.data.held_out
@@ -368,11 +368,5 @@ def _draw(directory: Path, recipe: Recipe) -> None:
     except ValueError as e:
         logger.warning("%s", e)
         return
-    lines = read_lines(directory / FILE)
-    curves: dict[str, Any] = {}
-    for name, label in (("loss", "training"), ("held_out_loss", "held out")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            curves[label] = tuple(zip(*points, strict=True))
-    if curves:
-        plots.loss_curve(directory / "loss.png", curves, {}, directory.name)
+    if drawn := curves(directory):
+        plots.loss_curve(directory / "loss.png", drawn, {}, directory.name)
