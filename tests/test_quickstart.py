@@ -5,62 +5,35 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from pydoc_data.topics import topics
 
 import cases
 import jax
 import numpy as np
 import pytest
-from btlm_jax.train import manual, plots, quickstart
+from btlm_jax.train import manual, plots, quickstart, stopping
+from btlm_jax.train.metrics import read_lines
 from btlm_jax.train.step import init_state, make_step
 
 from btlm_jax import BTLM, BTLMConfig, cli, make_mesh, mup
 
 
-def test_text_is_split_without_overlap():
-    text = manual.manual()
-    assert sum(map(len, text.train)) > 200_000 and sum(map(len, text.held_out)) > 10_000
-    paragraphs = [{p for doc in docs for p in doc.strip().split("\n\n")} for docs in text]
-    assert not paragraphs[0] & paragraphs[1]
-    everything = [p for doc in text.train for p in doc.strip().split("\n\n")]
-    assert len(everything) == len(set(everything))
-
-
-def test_tokenizer_and_encoding():
-    docs = ["The with statement.\n", 'A "class" — definition.\n']
-    tokenizer = manual.train_tokenizer(manual.manual().train[:5], 512)
-    ids = manual.encode(tokenizer, docs)
-    end = tokenizer.token_to_id("<|endoftext|>")
-    assert end == 0 and ids.dtype == np.int32 and (ids == end).sum() == 2 and ids[-1] == end
-    first = list(ids[: np.argmax(ids == end)])
-    assert tokenizer.decode(first) == docs[0]
-
-
-def test_training_batches_cover_the_text():
-    tokens = np.arange(1000, dtype=np.int32)
-    batches = manual.training_batches(tokens, 4, 11, seed=0)
-    seen = np.zeros(1000, int)
-    for _ in range(24):  # 96 windows: about one epoch
-        batch = next(batches)
-        assert batch.shape == (4, 11) and np.all(np.diff(batch) == 1)
-        seen[batch[:, 1:]] += 1
-    assert (seen > 0).mean() > 0.9 and seen.max() <= 2
-    again = manual.training_batches(tokens, 4, 11, seed=0)
-    np.testing.assert_array_equal(next(again), next(manual.training_batches(tokens, 4, 11, seed=0)))
-
-
-def test_evaluation_batches_predict_every_token_once():
-    tokens = np.arange(57, dtype=np.int32)
-    counts = np.zeros(57, int)
-    for _, labels in manual.evaluation_batches(tokens, 4, 11, -100):
-        targets = labels[:, 1:]
-        np.add.at(counts, targets[targets != -100], 1)
-    assert counts[0] == 0 and np.all(counts[1:] == 1)
+def test_text_has_every_paragraph_once():
+    """So that nothing of it is held out that was trained on, wherever it is cut."""
+    text = manual.text()
+    paragraphs = text.removesuffix("\n").split("\n\n")
+    assert len(text) > 300_000 and len(paragraphs) == len(set(paragraphs)) > 1000
+    pages = [page.strip() for page in topics.values()]
+    assert set(paragraphs) == {p for page in pages for p in page.split("\n\n")}
+    assert text.startswith(topics[min(topics)].strip().split("\n\n")[0])
 
 
 def test_unigram_entropy():
-    assert manual.unigram_entropy(np.array([1, 1, 2, 2])) == pytest.approx(np.log(2))
+    assert quickstart.unigram_entropy(np.array([1, 1, 2, 2])) == pytest.approx(np.log(2))
 
 
 def test_steps_agree_on_a_mesh():
@@ -105,12 +78,15 @@ SMALL = """
 import sys
 from pathlib import Path
 from btlm_jax.train import quickstart
-recipe = quickstart.Recipe(width=128, layers=1, vocab_size=512, length=64, steps=12)
-quickstart.train(Path(sys.argv[1]), recipe=recipe._replace(warmup=2, evaluate_every=6))
+sizes = ["vocab_size=512", "n_embd=128", "n_head=2", "n_inner=341", "n_layer=1"]
+overrides = ["model.fields." + x for x in sizes]
+overrides += ["model.fields.mup_width_scale=0.5", "phases.0.length=64", "run.eval_every=6"]
+overrides += ["run.log_every=1"]
+quickstart.train(Path(sys.argv[1]), steps=12, seed=3, overrides=overrides)
 """
 
 
-def test_small_run_end_to_end(tmp_path):
+def test_small_run_end_to_end(tmp_path, capsys):
     """In a process of its own, as the command runs: virtual devices and all."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
@@ -119,6 +95,7 @@ def test_small_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     for text in (
         "mesh of 4 cpu devices (fsdp 2, tensor 2)",
+        "width 128 (muP base 64)",
         "unigram entropy",
         "held-out loss",
         "every weight bit-equal",
@@ -126,12 +103,37 @@ def test_small_run_end_to_end(tmp_path):
         "next: btlm generate",
     ):
         assert text in done.stdout
-    rows = [json.loads(x) for x in (tmp_path / "q/metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == list(range(1, 13))
-    assert rows[-1]["held_out_loss"] < rows[5]["held_out_loss"] < np.log(512) + 1
+    run = tmp_path / "q/run"
+    rows = read_lines(run / "metrics.jsonl")
+    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 13))
+    held_out = {r["step"]: r["held_out_loss"] for r in rows if "held_out_loss" in r}
+    assert list(held_out) == [6, 12] and held_out[12] < held_out[6] < np.log(512) + 1
+    assert f"held-out loss {held_out[12]:.3f} nats per token" in done.stdout
+    assert json.loads((run / "recipe.json").read_text())["recipe"]["run"]["seed"] == 3
     assert (tmp_path / "q/loss.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("checkpoint", "hf", "converted"):
-        assert (tmp_path / "q" / name).is_dir()
+    listed = re.findall(r"^  (\S+) ", done.stdout, re.MULTILINE)
+    assert {"text.txt", "run/", "hf/", "converted/"} < set(listed)
+    assert all((tmp_path / "q" / name).exists() for name in listed)
+    assert (tmp_path / "q/text.txt").read_text() == manual.text()
+    # On one device, whatever the run was sharded over.
+    (then,) = re.findall(r"^next: btlm (.*)$", done.stdout, re.MULTILINE)
+    assert cli.main(shlex.split(then)) == 0
+    assert capsys.readouterr().out.startswith("The statement")
+
+
+def test_stopped_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    sizes = ("n_embd=64", "n_head=1", "n_inner=8", "n_layer=1", "mup_width_scale=1.0")
+    overrides = [f"model.fields.{x}" for x in sizes]
+    monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step: step == 1)
+    quickstart.train(tmp_path / "it's", steps=2, overrides=overrides)
+    out = capsys.readouterr().out
+    assert "stopped after step 1; go on with: btlm train tiny" in out
+    assert not (tmp_path / "it's/hf").exists()
+    monkeypatch.undo()
+    (then,) = re.findall(r"go on with: btlm (.*)$", out, re.MULTILINE)
+    assert "mesh" not in then  # as many devices as there are then
+    assert cli.main(shlex.split(then)) == 0
+    assert "step 2: loss" in capsys.readouterr().out
 
 
 def test_steps_must_be_positive(capsys, tmp_path):

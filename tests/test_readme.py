@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from random import Random
 
 import pytest
+from btlm_jax.train import manual
+from btlm_jax.train.metrics import read_lines
 
 from btlm_jax import cli
 
@@ -40,6 +45,48 @@ def test_every_command_exists(capsys):
         with pytest.raises(SystemExit) as exit:
             cli.main([name, "--help"])
         assert exit.value.code == 0, name
+
+
+@pytest.mark.slow
+def test_own_text(tmp_path):
+    """Tokenize, train, generate as printed; killed twice on the way, to the loss that is stated."""
+    (block,) = [text for lang, text in BLOCKS if "--new-tokenizer" in text]
+    tokenize, train, generate = (shlex.split(line) for line in block.splitlines())
+    (stated,) = re.findall(r"held-out loss of ([\d.]+) ± ([\d.]+) nats", README)
+    (tmp_path / "text.txt").write_text(manual.text())
+
+    def start(command: list[str]) -> subprocess.Popen:
+        module = [sys.executable, "-m", "btlm_jax.cli", *command[1:]]
+        env = os.environ | {"XLA_FLAGS": ""}
+        return subprocess.Popen(module, stdout=-1, stderr=-2, text=True, cwd=tmp_path, env=env)
+
+    def finish(command: list[str]) -> str:
+        process = start(command)
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+        return out
+
+    finish(tokenize)
+    checkpoints, metrics, rng = (
+        tmp_path / "run/checkpoints",
+        tmp_path / "run/metrics.jsonl",
+        Random(0),
+    )
+    for first, last in ((210, 380), (410, 580)):  # checkpoints are at 200, 400 and 600
+        process, goal = start(train), rng.randint(first, last)
+        while not any(x["step"] >= goal for x in read_lines(metrics)):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(rng.random())
+        assert any(p.name.isdigit() for p in checkpoints.iterdir())
+        process.kill()
+        process.communicate()
+    out = finish(train)
+    steps = [x["step"] for x in read_lines(metrics) if "loss" in x]
+    assert steps == [1, *range(10, 801, 10)]  # as if it had not been killed
+    (found,) = re.findall(r"^step 800: .* held out ([\d.]+)$", out, re.MULTILINE)
+    assert abs(float(found) - float(stated[0])) <= float(stated[1])
+    assert finish(generate).startswith("The statement")
 
 
 def test_ci_runs_the_test_command():

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from .checkpoints import Checkpoints
 from .distributed import agreed
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch
-from .metrics import FILE, MetricsLog, read_lines, require_wandb, utilisation
+from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
 from .recipe_file import to_dict
@@ -199,8 +199,8 @@ def _already_finished(recipe: Recipe, directory: Path, keeper: Checkpoints) -> O
 def _open_data(recipe: Recipe) -> tuple[list[TokenShards], TokenShards | None]:
     if not recipe.data.train:
         raise ValueError(
-            "data.train: not set; make a directory of tokens with `btlm tokenize TEXT DIR`, then "
-            "pass --set data.train=DIR"
+            "data.train: not set; make a directory of tokens with `btlm tokenize TEXT --target DIR "
+            "--tokenizer DIR` (or --new-tokenizer SIZE), then pass --set data.train=DIR"
         )
     folders = [s.directory for s in _sources(recipe)]
     held = recipe.data.held_out
@@ -354,11 +354,5 @@ def _draw(directory: Path, recipe: Recipe) -> None:
     except ValueError as e:
         logger.warning("%s", e)
         return
-    lines = read_lines(directory / FILE)
-    curves: dict[str, Any] = {}
-    for name, label in (("loss", "training"), ("held_out_loss", "held out")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            curves[label] = tuple(zip(*points, strict=True))
-    if curves:
-        plots.loss_curve(directory / "loss.png", curves, {}, directory.name)
+    if drawn := curves(directory):
+        plots.loss_curve(directory / "loss.png", drawn, {}, directory.name)

@@ -115,6 +115,16 @@ def read_lines(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+def curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """The losses of a run, to draw: label -> (steps, nats per token)."""
+    lines, found = read_lines(run / FILE), {}
+    for name, label in (("loss", "training"), ("held_out_loss", "held out")):
+        steps = [line["step"] for line in lines if name in line]
+        if steps:
+            found[label] = steps, [line[name] for line in lines if name in line]
+    return found
+
+
 def utilisation(config: BTLMConfig, length: int, tokens_per_second: float) -> dict[str, float]:
     """MFU of one device in both conventions, where the device's peak is known; else empty.
 

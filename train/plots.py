@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
 def require_matplotlib() -> None:
     """Raises ValueError if matplotlib is missing; call it before long work."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise ValueError("the loss curve needs matplotlib: pip install 'btlm-jax[plot]'") from e
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the loss curve needs matplotlib: pip install 'btlm-jax[plot]'")
 
 
 def loss_curve(

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from .split import Part
 from .token_shards import TextSource
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,11 @@ class TextFile(NamedTuple):
     size: int = 0  # bytes
     mtime_ns: int = 0
 
+    @property
+    def identity(self) -> tuple[str, str, int, int]:
+        """What tells whether it is still the same file."""
+        return self.name, self.kind, self.size, self.mtime_ns
+
 
 class Position(NamedTuple):
     """Where a document begins: in which file, after how many records, and bytes uncompressed.
@@ -61,12 +67,16 @@ _BEGINNING = Position()
 
 
 class Counts(NamedTuple):
-    """Of one file, so far: `text_bytes` in UTF-8, `empty` documents and `skipped` records."""
+    """Of one file, so far: `text_bytes` in UTF-8, `empty` documents and `skipped` records.
+
+    `elsewhere` counts the documents of which nothing is in the part that is read.
+    """
 
     documents: int = 0
     text_bytes: int = 0
     empty: int = 0
     skipped: int = 0
+    elsewhere: int = 0
 
 
 class Document(NamedTuple):
@@ -157,6 +167,7 @@ class Reader:
       on_error: "raise", or "skip" unusable records, counting them.
       begin: where to begin.
       counts: of the files up to `begin`, that of its own file included; () at the beginning.
+      part: read only what is in it; None is everything.
 
     Attributes:
       counts: of the files read so far.
@@ -170,8 +181,9 @@ class Reader:
         on_error: OnError = "raise",
         begin: Position = _BEGINNING,
         counts: Sequence[Counts] = (),
+        part: Part | None = None,
     ) -> None:
-        self.counts = list(counts)
+        self.counts, self._part = list(counts), part
         self._refused = 0
         self._files, self._field, self._on_error, self._begin = files, field, on_error, begin
 
@@ -191,20 +203,25 @@ class Reader:
                 self.counts.append(Counts())
             for record in _records(file, self._field, begin):
                 counts = self.counts[i]
-                size, problem = _utf8_size(record)
-                if problem:
+                if problem := record.problem or _not_unicode(record.text):
                     self._refuse(file, record.record, problem)
                     self.counts[i] = counts._replace(skipped=counts.skipped + 1)
-                elif not size:
-                    self.counts[i] = counts._replace(empty=counts.empty + 1)
-                else:
+                    continue
+                text = record.text if self._part is None else self._part.of(record.text)
+                if text:
                     counts = counts._replace(
-                        documents=counts.documents + 1, text_bytes=counts.text_bytes + size
+                        documents=counts.documents + 1,
+                        text_bytes=counts.text_bytes + len(text.encode()),
                     )
-                    self.counts[i] = counts
+                elif record.text:
+                    counts = counts._replace(elsewhere=counts.elsewhere + 1)
+                else:
+                    counts = counts._replace(empty=counts.empty + 1)
+                self.counts[i] = counts
+                if text:
                     after = Position(i, record.record, record.offset, read + record.read)
-                    yield Document(record.text, after, counts)
-            if not self.counts[i].documents:
+                    yield Document(text, after, counts)
+            if not self.counts[i].documents + self.counts[i].elsewhere:
                 problem = f"{file.name}: no documents with text"
                 if self._on_error == "raise":
                     raise ValueError(f"{problem}; remove it, or pass on_error='skip'")
@@ -236,14 +253,13 @@ class Reader:
             logger.warning("further unusable records are skipped without a message")
 
 
-def _utf8_size(record: _Record) -> tuple[int, str]:
-    """Bytes of the text in UTF-8, and what is wrong with it, or ""."""
-    if record.problem:
-        return 0, record.problem
+def _not_unicode(text: str) -> str:
+    """What keeps the text from being UTF-8, or ""."""
     try:
-        return len(record.text.encode()), ""
+        text.encode()
     except UnicodeEncodeError as e:  # JSON can spell half a surrogate pair
-        return 0, f"the text is not valid Unicode ({e.reason} at character {e.start})"
+        return f"the text is not valid Unicode ({e.reason} at character {e.start})"
+    return ""
 
 
 def _records(file: TextFile, field: str, begin: Position) -> Iterator[_Record]:

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,12 @@ class Manifest:
         return manifest
 
 
-def _parse(cls: Callable[..., Any], found: Any, where: str) -> Any:
+def _parse(cls: type[Any], found: Any, where: str) -> Any:
     """An instance from JSON; fields with another type than the class's are errors."""
     if not isinstance(found, Mapping):
         raise ValueError(f"{where}: {cls.__name__}: found {found!r}, expected an object")
     values = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in dataclasses.fields(cls):
         value: Any = found.get(field.name)
         kind = {"int": int, "str": str}.get(str(field.type), tuple)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):

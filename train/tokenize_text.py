@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
+from etils import epath
 
 from btlm_jax import paths, staging
 from btlm_jax.progress import Progress
 from btlm_jax.tokenizer import END_OF_TEXT, check_vocabulary, home_of, load_tokenizer
 
-from .text_files import Counts, Document, OnError, Position, Reader, expand
+from .split import Part
+from .text_files import Counts, Document, OnError, Position, Reader, TextFile, expand
 from .token_shards import (
     FORMAT,
     MANIFEST,
@@ -103,6 +106,7 @@ def tokenize(
     stdin_format: Literal["jsonl", "txt"] = "jsonl",
     threads: int | None = None,
     overwrite: bool = False,
+    part: Part | None = None,
 ) -> Report:
     """Tokenizes documents, EOS after each, into a directory that `TokenShards` reads.
 
@@ -127,6 +131,7 @@ def tokenize(
       threads: how many batches of documents are tokenized at a time; default one per core. The
         result does not depend on it.
       overwrite: replace an existing directory of tokens.
+      part: of a split, to tokenize alone; None is everything. (`prepare` makes both.)
 
     Raises:
       FileNotFoundError: no such input, nothing that matches a glob, no tokenizer.
@@ -137,17 +142,10 @@ def tokenize(
     began = time.monotonic()
     threads = (os.cpu_count() or 1) if threads is None else threads
     _check_options(shard_tokens, on_error, stdin_format, threads)
-    if paths.is_remote(paths.location(target)):
-        raise ValueError(f"{target}: expected a local directory, which can be memory-mapped")
-    staging.refuse_existing(target, overwrite=overwrite, ours=is_ours)
+    check_target(target, overwrite=overwrite, ours=is_ours)
     files = expand(inputs, stdin_format=stdin_format, on_error=on_error)
-    coder = _Coder(tokenizer, eos, vocab_size)
-    key: dict[str, Any] | None = {
-        "by": f"tokenize, {Manifest.created_by}, format {FORMAT}",
-        "files": [[f.name, f.kind, f.size, f.mtime_ns] for f in files],
-        "options": [field, shard_tokens],
-        "tokenizer": [coder.sha256, coder.vocab_size, coder.eos_id],
-    }
+    coder = Coder(tokenizer, eos, vocab_size)
+    key: dict[str, Any] | None = key_of(files, coder, [field, shard_tokens, part])
     if any(f.path is None for f in files):
         logger.warning("standard input cannot be read twice: if interrupted, this starts over")
         key = None
@@ -158,22 +156,18 @@ def tokenize(
         counts: list[Counts] = []
         for record in done:
             counts[record["file"] :] = [Counts(*x) for x in record["counts"]]
-        reader = Reader(files, field, on_error=on_error, begin=begin, counts=counts)
-        with _Writer(stage, coder.dtype, reader, shard_tokens, done) as writer:
-            total = sum(f.size for f in files)
-            with Progress(total, "B", "tokenize", done=begin.read) as progress:
-                shown = begin.read
-                for document, ids in _encoded(reader.documents(), coder, threads):
-                    writer.write(document, ids)
-                    ahead = document.next.read - shown
-                    if ahead > total // 1000:  # 0 on a pipe, where shards are what is logged
-                        progress.update(ahead)
-                        shown += ahead
-                if shown < total:
-                    progress.update(total - shown)
-            writer.end_shard()
+        reader = Reader(files, field, on_error=on_error, begin=begin, counts=counts, part=part)
+        total = sum(f.size for f in files)
+        encoded = _shown(_encoded(reader.documents(), coder, threads), total, begin.read)
+        while written := _write_shard(stage, len(done), encoded, shard_tokens):
+            shard, last = written
+            done.append(_record_of(shard, last, reader.counts, begin))
+            stage.record(shard.name, done[-1])
+            begin = last.next
         if not done:
-            raise ValueError(f"{', '.join(f.name for f in files)}: no documents with text")
+            there = reader.total.elsewhere
+            what = part.nothing_in_it(there) if part and there else "no documents with text"
+            raise ValueError(f"{', '.join(f.name for f in files)}: {what}")
         (stage.content / TOKENIZER).mkdir(exist_ok=True)
         for name, data in coder.assets.items():
             staging.write_bytes(stage.content / TOKENIZER / name, data)
@@ -200,6 +194,25 @@ def tokenize(
     )
 
 
+def check_target(
+    target: str | os.PathLike[str], *, overwrite: bool, ours: Callable[[epath.Path], bool]
+) -> None:
+    """Raises ValueError if tokens cannot lie there; else as `staging.refuse_existing`."""
+    if paths.is_remote(paths.location(target)):
+        raise ValueError(f"{target}: expected a local directory, which can be memory-mapped")
+    staging.refuse_existing(target, overwrite=overwrite, ours=ours)
+
+
+def key_of(files: Sequence[TextFile], coder: Coder, options: Sequence[Any]) -> dict[str, Any]:
+    """What tells one piece of work from any other (`staging.new_directory`)."""
+    return {
+        "by": f"tokenize, {Manifest.created_by}, format {FORMAT}",
+        "files": [f.identity for f in files],
+        "options": list(options),
+        "tokenizer": [coder.sha256, coder.vocab_size, coder.eos_id],
+    }
+
+
 def _check_options(shard_tokens: int, on_error: str, stdin_format: str, threads: int) -> None:
     for name, value in (("shard_tokens", shard_tokens), ("threads", threads)):
         if value < 1:
@@ -212,7 +225,7 @@ def _check_options(shard_tokens: int, on_error: str, stdin_format: str, threads:
             raise ValueError(f"{name}: found {value!r}, expected {' or '.join(map(repr, known))}")
 
 
-class _Coder:
+class Coder:
     """A tokenizer that appends EOS, and what the manifest says about it."""
 
     def __init__(
@@ -260,7 +273,7 @@ def _named_eos(assets: dict[str, bytes]) -> str | None:
 
 
 def _encoded(
-    documents: Iterable[Document], coder: _Coder, threads: int
+    documents: Iterable[Document], coder: Coder, threads: int
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Documents with their ids, in order; a few batches are read and tokenized ahead.
 
@@ -278,6 +291,21 @@ def _encoded(
             yield from zip(batch, ids.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _shown(
+    encoded: Iterable[tuple[Document, np.ndarray]], total: int, done: int
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """The same, with progress: bytes of the files that were read, `done` of `total` before."""
+    with Progress(total, "B", "tokenize", done=done) as progress:
+        for document, ids in encoded:
+            yield document, ids
+            ahead = document.next.read - done
+            if ahead > total // 1000:  # 0 on a pipe, where shards are what is logged
+                progress.update(ahead)
+                done += ahead
+        if done < total:
+            progress.update(total - done)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -309,63 +337,50 @@ def _shard_name(index: int) -> str:
     return f"tokens-{index:05}.bin"
 
 
-class _Writer:
-    """A context manager that writes documents to shards, and a record of each shard to `done`."""
+def _write_shard(
+    stage: staging.Stage,
+    index: int,
+    encoded: Iterator[tuple[Document, np.ndarray]],
+    shard_tokens: int,
+) -> tuple[Shard, Document] | None:
+    """Writes documents until the shard is full. Returns it, on disk, and the last of them.
 
-    def __init__(
-        self,
-        stage: staging.Stage,
-        dtype: np.dtype,
-        reader: Reader,
-        shard_tokens: int,
-        done: list[dict[str, Any]],
-    ) -> None:
-        self._stage, self._dtype, self._reader = stage, dtype, reader
-        self._shard_tokens, self._done = shard_tokens, done
-        self._file: Any = None
+    None, and no file, if there are no more documents.
+    """
+    first = next(encoded, None)
+    if first is None:
+        return None
+    last, name = first[0], _shard_name(index)
+    hashed, tokens, documents, max_id = hashlib.sha256(), 0, 0, 0
+    with open(stage.content / name, "wb") as file:
+        for document, ids in itertools.chain([first], encoded):
+            data = ids.tobytes()
+            file.write(data)
+            hashed.update(data)
+            tokens, documents = tokens + len(ids), documents + 1
+            max_id, last = max(max_id, int(ids.max())), document
+            if tokens >= shard_tokens:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+    logger.info("%s: %s tokens", name, f"{tokens:,}")
+    return Shard(name, tokens, documents, max_id, hashed.hexdigest()), last
 
-    def __enter__(self) -> _Writer:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            self._file.close()
+def _record_of(
+    shard: Shard, last: Document, counts: Sequence[Counts], begin: Position
+) -> dict[str, Any]:
+    """What a later run needs to go on after a shard.
 
-    def write(self, document: Document, ids: np.ndarray) -> None:
-        """Appends a document; ends the shard if it is full."""
-        if self._file is None:
-            self._name = _shard_name(len(self._done))
-            self._file = open(self._stage.content / self._name, "wb")  # noqa: SIM115
-            self._hash, self._tokens, self._documents, self._max_id = hashlib.sha256(), 0, 0, 0
-        data = ids.tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self._tokens += len(ids)
-        self._documents += 1
-        self._max_id = max(self._max_id, int(ids.max()))
-        self._last = document
-        if self._tokens >= self._shard_tokens:
-            self.end_shard()
-
-    def end_shard(self) -> None:
-        """Finishes the file, and records it once it is on disk."""
-        if self._file is None:
-            return
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        shard = Shard(
-            self._name, self._tokens, self._documents, self._max_id, self._hash.hexdigest()
-        )
-        after = self._last.next
-        # Only of files since the last shard: there may be thousands of either. And the reader is
-        # ahead: its counts of this document's file are not those of this moment.
-        file = Position(*self._done[-1]["position"]).file if self._done else 0
-        counts = [*self._reader.counts[file : after.file], self._last.counts]
-        record = {
-            "shard": dataclasses.asdict(shard), "position": after, "file": file, "counts": counts
-        }  # fmt: skip
-        self._stage.record(self._name, record)
-        self._done.append(record)
-        logger.info("%s: %s tokens", self._name, f"{self._tokens:,}")
+    Args:
+      shard, last: as `_write_shard` returns them.
+      counts: of the reader.
+      begin: where the shard began.
+    """
+    # Only of files since the last shard: there may be thousands of either. And the reader is
+    # ahead: its counts of this document's file are not those of this moment.
+    since = [*counts[begin.file : last.next.file], last.counts]
+    return {
+        "shard": dataclasses.asdict(shard), "position": last.next, "file": begin.file,
+        "counts": since,
+    }  # fmt: skip

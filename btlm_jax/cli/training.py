@@ -102,15 +102,23 @@ def _steps(text: str) -> tuple[int, int]:
 class Tokenize:
     """Turn text into the token files that training reads: .jsonl, .txt (also .gz, .zst), .parquet.
 
-    Killed or failed, the same command continues it.
+    A document is an object (a line) of .jsonl, a row of .parquet, or a whole .txt file. Killed or
+    failed, the same command continues it.
     """
 
     inputs: Positional[tuple[str, ...]]
     """Files or globs; - is standard input."""
     target: Annotated[str, arg(aliases=["-o"])]
     """The directory to write."""
-    tokenizer: str
+    tokenizer: str | None = None
     """A directory with a tokenizer's files, or a checkpoint that carries one."""
+    new_tokenizer: Annotated[int | None, arg(metavar="SIZE")] = None
+    """Instead: train a byte-level BPE with a vocabulary of this size on the text that is not held
+    out, on 64 Mi characters of it at most, from the beginning of every file."""
+    held_out: Annotated[float | None, arg(metavar="FRACTION")] = None
+    """Write this fraction of the documents to TARGET/held_out and the rest to TARGET/train. A hash
+    of its text decides about a document, so it is always the same; a single .txt file is cut, and
+    its end held out."""
     field: str = "text"
     """Of JSON objects, or the parquet column, that holds the text."""
     shard_tokens: int = 100_000_000
@@ -127,11 +135,15 @@ class Tokenize:
     """Replace an existing directory of tokens."""
 
     def run(self) -> None:
-        from btlm_jax.train.tokenize_text import tokenize
+        from btlm_jax.train.prepare import prepare
 
-        options = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in ("inputs", "target", "tokenizer")
-        }
-        print(tokenize(self.inputs, self.target, self.tokenizer, **options))
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        made = prepare(options.pop("inputs"), options.pop("target"), **options)
+        for directory, report in made.items():
+            print(f"{directory}: {report}")
+        names = {directory.name: shlex.quote(str(directory)) for directory in made}
+        if self.held_out is not None:
+            data = f"--set data.train={names['train']} --set data.held_out={names['held_out']}"
+        else:
+            data = f"--set data.train={shlex.quote(self.target)}"
+        print(f"next: btlm train RECIPE RUN {data}")

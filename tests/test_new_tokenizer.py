@@ -1,0 +1,75 @@
+"""Tokenizers trained here: lossless, reproducible, and from no more text than is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from btlm_jax.train import manual
+from btlm_jax.train.new_tokenizer import sample, train_bpe
+from btlm_jax.train.split import Part
+from btlm_jax.train.text_files import expand
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_bpe([manual.text()[:50_000]], 512)
+
+
+@given(text=st.text())
+def test_any_text_survives(trained, text):
+    assert trained.decode(trained.encode(text).ids) == text
+
+
+def test_vocabulary(trained, caplog):
+    assert trained.get_vocab_size() == 512 and trained.token_to_id("<|endoftext|>") == 0
+    assert len(trained.encode(manual.text()[:50_000]).ids) < 50_000 / 2  # merges were learnt
+    assert train_bpe(["ab" * 9], 257).get_vocab_size() == 257  # bytes alone
+    assert not caplog.records
+    few = train_bpe(["abab"], 300).get_vocab_size()
+    assert f"gives the tokenizer {few} tokens, not 300" in caplog.text and few < 260
+    with pytest.raises(ValueError, match="new_tokenizer: found 256, expected at least 257"):
+        train_bpe(["abab"], 256)
+
+
+AGAIN = """
+from btlm_jax.train import manual
+from btlm_jax.train.new_tokenizer import train_bpe
+print(train_bpe([manual.text()[:50_000]], 512).to_str())
+"""
+
+
+@pytest.mark.parametrize("threads", ["1", "5"])
+def test_the_same_text_gives_the_same_tokenizer(trained, threads):
+    """In another process (whose hashes have other seeds), on any number of threads."""
+    env = os.environ | {"RAYON_NUM_THREADS": threads}
+    command = [sys.executable, "-c", AGAIN]
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
+    assert out.rstrip("\n") == trained.to_str()
+
+
+def test_sample_is_spread_over_the_files(tmp_path):
+    sizes = {"a": 10, "b": 1000, "c": 1000, "d": 1000}
+    for name, size in sizes.items():
+        (tmp_path / f"{name}.txt").write_text(name * size)
+    lines = [json.dumps({"text": "e" * 70}) for _ in range(9)]
+    (tmp_path / "e.jsonl").write_text("\n".join(lines))
+    files = expand([str(tmp_path / "*.txt"), str(tmp_path / "e.jsonl")])
+    text = "".join(sample(files, "text", characters=1000))
+    # a leaves 190 of its share of 200 to the other four: 990 // 4, 743 // 3, 496 // 2, 248
+    assert [text.count(c) for c in "abcde"] == [10, 247, 247, 248, 248]
+    assert "".join(sample(files, "text")) == "".join(c * n for c, n in sizes.items()) + "e" * 630
+
+
+def test_sample_is_of_one_part(tmp_path):
+    documents = [f"document {i}" for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    for held_out in (False, True):
+        part = Part(0.2, held_out, one_document=False)
+        found = list(sample(expand(tmp_path / "a.jsonl"), "text", part=part))
+        assert found == [d for d in documents if part.of(d)] and 5 < len(found) < 95

@@ -1,0 +1,303 @@
+"""Text of one's own to tokens: all of it on one side or the other, also after being killed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cases
+import pytest
+from btlm_jax.train import manual, recipe
+from btlm_jax.train.prepare import prepare
+from btlm_jax.train.split import Part
+from btlm_jax.train.token_shards import TokenShards
+from btlm_jax.train.tokenize_text import tokenize
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_tokenize_text import contents, jsonl, texts
+
+from btlm_jax import cli
+from btlm_jax.tokenizer import load_tokenizer
+
+DOCUMENTS = [f"Document {i}: " + "words and more " * (i % 7) for i in range(100)]
+ascii_texts = st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126)), max_size=12)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tokenizer of printable ASCII: a token per character, and EOS."""
+    home = tmp_path_factory.mktemp("tokenizer")
+    cases.write_tokenizer(home, 96)
+    return home
+
+
+# What comes out ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(documents=ascii_texts, fraction=st.floats(0.1, 0.9), data=st.data())
+def test_all_documents_are_on_one_side(home, tmp_path_factory, documents, fraction, data):
+    """Disjoint, together everything, in order, whatever the files and shards."""
+    part = Part(fraction, held_out=True, one_document=False)
+    held = [d for d in documents if d and part.of(d)]
+    train = [d for d in documents if d and not part.of(d)]
+    assume(held and train)
+    root = tmp_path_factory.mktemp("t")
+    cut = data.draw(st.integers(0, len(documents)))
+    for name, some in (("a", documents[:cut]), ("b", documents[cut:])):
+        (root / f"{name}.jsonl").write_bytes(jsonl(some))
+    options = dict(on_error="skip", shard_tokens=data.draw(st.integers(1, 200)))
+    made = prepare(f"{root}/*.jsonl", root / "t", tokenizer=home, held_out=fraction, **options)
+    assert list(made) == [root / "t/held_out", root / "t/train"]
+    for name, expected in (("train", train), ("held_out", held)):
+        assert texts(root / "t" / name) == expected
+        report, manifest = made[root / "t" / name], TokenShards(root / "t" / name).manifest
+        assert report.documents == manifest.documents == len(expected)
+        assert report.text_bytes == manifest.text_bytes == sum(map(len, expected))
+        assert report.empty == len(documents) - len(held) - len(train)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_end_of_a_single_text_is_held_out(home, tmp_path, name):
+    text = "".join(DOCUMENTS)
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    prepare(tmp_path / name, tmp_path / "t", tokenizer=home, held_out=0.25)
+    (train,), (held,) = texts(tmp_path / "t/train"), texts(tmp_path / "t/held_out")
+    assert train + held == text and len(held) == round(len(text) / 4)
+    assert TokenShards(tmp_path / "t/held_out").manifest.text_bytes == len(held)
+
+
+def test_several_texts_stay_whole(home, tmp_path):
+    for i, document in enumerate(DOCUMENTS):
+        (tmp_path / f"{i:02}.txt").write_text(document)
+    prepare(tmp_path / "*.txt", tmp_path / "t", tokenizer=home, held_out=0.2)
+    part = Part(0.2, held_out=True, one_document=False)
+    assert texts(tmp_path / "t/held_out") == [d for d in DOCUMENTS if part.of(d)]
+    assert texts(tmp_path / "t/train") == [d for d in DOCUMENTS if not part.of(d)]
+
+
+def test_without_a_split_it_is_tokenize(home, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    (report,) = prepare(tmp_path / "a.jsonl", tmp_path / "t", tokenizer=home).values()
+    again = tokenize(tmp_path / "a.jsonl", tmp_path / "u", home)
+    assert contents(tmp_path / "t") == contents(tmp_path / "u")
+    assert report.tokens == again.tokens
+
+
+def test_new_tokenizer(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    prepare(tmp_path / "a.jsonl", tmp_path / "t", new_tokenizer=300)
+    assert texts(tmp_path / "t") == DOCUMENTS
+    manifest = TokenShards(tmp_path / "t").manifest
+    assert (manifest.vocab_size, manifest.eos_id) == (300, 0)
+    assert " words" in "".join(load_tokenizer(tmp_path / "t").get_vocab()).replace("Ġ", " ")
+
+
+def test_new_tokenizer_has_not_seen_what_is_held_out(tmp_path):
+    part = Part(0.2, held_out=True, one_document=False)
+    documents = [d + (" xyzzy" * 50 if part.of(d) else " plugh" * 5) for d in DOCUMENTS]
+    # The words are in the text that is hashed: choose the documents again.
+    held = [d for d in documents if part.of(d)]
+    kept = [d for d in documents if not part.of(d) and "xyzzy" not in d]
+    assert any("xyzzy" in d for d in held)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*held, *kept]))
+    prepare(tmp_path / "a.jsonl", tmp_path / "t", new_tokenizer=400, held_out=0.2)
+    for name in ("train", "held_out"):
+        known = load_tokenizer(tmp_path / "t" / name).get_vocab()
+        assert "Ġplugh" in known and not any("xyz" in token for token in known)
+    assert texts(tmp_path / "t/held_out") == held
+
+
+# Interrupted ------------------------------------------------------------------------------------
+
+SLOWLY = """
+import sys, time
+from btlm_jax import staging
+from btlm_jax.train import prepare
+record = staging.Stage.record
+def slowly(*args):
+    time.sleep(0.01)
+    record(*args)
+    time.sleep(0.01)
+staging.Stage.record = slowly
+made = prepare.prepare(sys.argv[2], sys.argv[1], new_tokenizer=300, held_out=0.3, shard_tokens=150)
+print(*(r.resumed for r in made.values()))
+"""
+
+
+def test_killed_and_continued(tmp_path):
+    """In both parts; what was finished is not made again, and the bytes are the same."""
+    documents = [d + str(i) for i, d in enumerate(DOCUMENTS * 12)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(documents))
+    options = dict(new_tokenizer=300, held_out=0.3, shard_tokens=150)
+    whole = prepare(tmp_path / "a.jsonl", tmp_path / "whole", **options)
+    held, train = (report.shards for report in whole.values())
+    assert held > 20 and train > 40
+    work, rng = tmp_path / ".t.partial", random.Random(0)
+    command = [sys.executable, "-c", SLOWLY, str(tmp_path / "t"), str(tmp_path / "a.jsonl")]
+
+    def finished() -> int:
+        """Shards, in both parts."""
+        if (work / "finished/held_out.json").exists():
+            return held + len(list(work.glob("t/.train.partial/finished/*.json")))
+        return len(list(work.glob("t/.held_out.partial/finished/*.json")))
+
+    kept = {}
+    for goal in (held // 2, held + rng.randint(1, 9), held + train // 2):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while finished() < goal:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "t").exists()
+        for path, mtime in kept.items():
+            assert path.stat().st_mtime_ns == mtime
+        if goal >= held:
+            kept = {p: p.stat().st_mtime_ns for p in (work / "t/held_out").glob("*.bin")}
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    assert int(out[0]) == held and int(out[1]) >= train // 2 - 1
+    assert contents(tmp_path / "t") == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "t", "whole"]
+
+
+def test_changed_input_starts_over(home, tmp_path, caplog):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(jsonl(DOCUMENTS) + b"{")
+    with pytest.raises(ValueError, match="not JSON"):
+        prepare(file, tmp_path / "t", tokenizer=home, held_out=0.2)
+    file.write_bytes(jsonl(DOCUMENTS[:50]))
+    prepare(file, tmp_path / "t", tokenizer=home, held_out=0.2)
+    assert len(texts(tmp_path / "t/train")) + len(texts(tmp_path / "t/held_out")) == 50
+    assert "starting over" in caplog.text
+
+
+@pytest.mark.parametrize("changed", [dict(held_out=0.4), dict(field="other"), dict(eos="!")])
+def test_changed_options_start_over(home, tmp_path, monkeypatch, changed):
+    """What was held out by other options is not joined with what is now trained on."""
+    lines = [json.dumps({"text": d, "other": d[::-1]}) for d in DOCUMENTS]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+
+    def fails_at_train(inputs, target, *args, **options):
+        if target.name == "train":
+            raise ValueError("killed")
+        return tokenize(inputs, target, *args, **options)
+
+    monkeypatch.setattr("btlm_jax.train.prepare.tokenize", fails_at_train)
+    options = dict(tokenizer=home, held_out=0.2)
+    with pytest.raises(ValueError, match="killed"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "t", **options)
+    monkeypatch.undo()
+    prepare(tmp_path / "a.jsonl", tmp_path / "t", **options | changed)
+    prepare(tmp_path / "a.jsonl", tmp_path / "fresh", **options | changed)
+    assert contents(tmp_path / "t") == contents(tmp_path / "fresh")
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+
+def test_bad_options(home, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    (tmp_path / "two.jsonl").write_bytes(jsonl(["one", "two"]))
+    (tmp_path / "b.txt").write_text("b")
+    given_ = dict(tokenizer=home)
+    for name, options, said in (
+        ("a.jsonl", {}, "tokenizer, new_tokenizer: found neither, expected one"),
+        ("a.jsonl", dict(given_, new_tokenizer=300), "found both, expected one"),
+        ("a.jsonl", dict(new_tokenizer=256), "new_tokenizer: found 256, expected at least 257"),
+        ("a.jsonl", dict(given_, held_out=0.0), "held_out: found 0.0, expected more than 0"),
+        ("a.jsonl", dict(given_, held_out=1.0), "held_out: found 1.0"),
+        ("a.jsonl", dict(given_, held_out=float("nan")), "held_out: found nan"),
+        ("two.jsonl", dict(given_, held_out=0.01),
+         r"two\.jsonl: held_out: found 0\.01, at which nothing of 2 .* is held out; pass another "
+         r"fraction, or join them into one \.txt"),
+        ("two.jsonl", dict(given_, held_out=0.99), "is left to train on; pass another fraction"),
+        ("b.txt", dict(given_, held_out=0.1), r"held out; pass another .*or give more text"),
+        ("-", dict(given_, held_out=0.1), "standard input cannot be read twice"),
+        ("-", dict(new_tokenizer=300), "standard input cannot be read twice"),
+    ):  # fmt: skip
+        source = name if name == "-" else tmp_path / name
+        with pytest.raises(ValueError, match=said):
+            prepare(source, tmp_path / "t", **options)
+        assert not (tmp_path / "t").exists()
+    with pytest.raises(ValueError, match=r"expected a local directory|needs gcsfs"):
+        prepare(tmp_path / "a.jsonl", "gs://bucket/t", tokenizer=home, held_out=0.1)
+
+
+def test_existing_targets(home, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
+    arguments = tmp_path / "a.jsonl", tmp_path / "t"
+    prepare(*arguments, tokenizer=home)
+    options = dict(tokenizer=home, held_out=0.2)
+    with pytest.raises(FileExistsError, match="was not written by this command"):
+        prepare(*arguments, **options, overwrite=True)
+    prepare(tmp_path / "a.jsonl", tmp_path / "u", **options)
+    with pytest.raises(FileExistsError, match="pass --overwrite"):
+        prepare(tmp_path / "a.jsonl", tmp_path / "u", **options)
+    before = contents(tmp_path / "u")
+    prepare(tmp_path / "a.jsonl", tmp_path / "u", tokenizer=home, held_out=0.4, overwrite=True)
+    assert contents(tmp_path / "u") != before
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "t", "u"]
+
+
+def test_unusable_records_are_skipped_in_both_parts(home, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS) + b"{\n")
+    made = prepare(
+        tmp_path / "a.jsonl", tmp_path / "t", tokenizer=home, held_out=0.2, on_error="skip"
+    )
+    assert [report.skipped for report in made.values()] == [1, 1]
+    assert sum(report.documents for report in made.values()) == 100
+
+
+def test_a_file_with_nothing_held_out_is_none_without_documents(home, tmp_path):
+    part = Part(0.2, held_out=True, one_document=False)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([d for d in DOCUMENTS if not part.of(d)]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([d for d in DOCUMENTS if part.of(d)]))
+    prepare(tmp_path / "*.jsonl", tmp_path / "t", tokenizer=home, held_out=0.2)
+    assert [s.documents for s in TokenShards(tmp_path / "t/train").manifest.sources][1] == 0
+    (tmp_path / "c.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"c\.jsonl: no documents with text"):
+        prepare(tmp_path / "*.jsonl", tmp_path / "u", tokenizer=home, held_out=0.2)
+
+
+# The command ------------------------------------------------------------------------------------
+
+
+def test_commands_of_the_recipe(tmp_path, monkeypatch, capsys):
+    """Those in tiny.toml work as they stand there (with fewer steps)."""
+    comment = (recipe.FOLDER / "tiny.toml").read_text()
+    commands = re.findall(r"^#   btlm (.*)$", comment, re.MULTILINE)
+    assert [c.split()[0] for c in commands] == ["tokenize", "train", "generate"]
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(manual.text())
+    few = "--set phases.0.steps=2 --set optimizer.warmup_tokens=0 --set model.fields.n_layer=1"
+    for command in commands:
+        argv = shlex.split(command) + (few.split() if command.startswith("train") else [])
+        assert cli.main(argv) == 0
+        out = capsys.readouterr().out
+        if argv[0] == "tokenize":
+            data = "--set data.train=tokens/train --set data.held_out=tokens/held_out"
+            assert f"next: btlm train RECIPE RUN {data}" in out and data in commands[1]
+            assert re.search(r"^tokens/held_out: .* tokens of 1 documents", out, re.MULTILINE)
+        elif argv[0] == "train":
+            assert "held out " in out and "next: btlm generate run" in out
+
+
+def test_command_without_a_split(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("a text " * 9)
+    assert cli.main(["tokenize", "text.txt", "--target", "t"]) == 2
+    assert "found neither, expected one" in capsys.readouterr().err
+    assert cli.main(["tokenize", "text.txt", "--target", "t", "--new-tokenizer", "260"]) == 0
+    assert "next: btlm train RECIPE RUN --set data.train=t\n" in capsys.readouterr().out
+    assert json.loads(Path("t/manifest.json").read_text())["documents"] == 1

@@ -1,0 +1,52 @@
+"""What is held out: all of the text is on one side or the other, and always the same one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from btlm_jax.train.split import Part, check_fraction
+from hypothesis import given
+from hypothesis import strategies as st
+
+fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
+
+
+def sides(fraction: float, one_document: bool) -> tuple[Part, Part]:
+    """To train on, and held out."""
+    return tuple(Part(fraction, held_out, one_document) for held_out in (False, True))
+
+
+@given(text=st.text(min_size=1), fraction=fractions, larger=fractions)
+def test_a_document_is_on_one_side(text, fraction, larger):
+    train, held_out = (part.of(text) for part in sides(fraction, one_document=False))
+    assert {train, held_out} == {text, ""}
+    if larger >= fraction and held_out:  # a larger fraction holds out the same documents, and more
+        assert Part(larger, True, False).of(text) == text
+
+
+@given(text=st.text(min_size=1), fraction=fractions)
+def test_one_document_is_cut(text, fraction):
+    train, held_out = (part.of(text) for part in sides(fraction, one_document=True))
+    assert train + held_out == text
+    assert abs(len(held_out) - fraction * len(text)) <= 0.5
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
+def test_the_fraction_is_that_of_the_documents(fraction):
+    """Of 20,000, to five standard deviations of a fair draw."""
+    n = 20_000
+    held_out = sum(bool(Part(fraction, True, False).of(f"document {i}")) for i in range(n))
+    assert abs(held_out - n * fraction) < 5 * math.sqrt(n * fraction * (1 - fraction))
+
+
+def test_the_choice_is_for_ever():
+    """Another hash would move documents that a model was trained on into its held-out text."""
+    held_out = [i for i in range(100) if Part(0.1, True, False).of(f"document {i}")]
+    assert held_out == [40, 44, 59, 70, 81]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, math.nan, math.inf])
+def test_bad_fractions(fraction):
+    with pytest.raises(ValueError, match=r"held_out: found .*, expected more than 0 and less than"):
+        check_fraction(fraction)
