@@ -27,6 +27,7 @@ from btlm_jax.tokenizer import load_tokenizer
 from . import loop, manual, plots, recipe_file
 from .metrics import curves
 from .prepare import HELD_OUT, TRAIN, prepare
+from .recipe import Recipe
 from .token_shards import TokenShards
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ def unigram_entropy(tokens: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def _shortened(full: recipe.Recipe, steps: int | None) -> list[str]:
+def _shortened(full: Recipe, steps: int | None) -> list[str]:
     """What to set for another number of steps; the warmup must leave at least one of them."""
     if steps is None:
         return []
@@ -144,7 +145,7 @@ def _shortened(full: recipe.Recipe, steps: int | None) -> list[str]:
     return [f"phases.0.steps={steps}", f"optimizer.warmup_tokens={warmup}"]
 
 
-def _fitting(full: recipe.Recipe, mesh: Mesh) -> list[str]:
+def _fitting(full: Recipe, mesh: Mesh) -> list[str]:
     """What to set for the recipe to run on the mesh: its axes, and a batch that they divide."""
     parts = sharding.ways(mesh, sharding.RULES, "batch")
     batch_size = -(-full.phases[0].batch_size // parts) * parts
