@@ -24,6 +24,7 @@ ORDER = [
     "tokenizer",
     "mup",
     "sharding",
+    "products",
     "attention",
     "layers",
     "model",
