@@ -168,10 +168,11 @@ class Attention(Layer):
         qkv_axes = ("batch", "sequence", None, "heads", None)
         qkv = Linear(spec, "btd,dchk->btchk", qkv_axes, name="c_attn")(x_BTD)
         q, k, v = (x[:, :, 0].swapaxes(1, 2) for x in jnp.split(qkv, 3, axis=2))
+        offset = 0 if context.offset is None else context.offset
         if kv is not None:
             # In place on the stacked cache: only the T new slots of this layer are written.
             zero = jnp.zeros_like(layer)
-            at = (layer, zero, zero, context.offset, zero)
+            at = (layer, zero, zero, offset, zero)
             kv = tuple(
                 jax.lax.dynamic_update_slice(stack, x[None].astype(stack.dtype), at)
                 for stack, x in zip(kv, (k, v), strict=True)
@@ -181,7 +182,7 @@ class Attention(Layer):
             slopes=context.slopes,
             scale=c.attention_scale,
             segments=context.segments,
-            offset=0 if context.offset is None else context.offset,
+            offset=offset,
             precision=spec.precision,
         )
         out = attention.attention(

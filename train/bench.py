@@ -119,7 +119,8 @@ def _our_step(model: BTLM, params, tokens: np.ndarray) -> tuple[Callable, float]
             batch, jax.NamedSharding(mesh, sharding.spec(sharding.RULES, None, "batch", None))
         )
     began = time.perf_counter()
-    compiled = make_step(model, tx).lower(state, batch).compile()
+    step_fn: Any = make_step(model, tx)
+    compiled = step_fn.lower(state, batch).compile()
     seconds = time.perf_counter() - began
 
     def step() -> tuple[float, float]:
@@ -161,7 +162,7 @@ def _loader(config: BTLMConfig, batch_size: int, length: int) -> Iterator[Callab
         directory = Path(folder) / "tokens"
         _write_shards(directory, config, max(10_000_000, 2 * batch_size * length))
         phase = data.Phase(10_000_000, batch_size, length)
-        batches = data.batches([data.Source(directory)], [phase], seed=0)
+        batches: Any = data.batches([data.Source(directory)], [phase], seed=0)
         with contextlib.closing(batches):
             for _ in range(20):  # more than are read ahead
                 next(batches)

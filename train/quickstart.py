@@ -24,10 +24,12 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.generation.loop import generate
 from btlm_jax.tokenizer import load_tokenizer
 
-from . import loop, manual, plots, recipe_file
+from . import manual, plots
+from .loop import train as train_by
 from .metrics import curves
 from .prepare import HELD_OUT, TRAIN, prepare
 from .recipe import Recipe
+from .recipe_file import load as load_recipe
 from .token_shards import TokenShards
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,10 @@ def train(
         f"run.seed={seed}",
         *overrides,
     ]
-    settings += _shortened(recipe_file.load(RECIPE, settings), steps)
-    config = recipe_file.load(RECIPE, settings).model_config()
+    settings += _shortened(load_recipe(RECIPE, settings), steps)
+    config = load_recipe(RECIPE, settings).model_config()
     mesh = _mesh(config)
-    settings += _fitting(recipe_file.load(RECIPE, settings), mesh)
+    settings += _fitting(load_recipe(RECIPE, settings), mesh)
     _make(directory)
 
     (directory / "text.txt").write_text(manual.text(), encoding="utf-8")
@@ -81,7 +83,7 @@ def train(
           f"{config.n_embd * config.mup_width_scale:.0f}), on a mesh of {mesh.size} "
           f"{jax.default_backend()} devices ({shape})")  # fmt: skip
 
-    done = loop.train(recipe_file.load(RECIPE, settings), run)
+    done = train_by(load_recipe(RECIPE, settings), run)
     if not done.finished:
         # Without the mesh, which is of virtual devices, and may change.
         kept = [s for s in settings if not s.startswith("mesh.")]

@@ -6,6 +6,7 @@ step for every line that it reads, printing loss and seconds as JSON. It never i
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -25,13 +26,13 @@ def write(path: Path, problem: dict[str, Any], arrays: Arrays) -> None:
         width_scale, embeddings_scale, logits_scale, attention_scale, epsilon, layers, heads.
       arrays: the weights by Hugging Face name, `slopes` [H], `tokens` int [B, T + 1].
     """
-    np.savez(path, problem=np.frombuffer(json.dumps(problem).encode(), np.uint8), **arrays)
+    everything: Any = {"problem": np.frombuffer(json.dumps(problem).encode(), np.uint8), **arrays}
+    np.savez(path, **everything)
 
 
 def main(path: str) -> None:
     """Serves steps of the problem in `path` until its standard input ends."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     with np.load(path) as file:
         problem = json.loads(file["problem"].tobytes())
         device = problem["device"]
@@ -88,9 +89,8 @@ def _groups(problem: dict[str, Any], params: dict[str, Any]) -> list[dict[str, A
 
 def _loss(problem: dict[str, Any], slopes: Any, length: int) -> Any:
     """(params, tokens [B, T + 1]) -> mean cross-entropy, computed in fp32."""
-    import torch
-    import torch.nn.functional as F
-
+    torch: Any = importlib.import_module("torch")
+    F = torch.nn.functional
     H, eps = problem["heads"], problem["epsilon"]
     position = torch.arange(length, device=slopes.device)
     distance = (position[:, None] - position[None]).float()
