@@ -180,3 +180,11 @@ def test_manifest_that_is_none(directory, data):
     assert not token_shards.is_ours(directory)
     with pytest.raises(ValueError, match=r"manifest\.json: (not JSON|not UTF-8|expected a man)"):
         TokenShards(directory)
+
+
+def test_the_directory_above_is_told_apart(tmp_path):
+    """What `btlm tokenize --held-out` makes is two directories of tokens."""
+    for name in ("train", "held_out"):
+        write_tokens(tmp_path / "t" / name, np.arange(10))
+    with pytest.raises(FileNotFoundError, match=r"there are tokens in .*t/held_out, .*t/train"):
+        TokenShards(tmp_path / "t")

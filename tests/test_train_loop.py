@@ -360,6 +360,8 @@ def test_learning_rate_in_the_log_is_that_of_the_update(files, skipped, bad, upd
         (["phases.0.length=9", "mesh.context=2", "mesh.fsdp=4"], ValueError,
          r"phases\.0\.length: found 9, expected a multiple of mesh\.context = 2"),
         (["run.wandb_project=x"], ValueError, "pip install wandb"),
+        (["phases.1.length=4096"], ValueError, "3000 tokens, expected at least 4097"),
+        (["phases.1.length=2048"], ValueError, r"data\.held_out: 1000 tokens are fewer than one"),
         (["model.fields.completep_base_layers=1"], ValueError,
          "^optimizer.decay: .*expected .c"),
     ],

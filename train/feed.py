@@ -15,11 +15,31 @@ from . import data
 from .recipe import Recipe
 
 
+def reader(recipe: Recipe, sources: list[data.Source]) -> data.Batches:
+    """The batches of a recipe.
+
+    Raises:
+      FileNotFoundError, ValueError: as `data.Batches`.
+    """
+    return data.Batches(
+        sources,
+        [data.Phase(p.steps, p.batch_size, p.length) for p in recipe.phases],
+        seed=recipe.run.seed,
+        mask_documents=recipe.data.mask_documents,
+        shuffle=recipe.data.shuffle,
+    )
+
+
 def batches_on(
-    recipe: Recipe, sources: list[data.Source], mesh: Mesh, start: int
+    recipe: Recipe, batches: data.Batches, mesh: Mesh, start: int
 ) -> Iterator[tuple[jax.Array, ...]]:
-    """The global batches as device arrays [A, B, T + 1], each process reading its own rows."""
-    phases = [data.Phase(p.steps, p.batch_size, p.length) for p in recipe.phases]
+    """The global batches as device arrays [A, B, T + 1], each process reading its own rows.
+
+    Args:
+      recipe, batches: the recipe and its `reader`.
+      mesh: over whose devices they are split.
+      start: the step of the first batch.
+    """
     place = NamedSharding(
         mesh, jax.sharding.PartitionSpec(None, *sharding.spec(sharding.RULES, "batch"), None)
     )
@@ -31,21 +51,12 @@ def batches_on(
                 micro = phase.microbatch or batch_size
                 shape = (batch_size // micro, micro, 1)
                 indices = place.addressable_devices_indices_map(shape).values()
-                mine = {r for i in indices for r in range(micro)[i[1]]}  # type: ignore
+                mine = {r for i in indices if i is not None for r in range(micro)[i[1]]}
                 needed |= {a * micro + r for a in range(shape[0]) for r in mine}
         return sorted(needed)
 
-    read = data.batches(
-        sources,
-        phases,
-        seed=recipe.run.seed,
-        start_step=start,
-        rows=rows,
-        mask_documents=recipe.data.mask_documents,
-        shuffle=recipe.data.shuffle,
-    )
     step = start
-    for batch in read:
+    for batch in batches.iterate(start, rows):
         phase = recipe.phase_at(step)[1]
         where = {row: i for i, row in enumerate(rows(phase.batch_size))}
         micro = phase.microbatch or phase.batch_size

@@ -30,7 +30,7 @@ from . import data, plots
 from .checkpoints import Checkpoints
 from .distributed import agreed
 from .evaluation import Evaluation
-from .feed import batches_on, prefetch
+from .feed import batches_on, prefetch, reader
 from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
@@ -87,7 +87,10 @@ def train(
         if recipe.run.compute_dtype != "auto":
             model = BTLM(model.config, compute_dtype=recipe.run.compute_dtype)
         _check(recipe, model.config, mesh, sources, held)
-        tx = recipe.transformation(model.config)  # may refuse: so before the directory is claimed
+        # All of these may refuse, and must before the directory is claimed.
+        tx = recipe.transformation(model.config)
+        read = reader(recipe, _sources(recipe))
+        evaluate = Evaluation(recipe, model, mesh, held)
     identity = {"recipe": to_dict(recipe), "data": [s.fingerprint for s in sources]}
     also = None if held is None else held.fingerprint
     claim(directory, identity, also, Path(sources[0].directory))
@@ -116,13 +119,14 @@ def train(
                 optimizer="adam" if recipe.optimizer.name == "adamw" else recipe.optimizer.name,
             )),
         )  # fmt: skip
+        for name, epochs in read.epochs.items():
+            logger.info("data: %.3g epochs of %s", epochs, name)
 
     step_fn = make_step(model, tx)
-    evaluate = Evaluation(recipe, model, mesh, held)
     with agreed():
         log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
         trace = Profile(directory, profile, first)
-    batches = prefetch(batches_on(recipe, _sources(recipe), mesh, first))
+    batches = prefetch(batches_on(recipe, read, mesh, first))
     origin = {**identity, "run": str(directory)}
     loss, held_out, stopped = math.nan, math.nan, False
     waiting: tuple[int, Phase, Metrics] | None = None

@@ -336,6 +336,8 @@ def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
         left = ", ".join(map(str, staging.leftovers(directory)))
         hint = f"; an interrupted run left {left}: the same command continues it" if left else ""
         what = "no manifest.json in it" if directory.is_dir() else "no such directory"
+        if inside := sorted(str(p.parent) for p in directory.glob(f"*/{MANIFEST}")):
+            hint = f"; there are tokens in {', '.join(inside)}"
         raise FileNotFoundError(
             f"{directory}: {what}, expected tokens made by `btlm tokenize`{hint}"
         )
