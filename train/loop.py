@@ -151,13 +151,19 @@ def train(
                     clock = now
                     progress.update(1, note)
                     _stop_if_bad(recipe, done, keeper)
+                run = recipe.run
+                evaluating, sampling, saving = (
+                    bool(every) and step % every == 0
+                    for every in (run.eval_every, run.sample_every, run.checkpoint_every)
+                )
+                if evaluating or sampling or saving:
+                    jax.block_until_ready(metrics)  # what follows waits for it anyway
                 aside = time.monotonic()
-                if recipe.run.eval_every and step % recipe.run.eval_every == 0:
+                if evaluating:
                     held_out = evaluate(state, log, step)
-                if recipe.run.sample_every and step % recipe.run.sample_every == 0:
+                if sampling:
                     _sample(recipe, model, state, directory, step)
-                every = recipe.run.checkpoint_every
-                if every and step % every == 0 and step < recipe.steps:
+                if saving and step < recipe.steps:
                     keeper.save(model.config, state, step, origin)
                     saved = step
                 clock += time.monotonic() - aside  # not the step's own time
