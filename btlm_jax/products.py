@@ -19,9 +19,9 @@ def einsum(
 ) -> jax.Array:
     """jnp.einsum of two arrays of one dtype, accumulated and returned in fp32.
 
-    Its gradients are products of the same kind: the incoming gradient is rounded to the operands'
-    dtype, so that bf16 stays on the fast units. JAX's own rule would multiply fp32 by bf16, which
-    XLA does in fp32 on CPUs and GPUs. (fp32 results also keep bf16 on XLA's fast CPU path.)
+    Its gradients are products of the same kind: on accelerators the incoming gradient is rounded to
+    the operands' dtype, so that bf16 stays on the matrix units. JAX's own rule would multiply fp32
+    by bf16, for which GPUs take fp32. (fp32 results also keep bf16 on XLA's fast CPU path.)
 
     Args:
       equation: such as "btd,df->btf": letters only, each in two of the three terms at least.
@@ -65,12 +65,21 @@ def _forward(equation, x, y, precision, out_sharding):
 
 
 def _backward(equation, precision, out_sharding, operands, gradient):
-    (a, b), result = equation.split("->")[0].split(","), equation.split("->")[1]
-    x, y = operands
-    gradient = gradient.astype(jnp.result_type(x, y))
-    dx = einsum(f"{result},{b}->{a}", gradient, y, precision, _explicit(x))
-    dy = einsum(f"{a},{result}->{b}", x, gradient, precision, _explicit(y))
-    return dx.astype(x.dtype), dy.astype(y.dtype)
+    def both(x, y, gradient, dtype):
+        (a, b), result = equation.split("->")[0].split(","), equation.split("->")[1]
+        x_, y_, g = (z.astype(dtype) for z in (x, y, gradient))
+        dx = einsum(f"{result},{b}->{a}", g, y_, precision, _explicit(x))
+        dy = einsum(f"{a},{result}->{b}", x_, g, precision, _explicit(y))
+        return dx.astype(x.dtype), dy.astype(y.dtype)
+
+    dtype = jnp.result_type(*operands)
+    # XLA's CPU backend accepts bf16 products only in some of the layouts that arise here.
+    return jax.lax.platform_dependent(
+        *operands,
+        gradient,
+        cpu=functools.partial(both, dtype=jnp.float32),
+        default=functools.partial(both, dtype=dtype),
+    )
 
 
 einsum.defvjp(_forward, _backward)

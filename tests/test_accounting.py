@@ -31,14 +31,17 @@ def test_flops_of_the_released_model():
 
 
 def test_flops_against_the_compiler():
-    """XLA counts the same products; it also counts elementwise work, so it is a little above."""
+    """XLA counts the same products; it also counts elementwise work, so it is a little above.
+
+    Of 256 queries the first 128 visit 128 keys, the others all: 192 on average.
+    """
     config = dataclasses.replace(BTLMConfig.preset("tiny"), n_layer=1, n_embd=256, n_inner=1024)
     model, T = BTLM(config), 256
     params = model.init(jax.random.key(0))
     ids = jax.numpy.zeros((1, T), int)
     compiled = jax.jit(lambda p: model.apply(p, ids)).lower(params).compile()
     counted = compiled.cost_analysis()["flops"]
-    ours = accounting.flops_per_token(config, T).forward_full * T
+    ours = accounting.flops_per_token(config, 192).forward_full * T
     assert 1.0 <= counted / ours < 1.1
 
 

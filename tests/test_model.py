@@ -444,7 +444,8 @@ def test_no_score_matrix_of_the_whole_sequence():
 
     ids = jnp.zeros((1, T), jnp.int32)
     hlo = jax.jit(jax.value_and_grad(loss)).lower(params, ids).compile().as_text()
-    assert re.search(r"\[[\d,]*512,2048\]", hlo), "expected scores of 512 queries by all keys"
+    assert re.search(r"\[[\d,]*256,2048\]", hlo), "expected scores of 256 queries by all keys"
+    assert re.search(r"\[[\d,]*256,256\]", hlo), "expected the first 256 to visit 256 keys only"
     assert not re.search(r"\[[\d,]*2048,2048\]", hlo)
 
 
