@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -138,10 +139,11 @@ def _matmul(dtype: str) -> Callable[[], float]:
     """A function that returns the FLOP/s of one device in a large matrix product."""
     x = jax.random.normal(jax.random.key(0), (_MATMUL, _MATMUL), dtype)
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    multiply = functools.partial(
+        jnp.dot, precision=precision, preferred_element_type=jnp.float32
+    )  # as the layers do, and the faster kind for bf16
     product = jax.jit(
-        lambda x, n: jax.lax.fori_loop(
-            0, n, lambda _, y: jnp.dot(x, y, precision=precision).astype(x.dtype) / 64, x
-        )
+        lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: (multiply(x, y) / 64).astype(x.dtype), x)
     )
     flops = 2.0 * _MATMUL**3
 
