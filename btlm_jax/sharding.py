@@ -245,16 +245,28 @@ def check_batch(
     names = {"batch": "batch size", "sequence": "sequence length"}
     for axis, size in sizes.items():
         parts = ways(mesh, rules, axis)
+        if axis == "sequence" and parts > 1:
+            parts *= 2  # two stripes each (`context`)
         if size % parts:
             raise ValueError(
-                f"{names[axis]} {size} does not divide over mesh axes {mesh_axes(rules, axis)} = "
-                f"{parts}: use a multiple of {parts}, or a mesh with more of another axis"
+                f"{names[axis]} {size} does not divide over mesh axes {mesh_axes(rules, axis)}, "
+                f"{parts} parts: use a multiple of {parts}, or a mesh with more of another axis"
             )
 
 
 def whole_sequences(rules: Rules) -> Rules:
     """The rules with sequences left whole: those of a model that decodes with a cache."""
     return tuple((name, None if name == "sequence" else axes) for name, axes in rules)
+
+
+def platform(mesh: jax.sharding.AbstractMesh | None) -> str:
+    """ "cpu", "tpu" or "gpu": of the devices of a mesh, which need not be here, or of the default.
+
+    `btlm compile` makes programs for devices that it does not have.
+    """
+    if mesh is None or mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend()
+    return {"cuda": "gpu"}.get(mesh.abstract_device.platform, mesh.abstract_device.platform)
 
 
 def concrete_mesh_of(x: jax.Array) -> Mesh | None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from those before it; `cli` may import anything when a command runs.
 ORDER = [
     "byte_size",
+    "compilation",
     "paths",
     "progress",
     "staging",
@@ -25,6 +26,9 @@ ORDER = [
     "mup",
     "sharding",
     "products",
+    "context",
+    "attention_xla",
+    "attention_fused",
     "attention",
     "layers",
     "model",

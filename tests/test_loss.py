@@ -92,6 +92,7 @@ def head(dtype="float32", sizes=None, tied=True, vocab_size=509, width=64):
         tuple(pad.items()),
         mesh.abstract_mesh if mesh else None,
         None,
+        "none",
     )
     placed = jnp.asarray(np.pad(w, ((0, pad.get("vocab", vocab_size) - vocab_size), (0, 0))))
     if mesh:

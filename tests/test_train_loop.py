@@ -29,6 +29,7 @@ from test_token_shards import write_tokens
 
 import btlm_jax as btlm
 from btlm_jax import cli, manifest, weights
+from btlm_jax.compilation import compilations
 
 TINY = """
 [model]
@@ -186,6 +187,19 @@ def test_z_loss_reaches_the_step(files, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_step", asked)
     with pytest.raises(Asked, match=r"0\.25"):
         train(load(files, "optimizer.z_loss=0.25"), tmp_path / "run")
+
+
+def test_one_compilation_per_shape(files, reference, tmp_path, caplog):
+    """Two phases are two programs, compiled at their first steps; the recipe has 12 steps."""
+    caplog.set_level("INFO", "btlm_jax")
+    with compilations() as first:
+        train(load(files, "run.seed=3"), tmp_path / "run")
+    told = [r.message for r in caplog.records if "compiled its program" in r.message]
+    assert len(told) == 2, told
+    caplog.clear()
+    with compilations() as second:
+        train(load(files, "run.seed=3", "phases.0.steps=9"), tmp_path / "longer")
+    assert 0 < second.count <= first.count  # more steps compile nothing more
 
 
 def test_masked_documents_change_the_loss(files, reference, tmp_path):
@@ -371,7 +385,7 @@ def test_learning_rate_in_the_log_is_that_of_the_update(files, skipped, bad, upd
         (["mesh.fsdp=3"], ValueError, "found 8"),
         (["model.fields.vocab_size=50"], ValueError, "61 tokens, the model 50"),
         (["phases.0.length=9", "mesh.context=2", "mesh.fsdp=4"], ValueError,
-         r"phases\.0\.length: found 9, expected a multiple of mesh\.context = 2"),
+         r"phases\.0\.length: found 9, expected a multiple of 4, twice mesh\.context"),
         (["run.wandb_project=x"], ValueError, "pip install wandb"),
         (["phases.0.length=4096", "phases.1.length=4096"], ValueError,
          "3000 tokens, expected at least 4097"),

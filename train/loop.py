@@ -21,6 +21,7 @@ from btlm_jax.convert import formats
 from jax.sharding import Mesh
 
 from btlm_jax import mup, sharding, weights
+from btlm_jax.compilation import compilations
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
@@ -83,9 +84,8 @@ def train(
             require_wandb()
         mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
         sources, held = _open_data(recipe)
-        model = BTLM(_config(recipe))
-        if recipe.run.compute_dtype != "auto":
-            model = BTLM(model.config, compute_dtype=recipe.run.compute_dtype)
+        model = recipe.build(_config(recipe))
+        recipe = recipe.on(mesh)
         _check(recipe, model.config, mesh, sources, held)
         # All of these may refuse, and must before the directory is claimed.
         tx = recipe.transformation(model.config)
@@ -135,13 +135,20 @@ def train(
     saved = first if restored is not None else -1
     step = first
     try:
-        with StopSignal() as stop, bar as progress, jax.transfer_guard("disallow"):
+        with (
+            StopSignal() as stop, bar as progress, compilations() as compiled,
+            jax.transfer_guard("disallow"),
+        ):  # fmt: skip
             while step < recipe.steps and not stopped:
                 _, phase = recipe.phase_at(step)
                 trace.before(step + 1)
+                before = dataclasses.replace(compiled)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state, metrics = step_fn(state, *next(batches))
                 step += 1
+                if compiled.count > before.count:
+                    seconds = compiled.seconds - before.seconds
+                    logger.info("step %d: compiled its program in %.1f s", step, seconds)
                 trace.after(step, metrics)
                 # The metrics of the step before: fetching this one's would wait for it.
                 done, waiting = waiting, (step, phase, metrics)
@@ -262,10 +269,11 @@ def _check(
                 f"phases.{i}.{name}: found {micro}, expected a multiple of {ways}, over which this "
                 f"mesh splits the batch (data x fsdp)"
             )
-        if phase.length % recipe.mesh.context:
+        stripes = 2 * recipe.mesh.context if recipe.mesh.context > 1 else 1
+        if phase.length % stripes:
             problems.append(
-                f"phases.{i}.length: found {phase.length}, expected a multiple of mesh.context = "
-                f"{recipe.mesh.context}"
+                f"phases.{i}.length: found {phase.length}, expected a multiple of {stripes}, twice "
+                "mesh.context"
             )
         if not config.alibi and phase.length > config.n_positions:
             problems.append(

@@ -58,7 +58,7 @@ def bench_loss(
     params = {name: jax.random.normal(jax.random.key(0), (V, D)) * config.initializer_range}
     h = jax.random.normal(jax.random.key(1), (1, rows, D), dtype)
     targets = jax.random.randint(jax.random.key(2), (1, rows), 0, V)
-    spec = Spec(config, jnp.dtype(dtype), sharding.RULES, (), None, None)
+    spec = Spec(config, jnp.dtype(dtype), sharding.RULES, (), None, None, "none")
 
     compiled, losses = {}, {}
     for way, fn in _ways(spec, rows).items():
