@@ -8,7 +8,7 @@ is three matrix products where rematerialisation takes four, and the logits of a
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -218,25 +218,30 @@ def _chunked(spec: Spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, *, gradien
     w = spec.place(w_VD.astype(spec.dtype), "vocab", None)
     local = functools.partial(_local, spec, z_loss, gradients=gradients)
     if spec.mesh is None:
-        sums, (dw, dh) = local((), (), (), w, h_BTD, targets_BT, weights_BT)
+        found = local((), (), (), w, h_BTD, targets_BT, weights_BT)
     else:
-        of_w, of_h = spec.axes("vocab", None), spec.axes("batch", "sequence", None)
-        of_rows, row_axes = spec.axes("batch", "sequence"), _names(of_h)
+        axes = functools.partial(sharding.spec, spec.rules)
+        of_w, of_h = axes("vocab", None), axes("batch", "sequence", None)
+        of_rows, row_axes = axes("batch", "sequence"), _names(of_h)
         # The axes over which the weight rests in shards and the rows are split as well.
-        split = tuple(name for name in _names(spec.axes("embed")) if name in row_axes)
+        split = tuple(name for name in _names(axes("embed")) if name in row_axes)
         of_dw = PartitionSpec(*of_w[:1], split or None)
-        sums, (dw, dh) = jax.shard_map(
+        found = jax.shard_map(
             functools.partial(local, _names(of_w), row_axes, split),
             in_specs=(of_w, of_h, of_rows, of_rows),
             out_specs=(PartitionSpec(), (of_dw, of_h) if gradients else (None, None)),
         )(w, h_BTD, targets_BT, weights_BT)
-        dw = reshard(dw, jax.typeof(w_VD).sharding) if gradients else None
-    return sums, (dw.astype(w_VD.dtype), dh) if gradients else None
+    sums, (dw, dh) = found
+    if not gradients:
+        return sums, None
+    if spec.mesh is not None:
+        dw = reshard(dw, jax.typeof(w_VD).sharding)
+    return sums, (dw.astype(w_VD.dtype), dh)
 
 
 def _local(
     spec: Spec, z_loss, vocab_axes, row_axes, split, w, h, targets, weights, *, gradients: bool
-):
+) -> Any:
     """`_chunked` on a shard: [v, D] of the vocabulary and [b, t, D] of the states."""
     (v, D), count = w.shape, targets.size
     n = -(-count // ROWS)
@@ -281,7 +286,8 @@ def _local(
     # which the weight rests: 515 MB for V 50304 and D 2560.
     dw = zeros(w.shape, vocab_axes + row_axes) if gradients else None
     start = (zeros((), row_axes), zeros((), row_axes)), dw
-    ((nll, penalty), dw), dh = jax.lax.scan(add, start, tuple(map(chunks, (h, targets, weights))))
+    scanned: Any = jax.lax.scan(add, start, tuple(map(chunks, (h, targets, weights))))
+    ((nll, penalty), dw), dh = scanned
     penalty = _psum(penalty, row_axes)
     sums = _psum(nll, row_axes) + penalty, penalty
     if not gradients:

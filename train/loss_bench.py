@@ -98,7 +98,8 @@ def _ways(spec: Spec, rows: int) -> dict[str, Callable[..., jax.Array]]:
         size = next(n for n in range(min(rows, loss.ROWS), 0, -1) if rows % n == 0)
         one = jax.checkpoint(whole)
         chunks = h.reshape(-1, 1, size, h.shape[-1]), targets.reshape(-1, 1, size)
-        return jax.lax.scan(lambda sum, x: (sum + one(params, *x), None), 0.0, chunks)[0]
+        zero = jnp.zeros((), jnp.float32)
+        return jax.lax.scan(lambda sum, x: (sum + one(params, *x), None), zero, chunks)[0]
 
     return {OURS: ours, WHOLE: whole, REMAT: rematerialised}
 
