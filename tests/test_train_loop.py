@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from btlm_jax.convert import convert, export, hf_source, verify
+from btlm_jax.train import loop
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
@@ -174,6 +175,18 @@ def test_microbatches_add_up(files, reference, tmp_path):
     train(load(files, "phases.1.microbatch=16"), tmp_path / "run")
     a, b = losses(reference[0]), losses(tmp_path / "run")
     assert max(abs(a[s] - b[s]) for s in a) < 1e-4
+
+
+def test_z_loss_reaches_the_step(files, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(model, tx, *, z_loss):
+        raise Asked(z_loss)
+
+    monkeypatch.setattr(loop, "make_step", asked)
+    with pytest.raises(Asked, match=r"0\.25"):
+        train(load(files, "optimizer.z_loss=0.25"), tmp_path / "run")
 
 
 def test_one_compilation_per_shape(files, reference, tmp_path, caplog):

@@ -122,7 +122,7 @@ def train(
         for name, epochs in read.epochs.items():
             logger.info("data: %.3g epochs of %s", epochs, name)
 
-    step_fn = make_step(model, tx)
+    step_fn = make_step(model, tx, z_loss=recipe.optimizer.z_loss)
     with agreed():
         log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
         trace = Profile(directory, profile, first)

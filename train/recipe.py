@@ -105,6 +105,8 @@ class Optimizer:
       weight_decay: of matrices and embeddings.
       decay: its meaning under muP (`mup`).
       clip_norm: of the gradient's global norm; 0 for none.
+      z_loss: coefficient of the square of log(sum(exp(logits))) in what is minimised (PaLM's is
+        1e-4); reported losses are without it.
     """
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
@@ -120,6 +122,7 @@ class Optimizer:
     weight_decay: float = 0.1
     decay: Literal["original", "coupled", "independent"] = "original"
     clip_norm: float = 1.0
+    z_loss: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +333,7 @@ def _problems(r: Recipe) -> Iterable[str]:
     for name in ("peak_lr", "eps"):
         if not getattr(o, name) > 0:
             yield f"optimizer.{name}: found {getattr(o, name)}, expected a number > 0"
-    for name in ("final_lr", "warmup_tokens", "weight_decay", "clip_norm"):
+    for name in ("final_lr", "warmup_tokens", "weight_decay", "clip_norm", "z_loss"):
         if getattr(o, name) < 0:
             yield f"optimizer.{name}: found {getattr(o, name)}, expected a number >= 0"
     for name in ("b1", "b2"):

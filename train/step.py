@@ -52,7 +52,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_step(
-    model: BTLM, tx: optax.GradientTransformation
+    model: BTLM, tx: optax.GradientTransformation, *, z_loss: float = 0.0
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the step: (state, tokens, segment_ids=None) -> (state, metrics).
 
@@ -62,14 +62,16 @@ def make_step(
     attention and loss stay within segments. If the gradients are not finite, weights and optimizer
     stay as they are and the step is counted as skipped.
 
+    With `z_loss` the gradients are those of the loss and that z-loss (`target_loss`); the metrics
+    report the loss alone.
+
     Raises:
       ValueError: the configuration asks for dropout, which is not implemented.
     """
     model.config.require_no_dropout()
 
     def loss_fn(params: Params, tokens: jax.Array, segments: jax.Array | None):
-        loss = target_loss(model, params, tokens, segments)
-        return loss.nll, loss
+        return target_loss(model, params, tokens, segments, z_loss=z_loss)
 
     def gradients(params: Params, tokens: jax.Array, segments: jax.Array | None):
         one = jax.value_and_grad(loss_fn, has_aux=True)
@@ -127,6 +129,6 @@ def make_eval_step(model: BTLM) -> Callable[[Params, jax.Array], LossSum]:
 
     def evaluate(params: Params, tokens: jax.Array) -> LossSum:
         with sharding.on_mesh(sharding.mesh_of(params["wte"])):
-            return target_loss(model, params, tokens)
+            return target_loss(model, params, tokens)[1]
 
     return jax.jit(evaluate)

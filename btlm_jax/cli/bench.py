@@ -95,6 +95,34 @@ class BenchTrain:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchLoss:
+    """Time the loss with its head, forward and backward, beside the same loss of whole logits, a
+    rematerialised one and a large matrix product, all in turn in one run; compiled memory of each.
+    """
+
+    preset: str | None = None
+    """Of the model, for the sizes of the head; default btlm-3b-8k on accelerators, btlm-40m on
+    CPU."""
+    rows: int | None = None
+    """Tokens; default 8192 on accelerators, 2048 on CPU."""
+    rounds: int = 5
+    """How often everything is measured; medians are reported."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the computation; default bfloat16 on accelerators, float32 on CPU."""
+    json: Path | None = None
+    """A file for the measurements and their conditions."""
+
+    def run(self) -> None:
+        from btlm_jax.train.loss_bench import bench_loss
+
+        report = bench_loss(
+            preset=self.preset, rows=self.rows, rounds=self.rounds, dtype=self.dtype
+        )
+        if self.json is not None:
+            self.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure speed and memory, each beside a peer or a limit measured in the same run."""
 
@@ -102,6 +130,7 @@ class Bench:
         Annotated[BenchConvert, subcommand("convert")]
         | Annotated[BenchLoad, subcommand("load")]
         | Annotated[BenchTrain, subcommand("train")]
+        | Annotated[BenchLoss, subcommand("loss")]
     ]
 
     def run(self) -> None:
