@@ -37,7 +37,7 @@ from .profiling import Profile
 from .recipe import Phase, Recipe
 from .recipe_file import to_dict
 from .run_directory import claim
-from .step import Metrics, TrainState, init_state, make_step
+from .step import Metrics, TrainState, init_state, make_step, offloaded
 from .stopping import StopSignal
 from .token_shards import TokenShards
 
@@ -106,6 +106,8 @@ def train(
         logger.info("going on from step %d", int(state.step))
     else:
         state = init_state(_weights(recipe, model, mesh), tx)
+    if recipe.run.offload_optimizer:
+        state = state._replace(opt_state=offloaded(state.opt_state))
     first = int(state.step)
     with agreed():
         keeper.require_space(state, _saves(recipe, first))
@@ -122,7 +124,9 @@ def train(
         for name, epochs in read.epochs.items():
             logger.info("data: %.3g epochs of %s", epochs, name)
 
-    step_fn = make_step(model, tx, z_loss=recipe.optimizer.z_loss)
+    step_fn = make_step(
+        model, tx, z_loss=recipe.optimizer.z_loss, offload_optimizer=recipe.run.offload_optimizer
+    )
     with agreed():
         log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
         trace = Profile(directory, profile, first)

@@ -150,6 +150,7 @@ class Run:
       attention: the implementation; "auto" is the best one for the platform.
       remat: what the forward pass keeps for the backward pass (`BTLM.remat`), from most memory to
         least.
+      offload_optimizer: keep the optimizer's state in the memory of the host (`step.offloaded`).
       tokens_per_device: at most so many in a forward pass; phases without a `microbatch` are cut
         into as few as that takes. 0 sets no limit.
       wandb_project: a project of Weights & Biases to report to as well; empty for none.
@@ -167,6 +168,7 @@ class Run:
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     remat: Literal["none", "dots", "attention", "full"] = "dots"
+    offload_optimizer: bool = False
     tokens_per_device: int = 0
     wandb_project: str = ""
 
