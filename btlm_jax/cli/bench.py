@@ -123,6 +123,38 @@ class BenchLoss:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchAttention:
+    """Time attention and its gradients on one device, beside plain XLA, a full ALiBi bias and a
+    large matrix product, all in turn in one run; compiled memory of each."""
+
+    preset: str = "btlm-3b-8k"
+    """Of the model, for heads and their size."""
+    length: int | None = None
+    """Tokens per sequence; default 8192 on accelerators, 1024 on CPU."""
+    batch_size: int = 1
+    """Sequences."""
+    rounds: int = 5
+    """How often everything is measured; medians are reported."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the computation; default bfloat16 on accelerators, float32 on CPU."""
+    json: Path | None = None
+    """A file for the measurements and their conditions."""
+
+    def run(self) -> None:
+        from btlm_jax.train.attention_bench import bench_attention
+
+        report = bench_attention(
+            preset=self.preset,
+            length=self.length,
+            batch_size=self.batch_size,
+            rounds=self.rounds,
+            dtype=self.dtype,
+        )
+        if self.json is not None:
+            self.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure speed and memory, each beside a peer or a limit measured in the same run."""
 
@@ -131,6 +163,7 @@ class Bench:
         | Annotated[BenchLoad, subcommand("load")]
         | Annotated[BenchTrain, subcommand("train")]
         | Annotated[BenchLoss, subcommand("loss")]
+        | Annotated[BenchAttention, subcommand("attention")]
     ]
 
     def run(self) -> None:
