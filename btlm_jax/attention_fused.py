@@ -91,9 +91,11 @@ class _Causal(mask_lib.Mask):
         return self._length, self._length
 
     def __getitem__(self, index) -> np.ndarray:
-        rows, columns = index
-        keys = np.arange(self._length)[columns]
-        return _not_later(self.q_sequence[rows][:, None], keys[None, :])
+        rows, keys = self.q_sequence[index[0]], np.arange(self._length)[index[1]]
+        shape = len(rows), len(keys)
+        if rows.min() >= keys[-1] or rows.max() < keys[0]:  # nearly all blocks
+            return np.broadcast_to(rows.min() >= keys[-1], shape)
+        return _not_later(rows[:, None], keys[None, :])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Causal) and self._key == other._key
