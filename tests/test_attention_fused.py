@@ -133,14 +133,16 @@ def test_equals_float64(name):
     run()
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-def test_split_over_a_mesh(segmented):
+@pytest.mark.parametrize("segmented, groups", [(False, 1), (True, 1), (True, 2)])
+def test_split_over_a_mesh(segmented, groups, monkeypatch):
     """Sequences over 4 devices, heads over 2: output and gradients of the unsplit."""
-    q, k, v, weight = problem(1, 2, 1024, 8, jnp.float32)
-    slopes = jnp.asarray(alibi.slopes(2), jnp.float32)
+    monkeypatch.setattr(attention, "_GATHERED", (1 << 20) // groups)
+    assert attention._groups(2, 1024) == groups
+    q, k, v, weight = problem(1, 4, 1024, 8, jnp.float32)
+    slopes = jnp.asarray(alibi.slopes(4), jnp.float32)
     ids = np.searchsorted([70, 300, 301, 900], np.arange(1024), "right")[None]
     expected, expected_grads = exact(
-        q, k, v, weight, alibi.slopes(2), (ids, ids) if segmented else None
+        q, k, v, weight, alibi.slopes(4), (ids, ids) if segmented else None
     )
     mesh = make_mesh(fsdp=1, context=4, tensor=2)
     shard = jax.P(None, "tensor", "context")
