@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from those before it; `cli` may import anything when a command runs.
 ORDER = [
     "byte_size",
+    "chips",
+    "hlo",
     "paths",
     "progress",
     "staging",
@@ -33,6 +35,7 @@ ORDER = [
     "checkpoint",
     "generation",
     "accounting",
+    "roofline",
     "convert",
     "train",
 ]

@@ -15,6 +15,7 @@ from tyro.conf import subcommand
 
 from .bench import Bench
 from .checkpoints import Convert, Export, Info, Verify
+from .compile import Compile
 from .generation import Generate
 from .training import Quickstart, Tokenize, Train
 
@@ -27,6 +28,7 @@ Command = (
     | Annotated[Info, subcommand("info")]
     | Annotated[Tokenize, subcommand("tokenize")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[Compile, subcommand("compile")]
     | Annotated[Generate, subcommand("generate")]
 )
 

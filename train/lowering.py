@@ -1,0 +1,134 @@
+"""A recipe's training step, and decoding, lowered for devices that need not be here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from btlm_jax.convert import formats
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from btlm_jax import roofline, sharding
+from btlm_jax.layers import KVCache
+from btlm_jax.model import BTLM
+
+from .recipe import Phase, Recipe
+from .step import abstract_state, make_step
+
+
+class Parts(NamedTuple):
+    """Bytes per device of a program's arguments."""
+
+    parameters: int
+    optimizer: int  # its state and the counters; of decoding, nothing
+    inputs: int  # the batch; of decoding, the cache and the tokens
+
+
+class Lowered(NamedTuple):
+    """A program for a mesh, not compiled yet."""
+
+    program: jax.stages.Lowered
+    parts: Parts
+    model: BTLM
+
+
+def model_of(recipe: Recipe, platform: str) -> BTLM:
+    """The model, as `btlm train` would make it on devices of this platform.
+
+    Raises:
+      ValueError, FileNotFoundError: an unknown preset or field, a configuration that is not there.
+    """
+    source = recipe.model.checkpoint
+    config = recipe.model_config(None if source is None else formats.config_of(source))
+    dtype = recipe.run.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    return BTLM(config, compute_dtype=dtype)
+
+
+def remat_of(recipe: Recipe) -> roofline.Remat:
+    """What the forward pass keeps."""
+    return getattr(recipe.run, "remat", "dots")
+
+
+def mesh_of(recipe: Recipe, devices: list[jax.Device]) -> Mesh:
+    """The recipe's mesh over these devices.
+
+    Raises:
+      ValueError: it does not fit them.
+    """
+    return sharding.make_mesh(**dataclasses.asdict(recipe.mesh), devices=devices)
+
+
+def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
+    """The step that `btlm train` would run in this phase.
+
+    Raises:
+      ValueError: model, batch or length do not fit the mesh.
+    """
+    model = model_of(recipe, mesh.devices.flat[0].platform)
+    tx = recipe.transformation(model.config)
+    state = abstract_state(model, tx, mesh)
+    micro = phase.microbatch or phase.batch_size
+    sharding.check_batch(micro, mesh.abstract_mesh, model.rules, phase.length)
+    place = NamedSharding(mesh, PartitionSpec(None, *sharding.spec(model.rules, "batch"), None))
+    shape = (phase.batch_size // micro, micro, phase.length + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    batch = (tokens, tokens) if recipe.data.mask_documents else (tokens,)
+    step: Any = make_step(model, tx)
+    counters = (state.step, state.skipped, state.bad_in_a_row)
+    parts = Parts(
+        held_bytes(state.params), held_bytes((state.opt_state, counters)), held_bytes(batch)
+    )
+    return Lowered(step.lower(state, *batch), parts, model)
+
+
+def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> Lowered:
+    """One step of `btlm generate`: a token per sequence, through a cache that is updated in place.
+
+    Weights are in the compute dtype, as a checkpoint to generate from would be loaded.
+
+    Raises:
+      ValueError: model or batch do not fit the mesh.
+    """
+    model = model_of(recipe, mesh.devices.flat[0].platform)
+    c, dtype = model.config, model.compute_dtype
+    pad, placed = sharding.placement(c, mesh, model.rules)
+    from btlm_jax import weights
+
+    params = weights.unflatten({
+        w.path: jax.ShapeDtypeStruct(
+            weights.stacked_shape(w, c, pad), dtype, sharding=placed[w.path]
+        )
+        for w in weights.table(c)
+    })  # fmt: skip
+    sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)
+
+    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, sharding.spec(model.rules, *axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    kv = array(
+        (c.n_layer, batch_size, c.n_head, capacity, c.head_dim),
+        dtype, None, "batch", "heads", None, None,
+    )  # fmt: skip
+    segments = array((batch_size, capacity), jnp.int32, "batch", None)
+    cache: Any = KVCache(kv, kv, segments, array((), jnp.int32))  # pyrefly: ignore
+    tokens = array((batch_size, 1), jnp.int32, "batch", None)
+
+    def step(params, tokens, cache):
+        return model.apply(params, tokens, cache=cache)
+
+    program = jax.jit(step, donate_argnums=2).lower(params, tokens, cache)
+    return Lowered(program, Parts(held_bytes(params), 0, held_bytes((tokens, cache))), model)
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of sharded arrays or their descriptions."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
