@@ -13,7 +13,11 @@ import numpy as np
 
 from btlm_jax.config import AlibiScaling, BTLMConfig
 
-_BASE = 256
+# Of the pieces of a position: the largest whose low pieces (at most half of it, 256) are exact in
+# bf16. High pieces are multiples of it with 8 significant bits.
+_BASE = 512
+# Positions from 0 to one below are exact.
+POSITIONS = _BASE * 256 + _BASE // 2
 
 
 def slopes(n_head: int) -> np.ndarray:
@@ -72,20 +76,19 @@ def bias(slopes_H: jax.Array, query_T: jax.Array, key_S: jax.Array) -> jax.Array
 # bits, hence exact in fp32: any fused kernel then computes ALiBi inside QK^T.
 
 
-def query_features(slopes_H: np.ndarray | jax.Array, kernel_scale: float = 1.0) -> jax.Array:
-    """Splits slope / kernel_scale into two bf16-exact pieces. Returns bf16 [H, 4].
+def query_features(slopes_H: np.ndarray | jax.Array) -> jax.Array:
+    """Splits slopes into two bf16-exact pieces. Returns bf16 [H, 4].
 
     Args:
       slopes_H: a NumPy array is split in float64 on the host; a traced array (dynamic scaling) with
         `lax.reduce_precision`, because XLA may simplify a cast to bf16 and back away.
-      kernel_scale: the factor by which the kernel multiplies q·k, features included.
     """
     if isinstance(slopes_H, np.ndarray):
-        s = slopes_H.astype(np.float64) / kernel_scale
+        s = slopes_H.astype(np.float64)
         s0 = s.astype(jnp.bfloat16).astype(np.float64)
         s1 = s - s0
         return jnp.asarray(np.stack([s0, s0, s1, s1], -1).astype(jnp.bfloat16))
-    s = slopes_H.astype(jnp.float32) / kernel_scale
+    s = slopes_H.astype(jnp.float32)
     s0 = jax.lax.reduce_precision(s, exponent_bits=8, mantissa_bits=7)
     s1 = jax.lax.reduce_precision(s - s0, exponent_bits=8, mantissa_bits=7)
     return jnp.stack([s0, s0, s1, s1], -1).astype(jnp.bfloat16)
@@ -94,13 +97,13 @@ def query_features(slopes_H: np.ndarray | jax.Array, kernel_scale: float = 1.0) 
 def key_features(positions: np.ndarray | jax.Array) -> jax.Array:
     """Splits int positions (any shape, >= 0) into bf16-exact [hi, lo, hi, lo]. bf16 [..., 4].
 
-    Exact up to position 65,536 + 127: |lo| <= 128, and hi is a multiple of 256 whose quotient has
-    at most 8 significant bits up to there.
+    Exact below `POSITIONS`: |lo| <= 256, and hi is a multiple of 512 whose quotient has at most 8
+    significant bits up to there.
 
     Raises:
       ValueError: a position known at trace time lies outside the exact range.
     """
-    limit = _BASE * _BASE + _BASE // 2 - 1
+    limit = POSITIONS - 1
     if isinstance(positions, np.ndarray) and positions.size:
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high > limit:

@@ -1,29 +1,25 @@
-"""Causal ALiBi attention.
+"""Causal ALiBi attention: which implementation computes it, and on which part of a mesh.
 
-`"xla"` is the reference: every platform, every mask, fp32 bias and softmax. Queries are processed
-in chunks, so that the largest intermediate is [B, H, chunk, S] and never [B, H, T, S]. A forward
-pass without a cache cuts the queries into stripes that visit the keys up to their own end only;
-with a cache, all S keys are visited and those to come are masked.
+`"xla"` is the reference and runs everywhere; `"splash"` (TPU) and `"cudnn"` (NVIDIA) are fused
+kernels that read and write nothing of size T x S.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
+import logging
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, reshard
 
-from btlm_jax import alibi
-from btlm_jax.products import einsum
+from btlm_jax import alibi, attention_fused, attention_xla, context
 
-Implementation = Literal["xla"]
-QUERY_CHUNK = 512
-# Of n equal stripes, (n + 1) / 2n of the keys are visited: 9/16 with 8. Each is compiled of its
-# own, and below 128 rows the matrix products lose more than the skipped keys save.
-_STRIPES, _STRIPE_ROWS = 8, 128
-_MASKED = jnp.finfo(jnp.float32).min  # finite, so that a row with no key at all is not NaN
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["xla", "splash", "cudnn"]
+_FUSED: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 
 def attention(
@@ -32,134 +28,159 @@ def attention(
     v: jax.Array,
     *,
     slopes: jax.Array | None,
-    scale: float,
     segments: tuple[jax.Array, jax.Array] | None = None,
-    offset: int | jax.Array = 0,
+    offset: jax.Array | None = None,
     implementation: Implementation | None = None,
     precision: jax.lax.Precision | None = None,
     shard: PartitionSpec | None = None,
 ) -> jax.Array:
-    """softmax(scale * q·k - slope * distance, causal and within segments) @ v.
+    """softmax(q·k - slope * distance, causal and within segments) @ v.
 
     Args:
-      q: [B, H, T, K].
+      q: [B, H, T, K], already multiplied by the factor on q·k (where that costs no rounding).
       k, v: [B, H, S, K].
-      slopes: fp32 [H], divided by the ALiBi scale; None without ALiBi.
-      scale: the factor on q·k.
+      slopes: fp32 [H], divided by the ALiBi scale; None without ALiBi. On a mesh, sharded as the
+        heads are.
       segments: int32 ids of queries [B, T] and keys [B, S]; attention stays within equal ids.
-      offset: the slot of the first query; keys occupy slots 0 to S - 1.
-      implementation: "xla"; None takes the best for the platform (today always "xla").
-      precision: of both matrix products.
+      offset: the slot of the first query, where keys occupy slots 0 to S - 1; None is 0 and S = T.
+      implementation: None takes the fused kernel of the platform; where that cannot serve, "xla",
+        with one warning that says why. A named one that cannot serve is an error. With an `offset`
+        (a step of decoding) it is always "xla", which then has less to do than a kernel.
+      precision: of the matrix products of "xla".
       shard: on a mesh, the mesh axes of batch, heads and sequence. Attention runs per shard:
-        without communication along batch and heads, with the keys and values of the whole sequence
-        gathered where it is split. `offset` is that of the first shard.
+        without communication along batch and heads. Where the sequence is split, it is so as in
+        `context`, and the keys and values of the whole of it are gathered.
 
     Returns:
       [B, H, T, K] in q's dtype.
 
     Raises:
-      ValueError: unknown implementation.
+      ValueError: unknown implementation, or one that cannot serve.
     """
-    if implementation not in (None, "xla"):
-        raise ValueError(f"implementation: found {implementation!r}, expected 'xla' or None")
-    fn = functools.partial(_xla, scale=scale, precision=precision)
-    # None is 0, known while tracing: then the keys to come need not be visited.
-    first = None if isinstance(offset, int) and offset == 0 else jnp.asarray(offset, jnp.int32)
-    if shard is None:
-        return fn(q, k, v, slopes, segments, first)
-    batch, heads, sequence = shard
-    bhtk, bt = PartitionSpec(batch, heads, sequence, None), PartitionSpec(batch, sequence)
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, heads, sequence = shard or (None, None, None)
+    parts = 1 if sequence is None else mesh.shape[sequence]
+    chosen = _choose(q, slopes, segments, offset, implementation, parts, _platform(mesh, shard))
+    kernel = None
+    if chosen == "splash":
+        length = attention_fused.splash_length(q.shape[2])
+        ways = 1 if heads is None else mesh.shape[heads]
+        kernel = attention_fused.splash_kernel(
+            length, q.shape[1] // ways, parts, interpret=_platform(mesh, shard) == "cpu"
+        )
 
-    def local(q, k, v, slopes, segments, first):
-        if sequence is not None and jax.lax.axis_size(sequence) > 1:
-            # Causal, so that half of the work is masked; the gradients of k and v are scattered
-            # back by the transpose of the gather.
-            k, v = (jax.lax.all_gather(x, sequence, axis=2, tiled=True) for x in (k, v))
-            first = (0 if first is None else first) + jax.lax.axis_index(sequence) * q.shape[2]
+    def local(q, k, v, slopes, segments, offset, kernel):
+        positions = None
+        if offset is not None:
+            positions = offset + jnp.arange(q.shape[2], dtype=jnp.int32)
+        if parts > 1:
+            # The gradients of k and v are scattered back by the transpose of the gather.
+            positions = context.positions(q.shape[2], sequence)
+            k, v = (context.gathered(x, sequence, 2) for x in (k, v))
             if segments is not None:
-                of_key = jax.lax.all_gather(segments[1], sequence, axis=1, tiled=True)
-                segments = segments[0], of_key
-        return fn(q, k, v, slopes, segments, first)
+                segments = segments[0], context.gathered(segments[1], sequence, 1)
+        inputs = dict(slopes=slopes, segments=segments)
+        if chosen == "splash":
+            return attention_fused.splash(q, k, v, **inputs, kernel=kernel)
+        if chosen == "cudnn":
+            return attention_fused.cudnn(q, k, v, **inputs, positions=positions)
+        return attention_xla.attend(
+            q, k, v, **inputs, positions=positions, precision=precision
+        )  # fmt: skip
 
-    return jax.shard_map(
-        local,
-        in_specs=(
-            bhtk,
-            bhtk,
-            bhtk,
-            PartitionSpec(heads) if slopes is not None else None,
-            (bt, bt) if segments is not None else None,
-            PartitionSpec() if first is not None else None,
-        ),
-        out_specs=bhtk,
-    )(q, k, v, slopes, segments, first)
-
-
-def _xla(q, k, v, slopes, segments, offset, *, scale, precision):
-    """Attention with the first query at slot `offset`; None is 0, known while tracing."""
-    chunked = functools.partial(_chunked, slopes=slopes, scale=scale, precision=precision)
-    T = q.shape[2]
-    if offset is not None:
-        return chunked(q, k, v, segments, offset)
-    size = -(-T // (_STRIPES * _STRIPE_ROWS)) * _STRIPE_ROWS
-    stripes = []
-    for start in range(0, T, size):
-        end = min(start + size, T)
-        within = segments and (segments[0][:, start:end], segments[1][:, :end])
-        rows, seen = slice(start, end), slice(end)
-        stripes.append(chunked(q[:, :, rows], k[:, :, seen], v[:, :, seen], within, start))
-    return jnp.concatenate(stripes, axis=2)
-
-
-def _chunked(q, k, v, segments, offset, *, slopes, scale, precision):
-    T, chunk = q.shape[2], QUERY_CHUNK
-    rows = functools.partial(
-        _rows, k=k, v=v, slopes=slopes, scale=scale, precision=precision, segments=segments
+    if shard is None:
+        return local(q, k, v, slopes, segments, offset, kernel)
+    bhtk, bt = PartitionSpec(batch, heads, sequence, None), PartitionSpec(batch, sequence)
+    specs = (
+        bhtk,
+        bhtk,
+        bhtk,
+        None if slopes is None else PartitionSpec(heads),
+        None if segments is None else (bt, bt),
+        None if offset is None else PartitionSpec(),
+        # Every leaf says what the rows of queries do: [rows] or [1, blocks of rows, ...].
+        jax.tree.map(lambda x: PartitionSpec(*(None, sequence)[2 - min(x.ndim, 2) :]), kernel),
     )
-    # Rematerialised, or the backward pass would keep the scores of every chunk and layer.
-    rows = jax.checkpoint(rows)
-    n = -(-T // chunk)
-    if n == 1:
-        return rows(q, offset, 0)
-    # A remainder chunk is padded with query rows that are dropped again.
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, n * chunk - T), (0, 0)))
-    q_chunks = jnp.moveaxis(q.reshape(*q.shape[:2], n, chunk, q.shape[3]), 2, 0)
-    starts = jnp.arange(n, dtype=jnp.int32) * chunk
-    out = jax.lax.map(lambda x: rows(x[0], offset, x[1]), (q_chunks, starts))
-    return jnp.moveaxis(out, 0, 2).reshape(q.shape)[:, :, :T]
+    if kernel is not None:
+        kernel = jax.tree.map(reshard, kernel, specs[-1])
+    # Pallas does not say over which axes its results vary.
+    mapped = jax.shard_map(local, in_specs=specs, out_specs=bhtk, check_vma=kernel is None)
+    return mapped(q, k, v, slopes, segments, offset, kernel)
 
 
-def _rows(q, offset, start, *, k, v, slopes, scale, precision, segments):
-    """Attention of the queries [B, H, C, K] at rows start to start + C - 1."""
-    p = probabilities(
-        q,
-        k,
-        slopes=slopes,
-        scale=scale,
-        segments=segments,
-        offset=offset,
-        start=start,
-        precision=precision,
-    )
-    return einsum("bhts,bhsk->bhtk", p.astype(v.dtype), v, precision).astype(q.dtype)
+def _platform(mesh: jax.sharding.AbstractMesh, shard: PartitionSpec | None) -> str:
+    """Of the devices that will run this, which may not be here (`btlm compile`)."""
+    if shard is not None and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform
+    return jax.default_backend()
 
 
-def probabilities(q, k, *, slopes, scale, segments, offset, start=0, precision=None) -> jax.Array:
-    """The attention probabilities of rows start to start + C - 1, fp32 [B, H, C, S].
+def _choose(q, slopes, segments, offset, named, parts: int, platform: str) -> Implementation:
+    """The implementation that computes this call."""
+    if named is not None and named not in get_args(Implementation):
+        expected = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"implementation: found {named!r}, expected one of {expected}, or None")
+    wanted = named or _FUSED.get(platform, "xla")
+    if offset is not None or wanted == "xla":
+        return "xla"
+    why = _cannot(wanted, q, slopes, segments, parts, platform)
+    if why is None:
+        _tell_costs(wanted, q, segments, parts)
+        return wanted
+    if named is not None:
+        raise ValueError(f"attention {named!r}: found {why}; use 'xla', or None for the best")
+    _warn_once(f"attention runs in plain XLA, several times slower than {wanted!r}: {why}")
+    return "xla"
 
-    Arguments as in `attention`, with q holding those C rows only.
-    """
-    query = offset + start + jnp.arange(q.shape[2], dtype=jnp.int32)
-    key = jnp.arange(k.shape[2], dtype=jnp.int32)
-    scores = scale * einsum("bhtk,bhsk->bhts", q, k, precision)
-    if slopes is not None:
-        scores = scores + alibi.bias(slopes, query, key)
-    allowed = key[None, :] <= query[:, None]
-    if segments is not None:
-        of_query, of_key = segments
-        if q.shape[2] != of_query.shape[1]:
-            # Padded query rows read past the end: any segment will do, they are dropped.
-            index = jnp.minimum(start + jnp.arange(q.shape[2]), of_query.shape[1] - 1)
-            of_query = jnp.take(of_query, index, axis=1)
-        allowed = allowed & (of_query[:, None, :, None] == of_key[:, None, None, :])
-    return jax.nn.softmax(jnp.where(allowed, scores, _MASKED), axis=-1)
+
+def _cannot(wanted: str, q, slopes, segments, parts: int, platform: str) -> str | None:
+    """Why a fused implementation cannot compute this call; None if it can."""
+    T, K = q.shape[2:]
+    if wanted == "splash":
+        if platform not in ("tpu", "cpu"):
+            return f"platform {platform!r}, expected 'tpu' ('cpu' interprets it, for tests)"
+        if platform == "tpu" and q.dtype != jnp.bfloat16:
+            return f"dtype {q.dtype}, expected bfloat16"
+        if parts > 1 and T % (2 * parts * 128):
+            return (
+                f"length {T} over {parts} devices of the context axis, expected a multiple of "
+                f"{2 * parts * 128} (two stripes of 128 each)"
+            )
+    else:
+        if platform not in ("gpu", "cuda"):
+            return f"platform {platform!r}, expected 'gpu'"
+        if q.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"dtype {q.dtype}, expected bfloat16 or float16"
+        width, limit = attention_fused.cudnn_width(K, slopes is not None), _cudnn_limit()
+        if width > limit:
+            return f"heads {width} wide (ALiBi included), expected at most {limit} on this GPU"
+        if (segments is not None or parts > 1) and T % 2:
+            return f"an odd length ({T}) with a mask, expected an even one"
+    if slopes is not None and T > alibi.POSITIONS:
+        return f"length {T}, expected at most {alibi.POSITIONS}: positions are exact in bf16 to it"
+    return None
+
+
+def _cudnn_limit() -> int:
+    device = jax.devices()[0]
+    return 256 if float(getattr(device, "compute_capability", 0)) >= 9 else 128
+
+
+def _tell_costs(chosen: str, q, segments, parts: int) -> None:
+    B, _, T, _ = q.shape
+    if chosen == "splash":
+        padded = attention_fused.splash_length(T)
+        if padded != T:
+            cost = 100 * ((padded / T) ** 2 - 1)
+            _warn_once(f"attention pads sequences from {T} to {padded} (+{cost:.0f} % of its work)")
+    elif segments is not None or parts > 1:
+        size = B * T * T * 2 / parts / 2**20
+        _warn_once(
+            f"attention 'cudnn' reads segments and split sequences as a mask: {size:,.0f} MiB for "
+            f"{B} sequences of {T}"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)

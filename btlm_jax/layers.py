@@ -13,7 +13,8 @@ Only this module imports flax.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,7 +25,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 
-from btlm_jax import alibi, attention, products, sharding, weights
+from btlm_jax import (
+    alibi,
+    attention,
+    attention_xla,
+    context,
+    products,
+    sharding,
+    weights,
+)
 from btlm_jax.config import BTLMConfig
 
 # What the forward pass keeps for the backward pass: the results of matrix products and of
@@ -80,6 +89,15 @@ class Spec:
         if self.mesh is None:
             return x
         return reshard(x, jax.sharding.NamedSharding(self.mesh, sharding.spec(self.rules, *axes)))
+
+    def reordered(self, x: jax.Array, order: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
+        """x [B, T, ...] by `context.balanced` or `.natural`, where sequences are split."""
+        if self.mesh is None or sharding.ways(self.mesh, self.rules, "sequence") == 1:
+            return x
+        shards = self.axes("batch", "sequence", *(None,) * (x.ndim - 2))
+        assert shards is not None
+        fn = functools.partial(order, axis=shards[1])
+        return jax.shard_map(fn, in_specs=shards, out_specs=shards)(x)
 
     @property
     def attention_shard(self) -> PartitionSpec | None:
@@ -142,18 +160,24 @@ class LayerNorm(Layer):
 
 
 class Linear(Layer):
-    """A projection with bias, times `scale`; `axes` are the logical axes of the result."""
+    """A projection with bias, times `scale`; `axes` are the logical axes of the result.
+
+    A tuple of scales has one for each entry of the third axis.
+    """
 
     equation: str
     axes: tuple[str | None, ...]
-    scale: float = 1.0
+    scale: float | tuple[float, ...] = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.spec.einsum(self.equation, x, self.weight("kernel"), *self.axes)
         y = y + self.weight("bias", jnp.float32)
         # In fp32, before the one rounding. Without CompleteP the program has no trace of it.
-        y = y if self.scale == 1.0 else y * self.scale
+        if isinstance(self.scale, tuple):
+            y = y * np.asarray(self.scale, np.float32).reshape(-1, *(1,) * (y.ndim - 3))
+        elif self.scale != 1.0:
+            y = y * self.scale
         return checkpoint_name(y.astype(self.spec.dtype), _KEPT)
 
 
@@ -161,14 +185,15 @@ class Attention(Layer):
     """Multi-head causal attention over the new tokens and, if given, a cache."""
 
     @nn.compact
-    def __call__(self, x_BTD, layer, context: Context, kv, capture: bool):
+    def __call__(self, x_BTD, layer, shared: Shared, kv, capture: bool):
         c, spec = self.spec.config, self.spec
         # As it comes out of the product: XLA would otherwise multiply into [qkv, H, K, B, T], and
         # every chunk of attention would turn its part round.
         qkv_axes = ("batch", "sequence", None, "heads", None)
-        qkv = Linear(spec, "btd,dchk->btchk", qkv_axes, name="c_attn")(x_BTD)
+        scales = (c.attention_scale, 1.0, 1.0)
+        qkv = Linear(spec, "btd,dchk->btchk", qkv_axes, scales, name="c_attn")(x_BTD)
         q, k, v = (x[:, :, 0].swapaxes(1, 2) for x in jnp.split(qkv, 3, axis=2))
-        offset = 0 if context.offset is None else context.offset
+        offset = shared.offset
         if kv is not None:
             # In place on the stacked cache: only the T new slots of this layer are written.
             zero = jnp.zeros_like(layer)
@@ -178,18 +203,13 @@ class Attention(Layer):
                 for stack, x in zip(kv, (k, v), strict=True)
             )
             k, v = (jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in kv)
-        shared = dict(
-            slopes=context.slopes,
-            scale=c.attention_scale,
-            segments=context.segments,
-            offset=offset,
-            precision=spec.precision,
-        )
+        common = dict(slopes=shared.slopes, segments=shared.segments, precision=spec.precision)
         out = attention.attention(
             q,
             k,
             v,
-            **shared,
+            **common,
+            offset=offset,
             implementation=spec.implementation,
             shard=spec.attention_shard,
         )
@@ -199,7 +219,8 @@ class Attention(Layer):
         if not capture:
             return h, kv, None
         q, k = (spec.place(x, "batch", "heads", None, None) for x in (q, k))
-        return h, kv, attention.probabilities(q, k, **shared)
+        at = jnp.arange(q.shape[2], dtype=jnp.int32) + (0 if offset is None else offset)
+        return h, kv, attention_xla.probabilities(q, k, **common, positions=at)
 
 
 class MLP(Layer):
@@ -226,17 +247,17 @@ class Block(Layer):
     capture: bool
 
     @nn.compact
-    def __call__(self, carry, layer, context: Context):
+    def __call__(self, carry, layer, shared: Shared):
         h, kv = carry
         before = h
         x = LayerNorm(self.spec, name="ln_1")(h)
-        x, kv, probs = Attention(self.spec, name="attn")(x, layer, context, kv, self.capture)
+        x, kv, probs = Attention(self.spec, name="attn")(x, layer, shared, kv, self.capture)
         h = h + x
         h = h + MLP(self.spec, name="mlp")(LayerNorm(self.spec, name="ln_2")(h))
         return (h, kv), (before, probs) if self.capture else None
 
 
-class Context(NamedTuple):
+class Shared(NamedTuple):
     """What every layer's attention shares."""
 
     slopes: jax.Array | None  # fp32 [H], divided by the ALiBi scale
@@ -250,17 +271,19 @@ class Transformer(Layer):
     @nn.compact
     def __call__(self, inputs: Mapping[str, jax.Array], cache: KVCache | None, capture: bool):
         c, spec = self.spec.config, self.spec
-        ids = inputs["input_ids"]
-        T = ids.shape[1]
+        shape = inputs["input_ids"].shape
+        T = shape[1]
         offset = jnp.zeros((), jnp.int32) if cache is None else cache.length
         key_length = T if cache is None else offset + T
+        if not c.alibi and "positions" not in inputs:
+            slots = jnp.broadcast_to(offset + jnp.arange(T), shape)
+            inputs = {**inputs, "positions": spec.place(slots, "batch", "sequence")}
+        inputs = {k: spec.reordered(x, context.balanced) for k, x in inputs.items()}
 
         wte = self.weight("wte")
-        h = _look_up(spec, wte, ids, c.vocab_size)
+        h = _look_up(spec, wte, inputs["input_ids"], c.vocab_size)
         if not c.alibi:
-            slots = jnp.broadcast_to(offset + jnp.arange(T), ids.shape)
-            at = inputs.get("positions", spec.place(slots, "batch", "sequence"))
-            h = h + _look_up(spec, self.weight("wpe"), at, c.n_positions)
+            h = h + _look_up(spec, self.weight("wpe"), inputs["positions"], c.n_positions)
         h = h * c.mup_embeddings_scale
         if "token_type_ids" in inputs:
             h = h + _look_up(spec, wte, inputs["token_type_ids"], c.vocab_size)
@@ -285,10 +308,10 @@ class Transformer(Layer):
             length=c.n_layer,
         )(spec, capture, name="blocks")
         kv = None if cache is None else (cache.key, cache.value)
-        context = Context(slopes, pair, None if cache is None else offset)
-        out: Any = blocks((h, kv), jnp.arange(c.n_layer, dtype=jnp.int32), context)
+        shared = Shared(slopes, pair, None if cache is None else offset)
+        out: Any = blocks((h, kv), jnp.arange(c.n_layer, dtype=jnp.int32), shared)
         (h, filled), captured = out
-        h = LayerNorm(spec, name="ln_f")(h)
+        h = spec.reordered(LayerNorm(spec, name="ln_f")(h), context.natural)
         if cache is not None:
             # A cache that ran over would have overwritten its last slots: make that visible.
             h = jnp.where(offset + T <= cache.capacity, h, jnp.nan)

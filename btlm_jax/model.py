@@ -167,6 +167,7 @@ class BTLM:
         spec, inputs = self._inputs(
             params, input_ids, attention_mask, segment_ids, positions, token_type_ids, None
         )
+        spec = dataclasses.replace(spec, rules=sharding.whole_sequences(spec.rules))
         h, _, (states, attentions) = _forward(spec, params, inputs, None, capture=True)
         states = jnp.concatenate([states, h[None]])
         return Intermediates(_logits(spec, params, h), states, attentions)

@@ -282,10 +282,12 @@ def check_batch(
     names = {"batch": "batch size", "sequence": "sequence length"}
     for axis, size in sizes.items():
         parts = ways(mesh, rules, axis)
+        if axis == "sequence" and parts > 1:
+            parts *= 2  # two stripes each (`context`)
         if size % parts:
             raise ValueError(
-                f"{names[axis]} {size} does not divide over mesh axes {mesh_axes(rules, axis)} = "
-                f"{parts}: use a multiple of {parts}, or a mesh with more of another axis"
+                f"{names[axis]} {size} does not divide over mesh axes {mesh_axes(rules, axis)}, "
+                f"{parts} parts: use a multiple of {parts}, or a mesh with more of another axis"
             )
 
 

@@ -10,10 +10,10 @@ from cases import max_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btlm_jax import alibi, attention
+from btlm_jax import alibi, attention, attention_xla
 
 
-def exact(q, k, v, slopes, scale, segments, offset):
+def exact(q, k, v, slopes, segments, offset):
     """Float64, one query at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros((*q.shape[:3], v.shape[-1]))
@@ -24,7 +24,7 @@ def exact(q, k, v, slopes, scale, segments, offset):
             keys = [j for j in keys if segments[0][b, t] == segments[1][b, j]]
         if not keys:
             continue
-        s = scale * (k[b, h, keys] @ q[b, h, t])
+        s = k[b, h, keys] @ q[b, h, t]
         if slopes is not None:
             s = s - slopes[h] * (here - np.array(keys))
         p = np.exp(s - s.max())
@@ -54,17 +54,16 @@ def problems(draw):
 def test_equals_float64(problem):
     q, k, v, slopes, segments, offset, chunk = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_CHUNK", chunk)
+        patch.setattr(attention_xla, "QUERY_CHUNK", chunk)
         got = attention.attention(
             q,
             k,
             v,
             slopes=None if slopes is None else jnp.asarray(slopes, jnp.float32),
-            scale=0.7,
             segments=segments,
-            offset=offset,
+            offset=jnp.int32(offset) if offset or q.shape[2] < k.shape[2] else None,
         )
-    expected = exact(q, k, v, slopes, 0.7, segments, offset)
+    expected = exact(q, k, v, slopes, segments, offset)
     assert max_error(got, expected) < 2e-6  # fp32 rounding of values of size 3; measured 2.5e-7
 
 
@@ -76,12 +75,12 @@ def test_chunked_equals_whole_forward_and_backward(monkeypatch):
     slopes = jnp.asarray(alibi.slopes(H), jnp.float32)
 
     def loss(q, k, v, slopes):
-        out = attention.attention(q, k, v, slopes=slopes, scale=0.3, segments=(segments, segments))
+        out = attention.attention(q, k, v, slopes=slopes, segments=(segments, segments))
         return (out * w).sum()
 
     results = {}
     for chunk in (512, 16, 7):
-        monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
+        monkeypatch.setattr(attention_xla, "QUERY_CHUNK", chunk)
         results[chunk] = jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(q, k, v, slopes)
     for chunk in (16, 7):
         for a, b in zip(*(jax.tree.leaves(results[c]) for c in (512, chunk)), strict=True):
@@ -95,7 +94,7 @@ def test_gradients_against_finite_differences():
     slopes = alibi.slopes(2)
 
     def loss(q, k, v):
-        out = attention.attention(q, k, v, slopes=jnp.asarray(slopes, jnp.float32), scale=0.5)
+        out = attention.attention(q, k, v, slopes=jnp.asarray(slopes, jnp.float32))
         return (out * w.astype(np.float32)).sum()
 
     grads = jax.grad(loss, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
@@ -105,7 +104,7 @@ def test_gradients_against_finite_differences():
             for sign in (1, -1):
                 inputs = [x.copy() for x in (q, k, v)]
                 inputs[i][index] += sign * 1e-5
-                quotient += sign * (exact(*inputs, slopes, 0.5, None, 0) * w).sum() / 2e-5
+                quotient += sign * (exact(*inputs, slopes, None, 0) * w).sum() / 2e-5
             assert abs(float(grad[index]) - quotient) < 1e-5
 
 
@@ -114,17 +113,17 @@ def test_bf16_inputs_keep_fp32_softmax():
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 4, 1024, 80)), jnp.bfloat16) for _ in range(3))
     slopes = alibi.slopes(4)
-    got = attention.attention(q, k, v, slopes=jnp.asarray(slopes, jnp.float32), scale=1 / 80)
+    got = attention.attention(q, k, v, slopes=jnp.asarray(slopes, jnp.float32))
     assert got.dtype == jnp.bfloat16
     rows = [0, 1, 511, 512, 1023]
     kk, vv = np.asarray(k, np.float64), np.asarray(v, np.float64)
     for t in rows:
-        expected = exact(np.asarray(q)[:, :, t : t + 1], kk, vv, slopes, 1 / 80, None, t)
+        expected = exact(np.asarray(q)[:, :, t : t + 1], kk, vv, slopes, None, t)
         error = np.linalg.norm(np.asarray(got, np.float64)[:, :, t : t + 1] - expected)
         assert error < 4e-3 * np.linalg.norm(expected)
 
 
 def test_unknown_implementation():
     x = jnp.zeros((1, 1, 2, 2))
-    with pytest.raises(ValueError, match="implementation: found 'flash', expected 'xla'"):
-        attention.attention(x, x, x, slopes=None, scale=1.0, implementation="flash")
+    with pytest.raises(ValueError, match="implementation: found 'flash', expected one of 'xla'"):
+        attention.attention(x, x, x, slopes=None, implementation="flash")

@@ -358,7 +358,7 @@ def test_learning_rate_in_the_log_is_that_of_the_update(files, skipped, bad, upd
         (["mesh.fsdp=3"], ValueError, "found 8"),
         (["model.fields.vocab_size=50"], ValueError, "61 tokens, the model 50"),
         (["phases.0.length=9", "mesh.context=2", "mesh.fsdp=4"], ValueError,
-         r"phases\.0\.length: found 9, expected a multiple of mesh\.context = 2"),
+         r"phases\.0\.length: found 9, expected a multiple of 4, twice mesh\.context"),
         (["run.wandb_project=x"], ValueError, "pip install wandb"),
         (["phases.0.length=4096", "phases.1.length=4096"], ValueError,
          "3000 tokens, expected at least 4097"),

@@ -262,10 +262,11 @@ def _check(
                 f"phases.{i}.{name}: found {micro}, expected a multiple of {ways}, over which this "
                 f"mesh splits the batch (data x fsdp)"
             )
-        if phase.length % recipe.mesh.context:
+        stripes = 2 * recipe.mesh.context if recipe.mesh.context > 1 else 1
+        if phase.length % stripes:
             problems.append(
-                f"phases.{i}.length: found {phase.length}, expected a multiple of mesh.context = "
-                f"{recipe.mesh.context}"
+                f"phases.{i}.length: found {phase.length}, expected a multiple of {stripes}, twice "
+                "mesh.context"
             )
         if not config.alibi and phase.length > config.n_positions:
             problems.append(
