@@ -62,7 +62,7 @@ def _bound(r: Report) -> list[str]:
     rate = r["tokens_per_second_per_device"]
     out = [
         f"  at best (roofline): {parts}",
-        f"    a step takes {_time(b['seconds'])} if all overlap ({b['limit'].upper()} is the limit),"
+        f"    a step takes {_time(b['seconds'])} if all overlap ({b['limit'].upper()} limits),"
         f" {_time(b['in_turn'])} if nothing does",
     ]
     if "mfu" in r:

@@ -11,7 +11,7 @@ import numpy as np
 from btlm_jax.convert import formats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from btlm_jax import roofline, sharding
+from btlm_jax import roofline, sharding, weights
 from btlm_jax.layers import KVCache
 from btlm_jax.model import BTLM
 
@@ -97,8 +97,6 @@ def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> L
     model = model_of(recipe, mesh.devices.flat[0].platform)
     c, dtype = model.config, model.compute_dtype
     pad, placed = sharding.placement(c, mesh, model.rules)
-    from btlm_jax import weights
-
     params = weights.unflatten({
         w.path: jax.ShapeDtypeStruct(
             weights.stacked_shape(w, c, pad), dtype, sharding=placed[w.path]
