@@ -31,7 +31,6 @@ from .checkpoints import Checkpoints
 from .distributed import agreed
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch, reader
-from .lowering import model_of
 from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
@@ -84,7 +83,9 @@ def train(
             require_wandb()
         mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
         sources, held = _open_data(recipe)
-        model = model_of(recipe, jax.default_backend())
+        model = BTLM(_config(recipe))
+        if recipe.run.compute_dtype != "auto":
+            model = BTLM(model.config, compute_dtype=recipe.run.compute_dtype)
         _check(recipe, model.config, mesh, sources, held)
         # All of these may refuse, and must before the directory is claimed.
         tx = recipe.transformation(model.config)
@@ -223,6 +224,13 @@ def _sources(recipe: Recipe) -> list[data.Source]:
     if recipe.data.weights:
         return [data.Source(parent / name, w) for name, w in recipe.data.weights.items()]
     return [data.Source(parent)]
+
+
+def _config(recipe: Recipe) -> BTLMConfig:
+    source = recipe.model.checkpoint
+    if source is None:
+        return recipe.model_config()
+    return recipe.model_config(formats.config_of(source))
 
 
 def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
