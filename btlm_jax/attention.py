@@ -12,14 +12,15 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
-from btlm_jax import alibi, attention_fused, attention_xla, context
+from btlm_jax import alibi, attention_fused, attention_xla, context, sharding
 
 logger = logging.getLogger(__name__)
 
 Implementation = Literal["xla", "splash", "cudnn"]
-_FUSED: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+_FUSED: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn"}
 
 
 def attention(
@@ -60,13 +61,14 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     batch, heads, sequence = shard or (None, None, None)
     parts = 1 if sequence is None else mesh.shape[sequence]
-    chosen = _choose(q, slopes, segments, offset, implementation, parts, _platform(mesh, shard))
+    platform = sharding.platform(mesh)
+    chosen = _choose(q, slopes, segments, offset, implementation, parts, platform)
     kernel = None
     if chosen == "splash":
         length = attention_fused.splash_length(q.shape[2])
         ways = 1 if heads is None else mesh.shape[heads]
         kernel = attention_fused.splash_kernel(
-            length, q.shape[1] // ways, parts, interpret=_platform(mesh, shard) == "cpu"
+            length, q.shape[1] // ways, parts, interpret=platform == "cpu"
         )
 
     def local(q, k, v, slopes, segments, offset, kernel):
@@ -84,9 +86,8 @@ def attention(
             return attention_fused.splash(q, k, v, **inputs, kernel=kernel)
         if chosen == "cudnn":
             return attention_fused.cudnn(q, k, v, **inputs, positions=positions)
-        return attention_xla.attend(
-            q, k, v, **inputs, positions=positions, precision=precision
-        )  # fmt: skip
+        out = attention_xla.attend(q, k, v, **inputs, positions=positions, precision=precision)
+        return checkpoint_name(out, attention_fused.RESIDUALS)
 
     if shard is None:
         return local(q, k, v, slopes, segments, offset, kernel)
@@ -106,13 +107,6 @@ def attention(
     # Pallas does not say over which axes its results vary.
     mapped = jax.shard_map(local, in_specs=specs, out_specs=bhtk, check_vma=kernel is None)
     return mapped(q, k, v, slopes, segments, offset, kernel)
-
-
-def _platform(mesh: jax.sharding.AbstractMesh, shard: PartitionSpec | None) -> str:
-    """Of the devices that will run this, which may not be here (`btlm compile`)."""
-    if shard is not None and mesh.abstract_device is not None:
-        return mesh.abstract_device.platform
-    return jax.default_backend()
 
 
 def _choose(q, slopes, segments, offset, named, parts: int, platform: str) -> Implementation:
@@ -147,7 +141,7 @@ def _cannot(wanted: str, q, slopes, segments, parts: int, platform: str) -> str 
                 f"{2 * parts * 128} (two stripes of 128 each)"
             )
     else:
-        if platform not in ("gpu", "cuda"):
+        if platform != "gpu":
             return f"platform {platform!r}, expected 'gpu'"
         if q.dtype not in (jnp.bfloat16, jnp.float16):
             return f"dtype {q.dtype}, expected bfloat16 or float16"

@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from btlm_jax import (
     alibi,
     attention,
+    attention_fused,
     attention_xla,
     context,
     products,
@@ -36,10 +37,32 @@ from btlm_jax import (
 )
 from btlm_jax.config import BTLMConfig
 
-# What the forward pass keeps for the backward pass: the results of matrix products and of
-# attention. LayerNorm, activations and casts are computed again, which costs less than storing and
-# reading them; within attention see `attention`.
-_KEPT = "kept"
+_PRODUCT = "product"
+# What the forward pass keeps of a block for the backward pass, besides its input. The rest is
+# computed again: of "dots" LayerNorm, activations and casts, which costs less than storing and
+# reading them; of "attention" the projections too, a third of the work; of "full" everything. Per
+# token and layer, in multiples of D elements: 6 + 2 F/D, 1, 0.
+REMAT: dict[str, tuple[str, ...] | None] = {
+    "none": None,
+    "dots": (_PRODUCT, attention_fused.RESIDUALS),
+    "attention": (attention_fused.RESIDUALS,),
+    "full": (),
+}
+
+
+def _remat(name: str) -> Any:
+    """`Block` under a policy of `REMAT`."""
+    names = REMAT[name]
+    if names is None:
+        return Block
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive, *args, **params):
+        # cuDNN's residuals have no names, but the operation that makes them has.
+        fused = primitive.name.startswith("dot_product_attention_fwd")
+        return (fused and bool(names)) or named(primitive, *args, **params)
+
+    return nn.remat(Block, prevent_cse=False, policy=policy)
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +97,7 @@ class Spec:
     padding: tuple[tuple[str, int], ...]
     mesh: jax.sharding.AbstractMesh | None
     implementation: attention.Implementation | None
+    remat: str
 
     @property
     def precision(self) -> jax.lax.Precision | None:
@@ -178,7 +202,7 @@ class Linear(Layer):
             y = y * np.asarray(self.scale, np.float32).reshape(-1, *(1,) * (y.ndim - 3))
         elif self.scale != 1.0:
             y = y * self.scale
-        return checkpoint_name(y.astype(self.spec.dtype), _KEPT)
+        return checkpoint_name(y.astype(self.spec.dtype), _PRODUCT)
 
 
 class Attention(Layer):
@@ -213,8 +237,8 @@ class Attention(Layer):
             implementation=spec.implementation,
             shard=spec.attention_shard,
         )
-        out = checkpoint_name(out.swapaxes(1, 2), _KEPT)
         axes = ("batch", "sequence", None)
+        out = out.swapaxes(1, 2)
         h = Linear(spec, "bthk,hkd->btd", axes, c.residual_scale, name="c_proj")(out)
         if not capture:
             return h, kv, None
@@ -299,9 +323,8 @@ class Transformer(Layer):
             scaled = jnp.asarray(alibi.model_slopes(c), jnp.float32)
             slopes = spec.place(scaled / alibi.scale(c.alibi_scaling, key_length), "heads")
 
-        policy = jax.checkpoint_policies.save_only_these_names(_KEPT)
         blocks = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=policy),
+            _remat(spec.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),

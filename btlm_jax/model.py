@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax import attention, sharding, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.layers import KVCache, Spec, Transformer, project_logits
+from btlm_jax.layers import REMAT, KVCache, Spec, Transformer, project_logits
 
 
 class Intermediates(NamedTuple):
@@ -39,14 +39,20 @@ class BTLM:
         CPU. float32 means full precision on every platform.
       rules: logical axis -> mesh axis, used when the weights live on a mesh.
       attention_implementation: see `attention.attention`.
+      remat: what the forward pass keeps for the backward pass (`layers.REMAT`): "none" forgets
+        nothing, "dots" keeps matrix products and attention, "attention" only the latter, "full"
+        nothing but the input of every block.
     """
 
     config: BTLMConfig
     compute_dtype: DTypeLike | None = None
     rules: sharding.Rules = sharding.RULES
     attention_implementation: attention.Implementation | None = None
+    remat: Literal["none", "dots", "attention", "full"] = "dots"
 
     def __post_init__(self) -> None:
+        if self.remat not in REMAT:
+            raise ValueError(f"remat: found {self.remat!r}, expected one of {', '.join(REMAT)}")
         # A mapping is welcome too; the model must be hashable to be static under jit.
         object.__setattr__(self, "rules", tuple(dict(self.rules).items()))
 
@@ -186,7 +192,7 @@ class BTLM:
             )
         dtype = self.compute_dtype
         if dtype is None:
-            dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+            dtype = jnp.float32 if sharding.platform(mesh) == "cpu" else jnp.bfloat16
         return Spec(
             self.config,
             jnp.dtype(dtype),
@@ -194,6 +200,7 @@ class BTLM:
             tuple(sorted(padding.items())),
             mesh,
             self.attention_implementation,
+            self.remat,
         )
 
     def _inputs(self, params, ids, mask, segments, positions, types, cache) -> tuple[Spec, dict]:

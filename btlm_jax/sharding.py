@@ -296,6 +296,16 @@ def whole_sequences(rules: Rules) -> Rules:
     return tuple((name, None if name == "sequence" else axes) for name, axes in rules)
 
 
+def platform(mesh: jax.sharding.AbstractMesh | None) -> str:
+    """ "cpu", "tpu" or "gpu": of the devices of a mesh, which need not be here, or of the default.
+
+    `btlm compile` makes programs for devices that it does not have.
+    """
+    if mesh is None or mesh.empty or mesh.abstract_device is None:
+        return jax.default_backend()
+    return {"cuda": "gpu"}.get(mesh.abstract_device.platform, mesh.abstract_device.platform)
+
+
 def concrete_mesh_of(x: jax.Array) -> Mesh | None:
     """The mesh of devices a concrete array lives on; None off any mesh or while tracing."""
     if isinstance(x, jax.core.Tracer) or mesh_of(x) is None:

@@ -15,6 +15,7 @@ ORDER = [
     "byte_size",
     "chips",
     "hlo",
+    "compilation",
     "paths",
     "progress",
     "staging",

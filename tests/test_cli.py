@@ -42,6 +42,18 @@ def test_help_needs_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_programs_are_kept_between_processes(tmp_path, checkpoint_dir, flag):
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "btlm_jax.cli", "generate", str(checkpoint_dir)]
+    command += ["--prompt", "a", "--max-new-tokens", "1"]
+    command += [] if flag else ["--no-compilation-cache"]
+    subprocess.run(command, check=True, capture_output=True, env=env)
+    kept = tmp_path / "btlm-jax" / "compiled"
+    assert any(kept.iterdir()) if flag else not kept.exists()
+
+
 def test_convert_info_generate_export(capsys, tmp_path):
     source = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"), tokenizer=True)
     code, out, _ = run(capsys, "convert", source, tmp_path / "c")

@@ -39,7 +39,7 @@ def saved(tmp_path_factory):
 
 def state_and_tokens(recipe):
     mesh = lowering.mesh_of(recipe, jax.devices())
-    model = lowering.model_of(recipe, "cpu")
+    model = lowering.model_of(recipe)
     tx = recipe.transformation(model.config)
     state = init_state(model.init(jax.random.key(0), mesh=mesh), tx)
     draw = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 8, 33))
@@ -62,7 +62,7 @@ def test_abstract_state_is_that_of_a_run():
 def test_report(saved):
     recipe, r, _ = saved
     assert json.loads(json.dumps(r)) == r
-    config = lowering.model_of(recipe, "cpu").config
+    config = lowering.model_of(recipe).config
     assert (r["devices"], r["mesh"]["fsdp"], r["mesh"]["tensor"]) == (8, 4, 2)
     m = r["memory"]
     _, _, state, tokens = state_and_tokens(recipe)
@@ -123,7 +123,7 @@ def test_saved_programs_are_checked(saved, tmp_path):
 def test_decoding():
     recipe = load("tiny", ["mesh.tensor=2"])
     r = compile_decoding(recipe, TOPOLOGY, batch_size=8, capacity=64)
-    config = lowering.model_of(recipe, "cpu").config
+    config = lowering.model_of(recipe).config
     cache = 8 * 64 * accounting.kv_bytes_per_token(config, 4)  # fp32 on CPUs
     assert r["memory"]["inputs"] == pytest.approx(cache / 8, rel=0.05)
     assert r["memory"]["optimizer"] == 0
@@ -150,11 +150,11 @@ def test_what_is_missing(text, monkeypatch):
         def compile(self):
             raise jax.errors.JaxRuntimeError(text)
 
-    lowered = lowering.Lowered(Program(), lowering.Parts(1, 1, 1), None)
+    lowered = lowering.Lowered(Program(), lowering.Parts(1, 1, 1), None, None)
     monkeypatch.setattr(lowering, "train_step", lambda *_: lowered._replace(
-        model=lowering.model_of(recipe, "tpu")
+        model=lowering.model_of(recipe)
     ))  # fmt: skip
-    recipe = load("btlm-3b-8k", ["phases.1.batch_size=192"])
+    recipe = load("btlm-3b-8k", ["phases.1.batch_size=192", "run.tokens_per_device=0"])
     with pytest.raises(DoesNotFit) as error:
         compile_phase(recipe, 1, TOPOLOGY)
     assert error.value.needed == 23.77 * 2**30
@@ -207,7 +207,7 @@ def test_two_layers_of_3b_for_real_topologies(name, tmp_path):
     command += ["--set", f"phases.1.batch_size={16 if name == 'v5e:4x4' else 8}"]
     subprocess.run(command, check=True)
     (r,) = json.loads(file.read_text())
-    config = lowering.model_of(load("btlm-3b-8k", ["model.fields.n_layer=2"]), "tpu").config
+    config = lowering.model_of(load("btlm-3b-8k", ["model.fields.n_layer=2"])).config
     state = r["memory"]["parameters"] + r["memory"]["optimizer"]
     assert state == pytest.approx(12 * weights.count(config) / r["devices"], rel=0.02)
     assert state < r["memory"]["peak"] < 6 * 2**30

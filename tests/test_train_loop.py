@@ -28,6 +28,7 @@ from test_token_shards import write_tokens
 
 import btlm_jax as btlm
 from btlm_jax import cli, manifest, weights
+from btlm_jax.compilation import compilations
 
 TINY = """
 [model]
@@ -173,6 +174,19 @@ def test_microbatches_add_up(files, reference, tmp_path):
     train(load(files, "phases.1.microbatch=16"), tmp_path / "run")
     a, b = losses(reference[0]), losses(tmp_path / "run")
     assert max(abs(a[s] - b[s]) for s in a) < 1e-4
+
+
+def test_one_compilation_per_shape(files, reference, tmp_path, caplog):
+    """Two phases are two programs, compiled at their first steps; the recipe has 12 steps."""
+    caplog.set_level("INFO", "btlm_jax")
+    with compilations() as first:
+        train(load(files, "run.seed=3"), tmp_path / "run")
+    told = [r.message for r in caplog.records if "compiled its program" in r.message]
+    assert len(told) == 2, told
+    caplog.clear()
+    with compilations() as second:
+        train(load(files, "run.seed=3", "phases.0.steps=9"), tmp_path / "longer")
+    assert 0 < second.count <= first.count  # more steps compile nothing more
 
 
 def test_masked_documents_change_the_loss(files, reference, tmp_path):

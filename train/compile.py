@@ -64,12 +64,13 @@ def compile_phase(
     if not 0 <= index < len(recipe.phases):
         last = len(recipe.phases) - 1
         raise ValueError(f"--phase: found {index}, the recipe has phases 0 to {last}")
-    phase = recipe.phases[index]
     mesh = lowering.mesh_of(recipe, topologies.devices(topology))
+    recipe = recipe.on(mesh)
+    phase = recipe.phases[index]
     rates = topology.chip.per_device(topology.shape)
     began = time.monotonic()
     lowered = lowering.train_step(recipe, phase, mesh)
-    shape, remat = dict(mesh.shape), lowering.remat_of(recipe)
+    shape, remat = dict(mesh.shape), recipe.run.remat
     micro = phase.microbatch or phase.batch_size
     facts = {
         "what": f"phase {index}",
@@ -80,7 +81,7 @@ def compile_phase(
         "batch_size": phase.batch_size,
         "microbatch": micro,
         "remat": remat,
-        "dtype": str(lowered.model.compute_dtype),
+        "dtype": str(lowered.dtype),
     }
     try:
         compiled, measured = _compile(lowered, rates, began)
@@ -149,7 +150,7 @@ def compile_decoding(
         "mesh": shape,
         "batch_size": batch_size,
         "capacity": capacity,
-        "dtype": str(lowered.model.compute_dtype),
+        "dtype": str(lowered.dtype),
     }
     report |= measured | _bounds(work, measured, rates)
     report["flops"] = {"model_causal": work.flops}
@@ -216,7 +217,7 @@ def _advice(
     recipe: Recipe, index: int, phase: Phase, shape: dict[str, int], rates: Rates, needed: float
 ) -> str:
     """What should fit, by the formula, corrected by how far it is off for what did not."""
-    config = lowering.model_of(recipe, "tpu").config
+    config = lowering.model_of(recipe).config
 
     def estimate(micro: int, remat: roofline.Remat) -> float:
         return roofline.memory(
@@ -228,7 +229,7 @@ def _advice(
             remat=remat,
         )
 
-    micro, remat = phase.microbatch or phase.batch_size, lowering.remat_of(recipe)
+    micro, remat = phase.microbatch or phase.batch_size, recipe.run.remat
     off = max(1.0, needed / estimate(micro, remat))
     ways = shape["data"] * shape["fsdp"]
     smaller = [m for m in range(micro, 0, -ways) if phase.batch_size % m == 0 and m % ways == 0]

@@ -76,7 +76,7 @@ def fit(
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected a positive int")
     phase = recipe.phases[index]
-    config = lowering.model_of(recipe, "tpu").config
+    config = lowering.model_of(recipe).config
     n = len(topologies.devices(topology))
     rates = topology.chip.per_device(topology.shape)
     ordered = candidates(config, phase, n, topology.slices, rates)
@@ -88,7 +88,7 @@ def fit(
     logger.info("%d candidates; up to %d are compiled", len(ordered), attempts)
     run = functools.partial(_compiled, recipe, index, topology)
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
         try:
             found, misses = search(
                 ordered, run, pool, available=rates.memory, keep=keep, attempts=attempts, jobs=jobs
@@ -242,6 +242,11 @@ def search(
     return found, misses
 
 
+def _quiet() -> None:
+    """In a worker process: notices would be those of every candidate, and none's in particular."""
+    logging.getLogger("btlm_jax").setLevel(logging.ERROR)
+
+
 def _compiled(
     recipe: Recipe, index: int, topology: Topology, candidate: Candidate
 ) -> dict[str, Any]:
@@ -260,5 +265,5 @@ def _changed(recipe: Recipe, index: int, candidate: Candidate) -> Recipe:
         recipe,
         mesh=Mesh(*candidate.mesh),
         phases=tuple(phases),
-        run=dataclasses.replace(recipe.run, remat=candidate.remat),  # pyrefly: ignore
+        run=dataclasses.replace(recipe.run, remat=candidate.remat),
     )

@@ -21,6 +21,7 @@ from btlm_jax.convert import formats
 from jax.sharding import Mesh
 
 from btlm_jax import mup, sharding, weights
+from btlm_jax.compilation import compilations
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
@@ -31,6 +32,7 @@ from .checkpoints import Checkpoints
 from .distributed import agreed
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch, reader
+from .lowering import model_of
 from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
@@ -83,9 +85,8 @@ def train(
             require_wandb()
         mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
         sources, held = _open_data(recipe)
-        model = BTLM(_config(recipe))
-        if recipe.run.compute_dtype != "auto":
-            model = BTLM(model.config, compute_dtype=recipe.run.compute_dtype)
+        model = model_of(recipe)
+        recipe = recipe.on(mesh)
         _check(recipe, model.config, mesh, sources, held)
         # All of these may refuse, and must before the directory is claimed.
         tx = recipe.transformation(model.config)
@@ -135,13 +136,20 @@ def train(
     saved = first if restored is not None else -1
     step = first
     try:
-        with StopSignal() as stop, bar as progress, jax.transfer_guard("disallow"):
+        with (
+            StopSignal() as stop, bar as progress, compilations() as compiled,
+            jax.transfer_guard("disallow"),
+        ):  # fmt: skip
             while step < recipe.steps and not stopped:
                 _, phase = recipe.phase_at(step)
                 trace.before(step + 1)
+                before = dataclasses.replace(compiled)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                     state, metrics = step_fn(state, *next(batches))
                 step += 1
+                if compiled.count > before.count:
+                    seconds = compiled.seconds - before.seconds
+                    logger.info("step %d: compiled its program in %.1f s", step, seconds)
                 trace.after(step, metrics)
                 # The metrics of the step before: fetching this one's would wait for it.
                 done, waiting = waiting, (step, phase, metrics)
@@ -224,13 +232,6 @@ def _sources(recipe: Recipe) -> list[data.Source]:
     if recipe.data.weights:
         return [data.Source(parent / name, w) for name, w in recipe.data.weights.items()]
     return [data.Source(parent)]
-
-
-def _config(recipe: Recipe) -> BTLMConfig:
-    source = recipe.model.checkpoint
-    if source is None:
-        return recipe.model_config()
-    return recipe.model_config(formats.config_of(source))
 
 
 def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:

@@ -11,12 +11,12 @@ import numpy as np
 from btlm_jax.convert import formats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from btlm_jax import roofline, sharding, weights
+from btlm_jax import sharding
 from btlm_jax.layers import KVCache
 from btlm_jax.model import BTLM
 
 from .recipe import Phase, Recipe
-from .step import abstract_state, make_step
+from .step import abstract_state, abstract_weights, make_step
 
 
 class Parts(NamedTuple):
@@ -33,25 +33,18 @@ class Lowered(NamedTuple):
     program: jax.stages.Lowered
     parts: Parts
     model: BTLM
+    dtype: np.dtype  # of the computation
 
 
-def model_of(recipe: Recipe, platform: str) -> BTLM:
-    """The model, as `btlm train` would make it on devices of this platform.
+def model_of(recipe: Recipe) -> BTLM:
+    """The model that a recipe trains: of its preset, file or checkpoint, computed as `run` says.
 
     Raises:
       ValueError, FileNotFoundError: an unknown preset or field, a configuration that is not there.
     """
     source = recipe.model.checkpoint
-    config = recipe.model_config(None if source is None else formats.config_of(source))
-    dtype = recipe.run.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
-    return BTLM(config, compute_dtype=dtype)
-
-
-def remat_of(recipe: Recipe) -> roofline.Remat:
-    """What the forward pass keeps."""
-    return getattr(recipe.run, "remat", "dots")
+    base = None if source is None else formats.config_of(source)
+    return recipe.build(recipe.model_config(base))
 
 
 def mesh_of(recipe: Recipe, devices: list[jax.Device]) -> Mesh:
@@ -69,7 +62,7 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     Raises:
       ValueError: model, batch or length do not fit the mesh.
     """
-    model = model_of(recipe, mesh.devices.flat[0].platform)
+    model = model_of(recipe)
     tx = recipe.transformation(model.config)
     state = abstract_state(model, tx, mesh)
     micro = phase.microbatch or phase.batch_size
@@ -83,7 +76,7 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     parts = Parts(
         held_bytes(state.params), held_bytes((state.opt_state, counters)), held_bytes(batch)
     )
-    return Lowered(step.lower(state, *batch), parts, model)
+    return Lowered(step.lower(state, *batch), parts, model, compute_dtype(model, mesh))
 
 
 def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> Lowered:
@@ -94,15 +87,9 @@ def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> L
     Raises:
       ValueError: model or batch do not fit the mesh.
     """
-    model = model_of(recipe, mesh.devices.flat[0].platform)
-    c, dtype = model.config, model.compute_dtype
-    pad, placed = sharding.placement(c, mesh, model.rules)
-    params = weights.unflatten({
-        w.path: jax.ShapeDtypeStruct(
-            weights.stacked_shape(w, c, pad), dtype, sharding=placed[w.path]
-        )
-        for w in weights.table(c)
-    })  # fmt: skip
+    model = model_of(recipe)
+    c, dtype = model.config, compute_dtype(model, mesh)
+    params = abstract_weights(model, mesh, dtype)
     sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -121,7 +108,13 @@ def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> L
         return model.apply(params, tokens, cache=cache)
 
     program = jax.jit(step, donate_argnums=2).lower(params, tokens, cache)
-    return Lowered(program, Parts(held_bytes(params), 0, held_bytes((tokens, cache))), model)
+    parts = Parts(held_bytes(params), 0, held_bytes((tokens, cache)))
+    return Lowered(program, parts, model, dtype)
+
+
+def compute_dtype(model: BTLM, mesh: Mesh) -> np.dtype:
+    """That of the model on the devices of a mesh."""
+    return model.spec(abstract_weights(model, mesh)).dtype
 
 
 def held_bytes(tree: Any) -> int:

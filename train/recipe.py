@@ -7,12 +7,14 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from btlm_jax import config as config_lib
-from btlm_jax import mup
+from btlm_jax import mup, sharding
 from btlm_jax.config import AlibiScaling, BTLMConfig
+from btlm_jax.model import BTLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Phase:
       steps: how many.
       batch_size: sequences per step.
       length: tokens per sequence.
-      microbatch: sequences per forward pass; gradients of several add up to a step. Default all.
+      microbatch: sequences per forward pass; gradients of several add up to a step. Default: as
+        `run.tokens_per_device` allows.
     """
 
     steps: int
@@ -141,6 +144,11 @@ class Run:
       sample_every, prompt: generated text.
       max_bad_steps: steps in a row with gradients that are not finite before the run gives up.
       compute_dtype: "auto" is bfloat16 on accelerators, float32 on CPU.
+      attention: the implementation; "auto" is the best one for the platform.
+      remat: what the forward pass keeps for the backward pass (`BTLM.remat`), from most memory to
+        least.
+      tokens_per_device: at most so many in a forward pass; phases without a `microbatch` are cut
+        into as few as that takes. 0 sets no limit.
       wandb_project: a project of Weights & Biases to report to as well; empty for none.
     """
 
@@ -154,6 +162,9 @@ class Run:
     prompt: str = "The"
     max_bad_steps: int = 10
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    remat: Literal["none", "dots", "attention", "full"] = "dots"
+    tokens_per_device: int = 0
     wandb_project: str = ""
 
 
@@ -210,6 +221,42 @@ class Recipe:
         if self.model.alibi_scaling_factor is not None:
             fields["alibi_scaling"] = AlibiScaling(factor=self.model.alibi_scaling_factor)
         return dataclasses.replace(base, **fields)
+
+    def build(self, config: BTLMConfig) -> BTLM:
+        """The model of `config`, computed as `run` says."""
+        r = self.run
+        return BTLM(
+            config,
+            compute_dtype=None if r.compute_dtype == "auto" else r.compute_dtype,
+            attention_implementation=None if r.attention == "auto" else r.attention,
+            remat=r.remat,
+        )
+
+    def on(self, mesh: jax.sharding.Mesh) -> Recipe:
+        """The recipe with the microbatch of every phase, as `run.tokens_per_device` allows on a
+        mesh.
+
+        Raises:
+          ValueError: not even one sequence per device is within the limit.
+        """
+        ways = sharding.ways(mesh, sharding.RULES, "batch")
+        split = sharding.ways(mesh, sharding.RULES, "sequence")
+        phases, limit = [], self.run.tokens_per_device
+        for i, p in enumerate(self.phases):
+            micro = p.microbatch or p.batch_size
+            if p.microbatch is None and limit and p.batch_size % ways == 0:
+                sizes = [ways * n for n in range(1, p.batch_size // ways + 1)]
+                sizes = [n for n in sizes if p.batch_size % n == 0]
+                sizes = [n for n in sizes if n // ways * p.length <= limit * split]
+                if not sizes:
+                    raise ValueError(
+                        f"run.tokens_per_device: found {limit}, a sequence of phases.{i} has "
+                        f"{p.length // split} on each device: raise it, or split sequences with "
+                        "mesh.context"
+                    )
+                micro = max(sizes)
+            phases.append(dataclasses.replace(p, microbatch=micro))
+        return dataclasses.replace(self, phases=tuple(phases))
 
     def learning_rate(self, step: Any) -> Any:
         """The learning rate of a step (from 0), before muP's multipliers; jit-able.
@@ -302,7 +349,9 @@ def _problems(r: Recipe) -> Iterable[str]:
     for name in ("log_every", "max_bad_steps", "keep_last"):
         if getattr(r.run, name) < 1:
             yield f"run.{name}: found {getattr(r.run, name)}, expected a positive int"
-    for name in ("checkpoint_every", "keep_every", "eval_every", "sample_every"):
+    for name in (
+        "checkpoint_every", "keep_every", "eval_every", "sample_every", "tokens_per_device"
+    ):  # fmt: skip
         if getattr(r.run, name) < 0:
             yield f"run.{name}: found {getattr(r.run, name)}, expected an int >= 0"
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from btlm_jax import mup, sharding, weights
 from btlm_jax.loss import LossSum, target_loss
@@ -52,11 +53,20 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
         return jax.jit(start)(params)
 
 
-def abstract_state(model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
-    """What `init_state` would return for fp32 weights, as shapes, dtypes and shardings."""
+def abstract_weights(model: BTLM, mesh: Mesh | None, dtype: DTypeLike = jnp.float32) -> Params:
+    """What `model.init(key, dtype=dtype, mesh=mesh)` would return: shapes and shardings."""
     config = model.config
     pad, placed = sharding.placement(config, mesh, model.rules)
-    alone = placed[("wte",)] if mesh is None else NamedSharding(mesh, PartitionSpec())
+    shapes = {w.path: weights.stacked_shape(w, config, pad) for w in weights.table(config)}
+    return weights.unflatten(
+        {p: jax.ShapeDtypeStruct(s, dtype, sharding=placed[p]) for p, s in shapes.items()}
+    )
+
+
+def abstract_state(model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
+    """What `init_state` would return for fp32 weights: shapes, dtypes and shardings."""
+    params = abstract_weights(model, mesh)
+    alone = params["wte"].sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
 
     def on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # Types name the mesh without its devices.
@@ -64,15 +74,9 @@ def abstract_state(model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | N
         place = NamedSharding(mesh, x.sharding.spec) if split else alone
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    params = weights.unflatten({
-        w.path: jax.ShapeDtypeStruct(
-            weights.stacked_shape(w, config, pad), jnp.float32, sharding=placed[w.path]
-        )
-        for w in weights.table(config)
-    })  # fmt: skip
     opt_state = jax.tree.map(on_devices, jax.eval_shape(tx.init, params))
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=alone)
-    return TrainState(params, opt_state, count, count, count)  # pyrefly: ignore
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=alone)
+    return TrainState(params, opt_state, count, count, count)
 
 
 def make_step(

@@ -13,6 +13,8 @@ from typing import Annotated
 import tyro
 from tyro.conf import subcommand
 
+from btlm_jax import compilation
+
 from .bench import Bench
 from .checkpoints import Convert, Export, Info, Verify
 from .compile import Compile
@@ -41,14 +43,16 @@ def main(argv: list[str] | None = None) -> int:
       Ctrl-C, 141 when the output is not wanted any more.
     """
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
+    debug, caching = "--debug" in argv, "--no-compilation-cache" not in argv
     command = tyro.cli(
         Command,
         prog="btlm",
         description="BTLM in JAX: train, convert, inspect and generate. "
-        "--debug, anywhere, shows tracebacks.",
-        args=[a for a in argv if a != "--debug"],
+        "Anywhere: --debug shows tracebacks, --no-compilation-cache compiles everything anew.",
+        args=[a for a in argv if a not in ("--debug", "--no-compilation-cache")],
     )
+    if caching:
+        compilation.keep_between_processes()
     _log_to_stderr()
     try:
         code = command.run()

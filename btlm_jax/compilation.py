@@ -1,0 +1,49 @@
+"""Compilations by XLA: kept between processes, counted and timed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Read by JAX when it is imported.
+_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def keep_between_processes() -> None:
+    """Has JAX, once it is imported, keep compiled programs in the user's cache directory.
+
+    Another directory that the environment names in `JAX_COMPILATION_CACHE_DIR` stays.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault(_VARIABLE, str(cache / "btlm-jax" / "compiled"))
+
+
+@dataclasses.dataclass
+class Compilations:
+    """So far: how many programs, and how many seconds; from the cache, those it took to read."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[Compilations]:
+    """Counts what XLA compiles, in any thread, while the context lasts."""
+    import jax
+
+    found = Compilations()
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if event == _EVENT:
+            found.count += 1
+            found.seconds += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
