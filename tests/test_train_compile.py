@@ -23,7 +23,7 @@ SMALL = ("phases.0.batch_size=16", "phases.0.length=32", "phases.0.microbatch=8"
 
 @pytest.fixture(autouse=True)
 def cpus_for_chips(monkeypatch):
-    monkeypatch.setattr(topologies, "devices", lambda topology: jax.devices())
+    monkeypatch.setattr(compile, "devices", lambda topology: jax.devices())
     monkeypatch.setattr(topologies, "prepare", lambda: None)
 
 
@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
     file = tmp_path_factory.mktemp("compiled") / "step"
     recipe = load("tiny", [*SMALL, "mesh.tensor=2"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topologies, "devices", lambda topology: jax.devices())
+        patch.setattr(compile, "devices", lambda topology: jax.devices())
         return recipe, compile_phase(recipe, 0, TOPOLOGY, file), file
 
 
@@ -151,7 +151,7 @@ def test_what_is_missing(text, monkeypatch):
             raise jax.errors.JaxRuntimeError(text)
 
     lowered = lowering.Lowered(Program(), lowering.Parts(1, 1, 1), None, None)
-    monkeypatch.setattr(lowering, "train_step", lambda *_: lowered._replace(
+    monkeypatch.setattr(compile, "train_step", lambda *_: lowered._replace(
         model=lowering.model_of(recipe)
     ))  # fmt: skip
     recipe = load("btlm-3b-8k", ["phases.1.batch_size=192", "run.tokens_per_device=0"])

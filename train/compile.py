@@ -17,10 +17,11 @@ import jax
 from btlm_jax import accounting, byte_size, hlo, roofline
 from btlm_jax.chips import Rates
 
-from . import executables, lowering, topologies
+from .executables import save as save_executable
+from .lowering import Lowered, decode_step, mesh_of, model_of, train_step
 from .recipe import Phase, Recipe
 from .recipe_file import to_dict
-from .topologies import Topology
+from .topologies import Topology, devices
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +65,15 @@ def compile_phase(
     if not 0 <= index < len(recipe.phases):
         last = len(recipe.phases) - 1
         raise ValueError(f"--phase: found {index}, the recipe has phases 0 to {last}")
-    mesh = lowering.mesh_of(recipe, topologies.devices(topology))
+    mesh = mesh_of(recipe, devices(topology))
     recipe = recipe.on(mesh)
     phase = recipe.phases[index]
     rates = topology.chip.per_device(topology.shape)
     began = time.monotonic()
-    lowered = lowering.train_step(recipe, phase, mesh)
+    lowered = train_step(recipe, phase, mesh)
     shape, remat = dict(mesh.shape), recipe.run.remat
     micro = phase.microbatch or phase.batch_size
-    facts = {
+    facts: dict[str, Any] = {
         "what": f"phase {index}",
         "topology": topology.name,
         "devices": mesh.size,
@@ -130,10 +131,10 @@ def compile_decoding(
     for name, value in (("--batch-size", batch_size), ("--capacity", capacity)):
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected a positive int")
-    mesh = lowering.mesh_of(recipe, topologies.devices(topology))
+    mesh = mesh_of(recipe, devices(topology))
     rates = topology.chip.per_device(topology.shape)
     began = time.monotonic()
-    lowered = lowering.decode_step(recipe, mesh, batch_size, capacity)
+    lowered = decode_step(recipe, mesh, batch_size, capacity)
     try:
         compiled, measured = _compile(lowered, rates, began)
     except DoesNotFit as e:
@@ -143,7 +144,7 @@ def compile_decoding(
         ) from None  # fmt: skip
     shape = dict(mesh.shape)
     work = roofline.decoding(lowered.model.config, shape, batch_size=batch_size, capacity=capacity)
-    report = {
+    report: dict[str, Any] = {
         "what": "decoding",
         "topology": topology.name,
         "devices": mesh.size,
@@ -160,7 +161,7 @@ def compile_decoding(
     return report
 
 
-def _compile(lowered: lowering.Lowered, rates: Rates, began: float) -> tuple[Any, dict[str, Any]]:
+def _compile(lowered: Lowered, rates: Rates, began: float) -> tuple[Any, dict[str, Any]]:
     """The executable, and what can be read off it."""
     ready = time.monotonic()
     logger.info("lowered in %.1f s; compiling (a minute or two for 3B) ...", ready - began)
@@ -217,7 +218,7 @@ def _advice(
     recipe: Recipe, index: int, phase: Phase, shape: dict[str, int], rates: Rates, needed: float
 ) -> str:
     """What should fit, by the formula, corrected by how far it is off for what did not."""
-    config = lowering.model_of(recipe).config
+    config = model_of(recipe).config
 
     def estimate(micro: int, remat: roofline.Remat) -> float:
         return roofline.memory(
@@ -233,7 +234,8 @@ def _advice(
     off = max(1.0, needed / estimate(micro, remat))
     ways = shape["data"] * shape["fsdp"]
     smaller = [m for m in range(micro, 0, -ways) if phase.batch_size % m == 0 and m % ways == 0]
-    for policy in dict.fromkeys((remat, "full")):
+    policies: tuple[roofline.Remat, ...] = (remat,) if remat == "full" else (remat, "full")
+    for policy in policies:
         for m in smaller:
             if (m, policy) != (micro, remat) and off * estimate(m, policy) <= rates.memory:
                 changed = [f"--set phases.{index}.microbatch={m}"] * (m != micro)
@@ -243,5 +245,5 @@ def _advice(
 
 
 def _save(path: Path, compiled: Any, recipe: Recipe, report: dict[str, Any]) -> None:
-    executables.save(path, compiled, {"recipe": to_dict(recipe), "report": report})
+    save_executable(path, compiled, {"recipe": to_dict(recipe), "report": report})
     logger.info("saved %s", path)

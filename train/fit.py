@@ -24,9 +24,10 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 from btlm_jax.sharding import AXES
 
-from . import compile, lowering, topologies
+from .compile import DoesNotFit, compile_phase
+from .lowering import model_of
 from .recipe import Mesh, Phase, Recipe
-from .topologies import Topology
+from .topologies import Topology, devices, prepare
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ def fit(
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected a positive int")
     phase = recipe.phases[index]
-    config = lowering.model_of(recipe).config
-    n = len(topologies.devices(topology))
+    config = model_of(recipe).config
+    n = len(devices(topology))
     rates = topology.chip.per_device(topology.shape)
     ordered = candidates(config, phase, n, topology.slices, rates)
     if not ordered:
@@ -114,7 +115,7 @@ def fit(
 
 
 def candidates(
-    config: BTLMConfig, phase: Phase, devices: int, slices: int, rates: Rates
+    config: BTLMConfig, phase: Phase, n_devices: int, slices: int, rates: Rates
 ) -> list[Candidate]:
     """Every mesh, microbatch and policy that divides, the best bound by formula first.
 
@@ -122,7 +123,7 @@ def candidates(
     memory.
     """
     found = []
-    for mesh in _meshes(config, phase, devices, slices):
+    for mesh in _meshes(config, phase, n_devices, slices):
         sizes = dict(zip(AXES, mesh, strict=True))
         ways = mesh[0] * mesh[1]
         for micro in _divisors(phase.batch_size):
@@ -167,13 +168,13 @@ def _across(config: BTLMConfig, mesh: dict[str, int], microbatches: int) -> floa
 
 
 def _meshes(
-    config: BTLMConfig, phase: Phase, devices: int, slices: int
+    config: BTLMConfig, phase: Phase, n_devices: int, slices: int
 ) -> Iterator[tuple[int, ...]]:
-    for tensor, context in itertools.product(_divisors(devices), repeat=2):
+    for tensor, context in itertools.product(_divisors(n_devices), repeat=2):
         stripes = 2 * context if context > 1 else 1  # an early and a late one per device
-        if devices % (tensor * context) or config.n_head % tensor or phase.length % stripes:
+        if n_devices % (tensor * context) or config.n_head % tensor or phase.length % stripes:
             continue
-        ways = devices // (tensor * context)
+        ways = n_devices // (tensor * context)
         if phase.batch_size % ways or config.n_embd % context:
             continue
         for data in _divisors(ways):
@@ -251,10 +252,10 @@ def _compiled(
     recipe: Recipe, index: int, topology: Topology, candidate: Candidate
 ) -> dict[str, Any]:
     """In a worker process: the report, or what is needed."""
-    topologies.prepare()
+    prepare()
     try:
-        return compile.compile_phase(_changed(recipe, index, candidate), index, topology)
-    except compile.DoesNotFit as e:
+        return compile_phase(_changed(recipe, index, candidate), index, topology)
+    except DoesNotFit as e:
         return {"needed": e.needed}
 
 

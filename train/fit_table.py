@@ -11,9 +11,10 @@ from etils import epath
 from btlm_jax import staging
 from btlm_jax.progress import Progress
 
-from . import compile_report, topologies
+from .compile_report import table as as_table
 from .fit import fit
 from .recipe import Recipe
+from .topologies import parse
 
 # As Google names them: v5p-8 and v4-8 are four chips.
 TOPOLOGIES = ("v5e-16", "v5e-256", "v5p-8", "v5p-128", "v6e-16", "v4-8", "v4-32")
@@ -39,7 +40,7 @@ def write(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
     reports, labels, missing = [], [], []
     with Progress(len(names) * len(recipe.phases), "row", "table", every=0.0) as progress:
         for name in names:
-            topology = topologies.parse(name)
+            topology = parse(name)
             for index, phase in enumerate(recipe.phases):
                 try:
                     best = fit(recipe, index, topology, keep=1, attempts=attempts, jobs=jobs)[0]
@@ -49,7 +50,7 @@ def write(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
                     reports.append(best)
                     labels.append(f"{name} ({topology.name})")
                 progress.update(1, f"{name}, {phase.length}")
-    table = compile_report.table(reports, labels)
+    table = as_table(reports, labels)
     table += ["", *(f"- {line}" for line in missing)] if missing else []
     body = "\n".join((BEGIN, "", *table, "", END))
     staging.write_text(epath.Path(path), between.sub(lambda _: body, text))

@@ -76,7 +76,8 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     parts = Parts(
         held_bytes(state.params), held_bytes((state.opt_state, counters)), held_bytes(batch)
     )
-    return Lowered(step.lower(state, *batch), parts, model, compute_dtype(model, mesh))
+    dtype = model.spec(state.params).dtype
+    return Lowered(step.lower(state, *batch), parts, model, dtype)
 
 
 def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> Lowered:
@@ -88,8 +89,11 @@ def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> L
       ValueError: model or batch do not fit the mesh.
     """
     model = model_of(recipe)
-    c, dtype = model.config, compute_dtype(model, mesh)
-    params = abstract_weights(model, mesh, dtype)
+    c, params = model.config, abstract_weights(model, mesh)
+    dtype = model.spec(params).dtype
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params
+    )
     sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
@@ -110,11 +114,6 @@ def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> L
     program = jax.jit(step, donate_argnums=2).lower(params, tokens, cache)
     parts = Parts(held_bytes(params), 0, held_bytes((tokens, cache)))
     return Lowered(program, parts, model, dtype)
-
-
-def compute_dtype(model: BTLM, mesh: Mesh) -> np.dtype:
-    """That of the model on the devices of a mesh."""
-    return model.spec(abstract_weights(model, mesh)).dtype
 
 
 def held_bytes(tree: Any) -> int:

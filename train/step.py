@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
 from btlm_jax import mup, sharding, weights
 from btlm_jax.loss import LossSum, target_loss
@@ -53,13 +52,13 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
         return jax.jit(start)(params)
 
 
-def abstract_weights(model: BTLM, mesh: Mesh | None, dtype: DTypeLike = jnp.float32) -> Params:
-    """What `model.init(key, dtype=dtype, mesh=mesh)` would return: shapes and shardings."""
+def abstract_weights(model: BTLM, mesh: Mesh | None) -> Params:
+    """What `model.init(key, mesh=mesh)` would return: shapes, dtypes and shardings."""
     config = model.config
     pad, placed = sharding.placement(config, mesh, model.rules)
     shapes = {w.path: weights.stacked_shape(w, config, pad) for w in weights.table(config)}
     return weights.unflatten(
-        {p: jax.ShapeDtypeStruct(s, dtype, sharding=placed[p]) for p, s in shapes.items()}
+        {p: jax.ShapeDtypeStruct(s, jnp.float32, sharding=placed[p]) for p, s in shapes.items()}
     )
 
 

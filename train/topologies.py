@@ -121,6 +121,8 @@ def prepare() -> None:
     }.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
+    # Programs for devices that are not here are written to the cache and cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def devices(topology: Topology) -> list[jax.Device]:
