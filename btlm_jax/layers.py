@@ -41,7 +41,7 @@ _PRODUCT = "product"
 # What the forward pass keeps of a block for the backward pass, besides its input. The rest is
 # computed again: of "dots" LayerNorm, activations and casts, which costs less than storing and
 # reading them; of "attention" the projections too, a third of the work; of "full" everything. Per
-# token and layer, in multiples of D elements: 6 + 2 F/D, 1, 0.
+# token and layer, in multiples of D elements: 5 + 2 F/D, 1, 0.
 REMAT: dict[str, tuple[str, ...] | None] = {
     "none": None,
     "dots": (_PRODUCT, attention_fused.RESIDUALS),

@@ -2,6 +2,12 @@
 
 import os
 
+# Before JAX is imported. libtpu, where it is installed to compile for TPUs, would look for one and
+# complain.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# `btlm` would otherwise keep programs in the home directory.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
 import cases
 import pytest
 from hypothesis import settings
@@ -15,11 +21,6 @@ _FLAGS = (
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
-
-# libtpu, where it is installed to compile for TPUs, would look for one and complain.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# None: `btlm` would otherwise keep programs in the home directory.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 # Compiling dwarfs everything else, so no deadline; fixed examples, so that CI is repeatable.
 settings.register_profile("btlm", deadline=None, derandomize=True)

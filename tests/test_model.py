@@ -19,7 +19,7 @@ from cases import max_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btlm_jax import BTLM, BTLMConfig, fold_completep, make_mesh, next_token_loss, weights
+from btlm_jax import BTLM, BTLMConfig, fold_completep, make_mesh, next_token_loss, sharding, weights
 
 LOGITS_TOL = 5e-5  # measured: 6.3e-6 plain, 1.2e-5 over all cases and modes
 KV_TOL = 5e-5  # measured: 1.5e-5
@@ -578,3 +578,63 @@ def test_batch_that_does_not_divide(tiny):
     params = model.init(jax.random.key(0), mesh=make_mesh(fsdp=8))
     with pytest.raises(ValueError, match="batch size 3 does not divide"):
         model.apply(params, np.ones((3, 4), int))
+
+
+def test_remat_policies_trade_memory_for_work():
+    """Equal gradients, and of every layer the multiples of [B, T, D] that `REMAT` promises."""
+    base = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=32)
+    ids = np.random.default_rng(0).integers(0, 32, (4, 128))
+    kept, grads = {}, {}
+    for remat in ("none", "dots", "attention", "full"):
+        memory = []
+        for n_layer in (4, 12):
+            model = BTLM(dataclasses.replace(base, n_layer=n_layer), remat=remat)
+            params = model.init(jax.random.key(0))
+            fn = jax.jit(jax.grad(lambda p, m=model: next_token_loss(m, p, ids).mean))
+            compiled = fn.lower(params).compile()
+            memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        kept[remat] = (memory[1] - memory[0]) / 8 / (ids.size * base.n_embd * 4)
+        grads[remat] = compiled(params)
+    dots = 5 + 2 * base.n_inner / base.n_embd
+    assert abs(kept["attention"] - kept["full"] - 1) < 0.2, kept
+    assert abs(kept["dots"] - kept["full"] - dots) < 0.2, kept
+    assert kept["none"] > kept["dots"] + 1, kept
+    for remat in ("none", "attention", "full"):
+        for a, b in zip(*map(jax.tree.leaves, (grads["dots"], grads[remat])), strict=True):
+            assert max_error(a, b) < 1e-6 * max(1e-2, float(np.abs(b).max()))
+    with pytest.raises(ValueError, match="remat: found 'some', expected one of none, dots, att"):
+        BTLM(base, remat="some")
+
+
+def lowered(platform, remat, monkeypatch) -> str:
+    """The program of the gradient for a platform that is not here."""
+    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    # A configuration of its own: what is traced here must not serve another platform.
+    config = dataclasses.replace(
+        BTLMConfig.preset("tiny"), n_positions={"tpu": 129, "gpu": 130}[platform]
+    )
+    model = BTLM(config, remat=remat)
+    params, ids = model.init(jax.random.key(0)), np.zeros((1, 128), np.int32)
+    grad = jax.jit(jax.grad(lambda p: next_token_loss(model, p, ids).nll))
+    names = {"gpu": "cuda"}
+    return grad.trace(params).lower(lowering_platforms=(names.get(platform, platform),)).as_text()
+
+
+@pytest.mark.parametrize("remat, kernels", [("full", 4), ("attention", 3), ("dots", 3)])
+def test_kept_attention_is_not_computed_again(remat, kernels, monkeypatch):
+    """Splash's forward kernel, its two of the backward pass and, without its residuals, another
+    forward."""
+    program = lowered("tpu", remat, monkeypatch)
+    assert program.count('kernel_name = "splash_mha') == kernels
+
+
+@pytest.mark.parametrize("remat, forwards", [("full", 2), ("attention", 1)])
+def test_kept_attention_of_cudnn(remat, forwards, monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
+    program = lowered("gpu", remat, monkeypatch)
+    assert program.count("@__cudnn$fmhaSoftmax(") == forwards
+    assert program.count("@__cudnn$fmhaSoftmaxBackward(") == 1
