@@ -103,10 +103,8 @@ def _module(text: str) -> _Module:
             lines.append(line)
     if not entry:
         raise ValueError(f"not the text of an HLO module: found {text[:60]!r}")
-    counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", text[:4096])]
-    if "num_partitions" not in text[:4096]:
-        head = text.split("\n", 1)[0]
-        counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)]
+    head = text[text.index("HloModule") :].split("\n", 1)[0]
+    counts = [int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)]
     return _Module(computations, entry, max(counts, default=1))
 
 

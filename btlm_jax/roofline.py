@@ -91,17 +91,18 @@ def kept_bytes_per_token(config: BTLMConfig, remat: Remat) -> int:
     """Bytes per token and layer that the forward pass keeps for the backward pass.
 
     In units of bf16 numbers, with M = F (2 F if gated): "full" the layer's input, D; "attention"
-    also its result and, in fp32, a log-sum-exp per head, 2 D + 2 H; "dots" the input and every
-    result of a product and of attention, 7 D + M; "none" also what lies between, both LayerNorms'
-    results and the MLP's activations, 9 D + M + 2 F.
+    also its result and, in fp32, a log-sum-exp per head, 2 D + 2 H; "dots" the input and the
+    results of attention and of every product but the last, which nothing needs again, 6 D + M;
+    "none" also what lies between, both LayerNorms' results and the MLP's activations,
+    8 D + M + 2 F.
     """
     c = config
     mlp = (2 if c.gated else 1) * c.n_inner
     numbers = {
         "full": c.n_embd,
         "attention": 2 * c.n_embd + 2 * c.n_head,
-        "dots": 7 * c.n_embd + mlp,
-        "none": 9 * c.n_embd + mlp + 2 * c.n_inner,
+        "dots": 6 * c.n_embd + mlp,
+        "none": 8 * c.n_embd + mlp + 2 * c.n_inner,
     }
     return _BF16 * numbers[remat]
 

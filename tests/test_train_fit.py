@@ -73,6 +73,8 @@ def searched(ordered, needs, jobs=1, keep=2, attempts=10):
     def run(candidate):
         tried.append(candidate.microbatch)
         needed = needs[candidate.microbatch]
+        if needed is None:
+            return {"failed": "no room in VMEM"}
         return {"needed": needed} if needed > 100 else {"memory": {"peak": needed}}
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -96,6 +98,12 @@ def test_what_a_compile_needed_corrects_the_estimates():
             row(80, "dots", micro=4)]  # fmt: skip
     needs = {0: 270, 3: 90, 4: 70}
     assert searched(rows, needs) == ([3, 4], [0], [0, 3, 4])
+
+
+def test_what_cannot_be_compiled_is_shown_and_passed_over(caplog):
+    rows = [row(90, micro=0), row(80, micro=1)]
+    assert searched(rows, {0: None, 1: 80}) == ([1], [], [0, 1])
+    assert "mesh 1 x 1 x 1 x 1, microbatch 0, remat full: no room in VMEM" in caplog.text
 
 
 def test_nothing_fits():

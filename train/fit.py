@@ -202,7 +202,8 @@ def search(
 
     Args:
       ordered: the best first.
-      run: returns a report, or {"needed": bytes} of one that does not fit.
+      run: returns a report, or {"needed": bytes} of one that does not fit, or {"failed": text} of
+        one that cannot be compiled for another reason, which is shown.
       pool: where it runs.
       available: bytes; a candidate whose estimate, corrected by what candidates of its policy have
         needed, is above is passed over.
@@ -233,13 +234,23 @@ def search(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 candidate = running.pop(future)
                 report = future.result()
+                progress.update(1, f"{len(found)} fit")
+                if "failed" in report:
+                    sizes = " x ".join(map(str, candidate.mesh))
+                    logger.warning(
+                        "mesh %s, microbatch %d, remat %s: %s",
+                        sizes,
+                        candidate.microbatch,
+                        candidate.remat,
+                        report["failed"],
+                    )
+                    continue
                 needed = report["needed"] if "needed" in report else report["memory"]["peak"]
                 factors[candidate.remat] = needed / candidate.memory
                 if "needed" in report:
                     misses.append((candidate, needed))
                 else:
                     found.append((candidate, report))
-                progress.update(1, f"{len(found)} fit")
     return found, misses
 
 
@@ -257,6 +268,8 @@ def _compiled(
         return compile_phase(_changed(recipe, index, candidate), index, topology)
     except DoesNotFit as e:
         return {"needed": e.needed}
+    except ValueError as e:  # such as a kernel that this shape is too large for
+        return {"failed": str(e)}
 
 
 def _changed(recipe: Recipe, index: int, candidate: Candidate) -> Recipe:
