@@ -73,7 +73,8 @@ def abstract_state(model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | N
         place = NamedSharding(mesh, x.sharding.spec) if split else alone
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    opt_state = jax.tree.map(on_devices, jax.eval_shape(tx.init, params))
+    with sharding.on_mesh(None if mesh is None else mesh.abstract_mesh):
+        opt_state = jax.tree.map(on_devices, jax.eval_shape(tx.init, params))
     count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=alone)
     return TrainState(params, opt_state, count, count, count)
 
