@@ -362,23 +362,30 @@ def _look_up(spec: Spec, table: jax.Array, index: jax.Array, size: int) -> jax.A
     return jnp.where(inside[..., None], rows.astype(jnp.float32), jnp.nan)
 
 
-def project_logits(spec: Spec, params, hidden: jax.Array, *, sharded: bool = False) -> jax.Array:
-    """Logits with the vocabulary as padded as the weights are, fp32 [..., Vp].
+def head_weight(spec: Spec, params) -> jax.Array:
+    """The weight of the head, [Vp, D], as it rests."""
+    return params["wte" if spec.config.tie_word_embeddings else "lm_head"]
 
-    Padded entries are the lowest fp32, so that a softmax gives them zero.
 
-    Args:
-      sharded: leave the vocabulary split over its mesh axis instead of gathering it.
+def head_logits(spec: Spec, product: jax.Array, vocab: jax.Array) -> jax.Array:
+    """Logits from the product of states and head, fp32 [..., v], for the ids `vocab`.
+
+    Ids of padding get the lowest fp32, so that a softmax gives them zero.
     """
-    c = spec.config
-    w = params["wte" if c.tie_word_embeddings else "lm_head"]
+    logits = product * spec.config.logits_scale
+    if "vocab" in dict(spec.padding):
+        logits = jnp.where(vocab < spec.config.vocab_size, logits, jnp.finfo(jnp.float32).min)
+    return logits
+
+
+def project_logits(spec: Spec, params, hidden: jax.Array) -> jax.Array:
+    """Logits with the vocabulary as padded as the weights are, fp32 [..., Vp]."""
+    w = head_weight(spec, params)
     w = spec.place(w.astype(spec.dtype), "vocab", None)
     # Decoding leaves sequences whole: the states say whether theirs are split.
     own = jax.typeof(hidden).sharding.spec
     lead = ("batch", *("sequence" if axis else None for axis in own[1:-1]))
     rows = "bts"[: hidden.ndim - 1]
-    logits = spec.einsum(f"{rows}d,vd->{rows}v", hidden, w, *lead, "vocab") * c.logits_scale
-    if w.shape[0] > c.vocab_size:
-        real = spec.place(jnp.arange(w.shape[0]) < c.vocab_size, "vocab")
-        logits = jnp.where(real, logits, jnp.finfo(jnp.float32).min)
-    return logits if sharded else spec.place(logits, *lead, None)
+    product = spec.einsum(f"{rows}d,vd->{rows}v", hidden, w, *lead, "vocab")
+    logits = head_logits(spec, product, spec.place(jnp.arange(w.shape[0]), "vocab"))
+    return spec.place(logits, *lead, None)

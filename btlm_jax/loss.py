@@ -1,47 +1,74 @@
-"""Next-token cross-entropy in fp32."""
+"""Next-token cross-entropy in fp32.
+
+Logits are the largest array of a training step, so they are never whole: a chunk of rows at a time
+goes through the head, the loss and back, in one pass that leaves the loss and both gradients. That
+is three matrix products where rematerialisation takes four, and the logits of a chunk stay close.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec, reshard
 from jax.typing import ArrayLike
 
-from btlm_jax import sharding
-from btlm_jax.layers import Spec, project_logits
+from btlm_jax import products, sharding
+from btlm_jax.layers import Spec, head_logits, head_weight
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
 # Positions with this label are left out of the loss, as in PyTorch and transformers.
 IGNORE = -100
 
+# Rows of logits at a time. Each chunk reads and writes the weight's gradient, in fp32, for one
+# product of rows x V x D: below about 1000 rows an accelerator would wait for its memory. At the
+# size of the released model, compiled for TPU v5e, twice the rows take 0.14 GiB more at the peak.
+ROWS = 1024
+
 
 class LossSum(NamedTuple):
     """A loss as sums, so that parts of a batch can be added before the one division."""
 
-    nll: jax.Array  # fp32, the summed negative log-likelihood in nats
-    tokens: jax.Array  # fp32, how many tokens it sums over
+    nll: jax.Array  # fp32, the summed negative log-likelihood in nats, each times its weight
+    tokens: jax.Array  # fp32, the summed weights: without any, how many tokens it sums over
 
     @property
     def mean(self) -> jax.Array:
         """Nats per token; 0 for no token."""
-        return self.nll / jnp.maximum(self.tokens, 1.0)
+        return self.nll / jnp.where(self.tokens == 0.0, 1.0, self.tokens)
 
 
 def cross_entropy(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
     """-log softmax(logits)[label], fp32 [B, T]; 0 where the label is `IGNORE`.
 
-    The label's logit is selected by comparison rather than by a gather, so that the vocabulary may
-    be split over a mesh axis.
+    Of whole logits: `next_token_loss` and `target_loss` do not hold them.
     """
-    vocab = jnp.arange(logits_BTV.shape[-1], dtype=labels_BT.dtype)
-    parts = jax.typeof(logits_BTV).sharding.spec[-1]
-    if parts is not None:
-        vocab = jax.sharding.reshard(vocab, jax.sharding.PartitionSpec(parts))
-    chosen = jnp.where(vocab == labels_BT[..., None], logits_BTV, 0.0).sum(-1)
-    return jnp.where(labels_BT == IGNORE, 0.0, jax.nn.logsumexp(logits_BTV, -1) - chosen)
+    ids = jnp.arange(logits_BTV.shape[-1])
+    total, chosen, _ = _log_softmax(logits_BTV, labels_BT, ids, ())
+    return jnp.where(labels_BT == IGNORE, 0.0, total - chosen)
+
+
+def _log_softmax(logits, labels, ids, axes: tuple[str, ...]):
+    """log(sum(exp(logits))) and the label's logit, [...]; and where that is, bool [..., v].
+
+    Args:
+      ids: of the vocabulary, [v]. They are compared rather than looked up, so that the vocabulary
+        may be split over mesh axes.
+      axes: within `jax.shard_map`, these axes.
+    """
+    top = jax.lax.stop_gradient(logits).max(-1)
+    top = jax.lax.pmax(top, axes) if axes else top
+    total = _psum(jnp.exp(logits - top[..., None]).sum(-1), axes)
+    hit = ids == labels[..., None]
+    chosen = _psum(jnp.where(hit, logits, 0.0).sum(-1), axes)
+    return jnp.log(total) + top, chosen, hit
+
+
+def _psum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum(x, axes) if axes else x
 
 
 def next_token_loss(
@@ -53,6 +80,7 @@ def next_token_loss(
     attention_mask: ArrayLike | None = None,
     segment_ids: ArrayLike | None = None,
     positions: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> LossSum:
     """The loss of predicting every token from those before it.
 
@@ -63,6 +91,7 @@ def next_token_loss(
         of -100 is left out; any other outside the vocabulary makes the loss NaN. Default:
         `input_ids`, without padding and without the first token of every later segment.
       attention_mask, segment_ids, positions: as in `BTLM.apply`.
+      weights: [B, T], the weight of every label, not shifted either; a constant to gradients.
 
     Returns:
       Sums over the T - 1 predictions of every row; `.mean` is the loss transformers reports.
@@ -90,17 +119,23 @@ def next_token_loss(
         raise ValueError(
             f"labels: found shape {labels.shape}, expected that of input_ids {ids.shape}"
         )
+    if weights is not None:
+        weights = _left(_weights(weights, ids.shape), 0.0)
     h, _ = model.hidden(
         params, ids, attention_mask=attention_mask, segment_ids=segment_ids, positions=positions
     )
-    # The last state predicts nothing; it stays, because a split sequence cannot be cut by one.
-    targets = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORE)], 1)
-    return _head_loss(model.spec(params), params, h, targets)
+    return head_loss(model.spec(params), params, h, _left(labels, IGNORE), weights)[1]
 
 
 def target_loss(
-    model: BTLM, params: Params, tokens: jax.Array, segment_ids: jax.Array | None = None
-) -> LossSum:
+    model: BTLM,
+    params: Params,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, LossSum]:
     """The loss of training windows: the first T tokens of each are read, the last T predicted.
 
     Args:
@@ -108,27 +143,165 @@ def target_loss(
       tokens: int32 [B, T + 1].
       segment_ids: int32 [B, T + 1]; attention stays within segments, and the first token of a
         segment is not predicted from the segment before.
+      weights: [B, T], the weight of every prediction; a constant to gradients.
+      z_loss: coefficient of the square of log(sum(exp(logits))), which keeps the softmax normalised
+        (PaLM, arXiv 2204.02311, section 5, has 1e-4).
 
     Returns:
-      Sums over the B * T predictions.
+      What to minimise, fp32: cross-entropy and z-loss, times the weights, summed over the B * T
+      predictions. And the cross-entropy alone, to report.
+
+    Raises:
+      ValueError: weights of another shape.
     """
     targets, segments = tokens[:, 1:], None
     if segment_ids is not None:
         segments = segment_ids[:, :-1]
         targets = jnp.where(segment_ids[:, 1:] == segments, targets, IGNORE)
+    if weights is not None:
+        weights = _weights(weights, targets.shape)
     h, _ = model.hidden(params, tokens[:, :-1], segment_ids=segments)
-    return _head_loss(model.spec(params), params, h, targets)
+    return head_loss(model.spec(params), params, h, targets, weights, z_loss)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _head_loss(spec: Spec, params: Params, h_BTD: jax.Array, targets_BT: jax.Array) -> LossSum:
-    """The loss of predicting `targets_BT`, each from the state there."""
+@functools.partial(jax.jit, static_argnames=("spec", "z_loss"))
+def head_loss(
+    spec: Spec,
+    params: Params,
+    h_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array | None = None,
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, LossSum]:
+    """The loss of final states [B, T, D], each predicting the target at its place.
+
+    Targets are `IGNORE` or of the vocabulary: others turn loss and gradients into NaN. Further
+    arguments and results as in `target_loss`.
+    """
     with sharding.on_mesh(spec.mesh):
         targets = spec.place(targets_BT, "batch", "sequence")
-        logits = project_logits(spec, params, h_BTD, sharded=True)
+        counted = (targets != IGNORE).astype(jnp.float32)
+        if weights_BT is not None:
+            counted = counted * spec.place(jax.lax.stop_gradient(weights_BT), "batch", "sequence")
         known = (targets == IGNORE) | ((targets >= 0) & (targets < spec.config.vocab_size))
-        nll = jnp.where(known, cross_entropy(logits, targets), jnp.nan)
-        return LossSum(nll.sum(), (targets != IGNORE).sum().astype(jnp.float32))
+        weights = jnp.where(known, counted, jnp.nan)
+        w = head_weight(spec, params)
+        objective, penalty = _summed(spec, z_loss, w, h_BTD, targets, weights)
+        return objective, LossSum(objective - jax.lax.stop_gradient(penalty), counted.sum())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(spec: Spec, z_loss: float, w_VD, h_BTD, targets_BT, weights_BT):
+    """The objective, and the z-loss in it: that has no gradient of its own.
+
+    The forward pass, when differentiated, computes the gradients as well.
+    """
+    return _chunked(spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, gradients=False)[0]
+
+
+def _forward(spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT):
+    return _chunked(spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, gradients=True)
+
+
+def _backward(spec, z_loss, gradients, cotangents):
+    scale = cotangents[0]
+    # In fp32: a rounded factor would change every entry alike.
+    dw, dh = ((g.astype(jnp.float32) * scale).astype(g.dtype) for g in gradients)
+    return dw, dh, None, None
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _chunked(spec: Spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, *, gradients: bool):
+    """(objective, penalty) and, if asked for, the objective's gradients by w_VD and h_BTD."""
+    w = spec.place(w_VD.astype(spec.dtype), "vocab", None)
+    local = functools.partial(_local, spec, z_loss, gradients=gradients)
+    if spec.mesh is None:
+        found = local((), (), (), w, h_BTD, targets_BT, weights_BT)
+    else:
+        axes = functools.partial(sharding.spec, spec.rules)
+        of_w, of_h = axes("vocab", None), axes("batch", "sequence", None)
+        of_rows, row_axes = axes("batch", "sequence"), _names(of_h)
+        # The axes over which the weight rests in shards and the rows are split as well.
+        split = tuple(name for name in _names(axes("embed")) if name in row_axes)
+        of_dw = PartitionSpec(*of_w[:1], split or None)
+        found = jax.shard_map(
+            functools.partial(local, _names(of_w), row_axes, split),
+            in_specs=(of_w, of_h, of_rows, of_rows),
+            out_specs=(PartitionSpec(), (of_dw, of_h) if gradients else (None, None)),
+        )(w, h_BTD, targets_BT, weights_BT)
+    sums, (dw, dh) = found
+    if not gradients:
+        return sums, None
+    if spec.mesh is not None:
+        dw = reshard(dw, jax.typeof(w_VD).sharding)
+    return sums, (dw.astype(w_VD.dtype), dh)
+
+
+def _local(
+    spec: Spec, z_loss, vocab_axes, row_axes, split, w, h, targets, weights, *, gradients: bool
+) -> Any:
+    """`_chunked` on a shard: [v, D] of the vocabulary and [b, t, D] of the states."""
+    (v, D), count = w.shape, targets.size
+    n = -(-count // ROWS)
+    size = -(-count // n)
+
+    def chunks(x):
+        x = x.reshape(count, *x.shape[2:])
+        x = jnp.pad(x, ((0, n * size - count), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(n, size, *x.shape[1:])
+
+    ids = jnp.arange(v)
+    ids = ids + jax.lax.axis_index(vocab_axes) * v if vocab_axes else ids
+
+    def product(equation, x, y):
+        return products.einsum(equation, x, y, spec.precision)
+
+    def weighted(x, weight):
+        return jnp.where(weight == 0.0, 0.0, x * weight).sum()  # rows left out may hold anything
+
+    def add(total, chunk):
+        x, labels, weight = chunk
+        (nll, penalty), dw = total
+        logits = head_logits(spec, product("nd,vd->nv", x, w), ids)
+        normaliser, chosen, hit = _log_softmax(logits, labels, ids, vocab_axes)
+        nll = nll + weighted(normaliser - chosen, weight)
+        penalty = penalty + weighted(z_loss * jnp.square(normaliser), weight)
+        if not gradients:
+            return ((nll, penalty), None), None
+        p = jnp.exp(logits - normaliser[:, None])
+        p = p * (1.0 + 2.0 * z_loss * normaliser)[:, None]
+        d = (p - hit) * (weight * spec.config.logits_scale)[:, None]
+        # Rounded as the products of the layers round gradients: bf16 stays on the matrix units.
+        d = d.astype(spec.dtype)
+        dx = _psum(product("nv,vd->nd", d, w), vocab_axes).astype(h.dtype)
+        return ((nll, penalty), dw + product("nv,nd->vd", d, x)), dx
+
+    def zeros(shape, axes):
+        x = jnp.zeros(shape, jnp.float32)
+        return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+    # Whole, fp32 [v, D], on every device until it is summed over devices and cut into the shards in
+    # which the weight rests: 515 MB for V 50304 and D 2560.
+    dw = zeros(w.shape, vocab_axes + row_axes) if gradients else None
+    start = (zeros((), row_axes), zeros((), row_axes)), dw
+    scanned: Any = jax.lax.scan(add, start, tuple(map(chunks, (h, targets, weights))))
+    ((nll, penalty), dw), dh = scanned
+    penalty = _psum(penalty, row_axes)
+    sums = _psum(nll, row_axes) + penalty, penalty
+    if not gradients:
+        return sums, (None, None)
+    if split:
+        dw = jax.lax.psum_scatter(dw, split, scatter_dimension=1, tiled=True)
+    dw = _psum(dw, tuple(name for name in row_axes if name not in split))
+    return sums, (dw, dh.reshape(n * size, D)[:count].reshape(h.shape))
+
+
+def _names(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes in a PartitionSpec."""
+    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
+    return tuple(name for part in parts for name in part)
 
 
 def _int32(name: str, x: ArrayLike) -> jax.Array:
@@ -137,3 +310,15 @@ def _int32(name: str, x: ArrayLike) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name}: found dtype {x.dtype}, expected integers")
     return x.astype(jnp.int32)
+
+
+def _left(x_BT: jax.Array, last) -> jax.Array:
+    """Shifted by one. `last` fills up: a split sequence cannot be cut by one."""
+    return jnp.concatenate([x_BT[:, 1:], jnp.full_like(x_BT[:, :1], last)], 1)
+
+
+def _weights(x: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    x = jnp.asarray(x, jnp.float32)
+    if x.shape != shape:
+        raise ValueError(f"weights: found shape {x.shape}, expected that of the labels {shape}")
+    return x

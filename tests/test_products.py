@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from btlm_jax.train.step import init_state, make_step
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh, mup
 from btlm_jax.products import einsum
@@ -42,6 +46,44 @@ def test_product_and_gradients(equation, dtype, tolerance):
     assert [z.dtype for z in found[1:]] == [dtype, dtype]
     for got, want in zip(found, expected, strict=True):
         assert np.abs(np.asarray(got, np.float64) - want).max() < tolerance * np.abs(want).max()
+
+
+def pulled(x, y, g, out_sharding=None):
+    """A product, and its two gradients."""
+    z, pull = jax.vjp(lambda x, y: einsum("btd,df->btf", x, y, None, out_sharding), x, y)
+    return z, *pull(g)
+
+
+def operands(dtype):
+    rng = np.random.default_rng(0)
+    x, y, g = (rng.standard_normal(n) for n in ((4, 6, 8), (8, 12), (4, 6, 12)))
+    return jnp.asarray(x, dtype), jnp.asarray(y, dtype), jnp.asarray(g, jnp.float32)
+
+
+def test_accelerators_multiply_bf16_gradients_in_bf16():
+    """In the lowered program: fp32 times bf16, JAX's own rule, would run in fp32 on a GPU."""
+    traced = jax.jit(pulled).trace(*operands("bfloat16"))
+    for platform, in_bf16 in (("cuda", 3), ("tpu", 3), ("cpu", 1)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        products = [line for line in text.splitlines() if "dot_general" in line]
+        taken = [
+            re.findall(r"x(bf16|f32)>", line.split(" : ")[-1].split("->")[0]) for line in products
+        ]
+        assert len(taken) == 3 and taken.count(["bf16", "bf16"]) == in_bf16
+        assert taken.count(["f32", "f32"]) == 3 - in_bf16
+
+
+@pytest.mark.parametrize("sequence", [None, "context"])
+def test_gradients_are_sharded_as_the_operands(sequence):
+    mesh = make_mesh(fsdp=2, context=2, tensor=2)
+    whole = operands("float32")
+    split = P("fsdp", sequence, None), P(None, "tensor"), P("fsdp", sequence, "tensor")
+    placed = [jax.device_put(z, NamedSharding(mesh, s)) for z, s in zip(whole, split, strict=True)]
+    with jax.set_mesh(mesh):
+        found = jax.jit(pulled, static_argnums=3)(*placed, split[2])
+    assert tuple(z.sharding.spec for z in found[1:]) == split[:2]
+    for got, expected in zip(found, pulled(*whole), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)  # fp32 sums of up to 24 products
 
 
 @pytest.mark.parametrize("length", [24, 256])

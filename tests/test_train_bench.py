@@ -7,14 +7,14 @@ import json
 import types
 
 import pytest
-from btlm_jax.train import bench
+from btlm_jax.train import bench, measure
 
 from btlm_jax import BTLMConfig, accounting, cli
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "_MATMUL", 128)
+    monkeypatch.setattr(measure, "MATMUL", 128)
 
 
 def test_report(small, tmp_path, capsys):

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import pytest
 from btlm_jax.convert import convert, export, hf_source, verify
+from btlm_jax.train import loop
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
@@ -174,6 +175,45 @@ def test_microbatches_add_up(files, reference, tmp_path):
     train(load(files, "phases.1.microbatch=16"), tmp_path / "run")
     a, b = losses(reference[0]), losses(tmp_path / "run")
     assert max(abs(a[s] - b[s]) for s in a) < 1e-4
+
+
+def test_z_loss_reaches_the_step(files, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def asked(model, tx, *, z_loss):
+        raise Asked(z_loss)
+
+    monkeypatch.setattr(loop, "make_step", asked)
+    with pytest.raises(Asked, match=r"0\.25"):
+        train(load(files, "optimizer.z_loss=0.25"), tmp_path / "run")
+
+
+def test_optimizer_state_on_the_host(files, reference, tmp_path, monkeypatch):
+    """Bitwise the same run, stopped and gone on with, and the state is where it should be."""
+    from btlm_jax.train import loop, stopping
+
+    kinds = set()
+    make_step = loop.make_step
+
+    def spying(*args, **kwargs):
+        step = make_step(*args, **kwargs)
+
+        def run(state, *batch):
+            kinds.update(x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim)
+            return step(state, *batch)
+
+        return run
+
+    monkeypatch.setattr(loop, "make_step", spying)
+    recipe = load(files, "run.offload_optimizer=true")
+    monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step: step == 5)
+    train(recipe, tmp_path / "run")
+    monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step: False)
+    assert train(recipe, tmp_path / "run").finished
+    assert kinds == {"pinned_host"}
+    assert losses(tmp_path / "run") == losses(reference[0])
+    assert same_bits(final_weights(tmp_path / "run"), final_weights(reference[0]))
 
 
 def test_one_compilation_per_shape(files, reference, tmp_path, caplog):

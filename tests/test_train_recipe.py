@@ -141,6 +141,7 @@ def test_overrides():
         ("run.seed=1.5", r"run\.seed: found 1\.5, expected int"),
         ("optimizer.name=sgd", "found 'sgd', expected one of adamw, lion, muon"),
         ("phases.0.microbatch=3", r"found 3, expected a divisor of batch_size = 8"),
+        ("optimizer.z_loss=-1e-4", r"optimizer\.z_loss: found -0\.0001, expected a number >= 0"),
         ("optimizer.b2=1.0", r"optimizer\.b2: found 1\.0"),
         ("optimizer.muon_lr=0.02", r"optimizer\.muon_lr: found 0\.02, .* with name = 'muon' only"),
         ("model.init_truncation=0", r"model\.init_truncation: found 0\.0"),

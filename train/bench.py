@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,10 +25,9 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
 
-from . import data, token_shards, torch_peer
+from . import data, measure, token_shards, torch_peer
 from .step import init_state, make_step
 
-_MATMUL = 4096  # a square matrix product of this size reaches what the hardware can do
 _LEARNING_RATE = 1e-3
 _RATES = ("matmul", "loader")  # measured as rates; the others as seconds per step
 Show = Callable[[object], None]
@@ -43,6 +40,7 @@ def bench_train(
     batch_size: int,
     rounds: int,
     dtype: str | None,
+    remat: str = "dots",
     torch: bool | None = None,
     show: Show = print,
 ) -> dict[str, Any]:
@@ -59,6 +57,7 @@ def bench_train(
       batch_size: sequences per device and step.
       rounds: how often everything is measured.
       dtype: of the computation; None is that of `BTLM`.
+      remat: what our forward pass keeps (`BTLM.remat`).
       torch: whether to measure PyTorch; None if it is installed and there is one device.
       show: takes each line of the report.
 
@@ -68,10 +67,8 @@ def bench_train(
     Raises:
       ValueError: an unknown preset, a size below 1, losses that differ, or torch=True and no torch.
     """
-    for name, value in (("length", length), ("batch_size", batch_size), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name}: found {value}, expected at least 1")
-    model = BTLM(BTLMConfig.preset(preset), compute_dtype=dtype)
+    measure.check_sizes(length=length, batch_size=batch_size, rounds=rounds)
+    model = BTLM(BTLMConfig.preset(preset), compute_dtype=dtype, remat=remat)
     mesh = sharding.make_mesh()
     params = model.init(jax.random.key(0), mesh=mesh if mesh.size > 1 else None)
     dtype = str(model.spec(params).dtype)
@@ -86,7 +83,7 @@ def bench_train(
         found |= {f"torch {mode}": [] for mode in peers}
         ours, compile_seconds = _our_step(model, params, tokens)
         _check_losses([ours()[0] for _ in range(2)], peers, dtype)
-        product = _matmul(dtype)
+        product = measure.matmul_rate(dtype)
         loader = stack.enter_context(_loader(model.config, batch_size * mesh.size, length))
         progress = stack.enter_context(Progress(rounds, "round", "bench"))
         for _ in range(rounds):
@@ -97,7 +94,7 @@ def bench_train(
             found["loader"].append(loader())
             progress.update(1)
     report = _report(model.config, length, batch_size, found)
-    report |= {"preset": preset, "dtype": dtype, "compile_seconds": compile_seconds}
+    report |= {"preset": preset, "dtype": dtype, "remat": remat, "compile_seconds": compile_seconds}
     for line in _lines(report):
         show(line)
     return report
@@ -133,28 +130,6 @@ def _our_step(model: BTLM, params, tokens: np.ndarray) -> tuple[Callable, float]
         return loss, time.perf_counter() - began
 
     return step, seconds
-
-
-def _matmul(dtype: str) -> Callable[[], float]:
-    """A function that returns the FLOP/s of one device in a large matrix product."""
-    x = jax.random.normal(jax.random.key(0), (_MATMUL, _MATMUL), dtype)
-    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
-    multiply = functools.partial(
-        jnp.dot, precision=precision, preferred_element_type=jnp.float32
-    )  # as the layers do, and the faster kind for bf16
-    product = jax.jit(
-        lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: (multiply(x, y) / 64).astype(x.dtype), x)
-    )
-    flops = 2.0 * _MATMUL**3
-
-    def seconds(n: int) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(product(x, n))
-        return time.perf_counter() - began
-
-    seconds(1)
-    times = max(1, round(0.5 / seconds(1)))
-    return lambda: times * flops / seconds(times)
 
 
 @contextlib.contextmanager
@@ -285,7 +260,9 @@ def _peers(
         found = {}
         for mode in ("eager", "compile"):
             file = Path(folder) / f"{mode}.npz"
-            torch_peer.write(file, {**problem, "mode": mode}, arrays)
+            # Its best: uncompiled, and in training on CPUs, flex_attention is no kernel.
+            best = "flex" if (mode, problem["device"]) == ("compile", "cuda") else "bias"
+            torch_peer.write(file, {**problem, "mode": mode, "attention": best}, arrays)
             peer = _Peer(file, file.with_suffix(".log"), mode)
             stack.callback(peer.close)
             try:
@@ -339,23 +316,18 @@ def _report(
         "mfu_causal": of("step", "matmul", flops.training_causal),
         "loader_over_step": of("loader", "step") / devices,
         "step_over_torch": torch,
-        "device": jax.devices()[0].device_kind,
-        "devices": devices,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
+    } | measure.conditions()
 
 
 def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{r['preset']}, {r['batch_size_per_device']} sequences of {r['length']} tokens per device,"
-        f" {r['dtype']}, on {r['devices']} x {r['device']} ({r['cores']} cores), jax {r['jax']}; "
-        f"median of {r['rounds']} rounds (best)"
+        f" {r['dtype']}, remat {r['remat']!r}, on {r['devices']} x {r['device']} ({r['cores']} "
+        f"cores), jax {r['jax']}; median of {r['rounds']} rounds (best)"
     )
     rates, best = r["rates"], r["best"]
     flops = rates["matmul"] / 1e9, best["matmul"] / 1e9
-    yield f"matrix product of {_MATMUL}: {flops[0]:,.0f} GFLOP/s ({flops[1]:,.0f})"
+    yield f"matrix product of {measure.MATMUL}: {flops[0]:,.0f} GFLOP/s ({flops[1]:,.0f})"
     for name in rates:
         if name not in _RATES:
             yield f"{name}: {rates[name]:,.0f} tokens/s ({best[name]:,.0f})"

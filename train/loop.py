@@ -32,13 +32,13 @@ from .checkpoints import Checkpoints
 from .distributed import agreed
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch, reader
-from .lowering import model_of
+from .lowering import model_of, step_of
 from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
 from .recipe_file import to_dict
 from .run_directory import claim
-from .step import Metrics, TrainState, init_state, make_step
+from .step import Metrics, TrainState, init_state, offloaded
 from .stopping import StopSignal
 from .token_shards import TokenShards
 
@@ -107,6 +107,8 @@ def train(
         logger.info("going on from step %d", int(state.step))
     else:
         state = init_state(_weights(recipe, model, mesh), tx)
+    if recipe.run.offload_optimizer:
+        state = state._replace(opt_state=offloaded(state.opt_state))
     first = int(state.step)
     with agreed():
         keeper.require_space(state, _saves(recipe, first))
@@ -123,7 +125,7 @@ def train(
         for name, epochs in read.epochs.items():
             logger.info("data: %.3g epochs of %s", epochs, name)
 
-    step_fn = make_step(model, tx)
+    step_fn = step_of(recipe, model, tx)
     with agreed():
         log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
         trace = Profile(directory, profile, first)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from btlm_jax.convert import formats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -16,14 +18,16 @@ from btlm_jax.layers import KVCache
 from btlm_jax.model import BTLM
 
 from .recipe import Phase, Recipe
-from .step import abstract_state, abstract_weights, make_step
+from .step import Metrics, TrainState, abstract_state, abstract_weights, make_step
+
+_HOST = "pinned_host"
 
 
 class Parts(NamedTuple):
     """Bytes per device of a program's arguments."""
 
     parameters: int
-    optimizer: int  # its state and the counters; of decoding, nothing
+    optimizer: int  # its state, where it is not on the host, and counters; of decoding, nothing
     inputs: int  # the batch; of decoding, the cache and the tokens
 
 
@@ -47,6 +51,14 @@ def model_of(recipe: Recipe) -> BTLM:
     return recipe.build(recipe.model_config(base))
 
 
+def step_of(
+    recipe: Recipe, model: BTLM, tx: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The training step as the recipe wants it."""
+    offload = recipe.run.offload_optimizer
+    return make_step(model, tx, z_loss=recipe.optimizer.z_loss, offload_optimizer=offload)
+
+
 def mesh_of(recipe: Recipe, devices: list[jax.Device]) -> Mesh:
     """The recipe's mesh over these devices.
 
@@ -65,13 +77,15 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     model = model_of(recipe)
     tx = recipe.transformation(model.config)
     state = abstract_state(model, tx, mesh)
+    if recipe.run.offload_optimizer:
+        state = state._replace(opt_state=jax.tree.map(_on_host, state.opt_state))
     micro = phase.microbatch or phase.batch_size
     sharding.check_batch(micro, mesh.abstract_mesh, model.rules, phase.length)
     place = NamedSharding(mesh, PartitionSpec(None, *sharding.spec(model.rules, "batch"), None))
     shape = (phase.batch_size // micro, micro, phase.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
     batch = (tokens, tokens) if recipe.data.mask_documents else (tokens,)
-    step: Any = make_step(model, tx)
+    step: Any = step_of(recipe, model, tx)
     counters = (state.step, state.skipped, state.bad_in_a_row)
     parts = Parts(
         held_bytes(state.params), held_bytes((state.opt_state, counters)), held_bytes(batch)
@@ -117,8 +131,17 @@ def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> L
 
 
 def held_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of sharded arrays or their descriptions."""
+    """Bytes that one device holds of a tree of sharded arrays or their descriptions, its host's
+    memory not counted."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind != _HOST
     )
+
+
+def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What `step.offloaded` makes of it."""
+    if not x.ndim:
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(_HOST))

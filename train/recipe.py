@@ -105,6 +105,8 @@ class Optimizer:
       weight_decay: of matrices and embeddings.
       decay: its meaning under muP (`mup`).
       clip_norm: of the gradient's global norm; 0 for none.
+      z_loss: coefficient of the square of log(sum(exp(logits))) in what is minimised (PaLM's is
+        1e-4); reported losses are without it.
     """
 
     name: Literal["adamw", "lion", "muon"] = "adamw"
@@ -120,6 +122,7 @@ class Optimizer:
     weight_decay: float = 0.1
     decay: Literal["original", "coupled", "independent"] = "original"
     clip_norm: float = 1.0
+    z_loss: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,7 @@ class Run:
       attention: the implementation; "auto" is the best one for the platform.
       remat: what the forward pass keeps for the backward pass (`BTLM.remat`), from most memory to
         least.
+      offload_optimizer: keep the optimizer's state in the memory of the host (`step.offloaded`).
       tokens_per_device: at most so many in a forward pass; phases without a `microbatch` are cut
         into as few as that takes. 0 sets no limit.
       wandb_project: a project of Weights & Biases to report to as well; empty for none.
@@ -164,6 +168,7 @@ class Run:
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
     remat: Literal["none", "dots", "attention", "full"] = "dots"
+    offload_optimizer: bool = False
     tokens_per_device: int = 0
     wandb_project: str = ""
 
@@ -330,7 +335,7 @@ def _problems(r: Recipe) -> Iterable[str]:
     for name in ("peak_lr", "eps"):
         if not getattr(o, name) > 0:
             yield f"optimizer.{name}: found {getattr(o, name)}, expected a number > 0"
-    for name in ("final_lr", "warmup_tokens", "weight_decay", "clip_norm"):
+    for name in ("final_lr", "warmup_tokens", "weight_decay", "clip_norm", "z_loss"):
         if getattr(o, name) < 0:
             yield f"optimizer.{name}: found {getattr(o, name)}, expected a number >= 0"
     for name in ("b1", "b2"):

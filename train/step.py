@@ -79,8 +79,21 @@ def abstract_state(model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | N
     return TrainState(params, opt_state, count, count, count)
 
 
+def offloaded(opt_state: Any, space: jax.memory.Space = jax.memory.Space.Host) -> Any:
+    """Optimizer state in the memory of the host; its scalars stay where they are.
+
+    Two thirds of what training holds (of Adam and fp32 weights) then leave the accelerator, and
+    cross to it and back in every step: 16 bytes per parameter over the host's link.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)
+
+
 def make_step(
-    model: BTLM, tx: optax.GradientTransformation
+    model: BTLM,
+    tx: optax.GradientTransformation,
+    *,
+    z_loss: float = 0.0,
+    offload_optimizer: bool = False,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """Returns the step: (state, tokens, segment_ids=None) -> (state, metrics).
 
@@ -90,14 +103,16 @@ def make_step(
     attention and loss stay within segments. If the gradients are not finite, weights and optimizer
     stay as they are and the step is counted as skipped.
 
+    With `z_loss` the gradients are those of the loss and that z-loss (`target_loss`); the metrics
+    report the loss alone. With `offload_optimizer` the state's is `offloaded`, before and after.
+
     Raises:
       ValueError: the configuration asks for dropout, which is not implemented.
     """
     model.config.require_no_dropout()
 
     def loss_fn(params: Params, tokens: jax.Array, segments: jax.Array | None):
-        loss = target_loss(model, params, tokens, segments)
-        return loss.nll, loss
+        return target_loss(model, params, tokens, segments, z_loss=z_loss)
 
     def gradients(params: Params, tokens: jax.Array, segments: jax.Array | None):
         one = jax.value_and_grad(loss_fn, has_aux=True)
@@ -121,7 +136,10 @@ def make_step(
             grads = jax.tree.map(lambda g: g / jnp.maximum(loss.tokens, 1.0), sums)
             norm = optax.tree.norm(grads)
             good = jnp.isfinite(norm)
-            changes, opt_state = tx.update(grads, state.opt_state, state.params)
+            old_opt_state = state.opt_state
+            if offload_optimizer:
+                old_opt_state = offloaded(old_opt_state, jax.memory.Space.Device)
+            changes, opt_state = tx.update(grads, old_opt_state, state.params)
             updates: Any = changes
             params: Any = optax.apply_updates(state.params, changes)
 
@@ -129,9 +147,12 @@ def make_step(
                 return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
 
             bad = 1 - good.astype(jnp.int32)
+            opt_state = keep(opt_state, old_opt_state)
+            if offload_optimizer:
+                opt_state = offloaded(opt_state)
             after = TrainState(
                 params=keep(params, state.params),
-                opt_state=keep(opt_state, state.opt_state),
+                opt_state=opt_state,
                 step=state.step + 1,
                 skipped=state.skipped + bad,
                 bad_in_a_row=(state.bad_in_a_row + bad) * bad,
@@ -155,6 +176,6 @@ def make_eval_step(model: BTLM) -> Callable[[Params, jax.Array], LossSum]:
 
     def evaluate(params: Params, tokens: jax.Array) -> LossSum:
         with sharding.on_mesh(sharding.mesh_of(params["wte"])):
-            return target_loss(model, params, tokens)
+            return target_loss(model, params, tokens)[1]
 
     return jax.jit(evaluate)
