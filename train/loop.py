@@ -32,13 +32,13 @@ from .checkpoints import Checkpoints
 from .distributed import agreed
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch, reader
-from .lowering import model_of, step_of
+from .lowering import model_of
 from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
 from .recipe_file import to_dict
 from .run_directory import claim
-from .step import Metrics, TrainState, init_state, offloaded
+from .step import Metrics, TrainState, init_state, make_step, offloaded
 from .stopping import StopSignal
 from .token_shards import TokenShards
 
@@ -125,7 +125,9 @@ def train(
         for name, epochs in read.epochs.items():
             logger.info("data: %.3g epochs of %s", epochs, name)
 
-    step_fn = step_of(recipe, model, tx)
+    step_fn = make_step(
+        model, tx, z_loss=recipe.optimizer.z_loss, offload_optimizer=recipe.run.offload_optimizer
+    )
     with agreed():
         log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
         trace = Profile(directory, profile, first)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from btlm_jax.convert import formats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -18,7 +16,7 @@ from btlm_jax.layers import KVCache
 from btlm_jax.model import BTLM
 
 from .recipe import Phase, Recipe
-from .step import Metrics, TrainState, abstract_state, abstract_weights, make_step
+from .step import abstract_state, abstract_weights, make_step
 
 _HOST = "pinned_host"
 
@@ -51,14 +49,6 @@ def model_of(recipe: Recipe) -> BTLM:
     return recipe.build(recipe.model_config(base))
 
 
-def step_of(
-    recipe: Recipe, model: BTLM, tx: optax.GradientTransformation
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The training step as the recipe wants it."""
-    offload = recipe.run.offload_optimizer
-    return make_step(model, tx, z_loss=recipe.optimizer.z_loss, offload_optimizer=offload)
-
-
 def mesh_of(recipe: Recipe, devices: list[jax.Device]) -> Mesh:
     """The recipe's mesh over these devices.
 
@@ -85,7 +75,9 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     shape = (phase.batch_size // micro, micro, phase.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
     batch = (tokens, tokens) if recipe.data.mask_documents else (tokens,)
-    step: Any = step_of(recipe, model, tx)
+    step: Any = make_step(
+        model, tx, z_loss=recipe.optimizer.z_loss, offload_optimizer=recipe.run.offload_optimizer
+    )
     counters = (state.step, state.skipped, state.bad_in_a_row)
     parts = Parts(
         held_bytes(state.params), held_bytes((state.opt_state, counters)), held_bytes(batch)
