@@ -96,7 +96,7 @@ def attention(
         positions = None
         if offset is not None:
             positions = offset + jnp.arange(q.shape[2], dtype=jnp.int32)
-        if parts > 1:
+        if sequence is not None and parts > 1:
             # The gradients of k and v are scattered back by the transpose of the gather.
             positions = context.positions(q.shape[2], sequence)
             k, v = (context.gathered(x, sequence, 2) for x in (k, v))

@@ -13,7 +13,6 @@ Only this module imports flax.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -120,8 +119,8 @@ class Spec:
             return x
         shards = self.axes("batch", "sequence", *(None,) * (x.ndim - 2))
         assert shards is not None
-        fn = functools.partial(order, axis=shards[1])
-        return jax.shard_map(fn, in_specs=shards, out_specs=shards)(x)
+        axis = shards[1]
+        return jax.shard_map(lambda x: order(x, axis), in_specs=shards, out_specs=shards)(x)
 
     @property
     def attention_shard(self) -> PartitionSpec | None:
@@ -220,6 +219,7 @@ class Attention(Layer):
         offset = shared.offset
         if kv is not None:
             # In place on the stacked cache: only the T new slots of this layer are written.
+            assert offset is not None  # known wherever there is a cache
             zero = jnp.zeros_like(layer)
             at = (layer, zero, zero, offset, zero)
             kv = tuple(

@@ -22,7 +22,7 @@ import numpy as np
 
 from btlm_jax import accounting, alibi, mup, sharding, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import BTLM
+from btlm_jax.model import BTLM, Remat
 from btlm_jax.progress import Progress
 
 from . import data, measure, token_shards, torch_peer
@@ -40,7 +40,7 @@ def bench_train(
     batch_size: int,
     rounds: int,
     dtype: str | None,
-    remat: str = "dots",
+    remat: Remat = "dots",
     torch: bool | None = None,
     show: Show = print,
 ) -> dict[str, Any]:
