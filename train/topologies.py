@@ -156,4 +156,7 @@ def devices(topology: Topology) -> list[jax.Device]:
     try:
         return topologies.get_topology_desc(name, platform, **options).devices
     except (RuntimeError, NotImplementedError) as e:  # XLA's own text says which rule is broken
-        raise ValueError(f"--topology {t.name}: {str(e).splitlines()[0]}") from None
+        known = ", ".join(f"{t.chip.name}:{shape}" for shape in SHAPES[t.chip.name])
+        raise ValueError(
+            f"--topology {t.name}: {str(e).splitlines()[0]}; there are {known}"
+        ) from None
