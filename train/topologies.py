@@ -139,8 +139,8 @@ def devices(topology: Topology) -> list[jax.Device]:
             raise ValueError(
                 "compiling for h200 needs JAX's CUDA plugin, and no GPU: pip install 'jax[cuda13]'"
             )
-        options = {"target_config": _TARGET.read_text()}
-        platform, name = "cuda", f"1x1x{t.shape[0]}"
+        options = {"target_config": _TARGET.read_text(), "topology": f"1x1x{t.shape[0]}"}
+        platform, name = "cuda", ""
     else:
         if importlib.util.find_spec("libtpu") is None:
             raise ValueError(
