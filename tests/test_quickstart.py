@@ -111,7 +111,8 @@ def test_small_run_end_to_end(tmp_path, capsys):
     assert f"held-out loss {held_out[12]:.3f} nats per token" in done.stdout
     assert json.loads((run / "recipe.json").read_text())["recipe"]["run"]["seed"] == 3
     assert (tmp_path / "q/loss.png").read_bytes().startswith(b"\x89PNG")
-    listed = re.findall(r"^  (\S+) ", done.stdout, re.MULTILINE)
+    # Only what follows the samples, which may look like anything.
+    listed = re.findall(r"^  (\S+) ", done.stdout.rsplit("\nmade in ", 1)[1], re.MULTILINE)
     assert {"text.txt", "run/", "hf/", "converted/"} < set(listed)
     assert all((tmp_path / "q" / name).exists() for name in listed)
     assert (tmp_path / "q/text.txt").read_text() == manual.text()
