@@ -1,7 +1,7 @@
 """Causal ALiBi attention: which implementation computes it, and on which part of a mesh.
 
 `"xla"` is the reference and runs everywhere; `"splash"` (TPU) and `"cudnn"` (NVIDIA) are fused
-kernels that read and write nothing of size T x S.
+kernels.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def attention(
     groups = 1 if parts == 1 else _groups(local_heads, local_batch * k.shape[2])
     kernel = None
     if chosen == "splash":
-        length = attention_fused.splash_length(q.shape[2])
+        length = attention_fused.splash_length(q.shape[2], parts)
         kernel = attention_fused.splash_kernel(
             length, local_heads // groups, parts, interpret=platform == "cpu"
         )
@@ -195,7 +195,7 @@ def _cudnn_limit() -> int:
 def _tell_costs(chosen: str, q, segments, parts: int) -> None:
     B, _, T, _ = q.shape
     if chosen == "splash":
-        padded = attention_fused.splash_length(T)
+        padded = attention_fused.splash_length(T, parts)
         if padded != T:
             cost = 100 * ((padded / T) ** 2 - 1)
             _warn_once(f"attention pads sequences from {T} to {padded} (+{cost:.0f} % of its work)")

@@ -1,8 +1,9 @@
 """Fused attention kernels, to which ALiBi comes as four more features of queries and keys.
 
 Softmax ignores a constant per row, so slope * (key - query) may be slope * key, a product of
-features that are exact in bf16 (`alibi.query_features`). Neither kernel knows of a bias, nothing of
-size T x S exists, and the result is as accurate as that of a kernel with a bias of its own.
+features that are exact in bf16 (`alibi.query_features`). Neither kernel knows of a bias, and the
+result is as accurate as that of a kernel with a bias of its own. Nothing of size T x S exists, but
+for the mask that cuDNN takes segments and split sequences as.
 """
 
 from __future__ import annotations
@@ -28,8 +29,14 @@ _USEFUL_BLOCK = 384  # smaller ones cost more than the padding that avoids them
 _CUDNN_WIDTH = 8  # widths come in multiples of it
 
 
-def splash_length(length: int) -> int:
-    """The length to which splash pads a sequence: the next that useful blocks divide."""
+def splash_length(length: int, parts: int = 1) -> int:
+    """The length to which splash pads a sequence: the next that useful blocks divide.
+
+    A sequence split over several devices keeps its own, a multiple of two stripes of lanes for each
+    of them: padding would shift what the others hold.
+    """
+    if parts > 1:
+        return length
     n = -(-length // _LANES) * _LANES
     while _divisor(n, _BLOCK) < min(n, _USEFUL_BLOCK):
         n += _LANES

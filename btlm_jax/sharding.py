@@ -114,7 +114,11 @@ def _on_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
 
     try:
         return arrange(False)
-    except NotImplementedError:  # no whole axes of the torus make up this shape
+    except NotImplementedError:
+        logger.warning(
+            "mesh %s splits axes of the TPU's torus, so that collectives over different mesh axes "
+            "share links: sizes that are products of its dimensions would not", shape
+        )  # fmt: skip
         return arrange(True)
 
 

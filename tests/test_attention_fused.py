@@ -255,6 +255,12 @@ def test_padding_is_told(caplog):
     lengths = [1, 128, 640, 1024, 1025, 1300, 2048, 8192]
     padded = [128, 128, 640, 1024, 1152, 1536, 2048, 8192]
     assert [attention_fused.splash_length(n) for n in lengths] == padded
+    # 11 devices: only blocks of 256 divide, and padding would move what each of them holds.
+    assert attention_fused.splash_length(2816, parts=11) == 2816
+    kernel = attention_fused.splash_kernel(2816, 1, 11, True)
+    np.testing.assert_array_equal(
+        kernel.fwd_mask_info.q_sequence.reshape(11, -1), context.rows(2816, 11)
+    )
     attention._warn_once.cache_clear()
     x = jax.ShapeDtypeStruct((1, 1, 1100, 8), jnp.bfloat16)
     attention._choose(x, None, None, None, None, 1, "tpu")

@@ -163,6 +163,15 @@ def test_what_is_missing(text, monkeypatch):
     assert "8.0 GiB are missing; by estimate it fits with --set phases.1.microbatch=" in said
 
 
+def test_what_compiles_and_does_not_fit(monkeypatch):
+    """As on GPUs, for which XLA compiles anything."""
+    small = topologies.parse("v5e:2x4")
+    rates = small.chip.per_device(small.shape)._replace(memory=100_000)
+    monkeypatch.setattr(type(small.chip), "per_device", lambda *_: rates)
+    with pytest.raises(DoesNotFit, match=r"97\.7 KiB are there, .* are missing; by estimate"):
+        compile_phase(load("tiny", SMALL), 0, small)
+
+
 def test_other_errors_of_the_compiler():
     error = compile._explained(RuntimeError("INTERNAL: something odd\nand more"))
     assert not isinstance(error, DoesNotFit)

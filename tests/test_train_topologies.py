@@ -121,3 +121,17 @@ def test_slices_that_do_not_divide():
         ValueError, match=r"2 slices do not divide over these two axes.*multiple of"
     ):
         sharding._on_torus((1, 1, 1, 8), slices_of_v5e(2))
+
+
+@pytest.mark.parametrize("shape, told", [((1, 4, 1, 4), False), ((1, 8, 1, 2), True)])
+def test_axes_that_share_links_are_told(shape, told, caplog):
+    """Of 4 x 4 chips, 8 x 2 takes half of an axis."""
+    chips = [
+        SimpleNamespace(
+            id=4 * y + x, slice_index=0, process_index=0, platform="tpu",
+            device_kind="TPU v6 lite", coords=[x, y, 0], core_on_chip=0,
+        )
+        for y in range(4) for x in range(4)
+    ]  # fmt: skip
+    assert sharding._on_torus(shape, chips).shape == shape
+    assert ("share links" in caplog.text) == told

@@ -174,6 +174,8 @@ def _compile(lowered: Lowered, rates: Rates, began: float) -> tuple[Any, dict[st
     program = hlo.read(compiled.as_text() or "")
     # The compiler's peak counts what rests in the host's memory too.
     parts, peak = lowered.parts, memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
+    if peak > rates.memory:  # XLA refuses on TPUs only
+        raise _does_not_fit(peak, rates.memory)
     return compiled, {
         "seconds": {"lower": ready - began, "compile": done - ready},
         "memory": {
@@ -205,14 +207,18 @@ def _explained(error: Exception) -> ValueError:
     for wording in _NO_ROOM:
         if found := wording.search(text):
             needed, available = (float(found[i]) * 2.0 ** _POWER[found[i + 1]] for i in (1, 3))
-            return DoesNotFit(
-                f"does not fit: {byte_size.show(needed)} per device are needed, "
-                f"{byte_size.show(available)} are there, {byte_size.show(needed - available)} are "
-                "missing",
-                needed,
-                available,
-            )  # fmt: skip
+            return _does_not_fit(needed, available)
     return ValueError(f"XLA cannot compile this: {text.splitlines()[0]}")
+
+
+def _does_not_fit(needed: float, available: float) -> DoesNotFit:
+    show = byte_size.show
+    return DoesNotFit(
+        f"does not fit: {show(needed)} per device are needed, {show(available)} are there, "
+        f"{show(needed - available)} are missing",
+        needed,
+        available,
+    )
 
 
 def _advice(
