@@ -304,8 +304,8 @@ class Transformer(Layer):
         shape = inputs["input_ids"].shape
         T = shape[1]
         offset = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        length = T if length is None else length  # how many of the T tokens are meant
-        key_length = length if cache is None else offset + length
+        meant: Any = T if length is None else length
+        key_length = meant if cache is None else offset + meant
         if not c.alibi and "positions" not in inputs:
             slots = jnp.broadcast_to(offset + jnp.arange(T), shape)
             inputs = {**inputs, "positions": spec.place(slots, "batch", "sequence")}
@@ -345,7 +345,7 @@ class Transformer(Layer):
         if cache is not None:
             # A cache that ran over would have overwritten its last slots: make that visible.
             h = jnp.where(offset + T <= cache.capacity, h, jnp.nan)
-            cache = KVCache(filled[0], filled[1], pair[1], offset + length)
+            cache = KVCache(filled[0], filled[1], pair[1], offset + meant)
         return h, cache, captured
 
     def _segments(self, inputs, cache: KVCache | None, offset) -> jax.Array | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from btlm_jax.generation.options import Options
 
@@ -83,7 +84,7 @@ def step(
     hit_BC: jax.Array,
     new: jax.Array,
     limit: jax.Array,
-    powers: np.ndarray,
+    powers: ArrayLike,
     options: Options,
     active: jax.Array,
 ) -> tuple[Beams, jax.Array]:
@@ -97,14 +98,14 @@ def step(
       active: as in `start`.
     """
     C, K = found.scores.shape[1], beams.scores.shape[1]
-    powers, early = jnp.asarray(powers), options.early_stopping is True
+    power, early = jnp.asarray(powers), options.early_stopping is True
 
     left = found.scores + hit_BC * _NEVER
     kept = jax.lax.top_k(left, K)[1]
     running, running_scores = take((tracks, left), kept)
 
     ended = hit_BC & (jnp.arange(C) < K)  # the others are there to run on in their place
-    final = found.scores / powers[new]
+    final = found.scores / power[new]
     full = beams.is_finished.all(1, keepdims=True) & early
     for closed in (full, ~beams.can_improve, ~ended):
         final = final + closed * _NEVER
@@ -120,7 +121,7 @@ def step(
     finished, scores, is_finished, lengths = take(everything, best)
 
     reach = limit if options.early_stopping == "never" and options.length_penalty > 0 else new
-    hope = running_scores[:, :1] / powers[reach]
+    hope = running_scores[:, :1] / power[reach]
     worst = jnp.where(is_finished, scores.min(1, keepdims=True), _NEVER)
     can_improve = beams.can_improve & (hope > worst).any(1, keepdims=True)
     open_ = ~((is_finished | ~active).all() & early)

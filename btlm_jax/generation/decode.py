@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from btlm_jax import sharding
 from btlm_jax.generation import beam, stopping
@@ -41,17 +40,17 @@ class Program:
 class Request(NamedTuple):
     """What a program is run on."""
 
-    ids: ArrayLike  # int32 [B, S], prompts, then `fill`
-    mask: ArrayLike  # int32 [B, P], 0 for padding and filling
-    prompt_length: ArrayLike  # int32 scalars
-    min_length: ArrayLike
-    max_length: ArrayLike
-    rows: ArrayLike  # how many of the B are meant; the others fill up the batch
-    seeds: ArrayLike  # uint32 [B] and int32 [B]: a row's key is fold_in(key(seed), stream)
-    streams: ArrayLike
-    fill: ArrayLike  # int32 scalar, the token after the end of a row
-    stop: ArrayLike | None  # `stopping.table`, and the state of every prompt, int32 [B]
-    stop_state: ArrayLike | None
+    ids: Any  # int32 [B, S], prompts, then `fill`
+    mask: Any  # int32 [B, P], 0 for padding and filling
+    prompt_length: Any  # int32 scalars
+    min_length: Any
+    max_length: Any
+    rows: Any  # how many of the B are meant; the others fill up the batch
+    seeds: Any  # uint32 [B] and int32 [B]: a row's key is fold_in(key(seed), stream)
+    streams: Any
+    fill: Any  # int32 scalar, the token after the end of a row
+    stop: Any  # `stopping.table`, and the state of every prompt, int32 [B]
+    stop_state: Any
 
 
 class Result(NamedTuple):
@@ -110,7 +109,7 @@ class _Rows(NamedTuple):
         prompt = jnp.where(jnp.arange(P) < length, request.ids[:, :P], 0)
         # Learned positions count the real tokens of a row, as transformers does; ALiBi slots.
         positions = jnp.maximum(jnp.cumsum(request.mask, 1) - 1, 0)
-        h, cache = model.hidden(
+        filled: Any = model.hidden(
             self.params,
             prompt,
             attention_mask=request.mask,
@@ -118,8 +117,8 @@ class _Rows(NamedTuple):
             cache=cache,
             length=length,
         )
-        h = jax.lax.dynamic_slice_in_dim(h, length - 1, 1, axis=1)
-        logits = self._logits(h)
+        h, cache = filled
+        logits = self._logits(jax.lax.dynamic_slice_in_dim(h, length - 1, 1, axis=1))
         if self.program.options.copies == 1:
             return logits, cache
         return logits[self.source], self.gathered(cache, self.source)
@@ -129,13 +128,9 @@ class _Rows(NamedTuple):
         model = self.program.model
         token = jax.lax.dynamic_slice_in_dim(ids_RS, length - 1, 1, axis=1)
         positions = (self.real + length - self.request.prompt_length - 1)[:, None]
-        h, cache = model.hidden(
-            self.params,
-            token,
-            positions=None if model.config.alibi else positions,
-            cache=cache,
-        )
-        return self._logits(h), cache
+        at = None if model.config.alibi else positions
+        extended: Any = model.hidden(self.params, token, positions=at, cache=cache)
+        return self._logits(extended[0]), extended[1]
 
     def _logits(self, h_R1D: jax.Array) -> jax.Array:
         # Choosing is cheap and done everywhere at once: the logits of all rows are replicated.
