@@ -116,6 +116,15 @@ def test_filling_rows_do_not_prolong_a_batch():
         )
 
 
+def test_several_rows_of_a_prompt_on_split_sequences():
+    """On a mesh whose context axis decoding leaves alone."""
+    model, ids = BTLM(BTLMConfig.preset("tiny")), np.array([[5, 6, 7], [8, 9, 10], [1, 2, 3]])
+    mesh = make_mesh(context=2, data=2, tensor=2)
+    off, on = (model.init(jax.random.key(0), mesh=m) for m in (None, mesh))
+    how = dict(max_new_tokens=6, do_sample=True, num_return_sequences=3, eos_token_id=None)
+    np.testing.assert_array_equal(generate(model, on, ids, **how), generate(model, off, ids, **how))
+
+
 def test_sampling_is_repeatable_and_seeded(tiny):
     model, params = tiny
     prompt = np.array([[5, 6, 7], [5, 6, 7]])
@@ -325,6 +334,8 @@ def test_lengths(tiny, caplog):
     free = generate(model, params, ids, max_new_tokens=8, eos_token_id=None)
     np.testing.assert_array_equal(generate(model, params, ids, max_length=6), free[:, :6])
     assert generate(model, params, ids, eos_token_id=None).shape == (1, 23)
+    exact = generate(model, params, ids, max_new_tokens=8, eos_token_id=None, cache_length=11)
+    np.testing.assert_array_equal(exact, free)
     eos = int(free[0, 3])
     assert generate(model, params, ids, eos_token_id=eos).shape == (1, 4)
     for how in (dict(min_length=7), dict(min_new_tokens=4)):

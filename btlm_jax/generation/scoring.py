@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -46,12 +47,13 @@ def score(
     rows, T = ids.shape
     prompts.check_context(prompts.Lengths(T, 0, T), c, None)
     mesh = sharding.mesh_of(params["wte"])
-    width = -(-prompts.bucket(T) // min(_CHUNK, prompts.bucket(T))) * min(_CHUNK, prompts.bucket(T))
-    extra = 0
+    parts = extra = 0
     if mesh is not None:
         extra = -rows % sharding.ways(mesh, model.rules, "batch")
         parts = 2 * sharding.ways(mesh, model.rules, "sequence")
-        width = -(-width // parts) * parts
+    width = prompts.bucket(T)
+    multiple = math.lcm(min(width, _CHUNK), max(parts, 1))  # of chunks, and for split sequences
+    width = -(-width // multiple) * multiple
 
     def filled(x):
         return np.pad(x, ((0, extra), (0, width - T)), mode="edge") * (np.arange(width) < T)
