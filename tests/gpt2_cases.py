@@ -90,6 +90,8 @@ def random_case(seed: int, beams: bool) -> dict:
     if "max_length" in chosen:
         for name in ("min_length", "min_new_tokens"):
             chosen.pop(name, None)
+    if {4, 6, 9} & set(chosen.get("suppress_tokens", ())):  # or forced and suppressed
+        del chosen["suppress_tokens"]
     if beams:
         # Several forced tokens are exact ties, whose order torch.topk leaves open.
         if isinstance(chosen.get("forced_eos_token_id"), list):

@@ -349,10 +349,12 @@ def test_lengths(tiny, caplog):
 
 def test_warns_of_options_that_do_nothing(tiny, caplog):
     how = dict(max_new_tokens=1, temperature=0.5, length_penalty=2.0)
-    generate(*tiny, np.array([[1]]), **how)
+    generate(*tiny, np.array([[1]]), output_scores=True, min_new_tokens=2, **how)
     assert [r.getMessage() for r in caplog.records] == [
         "temperature=0.5 does nothing without do_sample=True",
         "length_penalty=2.0 does nothing without num_beams > 1",
+        "output_scores and output_logits need return_dict_in_generate=True",
+        "at least 2 new tokens are wanted, and at most 1 allowed: rows end there",
     ]
 
 
@@ -377,10 +379,8 @@ def test_warns_of_options_that_do_nothing(tiny, caplog):
         (np.array([[1, 2]]), dict(eos_token_id="eos"), "eos_token_id: found 'eos'"),
         (np.array([[1, 2]]), dict(attention_mask=np.array([[0, 0]])), "a row is all padding"),
         (np.array([[1, 2]]), dict(max_length=2), "max_length: found 2, expected more than the 2"),
-        (np.array([[1, 2]]), dict(min_new_tokens=21), "at least 21 new tokens"),
         (np.array([[1, 2]]), dict(seed=[1, 2]), "found 2 seeds, expected one for all or 1"),
         (np.array([[1, 2]]), dict(seed=-1), "seed: found -1"),
-        (np.array([[1, 2]]), dict(output_scores=True), "need return_dict_in_generate"),
         (np.array([[1, 2]]), dict(stop_strings="x"), "found no tokenizer"),
         (np.array([[1, 2]]), dict(num_beam=2), "no argument 'num_beam': did you mean num_beams"),
         (np.array([[1, 2]]), dict(max_lenght=2), "did you mean max_length"),

@@ -43,6 +43,11 @@ def test_forms_that_mean_the_same_are_equal():
         (dict(logit_bias={"a": 1.0}), "logit_bias: found .*, expected token ids"),
         (dict(suppress_tokens=[1.5]), "suppress_tokens: found .*, expected token ids"),
         (dict(exponential_decay_length_penalty=5), "exponential_decay_length_penalty: found 5"),
+        (
+            dict(forced_bos_token_id=4, suppress_tokens=[3, 4]),
+            "forced_bos_token_id: found",
+        ),
+        (dict(forced_eos_token_id=[4, 3], suppress_tokens=[3, 4]), "all in suppress_tokens"),
         (dict(do_sample=1), "do_sample: found 1, expected a bool"),
         (dict(forced_bos_token_id="x"), r"forced_bos_token_id: found \['x'\]"),
     ],

@@ -112,7 +112,8 @@ def generate(
     if any(len(ids) == 1 and ids[0] in eos for ids in how.bad_words_ids):
         logger.warning("bad_words_ids: an EOS alone stays allowed; see suppress_tokens")
     if (output_scores or output_logits) and not return_dict_in_generate:
-        raise ValueError("output_scores and output_logits need return_dict_in_generate=True")
+        logger.warning("output_scores and output_logits need return_dict_in_generate=True")
+        output_scores = output_logits = False
     pad = c.pad_token_id if pad_token_id is None else pad_token_id
     ids, mask = prompts.prompts(
         input_ids, attention_mask, c.vocab_size, None if pad in eos else pad

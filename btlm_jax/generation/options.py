@@ -106,6 +106,7 @@ class Options:
         if self.do_sample:
             self._check_sampling()
         self._check_sequences()
+        self._check_forced()
 
     def _check_sampling(self) -> None:
         # fp32 would flush smaller ones to zero, or scores to infinity.
@@ -119,6 +120,16 @@ class Options:
         for name in ("epsilon_cutoff", "eta_cutoff"):
             what = "a probability in [0, 1), 0 for none"
             _expect_number(name, getattr(self, name), lambda x: 0 <= x < 1, what)
+
+    def _check_forced(self) -> None:
+        bos = () if self.forced_bos_token_id is None else (self.forced_bos_token_id,)
+        named = {"forced_bos_token_id": bos, "forced_eos_token_id": self.forced_eos_token_id}
+        for name, forced in named.items():
+            if forced and set(forced) <= set(self.suppress_tokens):
+                raise ValueError(
+                    f"{name}: found {list(forced)}, all in suppress_tokens too, expected one "
+                    "that is not: no token would be left (against an early end, min_new_tokens)"
+                )
 
     def _check_sequences(self) -> None:
         if self.num_return_sequences > self.num_beams > 1:
