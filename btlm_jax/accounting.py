@@ -99,24 +99,3 @@ def _size(w: weights.Weight, c: BTLMConfig) -> int:
     for size in w.shape:
         n *= size
     return n
-
-
-# Dense bf16 FLOP/s per device as JAX counts devices, from the vendors' data sheets.
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its `device_kind`; None if it is not known here."""
-    return _PEAKS.get(device_kind)

@@ -8,7 +8,7 @@ size T x S exists, and the result is as accurate as that of a kernel with a bias
 from __future__ import annotations
 
 import functools
-import logging
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
 from btlm_jax import alibi, context
-
-logger = logging.getLogger(__name__)
 
 # Of the residuals a kernel leaves for its backward pass (output and log-sum-exp), for policies of
 # `jax.checkpoint`.
@@ -90,10 +88,12 @@ class _Causal(mask_lib.Mask):
     def shape(self) -> tuple[int, int]:
         return self._length, self._length
 
-    def __getitem__(self, index) -> np.ndarray:
-        rows, columns = index
-        keys = np.arange(self._length)[columns]
-        return _not_later(self.q_sequence[rows][:, None], keys[None, :])
+    def __getitem__(self, idx) -> np.ndarray:
+        rows, keys = self.q_sequence[idx[0]], np.arange(self._length)[idx[1]]
+        shape = len(rows), len(keys)
+        if rows.min() >= keys[-1] or rows.max() < keys[0]:  # nearly all blocks
+            return np.broadcast_to(rows.min() >= keys[-1], shape)
+        return _not_later(rows[:, None], keys[None, :])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Causal) and self._key == other._key
@@ -125,7 +125,16 @@ def splash(q, k, v, *, slopes, segments, kernel) -> jax.Array:
     return jax.vmap(kernel)(q, k, v, ids)[:, :, :T]
 
 
-def cudnn(q, k, v, *, slopes, segments, positions, implementation="cudnn") -> jax.Array:
+def cudnn(
+    q,
+    k,
+    v,
+    *,
+    slopes,
+    segments,
+    positions,
+    implementation: Literal["xla", "cudnn"] = "cudnn",
+) -> jax.Array:
     """cuDNN's flash attention through JAX; arguments as in `attention_xla.attend`.
 
     Causal masks are its own; segments and other positions are a boolean [B, 1, T, S].

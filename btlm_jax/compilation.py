@@ -37,10 +37,10 @@ def compilations() -> Iterator[Compilations]:
 
     found = Compilations()
 
-    def listen(event: str, seconds: float, **_) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _EVENT:
             found.count += 1
-            found.seconds += seconds
+            found.seconds += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -13,7 +13,6 @@ Only this module imports flax.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -120,8 +119,8 @@ class Spec:
             return x
         shards = self.axes("batch", "sequence", *(None,) * (x.ndim - 2))
         assert shards is not None
-        fn = functools.partial(order, axis=shards[1])
-        return jax.shard_map(fn, in_specs=shards, out_specs=shards)(x)
+        axis = shards[1]
+        return jax.shard_map(lambda x: order(x, axis), in_specs=shards, out_specs=shards)(x)
 
     @property
     def attention_shard(self) -> PartitionSpec | None:
@@ -161,12 +160,22 @@ class Layer(nn.Module):
 
     def weight(self, name: str, dtype: DTypeLike | None = None) -> jax.Array:
         """A weight in the given dtype (the compute dtype), gathered from its fsdp shards."""
+        value, used = self._stored(name)
+        return self.spec.place(value.astype(dtype or self.spec.dtype), *used)
+
+    def product(self, equation: str, x: jax.Array, name: str, *axes: str | None) -> jax.Array:
+        """`products.einsum` of x and a weight, fp32, sharded by the logical axes of the result."""
         spec = self.spec
-        w = weights.by_path(spec.config)[(*self.path, name)]
-        shape = w.padded(dict(spec.padding))
+        value, used = self._stored(name)
+        w = value.astype(spec.dtype)
+        return products.einsum(equation, x, w, spec.precision, spec.axes(*axes), spec.axes(*used))
+
+    def _stored(self, name: str) -> tuple[jax.Array, tuple[str | None, ...]]:
+        """A weight as it rests, and the logical axes of its use."""
+        w = weights.by_path(self.spec.config)[(*self.path, name)]
+        shape = w.padded(dict(self.spec.padding))
         value = self.param(name, nn.initializers.zeros, shape)  # never drawn here: `weights.init`
-        used = tuple(None if a == "embed" else a for a in w.axes)
-        return spec.place(value.astype(dtype or spec.dtype), *used)
+        return value, tuple(None if a == "embed" else a for a in w.axes)
 
 
 class LayerNorm(Layer):
@@ -195,7 +204,7 @@ class Linear(Layer):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.spec.einsum(self.equation, x, self.weight("kernel"), *self.axes)
+        y = self.product(self.equation, x, "kernel", *self.axes)
         y = y + self.weight("bias", jnp.float32)
         # In fp32, before the one rounding. Without CompleteP the program has no trace of it.
         if isinstance(self.scale, tuple):
@@ -220,6 +229,7 @@ class Attention(Layer):
         offset = shared.offset
         if kv is not None:
             # In place on the stacked cache: only the T new slots of this layer are written.
+            assert offset is not None  # known wherever there is a cache
             zero = jnp.zeros_like(layer)
             at = (layer, zero, zero, offset, zero)
             kv = tuple(

@@ -20,6 +20,8 @@ from btlm_jax import attention, sharding, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.layers import REMAT, KVCache, Spec, Transformer, project_logits
 
+Remat = Literal["none", "dots", "attention", "full"]
+
 
 class Intermediates(NamedTuple):
     """What `BTLM.intermediates` returns."""
@@ -48,7 +50,7 @@ class BTLM:
     compute_dtype: DTypeLike | None = None
     rules: sharding.Rules = sharding.RULES
     attention_implementation: attention.Implementation | None = None
-    remat: Literal["none", "dots", "attention", "full"] = "dots"
+    remat: Remat = "dots"
 
     def __post_init__(self) -> None:
         if self.remat not in REMAT:

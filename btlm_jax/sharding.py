@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from btlm_jax import weights
@@ -62,7 +64,8 @@ def make_mesh(
       tensor: shards of heads, MLP and vocabulary.
 
     Raises:
-      ValueError: the product of the sizes is not the number of devices.
+      ValueError: the product of the sizes is not the number of devices, or several TPU slices do
+        not divide over data and fsdp, along which they are laid out.
     """
     devices = list(devices) if devices is not None else jax.devices()
     sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
@@ -77,8 +80,42 @@ def make_mesh(
             f"mesh {sizes} needs {math.prod(sizes.values())} devices, found {len(devices)}: "
             f"make the product of {', '.join(AXES)} equal to it"
         )
+    explicit = (AxisType.Explicit,) * len(AXES)
     shape = tuple(sizes[name] for name in AXES)
-    return jax.make_mesh(shape, AXES, (AxisType.Explicit,) * len(AXES), devices=devices)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(shape, AXES, explicit, devices=devices)
+    return Mesh(_on_torus(shape, devices), AXES, axis_types=explicit)
+
+
+def _on_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """TPUs in the order of a mesh: near each other along its last axes, slices along its first.
+
+    Raises:
+      ValueError: the slices do not divide over the data and fsdp axes.
+    """
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    over_data = math.gcd(shape[0], slices)
+    over_fsdp = slices // over_data
+    if shape[1] % over_fsdp:
+        raise ValueError(
+            f"mesh data={shape[0]}, fsdp={shape[1]}: {slices} slices do not divide over these two "
+            "axes, and the others would be slow across slices; make data a multiple of "
+            f"{slices}"
+        )
+    within = (shape[0] // over_data, shape[1] // over_fsdp, *shape[2:])
+
+    def arrange(split: bool) -> np.ndarray:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=split)
+        outer = (over_data, over_fsdp, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, outer, devices, allow_split_physical_axes=split
+        )
+
+    try:
+        return arrange(False)
+    except NotImplementedError:  # no whole axes of the torus make up this shape
+        return arrange(True)
 
 
 def mesh_axes(rules: Rules, axis: str | None) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from those before it; `cli` may import anything when a command runs.
 ORDER = [
     "byte_size",
+    "chips",
+    "hlo",
     "compilation",
     "paths",
     "progress",
@@ -37,6 +39,7 @@ ORDER = [
     "checkpoint",
     "generation",
     "accounting",
+    "roofline",
     "convert",
     "train",
 ]

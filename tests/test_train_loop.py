@@ -181,7 +181,7 @@ def test_z_loss_reaches_the_step(files, tmp_path, monkeypatch):
     class Asked(Exception):
         pass
 
-    def asked(model, tx, *, z_loss):
+    def asked(model, tx, *, z_loss, offload_optimizer):
         raise Asked(z_loss)
 
     monkeypatch.setattr(loop, "make_step", asked)

@@ -12,7 +12,7 @@ import pytest
 from btlm_jax.train import metrics
 from btlm_jax.train.metrics import FILE, MetricsLog, read_lines, require_wandb, utilisation
 
-from btlm_jax import BTLMConfig, accounting
+from btlm_jax import BTLMConfig, accounting, chips
 
 
 def write(directory, step, lines):
@@ -101,7 +101,7 @@ def test_utilisation_in_both_conventions(monkeypatch):
     """Palm's convention: 6 N + 12 L T D per token; half of the second term where it is causal."""
     c = BTLMConfig.preset("btlm-3b-8k")
     assert utilisation(c, 2048, 1000.0) == {}  # the peak of a CPU is not known
-    monkeypatch.setattr(accounting, "peak_flops", lambda kind: 1e15)
+    monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e15)
     got = utilisation(c, 2048, 1000.0)
     flops = accounting.flops_per_token(c, 2048)
     attention = 12 * 32 * 2048 * 2560

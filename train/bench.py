@@ -22,7 +22,7 @@ import numpy as np
 
 from btlm_jax import accounting, alibi, mup, sharding, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import BTLM
+from btlm_jax.model import BTLM, Remat
 from btlm_jax.progress import Progress
 
 from . import data, measure, token_shards, torch_peer
@@ -40,6 +40,7 @@ def bench_train(
     batch_size: int,
     rounds: int,
     dtype: str | None,
+    remat: Remat = "dots",
     torch: bool | None = None,
     show: Show = print,
 ) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def bench_train(
       batch_size: sequences per device and step.
       rounds: how often everything is measured.
       dtype: of the computation; None is that of `BTLM`.
+      remat: what our forward pass keeps (`BTLM.remat`).
       torch: whether to measure PyTorch; None if it is installed and there is one device.
       show: takes each line of the report.
 
@@ -66,7 +68,7 @@ def bench_train(
       ValueError: an unknown preset, a size below 1, losses that differ, or torch=True and no torch.
     """
     measure.check_sizes(length=length, batch_size=batch_size, rounds=rounds)
-    model = BTLM(BTLMConfig.preset(preset), compute_dtype=dtype)
+    model = BTLM(BTLMConfig.preset(preset), compute_dtype=dtype, remat=remat)
     mesh = sharding.make_mesh()
     params = model.init(jax.random.key(0), mesh=mesh if mesh.size > 1 else None)
     dtype = str(model.spec(params).dtype)
@@ -92,7 +94,7 @@ def bench_train(
             found["loader"].append(loader())
             progress.update(1)
     report = _report(model.config, length, batch_size, found)
-    report |= {"preset": preset, "dtype": dtype, "compile_seconds": compile_seconds}
+    report |= {"preset": preset, "dtype": dtype, "remat": remat, "compile_seconds": compile_seconds}
     for line in _lines(report):
         show(line)
     return report
@@ -258,7 +260,9 @@ def _peers(
         found = {}
         for mode in ("eager", "compile"):
             file = Path(folder) / f"{mode}.npz"
-            torch_peer.write(file, {**problem, "mode": mode}, arrays)
+            # Its best: uncompiled, and in training on CPUs, flex_attention is no kernel.
+            best = "flex" if (mode, problem["device"]) == ("compile", "cuda") else "bias"
+            torch_peer.write(file, {**problem, "mode": mode, "attention": best}, arrays)
             peer = _Peer(file, file.with_suffix(".log"), mode)
             stack.callback(peer.close)
             try:
@@ -318,8 +322,8 @@ def _report(
 def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{r['preset']}, {r['batch_size_per_device']} sequences of {r['length']} tokens per device,"
-        f" {r['dtype']}, on {r['devices']} x {r['device']} ({r['cores']} cores), jax {r['jax']}; "
-        f"median of {r['rounds']} rounds (best)"
+        f" {r['dtype']}, remat {r['remat']!r}, on {r['devices']} x {r['device']} ({r['cores']} "
+        f"cores), jax {r['jax']}; median of {r['rounds']} rounds (best)"
     )
     rates, best = r["rates"], r["best"]
     flops = rates["matmul"] / 1e9, best["matmul"] / 1e9

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from btlm_jax import checkpoint, manifest, sharding, staging, weights
@@ -28,7 +27,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
 
 from .distributed import anywhere, barrier
-from .step import TrainState
+from .step import TrainState, abstract_state
 
 logger = logging.getLogger(__name__)
 
@@ -164,12 +163,8 @@ def restore(
         raise ValueError(f"{path} is of another model: {meta.config}, expected {model.config}")
     config = model.config
     pad, placed = sharding.placement(config, mesh, model.rules)
-    whole = placed[("wte",)] if mesh is None else NamedSharding(mesh, PartitionSpec())
-    fp32 = {
-        w.path: jax.ShapeDtypeStruct(weights.stacked_shape(w, config, pad), jnp.float32)
-        for w in weights.table(config)
-    }
-    parts = _parts(config, jax.eval_shape(tx.init, weights.unflatten(fp32)))
+    like = abstract_state(model, tx, mesh)
+    parts = _parts(config, like.opt_state)
 
     stored = {leaf_path: leaf.dtype for leaf_path, leaf in meta.leaves.items()}
     wanted: dict[str, Any] = {
@@ -186,9 +181,9 @@ def restore(
             places = {p: placed[p] for p in part}
             wanted[_OPTIMIZER][name] = checkpoint.request(config, dtypes, places, pad)
         else:
-            wanted[_OPTIMIZER][name] = jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=whole)
+            wanted[_OPTIMIZER][name] = part
     for name in _COUNTERS:
-        wanted[_OPTIMIZER][name] = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        wanted[_OPTIMIZER][name] = getattr(like, name)
     _check_optimizer(path, wanted[_OPTIMIZER])
     found = checkpoint.restore(meta.path, wanted)
 
@@ -200,7 +195,7 @@ def restore(
             parts[name] = checkpoint.stack(config, weights.flatten(optimizer[name]), places)
         else:
             parts[name] = optimizer[name]
-    opt_state = _from_parts(config, jax.eval_shape(tx.init, weights.unflatten(fp32)), parts)
+    opt_state = _from_parts(config, like.opt_state, parts)
     counters = {name: optimizer[name] for name in _COUNTERS}
     return TrainState(weights.unflatten(params), opt_state, **counters), meta
 

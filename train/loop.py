@@ -32,6 +32,7 @@ from .checkpoints import Checkpoints
 from .distributed import agreed
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch, reader
+from .lowering import model_of
 from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
@@ -84,7 +85,7 @@ def train(
             require_wandb()
         mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
         sources, held = _open_data(recipe)
-        model = recipe.build(_config(recipe))
+        model = model_of(recipe)
         recipe = recipe.on(mesh)
         _check(recipe, model.config, mesh, sources, held)
         # All of these may refuse, and must before the directory is claimed.
@@ -235,13 +236,6 @@ def _sources(recipe: Recipe) -> list[data.Source]:
     if recipe.data.weights:
         return [data.Source(parent / name, w) for name, w in recipe.data.weights.items()]
     return [data.Source(parent)]
-
-
-def _config(recipe: Recipe) -> BTLMConfig:
-    source = recipe.model.checkpoint
-    if source is None:
-        return recipe.model_config()
-    return recipe.model_config(formats.config_of(source))
 
 
 def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:

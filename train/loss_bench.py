@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +12,6 @@ import numpy as np
 from btlm_jax import loss, sharding
 from btlm_jax.config import BTLMConfig
 from btlm_jax.layers import Spec, project_logits
-from btlm_jax.progress import Progress
 
 from . import measure
 
@@ -66,21 +63,13 @@ def bench_loss(
         compiled[way] = both.lower(params, h, targets).compile()
         losses[way] = float(compiled[way](params, h, targets)[0]) / rows
     _check_losses(losses, dtype)
-    found: dict[str, list[float]] = {way: [] for way in compiled}
-    rates, product = [], measure.matmul_rate(dtype)
-    with Progress(rounds, "round", "bench") as progress:
-        for _ in range(rounds):
-            rates.append(product())
-            for way, fn in compiled.items():
-                began = time.perf_counter()
-                jax.block_until_ready(fn(params, h, targets))
-                found[way].append(time.perf_counter() - began)
-            progress.update(1)
-    temporary = {w: fn.memory_analysis().temp_size_in_bytes for w, fn in compiled.items()}
-    report = _report(found, rates, 6.0 * rows * V * D, temporary)
+    report = measure.in_turn(
+        compiled, (params, h, targets), rounds=rounds, dtype=dtype, flops=6.0 * rows * V * D
+    )
     sizes = {"rows": rows, "vocab_size": V, "n_embd": D, "dtype": dtype}
     report |= sizes | measure.conditions()
-    for line in _lines(report):
+    what = f"loss and gradients of {rows:,} rows, V {V:,}, D {D:,}"
+    for line in measure.lines(what, report):
         show(line)
     return report
 
@@ -110,42 +99,3 @@ def _check_losses(losses: Mapping[str, float], dtype: str) -> None:
     tolerance = 1e-4 if dtype == "float32" else 1e-3
     if np.ptp(list(losses.values())) > tolerance:
         raise ValueError(f"the losses differ: found {losses}, expected equal ones to {tolerance}")
-
-
-def _report(
-    found: Mapping[str, list[float]],
-    rates: list[float],
-    flops: float,
-    temporary: Mapping[str, int],
-) -> dict[str, Any]:
-    """Medians over the rounds of seconds and of ratios within a round."""
-    ways = {}
-    for way, seconds in found.items():
-        ways[way] = {
-            "seconds": statistics.median(seconds),
-            "best": min(seconds),
-            "of_matmul": statistics.median(
-                flops / s / rate for s, rate in zip(seconds, rates, strict=True)
-            ),
-            "over_ours": statistics.median(
-                s / ours for s, ours in zip(seconds, found[OURS], strict=True)
-            ),
-            "temporary_bytes": temporary[way],
-        }
-    return {"ways": ways, "matmul": statistics.median(rates), "rounds": len(rates)}
-
-
-def _lines(r: Mapping[str, Any]) -> Iterator[str]:
-    yield (
-        f"loss and gradients of {r['rows']:,} rows, V {r['vocab_size']:,}, D {r['n_embd']:,}, "
-        f"{r['dtype']}, on one {r['device']} ({r['cores']} cores), jax {r['jax']}; "
-        f"median of {r['rounds']} rounds (best)"
-    )
-    yield f"matrix product of {measure.MATMUL}: {r['matmul'] / 1e9:,.0f} GFLOP/s"
-    yield f"{'':<24}{'ms':>10}{'(best)':>12}{'x ours':>9}{'of limit':>10}{'temporary MiB':>15}"
-    for way, x in r["ways"].items():
-        best = f"({1e3 * x['best']:,.1f})"
-        yield (
-            f"{way:<24}{1e3 * x['seconds']:>10,.1f}{best:>12}{x['over_ours']:>9.2f}"
-            f"{x['of_matmul']:>10.1%}{x['temporary_bytes'] / 2**20:>15,.0f}"
-        )

@@ -1,16 +1,19 @@
-"""What the measurements of `bench` and `loss_bench` share: the limit they are held against."""
+"""What the benches share: ways of doing one thing in turn, and the limit they are held against."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from btlm_jax.progress import Progress
 
 MATMUL = 4096  # a square matrix product of this size reaches what the hardware can do
 
@@ -35,6 +38,70 @@ def matmul_rate(dtype: str) -> Callable[[], float]:
     seconds(1)
     times = max(1, round(0.5 / seconds(1)))
     return lambda: times * flops / seconds(times)
+
+
+def in_turn(
+    compiled: Mapping[str, Any], args: tuple[Any, ...], *, rounds: int, dtype: str, flops: float
+) -> dict[str, Any]:
+    """Runs compiled programs in turn, each round beside a large matrix product.
+
+    Args:
+      compiled: the programs, of which the first is ours; each is called with `args`.
+      flops: of the matrix products that the work needs, for the share of the limit.
+
+    Returns:
+      Medians over the rounds, of seconds and of ratios within a round, and the bytes the programs
+      take for temporary arrays; see `report`.
+    """
+    found: dict[str, list[float]] = {way: [] for way in compiled}
+    rates, product = [], matmul_rate(dtype)
+    with Progress(rounds, "round", "bench") as progress:
+        for _ in range(rounds):
+            rates.append(product())
+            for way, fn in compiled.items():
+                began = time.perf_counter()
+                jax.block_until_ready(fn(*args))
+                found[way].append(time.perf_counter() - began)
+            progress.update(1)
+    temporary = {w: fn.memory_analysis().temp_size_in_bytes for w, fn in compiled.items()}
+    return report(found, rates, flops, temporary)
+
+
+def report(
+    found: Mapping[str, list[float]],
+    rates: list[float],
+    flops: float,
+    temporary: Mapping[str, int],
+) -> dict[str, Any]:
+    """Medians over the rounds of seconds and of ratios within a round, as JSON can hold them."""
+    ways, ours = {}, next(iter(found.values()))
+    for way, seconds in found.items():
+        ways[way] = {
+            "seconds": statistics.median(seconds),
+            "best": min(seconds),
+            "of_matmul": statistics.median(
+                flops / s / rate for s, rate in zip(seconds, rates, strict=True)
+            ),
+            "over_ours": statistics.median(s / o for s, o in zip(seconds, ours, strict=True)),
+            "temporary_bytes": temporary[way],
+        }
+    return {"ways": ways, "matmul": statistics.median(rates), "rounds": len(rates)}
+
+
+def lines(what: str, r: Mapping[str, Any]) -> Iterator[str]:
+    """A report, with its `conditions`, as text."""
+    yield (
+        f"{what}, {r['dtype']}, on one {r['device']} ({r['cores']} cores), jax {r['jax']}; "
+        f"median of {r['rounds']} rounds (best)"
+    )
+    yield f"matrix product of {MATMUL}: {r['matmul'] / 1e9:,.0f} GFLOP/s"
+    yield f"{'':<24}{'ms':>10}{'(best)':>12}{'x ours':>9}{'of limit':>10}{'temporary MiB':>15}"
+    for way, x in r["ways"].items():
+        best = f"({1e3 * x['best']:,.1f})"
+        yield (
+            f"{way:<24}{1e3 * x['seconds']:>10,.1f}{best:>12}{x['over_ours']:>9.2f}"
+            f"{x['of_matmul']:>10.1%}{x['temporary_bytes'] / 2**20:>15,.0f}"
+        )
 
 
 def check_sizes(**sizes: int) -> None:

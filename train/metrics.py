@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from btlm_jax import accounting
+from btlm_jax import accounting, chips
 from btlm_jax.config import BTLMConfig
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def utilisation(config: BTLMConfig, length: int, tokens_per_second: float) -> di
     Returns:
       "mfu" counts full attention, as most papers do; "mfu_causal" the half that is computed.
     """
-    peak = accounting.peak_flops(jax.devices()[0].device_kind)
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
     if peak is None:
         return {}
     flops = accounting.flops_per_token(config, length)

@@ -14,7 +14,7 @@ import optax
 from btlm_jax import config as config_lib
 from btlm_jax import mup, sharding
 from btlm_jax.config import AlibiScaling, BTLMConfig
-from btlm_jax.model import BTLM
+from btlm_jax.model import BTLM, Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Run:
     max_bad_steps: int = 10
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
-    remat: Literal["none", "dots", "attention", "full"] = "dots"
+    remat: Remat = "dots"
     offload_optimizer: bool = False
     tokens_per_device: int = 0
     wandb_project: str = ""

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from btlm_jax import mup, sharding
+from btlm_jax import mup, sharding, weights
 from btlm_jax.loss import LossSum, target_loss
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
@@ -49,6 +50,33 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
         return jax.jit(start)(params)
     with jax.set_mesh(mesh):
         return jax.jit(start)(params)
+
+
+def abstract_weights(model: BTLM, mesh: Mesh | None) -> Params:
+    """What `model.init(key, mesh=mesh)` would return: shapes, dtypes and shardings."""
+    config = model.config
+    pad, placed = sharding.placement(config, mesh, model.rules)
+    shapes = {w.path: weights.stacked_shape(w, config, pad) for w in weights.table(config)}
+    return weights.unflatten(
+        {p: jax.ShapeDtypeStruct(s, jnp.float32, sharding=placed[p]) for p, s in shapes.items()}
+    )
+
+
+def abstract_state(model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
+    """What `init_state` would return for fp32 weights: shapes, dtypes and shardings."""
+    params = abstract_weights(model, mesh)
+    alone = params["wte"].sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    def on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Types name the mesh without its devices.
+        split = mesh is not None and isinstance(x.sharding, NamedSharding)
+        place = NamedSharding(mesh, x.sharding.spec) if split else alone
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    with sharding.on_mesh(None if mesh is None else mesh.abstract_mesh):
+        opt_state = jax.tree.map(on_devices, jax.eval_shape(tx.init, params))
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=alone)
+    return TrainState(params, opt_state, count, count, count)
 
 
 def offloaded(opt_state: Any, space: jax.memory.Space = jax.memory.Space.Host) -> Any:

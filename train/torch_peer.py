@@ -22,7 +22,8 @@ def write(path: Path, problem: dict[str, Any], arrays: Arrays) -> None:
     """Writes the problem for the other process.
 
     Args:
-      problem: dtype, device, mode ("eager" or "compile"), lr, weight_decay, b1, b2, eps, clip_norm,
+      problem: dtype, device, mode ("eager" or "compile"), attention ("bias", or "flex": ALiBi
+        inside a fused kernel, which torch.compile makes), lr, weight_decay, b1, b2, eps, clip_norm,
         width_scale, embeddings_scale, logits_scale, attention_scale, epsilon, layers, heads.
       arrays: the weights by Hugging Face name, `slopes` [H], `tokens` int [B, T + 1].
     """
@@ -87,15 +88,38 @@ def _groups(problem: dict[str, Any], params: dict[str, Any]) -> list[dict[str, A
     ]
 
 
+def _attention(problem: dict[str, Any], slopes: Any, length: int) -> Any:
+    """(q, k, v) [B, H, T, K] -> [B, H, T, K]: causal, with ALiBi."""
+    torch: Any = importlib.import_module("torch")
+    scale = problem["attention_scale"]
+    if problem["attention"] == "flex":
+        flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
+
+        def not_later(batch, head, query, key):
+            return query >= key
+
+        def with_bias(score, batch, head, query, key):
+            return score - slopes[head] * (query - key)
+
+        device = slopes.device.type
+        mask = flex.create_block_mask(not_later, None, None, length, length, device=device)
+        return lambda q, k, v: flex.flex_attention(
+            q, k, v, score_mod=with_bias, block_mask=mask, scale=scale
+        )
+    position = torch.arange(length, device=slopes.device)
+    distance = (position[:, None] - position[None]).float()
+    bias = (-slopes[:, None, None] * distance).masked_fill(distance < 0, float("-inf"))[None]
+    bias = bias.to(getattr(torch, problem["dtype"]))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda q, k, v: attend(q, k, v, attn_mask=bias, scale=scale)
+
+
 def _loss(problem: dict[str, Any], slopes: Any, length: int) -> Any:
     """(params, tokens [B, T + 1]) -> mean cross-entropy, computed in fp32."""
     torch: Any = importlib.import_module("torch")
     F = torch.nn.functional
     H, eps = problem["heads"], problem["epsilon"]
-    position = torch.arange(length, device=slopes.device)
-    distance = (position[:, None] - position[None]).float()
-    bias = (-slopes[:, None, None] * distance).masked_fill(distance < 0, float("-inf"))[None]
-    bias = bias.to(getattr(torch, problem["dtype"]))
+    attend = _attention(problem, slopes, length)
 
     def norm(params, name, h):
         return F.layer_norm(h, h.shape[-1:], params[f"{name}.weight"], params[f"{name}.bias"], eps)
@@ -111,9 +135,7 @@ def _loss(problem: dict[str, Any], slopes: Any, length: int) -> Any:
             block = f"transformer.h.{layer}"
             x = linear(params, f"{block}.attn.c_attn", norm(params, f"{block}.ln_1", h))
             q, k, v = x.view(B, T, 3, H, D // H).permute(2, 0, 3, 1, 4).unbind(0)
-            x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, scale=problem["attention_scale"]
-            )
+            x = attend(q, k, v)
             h = h + linear(params, f"{block}.attn.c_proj", x.transpose(1, 2).reshape(B, T, D))
             x = norm(params, f"{block}.ln_2", h)
             gate = F.silu(linear(params, f"{block}.mlp.c_fc2", x))

@@ -17,6 +17,7 @@ from btlm_jax import compilation
 
 from .bench import Bench
 from .checkpoints import Convert, Export, Info, Verify
+from .compile import Compile
 from .generation import Generate
 from .training import Quickstart, Tokenize, Train
 
@@ -29,6 +30,7 @@ Command = (
     | Annotated[Info, subcommand("info")]
     | Annotated[Tokenize, subcommand("tokenize")]
     | Annotated[Train, subcommand("train")]
+    | Annotated[Compile, subcommand("compile")]
     | Annotated[Generate, subcommand("generate")]
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -77,6 +78,8 @@ class BenchTrain:
     """How often everything is measured; medians are reported."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the computation; default bfloat16 on accelerators, float32 on CPU."""
+    remat: Literal["none", "dots", "attention", "full"] = "dots"
+    """What our forward pass keeps for the backward pass."""
     json: Path | None = None
     """A file for the measurements and their conditions."""
 
@@ -89,6 +92,7 @@ class BenchTrain:
             batch_size=self.batch_size,
             rounds=self.rounds,
             dtype=self.dtype,
+            remat=self.remat,
         )
         if self.json is not None:
             self.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -123,6 +127,54 @@ class BenchLoss:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchAttention:
+    """Time attention and its gradients on one device, beside plain XLA, a full ALiBi bias and a
+    large matrix product, all in turn in one run; compiled memory of each."""
+
+    preset: str = "btlm-3b-8k"
+    """Of the model, for heads and their size."""
+    length: int | None = None
+    """Tokens per sequence; default 8192 on accelerators, 1024 on CPU."""
+    batch_size: int = 1
+    """Sequences."""
+    rounds: int = 5
+    """How often everything is measured; medians are reported."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the computation; default bfloat16 on accelerators, float32 on CPU."""
+    json: Path | None = None
+    """A file for the measurements and their conditions."""
+
+    def run(self) -> None:
+        from btlm_jax.train.attention_bench import bench_attention
+
+        report = bench_attention(
+            preset=self.preset,
+            length=self.length,
+            batch_size=self.batch_size,
+            rounds=self.rounds,
+            dtype=self.dtype,
+        )
+        if self.json is not None:
+            self.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchAll:
+    """Attention, loss and training step as this machine can hold them, written as Markdown: on an
+    accelerator also btlm-3b-8k at 2k and 8k tokens, beside the rates published for MPT-3B."""
+
+    file: Positional[Path]
+    """Where to; a file of this name is replaced."""
+    rounds: int = 5
+    """How often everything is measured; medians are reported."""
+
+    def run(self) -> None:
+        from btlm_jax.train.bench_all import bench_all
+
+        bench_all(self.file, rounds=self.rounds)
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure speed and memory, each beside a peer or a limit measured in the same run."""
 
@@ -131,7 +183,11 @@ class Bench:
         | Annotated[BenchLoad, subcommand("load")]
         | Annotated[BenchTrain, subcommand("train")]
         | Annotated[BenchLoss, subcommand("loss")]
+        | Annotated[BenchAttention, subcommand("attention")]
+        | Annotated[BenchAll, subcommand("all")]
     ]
 
     def run(self) -> None:
+        # PyTorch shares the GPU; JAX would otherwise take three quarters of it at the start.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         self.what.run()

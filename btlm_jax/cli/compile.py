@@ -1,0 +1,106 @@
+"""The subcommand that compiles for machines that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, UseAppendAction
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile:
+    """Compile a recipe's training step for TPUs or an H200 that are not here; say what it needs.
+
+    Prints memory per device against what there is, the collectives of the compiled program, and the
+    least time a step can take (roofline). Needs libtpu (`pip install 'btlm-jax[tpu]'`) and no TPU,
+    or, for h200, `pip install 'jax[cuda13]'` and no GPU. Every phase is compiled.
+    """
+
+    recipe: Positional[str] = "btlm-3b-8k"
+    """The name of a recipe that comes with btlm, or a TOML file; its data need not be there."""
+    topology: str = "v5e:4x4"
+    """Chips along each dimension: v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, h200:8; or
+    v5e-16, v5p-8 (in cores, as Google names them)."""
+    slices: int = 1
+    """How many of them, joined by the data centre's network."""
+    set: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A value of the recipe to override, as section.key=value. May be repeated."""
+    phase: int | None = None
+    """Of the recipe, from 0; default all."""
+    decode: bool = False
+    """Compile a step of decoding instead."""
+    batch_size: int = 16
+    """With --decode: sequences, over all devices."""
+    capacity: int = 8192
+    """With --decode: slots of the KV cache."""
+    fit: bool = False
+    """Search microbatch, remat and mesh for what fits with the best bound, and compile that."""
+    keep: int = 3
+    """With --fit: how many that fit are enough."""
+    attempts: int = 12
+    """With --fit and --table: how many are compiled at most."""
+    jobs: int = max(1, (os.cpu_count() or 2) // 2)
+    """With --fit and --table: how many are compiled at a time."""
+    save: Path | None = None
+    """A new file for the executable, which `btlm_jax.train.executables.load` loads."""
+    json: Path | None = None
+    """A file for the reports."""
+    table: Path | None = None
+    """Search every topology of the README's table, and write the table between its markers in this
+    file."""
+
+    def run(self) -> None:
+        from btlm_jax.train import recipe_file, topologies
+
+        topologies.prepare()
+        recipe = recipe_file.load(self.recipe, self.set)
+        if self.table is not None:
+            from btlm_jax.train import fit_table
+
+            table = fit_table.write(self.table, recipe, attempts=self.attempts, jobs=self.jobs)
+            print("\n".join(table))
+            return
+        reports = self._reports(recipe, topologies.parse(self.topology, self.slices))
+        if self.json is not None:
+            self.json.write_text(json.dumps(reports, indent=2) + "\n")
+
+    def _reports(self, recipe: Any, topology: Any) -> list[dict[str, Any]]:
+        from btlm_jax.train import compile, compile_report, executables
+        from btlm_jax.train.fit import fit
+
+        phases = range(len(recipe.phases)) if self.phase is None else [self.phase]
+        if self.save is not None:
+            executables.require_free(self.save)
+            if self.fit or (len(phases) > 1 and not self.decode):
+                raise ValueError(
+                    "--save: found several programs to save, expected one: name its --phase, "
+                    "without --fit"
+                )
+        reports = []
+
+        def show(report: dict[str, Any]) -> None:
+            reports.append(report)
+            print("\n".join(compile_report.lines(report)), flush=True)
+
+        if self.decode:
+            show(compile.compile_decoding(
+                recipe, topology, batch_size=self.batch_size, capacity=self.capacity,
+                save=self.save,
+            ))  # fmt: skip
+            return reports
+        for index in phases:
+            if not self.fit:
+                show(compile.compile_phase(recipe, index, topology, self.save))
+                continue
+            best = fit(
+                recipe, index, topology, keep=self.keep, attempts=self.attempts, jobs=self.jobs
+            )
+            reports += best
+            print("\n".join(compile_report.table(best, [topology.name] * len(best))))
+            print("\n".join(compile_report.lines(best[0])))
+            print("best: " + " ".join(f"--set {s}" for s in best[0]["settings"]), flush=True)
+        return reports

@@ -1,0 +1,62 @@
+"""Everything measured, in one file."""
+
+from __future__ import annotations
+
+import pytest
+from btlm_jax.train import bench_all, measure
+
+from btlm_jax import cli
+
+
+def quick(monkeypatch, names):
+    def bench(title):
+        def run(*, rounds, show):
+            if title == "broken":
+                raise RuntimeError("no memory")
+            show(f"{title}: {rounds} rounds")
+            return {"length": 2048, "rates": {"step": 48_200.0}}
+
+        return run
+
+    monkeypatch.setattr(bench_all, "_benches", lambda: ((n, bench(n)) for n in names))
+
+
+def test_one_section_per_bench_and_failures_are_written_down(monkeypatch, tmp_path, capsys):
+    quick(monkeypatch, ["Loss", "broken", "btlm-3b-8k at 2048"])
+    file = tmp_path / "found.md"
+    file.write_text("of yesterday")
+    assert cli.main(["bench", "all", str(file), "--rounds", "3"]) == 0
+    text = file.read_text()
+    assert text.startswith("## ") and "cpu" in text and "of yesterday" not in text
+    assert "### Loss\n\n```\nLoss: 3 rounds\n```" in text
+    assert "FAILED: RuntimeError: no memory" in text
+    assert "24,100 tokens/s/GPU, 43.7 %; here 2.00 x its tokens/s" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["found.md"]
+    assert "Loss: 3 rounds" in capsys.readouterr().out
+
+
+def test_what_is_measured_where(monkeypatch):
+    assert [title for title, _ in bench_all._benches()] == ["Attention", "Loss", "btlm-40m"]
+    monkeypatch.setattr(bench_all.sharding, "platform", lambda mesh: "gpu")
+    titles = [title for title, _ in bench_all._benches()]
+    assert titles[-2:] == ["btlm-3b-8k at 2048", "btlm-3b-8k at 8192"]
+
+
+def test_the_smallest_of_each_runs(monkeypatch, tmp_path):
+    """As they are called, with sizes that take a moment."""
+    monkeypatch.setattr(measure, "MATMUL", 64)
+    real = list(bench_all._benches())
+    small = {
+        "Attention": dict(preset="tiny", length=32),
+        "Loss": dict(preset="tiny", rows=64),
+        "btlm-40m": dict(preset="tiny", length=16, batch_size=1, torch=False),
+    }
+    for title, bench in real:
+        lines = []
+        found = bench(rounds=1, show=lines.append, **small[title])
+        assert found["rounds"] == 1 and lines
+
+
+def test_no_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing: no such directory; make it first"):
+        bench_all.bench_all(tmp_path / "missing" / "x.md", rounds=1)

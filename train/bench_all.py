@@ -1,0 +1,112 @@
+"""Everything the benches measure that this machine can hold, as a section of Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from btlm_jax import sharding
+
+from . import measure
+from .attention_bench import bench_attention
+from .bench import bench_train
+from .loss_bench import bench_loss
+
+logger = logging.getLogger(__name__)
+
+Bench = Callable[..., dict[str, Any]]
+
+# MPT-3B, a model of the same shape, in llm-foundry on 8 H100 80GB, bf16:
+# github.com/mosaicml/llm-foundry, scripts/train/benchmarking: length -> (tokens/s/GPU, MFU in %).
+MPT_3B = {2048: (24_100, 43.7), 8192: (16_600, 40.3)}
+
+
+def bench_all(file: str | os.PathLike[str], *, rounds: int) -> None:
+    """Runs attention, loss and training step, and writes what they print, with the conditions.
+
+    A bench that fails is written down with its error, and the rest goes on.
+
+    Args:
+      file: Markdown; replaced when all is done.
+      rounds: how often everything is measured.
+
+    Raises:
+      FileNotFoundError: the directory of `file` does not exist.
+    """
+    file = Path(file)
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent}: no such directory; make it first")
+    parts = [_heading()]
+    for title, bench in _benches():
+        logger.info("%s", title)
+        lines: list[str] = []
+        try:
+            found = bench(rounds=rounds, show=lambda line, lines=lines: lines.append(str(line)))
+        except Exception as e:  # whatever a device or a library raises: the others still count
+            logger.error("%s failed: %s", title, e)
+            lines.append(f"FAILED: {type(e).__name__}: {e}")
+        else:
+            lines += _beside_mpt(title, found)
+        for line in lines:
+            print(line)
+        parts.append(f"### {title}\n\n```\n" + "\n".join(lines) + "\n```\n")
+    written = file.with_name(f".{file.name}.{os.getpid()}")
+    written.write_text("\n".join(parts))
+    written.replace(file)
+
+
+def _benches() -> Iterator[tuple[str, Bench]]:
+    attention = functools.partial(bench_attention, preset="btlm-3b-8k", batch_size=1, dtype=None)
+    loss = functools.partial(bench_loss, preset=None, rows=None, dtype=None)
+    train = functools.partial(bench_train, dtype=None)
+    if sharding.platform(None) == "cpu":
+        yield "Attention", functools.partial(attention, length=None)
+        yield "Loss", loss
+        yield "btlm-40m", functools.partial(train, preset="btlm-40m", length=512, batch_size=4)
+        return
+    for length in (2048, 8192):
+        yield f"Attention at {length}", functools.partial(attention, length=length)
+    yield "Loss", loss
+    yield "btlm-450m", functools.partial(train, preset="btlm-450m", length=2048, batch_size=8)
+    for length, batch_size in ((2048, 4), (8192, 1)):
+        title = f"btlm-3b-8k at {length}"
+        yield (
+            title,
+            functools.partial(
+                train,
+                preset="btlm-3b-8k",
+                length=length,
+                batch_size=batch_size,
+                remat="attention",
+                torch=False,  # two models of this size and their optimizers do not share a GPU
+            ),
+        )
+
+
+def _heading() -> str:
+    c = measure.conditions()
+    torch = importlib.util.find_spec("torch") is not None
+    return (
+        f"## {c['devices']} x {c['device']}, {datetime.date.today().isoformat()}\n\n"
+        f"`btlm bench all`: {c['cores']} CPU cores, Python {c['python']}, jax {c['jax']}, "
+        f"PyTorch {'installed' if torch else 'not installed'}, "
+        f"{jax.local_device_count()} devices in this process.\n"
+    )
+
+
+def _beside_mpt(title: str, found: dict[str, Any]) -> list[str]:
+    if not title.startswith("btlm-3b-8k"):
+        return []
+    rate, mfu = MPT_3B[found["length"]]
+    return [
+        f"published for MPT-3B in llm-foundry on H100 (MFU against the peak of the data sheet): "
+        f"{rate:,} tokens/s/GPU, {mfu} %; here {found['rates']['step'] / rate:.2f} x its tokens/s"
+    ]

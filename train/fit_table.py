@@ -1,0 +1,57 @@
+"""The README's table of what fits where, made by compiling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from etils import epath
+
+from btlm_jax import staging
+from btlm_jax.progress import Progress
+
+from .compile_report import table as as_table
+from .fit import fit
+from .recipe import Recipe
+from .topologies import parse
+
+# As Google names them: v5p-8 and v4-8 are four chips.
+TOPOLOGIES = ("v5e-16", "v5e-256", "v5p-8", "v5p-128", "v6e-16", "v4-8", "v4-32")
+BEGIN, END = "<!-- btlm compile --table -->", "<!-- end of the table -->"
+
+
+def write(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
+          names: Sequence[str] = TOPOLOGIES) -> list[str]:  # fmt: skip
+    """Replaces what stands between the markers of a file by a fresh table; a row per phase.
+
+    What does not fit at all gets a row that says so.
+
+    Returns:
+      The table's lines.
+
+    Raises:
+      ValueError: the file has no such markers.
+    """
+    text = path.read_text(encoding="utf-8")
+    between = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not between.search(text):
+        raise ValueError(f"{path}: found no {BEGIN} ... {END}, between which the table goes")
+    reports, labels, missing = [], [], []
+    with Progress(len(names) * len(recipe.phases), "row", "table", every=0.0) as progress:
+        for name in names:
+            topology = parse(name)
+            for index, phase in enumerate(recipe.phases):
+                try:
+                    best = fit(recipe, index, topology, keep=1, attempts=attempts, jobs=jobs)[0]
+                except ValueError as e:
+                    missing.append(f"{name} at {phase.length}: {e}")
+                else:
+                    reports.append(best)
+                    labels.append(f"{name} ({topology.name})")
+                progress.update(1, f"{name}, {phase.length}")
+    table = as_table(reports, labels)
+    table += ["", *(f"- {line}" for line in missing)] if missing else []
+    body = "\n".join((BEGIN, "", *table, "", END))
+    staging.write_text(epath.Path(path), between.sub(lambda _: body, text))
+    return table

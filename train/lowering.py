@@ -1,0 +1,139 @@
+"""A recipe's training step, and decoding, lowered for devices that need not be here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from btlm_jax.convert import formats
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from btlm_jax import sharding
+from btlm_jax.layers import KVCache
+from btlm_jax.model import BTLM
+
+from .recipe import Phase, Recipe
+from .step import abstract_state, abstract_weights, make_step
+
+_HOST = "pinned_host"
+
+
+class Parts(NamedTuple):
+    """Bytes per device of a program's arguments."""
+
+    parameters: int
+    optimizer: int  # its state, where it is not on the host, and counters; of decoding, nothing
+    inputs: int  # the batch; of decoding, the cache and the tokens
+
+
+class Lowered(NamedTuple):
+    """A program for a mesh, not compiled yet."""
+
+    program: jax.stages.Lowered
+    parts: Parts
+    model: BTLM
+    dtype: np.dtype  # of the computation
+
+
+def model_of(recipe: Recipe) -> BTLM:
+    """The model that a recipe trains: of its preset, file or checkpoint, computed as `run` says.
+
+    Raises:
+      ValueError, FileNotFoundError: an unknown preset or field, a configuration that is not there.
+    """
+    source = recipe.model.checkpoint
+    base = None if source is None else formats.config_of(source)
+    return recipe.build(recipe.model_config(base))
+
+
+def mesh_of(recipe: Recipe, devices: list[jax.Device]) -> Mesh:
+    """The recipe's mesh over these devices.
+
+    Raises:
+      ValueError: it does not fit them.
+    """
+    return sharding.make_mesh(**dataclasses.asdict(recipe.mesh), devices=devices)
+
+
+def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
+    """The step that `btlm train` would run in this phase.
+
+    Raises:
+      ValueError: model, batch or length do not fit the mesh.
+    """
+    model = model_of(recipe)
+    tx = recipe.transformation(model.config)
+    state = abstract_state(model, tx, mesh)
+    if recipe.run.offload_optimizer:
+        state = state._replace(opt_state=jax.tree.map(_on_host, state.opt_state))
+    micro = phase.microbatch or phase.batch_size
+    sharding.check_batch(micro, mesh.abstract_mesh, model.rules, phase.length)
+    place = NamedSharding(mesh, PartitionSpec(None, *sharding.spec(model.rules, "batch"), None))
+    shape = (phase.batch_size // micro, micro, phase.length + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    batch = (tokens, tokens) if recipe.data.mask_documents else (tokens,)
+    step: Any = make_step(
+        model, tx, z_loss=recipe.optimizer.z_loss, offload_optimizer=recipe.run.offload_optimizer
+    )
+    counters = (state.step, state.skipped, state.bad_in_a_row)
+    parts = Parts(
+        held_bytes(state.params), held_bytes((state.opt_state, counters)), held_bytes(batch)
+    )
+    dtype = model.spec(state.params).dtype
+    return Lowered(step.lower(state, *batch), parts, model, dtype)
+
+
+def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> Lowered:
+    """One step of `btlm generate`: a token per sequence, through a cache that is updated in place.
+
+    Weights are in the compute dtype, as a checkpoint to generate from would be loaded.
+
+    Raises:
+      ValueError: model or batch do not fit the mesh.
+    """
+    model = model_of(recipe)
+    c, params = model.config, abstract_weights(model, mesh)
+    dtype = model.spec(params).dtype
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params
+    )
+    sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)
+
+    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, sharding.spec(model.rules, *axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    kv = array(
+        (c.n_layer, batch_size, c.n_head, capacity, c.head_dim),
+        dtype, None, "batch", "heads", None, None,
+    )  # fmt: skip
+    segments = array((batch_size, capacity), jnp.int32, "batch", None)
+    cache: Any = KVCache(kv, kv, segments, array((), jnp.int32))  # pyrefly: ignore
+    tokens = array((batch_size, 1), jnp.int32, "batch", None)
+
+    def step(params, tokens, cache):
+        return model.apply(params, tokens, cache=cache)
+
+    program = jax.jit(step, donate_argnums=2).lower(params, tokens, cache)
+    parts = Parts(held_bytes(params), 0, held_bytes((tokens, cache)))
+    return Lowered(program, parts, model, dtype)
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of sharded arrays or their descriptions, its host's
+    memory not counted."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind != _HOST
+    )
+
+
+def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What `step.offloaded` makes of it."""
+    if not x.ndim:
+        return x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(_HOST))
