@@ -85,8 +85,9 @@ def generate(
       pad_token_id: fills rows that have ended; default the model's pad token, else the first EOS.
       seed: of the random draws: one for each row, which then draws the same alone and in any batch;
         or one for all, of which each row takes a stream of its own, by its index.
-      stop_strings, tokenizer: strings that end a row once they appear in it, and the tokenizer to
-        find them with.
+      stop_strings, tokenizer: strings that end a row with the token that completes one, and the
+        tokenizer to find them with. The row is then filled up, also where no EOS is set
+        (transformers lets it go on until the others have ended).
       logits_processor: pure functions (ids [R, S], length, scores [R, V]) -> scores that JAX can
         trace, applied after the processors of the options; `length` of the S slots are filled. A
         new function compiles a new program.
