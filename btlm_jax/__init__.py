@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from btlm_jax.checkpoint import save as save
     from btlm_jax.config import AlibiScaling as AlibiScaling
     from btlm_jax.config import BTLMConfig as BTLMConfig
-    from btlm_jax.generation.loop import generate as generate
+    from btlm_jax.generation.api import generate as generate
+    from btlm_jax.generation.scoring import score as score
     from btlm_jax.layers import KVCache as KVCache
     from btlm_jax.loss import next_token_loss as next_token_loss
     from btlm_jax.model import BTLM as BTLM
@@ -32,12 +33,13 @@ _HOME = {
     "BTLMConfig": "config",
     "KVCache": "layers",
     "fold_completep": "weights",
-    "generate": "generation.loop",
+    "generate": "generation.api",
     "load": "checkpoint",
     "load_tokenizer": "tokenizer",
     "make_mesh": "sharding",
     "next_token_loss": "loss",
     "save": "checkpoint",
+    "score": "generation.scoring",
 }
 _MODULES = ("convert", "mup")
 __all__ = ["__version__", *_MODULES, *sorted(_HOME)]

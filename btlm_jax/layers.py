@@ -303,12 +303,19 @@ class Transformer(Layer):
     """Embedding, L scanned blocks, ln_f. Returns (h [B, T, D], cache, captured)."""
 
     @nn.compact
-    def __call__(self, inputs: Mapping[str, jax.Array], cache: KVCache | None, capture: bool):
+    def __call__(
+        self,
+        inputs: Mapping[str, jax.Array],
+        cache: KVCache | None,
+        length: jax.Array | None,
+        capture: bool,
+    ):
         c, spec = self.spec.config, self.spec
         shape = inputs["input_ids"].shape
         T = shape[1]
         offset = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        key_length = T if cache is None else offset + T
+        meant: Any = T if length is None else length
+        key_length = meant if cache is None else offset + meant
         if not c.alibi and "positions" not in inputs:
             slots = jnp.broadcast_to(offset + jnp.arange(T), shape)
             inputs = {**inputs, "positions": spec.place(slots, "batch", "sequence")}
@@ -348,7 +355,7 @@ class Transformer(Layer):
         if cache is not None:
             # A cache that ran over would have overwritten its last slots: make that visible.
             h = jnp.where(offset + T <= cache.capacity, h, jnp.nan)
-            cache = KVCache(filled[0], filled[1], pair[1], offset + T)
+            cache = KVCache(filled[0], filled[1], pair[1], offset + meant)
         return h, cache, captured
 
     def _segments(self, inputs, cache: KVCache | None, offset) -> jax.Array | None:

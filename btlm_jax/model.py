@@ -105,6 +105,7 @@ class BTLM:
         positions: ArrayLike | None = None,
         token_type_ids: ArrayLike | None = None,
         cache: KVCache | None = None,
+        length: ArrayLike | None = None,
     ) -> Any:
         """Computes the logits.
 
@@ -119,6 +120,9 @@ class BTLM:
             and ignores them, as the original does.
           token_type_ids: int [B, T]; their embeddings are added as the original does (unscaled).
           cache: of earlier tokens; see `init_cache`.
+          length: int scalar, if only that many of the T tokens are meant and the others fill up a
+            static shape: the cache grows by it (later tokens overwrite the filling), and dynamic
+            ALiBi scaling counts no others. Logits of the filling have no meaning.
 
         Returns:
           fp32 logits [B, T, V], or with a cache the pair (logits, extended cache).
@@ -136,6 +140,7 @@ class BTLM:
             positions=positions,
             token_type_ids=token_type_ids,
             cache=cache,
+            length=length,
         )
         logits = self.logits(params, h)
         return logits if cache is None else (logits, cache_out)
@@ -150,6 +155,7 @@ class BTLM:
         positions=None,
         token_type_ids=None,
         cache=None,
+        length=None,
     ) -> tuple[jax.Array, KVCache | None]:
         """The final hidden states, after ln_f, [B, T, D] in the compute dtype, and the cache.
 
@@ -158,7 +164,9 @@ class BTLM:
         spec, inputs = self._inputs(
             params, input_ids, attention_mask, segment_ids, positions, token_type_ids, cache
         )
-        h, cache, _ = _forward(spec, params, inputs, cache, capture=False)
+        if length is not None:
+            length = jnp.asarray(length, jnp.int32)
+        h, cache, _ = _forward(spec, params, inputs, cache, length, capture=False)
         return h, cache
 
     def logits(self, params: weights.Params, hidden: jax.Array) -> jax.Array:
@@ -176,7 +184,7 @@ class BTLM:
             params, input_ids, attention_mask, segment_ids, positions, token_type_ids, None
         )
         spec = dataclasses.replace(spec, rules=sharding.whole_sequences(spec.rules))
-        h, _, (states, attentions) = _forward(spec, params, inputs, None, capture=True)
+        h, _, (states, attentions) = _forward(spec, params, inputs, None, None, capture=True)
         states = jnp.concatenate([states, h[None]])
         return Intermediates(_logits(spec, params, h), states, attentions)
 
@@ -253,10 +261,10 @@ class BTLM:
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "capture"))
-def _forward(spec: Spec, params, inputs: Mapping[str, jax.Array], cache, capture: bool):
+def _forward(spec: Spec, params, inputs: Mapping[str, jax.Array], cache, length, capture: bool):
     with sharding.on_mesh(spec.mesh):
         inputs = {k: spec.place(x, "batch", "sequence") for k, x in inputs.items()}
-        return Transformer(spec).apply({"params": params}, inputs, cache, capture)
+        return Transformer(spec).apply({"params": params}, inputs, cache, length, capture)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import cases
+import numpy as np
 import pytest
 
+import btlm_jax
 from btlm_jax import byte_size, cli
 
 COMMANDS = ("quickstart", "convert", "export", "info", "generate")
@@ -87,9 +89,36 @@ def test_info_of_a_preset(capsys):
         assert text in out
 
 
+def test_generate_takes_the_options_of_the_library(capsys, checkpoint_dir):
+    """Beams, bans and stop strings from the command line, against `btlm.generate`."""
+    model, params = btlm_jax.load(checkpoint_dir)
+    tokenizer = btlm_jax.load_tokenizer(checkpoint_dir)
+    ids = np.array([tokenizer.encode("Hello").ids])
+    argv = ["--num-beams", "3", "--num-return-sequences", "2", "--early-stopping", "never"]
+    argv += ["--no-repeat-ngram-size", "2", "--length-penalty", "0.5", "--max-length", "20"]
+    argv += ["--bad-words", "a", "bc", "--suppress-tokens", "0", "1", "--logit-bias", "7", "-3.5"]
+    argv += ["--stop-strings", "qq", "zz", "--repetition-penalty", "1.2", "--min-new-tokens", "2"]
+    argv += ["--eos-token-id", "95", "9", "--begin-suppress-tokens", "5", "--logprobs"]
+    code, out, err = run(capsys, "generate", checkpoint_dir, "--prompt", "Hello", *argv)
+    expected = btlm_jax.generate(
+        model, params, ids, num_beams=3, num_return_sequences=2, early_stopping="never",
+        no_repeat_ngram_size=2, length_penalty=0.5, max_length=20, repetition_penalty=1.2,
+        bad_words_ids=[tokenizer.encode(w).ids for w in ("a", "bc")], suppress_tokens=[0, 1],
+        logit_bias={7: -3.5}, stop_strings=["qq", "zz"], tokenizer=tokenizer, min_new_tokens=2,
+        eos_token_id=[95, 9], begin_suppress_tokens=[5], return_dict_in_generate=True,
+    )  # fmt: skip
+    real = [5 + int((~np.isnan(p)).sum()) for p in expected.logprobs]
+    rows = zip(expected.sequences, real, strict=True)
+    first, second = (tokenizer.decode(row[:n].tolist()) for row, n in rows)
+    assert code == 0 and out == f"[1]\n{first}\n\n[2]\n{second}\n"
+    shown = [line for line in err.splitlines() if not line.startswith("btlm: ")]
+    assert len(shown) == sum(real) - 10
+    assert f"{expected.logprobs[0, 0]:9.4f} " in err
+
+
 def test_warning_of_useless_options(capsys, checkpoint_dir):
     code, _, err = run(capsys, "generate", checkpoint_dir, "--prompt", "a", "--top-k", "5")
-    assert code == 0 and "do nothing without --sample" in err
+    assert code == 0 and "top_k=5 does nothing without do_sample=True" in err
 
 
 def bad_inputs(tmp_path):
@@ -131,6 +160,12 @@ def test_bad_input(capsys, tmp_path):
         (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "Hello", "--cache-length", "3"), "found cache_length=3"),
         (("--prompt", "Hello", "--sample", "--temperature", "0"), "temperature: found 0.0"),
+        (
+            ("--prompt", "Hello", "--max-length", "5"),
+            "max_length: found 5, expected more",
+        ),
+        (("--prompt", "Hello", "--num-return-sequences", "2"), "greedy decoding has one result"),
+        (("--prompt", "Hello", "--bad-words", ""), "bad_words_ids: found"),
     ],
 )
 def test_bad_generation(capsys, checkpoint_dir, options, message):

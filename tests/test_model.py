@@ -125,6 +125,27 @@ def test_dynamic_scaling_is_not_cache_consistent():
     assert max_error(case["long/logits"], case["long/logits_incremental"]) > 1
 
 
+@pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
+def test_filling_up_to_a_static_shape_changes_nothing(name):
+    """`length` of the tokens are meant: the scale counts no others, later tokens replace them."""
+    case = cases.load(name)
+    model, ids = case.model, np.random.default_rng(0).integers(0, case.config.vocab_size, (2, 20))
+    filled = np.concatenate([ids[:, :17], np.full((len(ids), 15), 5)], 1)
+    expected = model.apply(case.params, ids[:, :17])
+    got = model.apply(case.params, filled, length=17)[:, :17]
+    assert max_error(got, expected) < LOGITS_TOL
+
+    cache = model.init_cache(case.params, len(ids), 40)
+    got, cache = model.apply(case.params, filled, cache=cache, length=17)
+    assert max_error(got[:, :17], expected) < LOGITS_TOL and int(cache.length) == 17
+    plain = model.init_cache(case.params, len(ids), 40)
+    _, plain = model.apply(case.params, ids[:, :17], cache=plain)
+    for t in range(17, 20):
+        got, cache = model.apply(case.params, ids[:, t : t + 1], cache=cache)
+        expected, plain = model.apply(case.params, ids[:, t : t + 1], cache=plain)
+        assert max_error(got, expected) < LOGITS_TOL
+
+
 def test_loss_and_gradients(case):
     def loss(params):
         return next_token_loss(case.model, params, case["plain/input_ids"]).mean

@@ -352,7 +352,7 @@ def _stop_if_bad(recipe: Recipe, done: tuple[int, Phase, Metrics], keeper: Check
 
 
 def _sample(recipe: Recipe, model: BTLM, state: TrainState, directory: Path, step: int) -> None:
-    from btlm_jax.generation.loop import generate
+    from btlm_jax.generation.api import generate
 
     tokenizer = load_tokenizer(directory)
     ids = np.array([tokenizer.encode(recipe.run.prompt).ids])

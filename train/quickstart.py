@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from btlm_jax import checkpoint, manifest, sharding, staging, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.generation.loop import generate
+from btlm_jax.generation.api import generate
 from btlm_jax.tokenizer import load_tokenizer
 
 from . import manual, plots

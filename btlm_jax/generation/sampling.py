@@ -1,69 +1,84 @@
-"""Choosing the next token: the rules of transformers' logits warpers, on fp32 logits [B, V]."""
+"""Choosing the next token: the rules of transformers' logits warpers, on fp32 scores [R, V]."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
+from btlm_jax.generation.options import Options
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to choose; the defaults are those of transformers.
 
-    Attributes:
-      do_sample: draw from the distribution; otherwise take the most likely token (the lowest id of
-        equals), and the other fields do nothing.
-      temperature: divides the logits; > 0.
-      top_k: keep the k most likely tokens (and ties with the last); 0 keeps all.
-      top_p: keep the smallest set of most likely tokens whose probability reaches p, in (0, 1].
+def warp(scores_RV: jax.Array, options: Options, keep: int = 1) -> jax.Array:
+    """Applies the options that need `do_sample`, in transformers' order; removed tokens are -inf.
 
-    Raises:
-      ValueError: a value outside its range, when sampling.
+    Args:
+      keep: no rule may leave fewer tokens (beams need one that is no EOS).
     """
-
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.do_sample:
-            return
-        if not self.temperature > 1e-30:  # fp32 would flush smaller ones to zero
-            raise ValueError(
-                f"temperature: found {self.temperature}, expected > 0 (for greedy decoding "
-                "do not sample)"
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k: found {self.top_k}, expected >= 0 (0 keeps every token)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: found {self.top_p}, expected a probability in (0, 1]")
-
-
-def warp(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Applies temperature, top_k and top_p, in this order; removed tokens become -inf."""
-    # Relative to the largest, so that a tiny temperature cannot overflow.
-    logits = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
-    vocab = logits.shape[-1]
-    if 0 < sampling.top_k < vocab:
-        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p < 1:
-        ascending = jnp.argsort(logits, -1)
-        p = jax.nn.softmax(jnp.take_along_axis(logits, ascending, -1), -1)
-        removed = jnp.cumsum(p, -1) <= 1 - sampling.top_p
-        removed = removed.at[:, -1].set(False)  # the most likely token always stays
-        rows = jnp.arange(logits.shape[0])[:, None]
-        removed = jnp.zeros_like(removed).at[rows, ascending].set(removed)
-        logits = jnp.where(removed, -jnp.inf, logits)
-    return logits
+    o, scores = options, scores_RV
+    keep = min(keep, scores.shape[-1])
+    if o.temperature != 1:
+        scores = scores / o.temperature
+    if o.top_k:
+        scores = _removed(scores, scores < _kth(scores, max(o.top_k, keep)))
+    if o.top_p < 1:
+        ascending = jnp.argsort(scores, -1)
+        p = jax.nn.softmax(jnp.take_along_axis(scores, ascending, -1), -1)
+        unlikely = jnp.cumsum(p, -1) <= 1 - o.top_p
+        scores = _removed(scores, _unsorted(unlikely.at[:, -keep:].set(False), ascending))
+    if o.min_p is not None:
+        p = jax.nn.softmax(scores, -1)
+        unlikely = p < o.min_p * p.max(-1, keepdims=True)
+        best = jax.lax.top_k(p, keep)[1]
+        scores = _removed(scores, unlikely.at[_rows(scores), best].set(False))
+    if o.typical_p < 1:
+        scores = _removed(scores, _atypical(scores, o.typical_p, keep))
+    if o.epsilon_cutoff > 0:
+        p = jax.nn.softmax(scores, -1)
+        scores = _removed(scores, (p < o.epsilon_cutoff) & (scores < _kth(scores, keep)))
+    if o.eta_cutoff > 0:
+        p = jax.nn.softmax(scores, -1)
+        eta = jnp.float32(o.eta_cutoff)
+        eta = jnp.minimum(eta, jnp.sqrt(eta) * jnp.exp(-_entropy(jax.nn.log_softmax(scores, -1))))
+        scores = _removed(scores, (p < eta) & (scores < _kth(scores, keep)))
+    return scores
 
 
-def choose(logits_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
-    """The next token of every row, int32 [B]; `keys_B` holds one random key per row."""
-    if not sampling.do_sample:
-        return jnp.argmax(logits_BV, -1).astype(jnp.int32)
-    draw = jax.vmap(jax.random.categorical)
-    return draw(keys_B, warp(logits_BV, sampling)).astype(jnp.int32)
+def draw(scores_RV: jax.Array, keys_R: jax.Array, count: int) -> jax.Array:
+    """Draws `count` indices of each row without replacement from softmax(scores). int32 [R, count].
+
+    In the order of the draws. The Gumbel-top-k trick (arXiv 1903.06059); `keys_R` holds one random
+    key per row, so that a row draws the same in any batch.
+    """
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, scores_RV.shape[1:]))(keys_R)
+    return jax.lax.top_k(scores_RV + noise, count)[1]
+
+
+def _removed(scores, where):
+    return jnp.where(where, -jnp.inf, scores)
+
+
+def _rows(scores):
+    return jnp.arange(scores.shape[0])[:, None]
+
+
+def _unsorted(sorted_RV, order_RV):
+    return jnp.zeros_like(sorted_RV).at[_rows(sorted_RV), order_RV].set(sorted_RV)
+
+
+def _kth(scores, k: int):
+    return jax.lax.top_k(scores, min(k, scores.shape[-1]))[0][:, -1:]
+
+
+def _entropy(log_p):
+    return -jnp.where(jnp.isfinite(log_p), jnp.exp(log_p) * log_p, 0).sum(-1, keepdims=True)
+
+
+def _atypical(scores, mass: float, keep: int):
+    log_p = jax.nn.log_softmax(scores, -1)
+    distance = jnp.abs(-log_p - _entropy(log_p))
+    order = jnp.argsort(distance, -1)
+    nearest = jnp.take_along_axis(distance, order, -1)
+    p = jax.nn.softmax(jnp.take_along_axis(scores, order, -1), -1)
+    last = (jnp.cumsum(p, -1) < mass).sum(-1, keepdims=True).clip(max=scores.shape[-1] - 1)
+    far = nearest > jnp.take_along_axis(nearest, last, -1)
+    return _unsorted(far.at[:, :keep].set(False), order)

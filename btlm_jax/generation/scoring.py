@@ -1,0 +1,86 @@
+"""`score`: the log-probability of every token of given texts."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from btlm_jax import sharding
+from btlm_jax.generation import prompts
+from btlm_jax.model import BTLM
+from btlm_jax.weights import Params
+
+# Positions whose logits are held at once: 26 MB for each row of V 50257.
+_CHUNK = 128
+
+
+def score(
+    model: BTLM,
+    params: Params,
+    input_ids: ArrayLike,
+    *,
+    attention_mask: ArrayLike | None = None,
+) -> np.ndarray:
+    """The log-probability of every token given those before it.
+
+    Compiled once per bucket of lengths; whole logits are never held.
+
+    Args:
+      model, params: the model and its weights, on a device or a mesh.
+      input_ids: int [B, T]; shorter texts are padded on the left.
+      attention_mask: [B, T], nonzero for real tokens.
+
+    Returns:
+      fp32 [B, T]; NaN for padding and for each row's first token, which follows nothing.
+
+    Raises:
+      ValueError: an empty text, tokens outside the vocabulary, right padding, or more tokens than
+        there are learned positions.
+    """
+    c = model.config
+    ids, mask = prompts.prompts(input_ids, attention_mask, c.vocab_size, None)
+    rows, T = ids.shape
+    prompts.check_context(prompts.Lengths(T, 0, T), c, None)
+    mesh = sharding.mesh_of(params["wte"])
+    parts = extra = 0
+    if mesh is not None:
+        extra = -rows % sharding.ways(mesh, model.rules, "batch")
+        parts = 2 * sharding.ways(mesh, model.rules, "sequence")
+    width = prompts.bucket(T)
+    multiple = math.lcm(min(width, _CHUNK), max(parts, 1))  # of chunks, and for split sequences
+    width = -(-width // multiple) * multiple
+
+    def filled(x):
+        return np.pad(x, ((0, extra), (0, width - T)), mode="edge") * (np.arange(width) < T)
+
+    found = _score(model, params, filled(ids), filled(mask), np.int32(T))
+    logprobs = np.asarray(found)[:rows, :T]
+    known = mask * np.pad(mask[:, :-1], ((0, 0), (1, 0))) != 0
+    return np.where(known, logprobs, np.float32(np.nan))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _score(model: BTLM, params: Params, ids, mask, length):
+    spec = model.spec(params)
+    with sharding.on_mesh(spec.mesh):
+        at = None if model.config.alibi else jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+        h, _ = model.hidden(params, ids, attention_mask=mask, positions=at, length=length)
+        h = spec.place(h, None, None, None)
+        after = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
+        chunk = min(_CHUNK, ids.shape[1])
+        starts = jnp.arange(0, ids.shape[1], chunk)
+
+        def of_chunk(start):
+            states = jax.lax.dynamic_slice_in_dim(h, start, chunk, 1)
+            target = jax.lax.dynamic_slice_in_dim(after, start, chunk, 1)
+            log_p = jax.nn.log_softmax(model.logits(params, states), -1)
+            return jnp.take_along_axis(log_p, target[..., None], -1)[..., 0]
+
+        found = jnp.moveaxis(jax.lax.map(of_chunk, starts), 0, 1).reshape(ids.shape)
+    # Of the token at a place, from the state before it.
+    return jnp.concatenate([found[:, -1:], found[:, :-1]], 1)

@@ -1,0 +1,96 @@
+"""The rules on scores, each by hand."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from btlm_jax.generation.options import Options
+from btlm_jax.generation.processors import Context, process
+
+VOCAB = 8
+FLAT = np.array([[0, 1, -1, 2, -2, 3, -3, 4]], np.float32)
+MINUS = -np.inf
+
+
+def scores(ids, length=None, start=0, prompt=2, least=0, most=99, eos=(), **options):
+    """The processed scores [V] after the first `length` of `ids`; the rest is not to be seen."""
+    ids = np.array([ids])
+    context = Context(
+        jnp.asarray(ids),
+        jnp.int32(ids.shape[1] if length is None else length),
+        jnp.array([start]),
+        *map(jnp.int32, (prompt, least, most)),
+    )
+    return np.asarray(process(jnp.asarray(FLAT), context, Options(**options), eos, ()))[0]
+
+
+def banned(*args, **kwargs) -> list[int]:
+    return np.flatnonzero(np.isneginf(scores(*args, **kwargs))).tolist()
+
+
+def test_nothing_by_default():
+    np.testing.assert_array_equal(scores([1, 2, 3]), FLAT[0])
+
+
+def test_repetition_penalty_counts_a_token_once_and_no_padding():
+    got = scores([7, 1, 2, 2, 5], length=4, start=1, repetition_penalty=2.0)
+    np.testing.assert_array_equal(got, [0, 0.5, -2, 2, -2, 3, -3, 4])
+
+
+def test_no_repeated_ngrams():
+    assert banned([1, 2, 3, 1, 2], no_repeat_ngram_size=3) == [3]
+    assert banned([1, 2, 1, 3, 1], no_repeat_ngram_size=2) == [2, 3]
+    assert banned([1, 2, 1, 3, 1], length=3, no_repeat_ngram_size=2) == [2]
+    assert banned([1, 2, 1], no_repeat_ngram_size=1) == [1, 2]
+    assert banned([1, 1], no_repeat_ngram_size=3) == []
+    assert banned([6, 6, 1, 2, 6], start=2, no_repeat_ngram_size=2) == [1, 6]  # padding counts
+    assert banned([1, 2, 3], no_repeat_ngram_size=9) == []  # longer than the buffer
+
+
+def test_bad_words():
+    words = [[3], [1, 4], [2, 2, 5], [7], [6, 7, 1, 2, 0]]
+    assert banned([0, 1], bad_words_ids=words, eos=(7,)) == [3, 4]
+    assert banned([2, 2, 9], length=2, bad_words_ids=words) == [3, 5, 7]
+    assert banned([2, 2, 1], length=1, bad_words_ids=words, eos=(7,)) == [3]  # too short
+
+
+def test_bias_adds_up():
+    got = scores([0, 1], sequence_bias={(4,): 1.0, (1, 4): 2.0, (0, 1, 4): 4.0, (2, 4): 8.0},
+                 logit_bias={4: 0.5, 0: -1})  # fmt: skip
+    np.testing.assert_array_equal(got, [-1, 1, -1, 2, 5.5, 3, -3, 4])
+    pairs = [[[4], 1.0], [(1, 4), 2.0]]
+    assert scores([0, 1], sequence_bias=pairs)[4] == 1
+
+
+def test_lengths():
+    for length, expected in ((2, [5, 6]), (3, [5, 6]), (4, [])):
+        assert banned([1] * 4, length=length, least=4, eos=(5, 6)) == expected
+    forced = scores([1] * 4, most=5, forced_eos_token_id=[5, 6])
+    np.testing.assert_array_equal(forced, [MINUS] * 5 + [0, 0, MINUS])
+    assert banned([1] * 4, most=6, forced_eos_token_id=[5, 6]) == []
+
+
+def test_forced_and_suppressed_first_tokens():
+    assert np.isfinite(scores([1], prompt=1, forced_bos_token_id=3)).tolist().index(True) == 3
+    assert banned([1, 2], forced_bos_token_id=3) == []
+    assert banned([1, 2], suppress_tokens=[1], begin_suppress_tokens=[2]) == [1, 2]
+    assert banned([1, 2, 3], suppress_tokens=[1], begin_suppress_tokens=[2]) == [1]
+    # After a forced second token, the third is the first to choose.
+    how = dict(prompt=1, forced_bos_token_id=3, begin_suppress_tokens=[2])
+    assert banned([1, 3], **how) == [2] and banned([1, 3, 3], **how) == []
+
+
+def test_exponential_decay_raises_eos():
+    how = dict(exponential_decay_length_penalty=(1, 1.5), eos=(4, 5))
+    np.testing.assert_array_equal(scores([1] * 3, **how), FLAT[0])
+    expected = FLAT[0].copy()
+    expected[4:6] += np.abs(expected[4:6]) * (1.5**2 - 1)
+    np.testing.assert_allclose(scores([1] * 5, **how), expected)
+
+
+def test_custom_processors_come_last():
+    context = Context(jnp.array([[1, 2]]), jnp.int32(2), jnp.array([0]), *map(jnp.int32, (2, 0, 9)))
+    options = Options(suppress_tokens=[0])
+    got = process(jnp.asarray(FLAT), context, options, (), (lambda ids, n, s: s.at[:, 0].set(9),))
+    assert got[0, 0] == 9

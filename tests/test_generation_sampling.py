@@ -1,0 +1,100 @@
+"""The rules of sampling, on the distributions themselves."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from btlm_jax.generation.options import Options
+from btlm_jax.generation.sampling import draw, warp
+
+LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.1, 0.1, 0.1], [0.05, 0.05, 0.8, 0.05, 0.05]]))
+
+
+def kept(keep: int = 1, **how) -> list[list[int]]:
+    options = Options(do_sample=True, **({"top_k": 0} | how))
+    return [list(np.flatnonzero(np.isfinite(r))) for r in warp(LOGITS, options, keep)]
+
+
+def test_top_k_keeps_ties():
+    assert kept(top_k=2) == [[0, 1], [0, 1, 2, 3, 4]]
+    assert kept(top_k=3) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert kept(top_k=0) == kept(top_k=50) == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_top_p_reaches_p():
+    assert kept(top_p=0.65) == [[0, 1], [2]]
+    assert kept(top_p=0.3) == [[0], [2]]
+    assert kept(top_p=1e-9) == [[0], [2]]
+
+
+def test_rules_keep_as_many_as_beams_need():
+    assert [len(row) for row in kept(2, top_p=1e-9)] == [2, 2]
+    assert [len(row) for row in kept(2, min_p=1.0)] == [2, 2]
+    assert [len(row) for row in kept(2, typical_p=1e-9)] == [2, 2]
+
+
+def test_min_p_is_relative():
+    assert kept(min_p=0.5) == [[0, 1], [2]]
+    assert kept(min_p=0.2) == [[0, 1, 2, 3, 4], [2]]
+
+
+def test_typical_p_may_drop_the_most_likely():
+    # The entropy is 1.42 nats: 0.3 (1.20 nats) is nearest, then 0.4 (0.92), then 0.1 (2.30).
+    assert kept(typical_p=0.29)[0] == [1]
+    assert kept(typical_p=0.5)[0] == [0, 1]
+
+
+def test_cutoffs():
+    assert kept(epsilon_cutoff=0.2) == [[0, 1], [2]]
+    assert kept(epsilon_cutoff=0.9) == [[0], [2]]
+    # sqrt(0.3) * exp(-entropy) = 0.13 and 0.25
+    assert kept(eta_cutoff=0.3) == [[0, 1], [2]]
+
+
+def test_temperature_then_filters():
+    how = Options(do_sample=True, temperature=0.5, top_k=2)
+    got = jax.nn.softmax(warp(LOGITS, how), -1)[0]
+    np.testing.assert_allclose(got, np.array([16, 9, 0, 0, 0]) / 25, atol=1e-6)
+
+
+def test_draws_follow_the_distribution():
+    n = 4000
+    keys = jax.random.split(jax.random.key(0), n)
+    drawn = np.asarray(draw(jnp.repeat(LOGITS[:1], n, 0), keys, 2))
+    p = np.exp(np.asarray(LOGITS[0], np.float64))
+    p /= p.sum()
+    assert stats.chisquare(np.bincount(drawn[:, 0], minlength=5), n * p).pvalue > 1e-3
+    # Without replacement, in order: P(i, then j) = p_i p_j / (1 - p_i).
+    pairs = np.zeros((5, 5))
+    np.add.at(pairs, tuple(drawn.T), 1)
+    expected = n * p[:, None] * p / (1 - p[:, None])
+    off = ~np.eye(5, dtype=bool)
+    assert np.trace(pairs) == 0
+    assert stats.chisquare(pairs[off], expected[off]).pvalue > 1e-3
+
+
+def test_equal_rows_with_equal_keys_draw_alike():
+    keys = jnp.stack([jax.random.key(1)] * 2)
+    both = draw(jnp.repeat(LOGITS[:1], 2, 0), keys, 5)
+    np.testing.assert_array_equal(both[0], both[1])
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(min_p=1.5), "min_p: found 1.5"),
+        (dict(typical_p=0.0), "typical_p: found 0.0"),
+        (dict(temperature=-1), "temperature: found -1"),
+        (dict(temperature=float("nan")), "temperature: found nan"),
+        (dict(top_p="0.9"), "top_p: found '0.9'"),
+        (dict(epsilon_cutoff=1), "epsilon_cutoff: found 1"),
+        (dict(top_k=2.5), "top_k: found 2.5"),
+    ],
+)
+def test_bad_values(how, message):
+    with pytest.raises(ValueError, match=message):
+        Options(do_sample=True, **how)
