@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from btlm_jax.config import BTLMConfig
+from btlm_jax.kernels import Kernel
 
 Path = tuple[str, ...]
 Params = dict[str, Any]
@@ -38,6 +39,8 @@ class Weight:
       shape: of one layer, unpadded.
       axes: the logical axis of each dimension (`sharding.RULES` maps them to mesh axes); None is
         replicated by design.
+      inputs: the dimensions over which a product with it sums; none for what is only added. These
+        weights can be quantised (`kernels.Kernel`).
       mean, std: the init is N(mean, std²), untruncated; std 0 is a constant.
       role: the muP group (FACTS of the original's `get_mup_param_groups`): "hidden" arrays get
         their learning rate multiplied by mup_width_scale.
@@ -49,6 +52,7 @@ class Weight:
     path: Path
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    inputs: tuple[int, ...]
     mean: float
     std: float
     role: Role
@@ -65,6 +69,12 @@ class Weight:
     def name(self) -> str:
         """The path joined with slashes, for messages."""
         return "/".join(self.path)
+
+    def inputs_last(self, padding: Mapping[str, int]) -> tuple[int, ...]:
+        """The padded shape as `kernels.Kernel` has it: outputs, then all inputs as one."""
+        shape = self.padded(padding)
+        outputs = (n for i, n in enumerate(shape) if i not in self.inputs)
+        return (*outputs, math.prod(shape[i] for i in self.inputs))
 
     def padded(self, padding: Mapping[str, int]) -> tuple[int, ...]:
         """The shape of one layer with the logical axes in `padding` enlarged to the given sizes."""
@@ -85,10 +95,13 @@ def table(config: BTLMConfig) -> tuple[Weight, ...]:
 
     def embedding(name: str, size: int, axis: str) -> Weight:
         axes, hf = (axis, "embed"), f"transformer.{name}.weight"
-        return Weight((name,), (size, D), axes, 0.0, std, "embedding", True, hf, (size, D))
+        inputs = (1,) if name == "wte" else ()
+        shape = (size, D)
+        return Weight((name,), shape, axes, inputs, 0.0, std, "embedding", True, hf, shape)
 
     def vector(path: Path, shape: tuple[int, ...], axes: tuple, mean: float, hf: str) -> Weight:
-        return Weight(path, shape, axes, mean, 0.0, "vector", False, hf, (math.prod(shape),))
+        hf_shape = (math.prod(shape),)
+        return Weight(path, shape, axes, (), mean, 0.0, "vector", False, hf, hf_shape)
 
     def layer_norm(path: Path, hf: str) -> list[Weight]:
         return [
@@ -106,7 +119,18 @@ def table(config: BTLMConfig) -> tuple[Weight, ...]:
         # added after the reduction over the tensor axis.
         bias_axes = tuple(None if a == "embed" else a for a in bias[2])
         return [
-            Weight(kernel, shape, axes, 0.0, std, "hidden", True, f"{hf}.weight", hf_shape),
+            Weight(
+                kernel,
+                shape,
+                axes,
+                tuple(range(bias_from)),
+                0.0,
+                std,
+                "hidden",
+                True,
+                f"{hf}.weight",
+                hf_shape,
+            ),
             vector(bias[0], bias[1], bias_axes, 0.0, f"{hf}.bias"),
         ]
 
@@ -129,7 +153,7 @@ def table(config: BTLMConfig) -> tuple[Weight, ...]:
     if not c.tie_word_embeddings:
         shape, axes = (V, D), ("vocab", "embed")
         head = Weight(
-            ("lm_head",), shape, axes, 0.0, hidden, "hidden", True, "lm_head.weight", shape
+            ("lm_head",), shape, axes, (1,), 0.0, hidden, "hidden", True, "lm_head.weight", shape
         )
         weights.append(head)
     return tuple(weights)
@@ -243,43 +267,81 @@ def unflatten(flat: Mapping[Path, Any]) -> Params:
     return tree
 
 
+def by_layer(config: BTLMConfig, params: Mapping[str, Any]) -> Params:
+    """The weights with every layer's apart, {"blocks": {"0": {...}, ...}}, as decoding takes them.
+
+    Stacked weights are cut; weights that are apart already stay as they are.
+    """
+    if is_by_layer(params):
+        return dict(params)
+    flat = flatten(params)
+    leaves = disk_leaves(config)
+    return unflatten({x.path: _of_layer(flat[x.weight.path], x.layer) for x in leaves})
+
+
+def is_by_layer(params: Mapping[str, Any]) -> bool:
+    """Whether every layer's weights are apart, not stacked."""
+    return "0" in params.get("blocks", {})
+
+
+def _of_layer(stacked: Any, layer: int | None) -> Any:
+    return stacked if layer is None else stacked[layer]
+
+
 def check(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int]:
-    """Checks a tree of stacked weights against the table. Returns its padding by logical axis.
+    """Checks a tree of weights, stacked or by layer, against the table.
+
+    Returns:
+      Its padding by logical axis.
 
     Raises:
       ValueError: weights are missing, unexpected or of the wrong shape; all are listed.
     """
-    flat, known = flatten(params), by_path(config)
+    flat, apart = flatten(params), is_by_layer(params)
+    known = {x.path: x.weight for x in disk_leaves(config)} if apart else by_path(config)
     problems = [f"missing: {'/'.join(p)}" for p in known if p not in flat]
     problems += [f"unexpected: {'/'.join(p)}" for p in flat if p not in known]
-    sizes = padded_sizes(config)
-    padding = {
-        axis: flat[path].shape[dim]
-        for axis, path, dim in (_first(config, axis) for axis in sizes)
-        if path in flat and len(flat[path].shape) > dim
-    }
+    sizes, padding = padded_sizes(config), {}
+    for path, w in known.items():
+        for axis in set(w.axes) & (sizes.keys() - padding.keys()):
+            if path in flat:
+                size = _size_of(flat[path], w, axis, w.stacked and not apart)
+                padding |= {} if size is None else {axis: size}
     padding = {a: n for a, n in padding.items() if n > sizes[a]}
     for path, leaf in flat.items():
-        if path in known:
-            expected = stacked_shape(known[path], config, padding)
-            if tuple(leaf.shape) != expected:
-                problems.append(f"{'/'.join(path)}: found shape {leaf.shape}, expected {expected}")
-            if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                problems.append(f"{'/'.join(path)}: found dtype {leaf.dtype}, expected a float")
+        if path not in known:
+            continue
+        w = known[path]
+        expected = (config.n_layer,) * (w.stacked and not apart) + w.padded(padding)
+        kinds: Any = jnp.floating
+        if isinstance(leaf, Kernel):
+            expected, kinds = w.inputs_last(padding), jnp.number
+            leaf_dtype = leaf.values.dtype
+        else:
+            leaf_dtype = leaf.dtype
+        if tuple(leaf.shape) != expected:
+            problems.append(f"{'/'.join(path)}: found shape {leaf.shape}, expected {expected}")
+        if not jnp.issubdtype(leaf_dtype, kinds):
+            problems.append(f"{'/'.join(path)}: found dtype {leaf_dtype}, expected a float")
     if problems:
         raise ValueError("the weights do not match the configuration:\n  " + "\n  ".join(problems))
     return padding
 
 
+def _size_of(leaf: Any, w: Weight, axis: str, stacked: bool) -> int | None:
+    """The size of a logical axis of a weight; None if it has not even as many dimensions."""
+    dim = w.axes.index(axis)
+    if isinstance(leaf, Kernel):
+        if dim in w.inputs:  # flattened; the table pads none that has others beside it
+            return leaf.inputs
+        dim = [i for i in range(len(w.axes)) if i not in w.inputs].index(dim)
+    dim += stacked
+    return leaf.shape[dim] if len(leaf.shape) > dim else None
+
+
 def padded_sizes(config: BTLMConfig) -> dict[str, int]:
     """The logical axes that a mesh may zero-pad, with their true sizes."""
     return {"vocab": config.vocab_size, "mlp": config.n_inner}
-
-
-def _first(config: BTLMConfig, axis: str) -> tuple[str, Path, int]:
-    """The axis, and where it first occurs in the stacked tree: a path and a dimension."""
-    w = next(w for w in table(config) if axis in w.axes)
-    return axis, w.path, w.stacked + w.axes.index(axis)
 
 
 # One leaf per layer: the layout on disk and of Hugging Face ---------------------------------------

@@ -23,6 +23,7 @@ ORDER = [
     "presets",
     "config",
     "alibi",
+    "kernels",
     "weights",
     "tokenizer",
     "mup",

@@ -1,0 +1,152 @@
+"""The weights of a projection as decoding wants them: inputs last, in floats, int8 or int4.
+
+O is the shape of the outputs, such as [3, H, K] or [F]; I the number of inputs, those of several
+dimensions flattened; G the number of groups of inputs that share a scale.
+
+Reading its weights is all a step of decoding has to do: 2 N bytes in bf16, N in int8, N / 2 in int4.
+So what counts is that they are read as they rest, without a copy. CPUs do that for rows of inputs
+(three to five times faster than columns), and in bf16 and int8 for products of two rows or more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec, reshard
+
+# Two int4 share a byte: of 128 inputs, number i is the low and number 64 + i the high half of
+# byte i. Halves of whole vectors, rather than neighbours, unpack without shuffling.
+BLOCK = 128
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The weights of a projection, inputs last.
+
+    Attributes:
+      values: [*O, I], floats, int8 or int4; or uint8 [*O, I / 2], int4 packed two to a byte in
+        blocks of 128 inputs, to which I is filled up with zeros.
+      scales: None for floats; else [*O, G], for I / G consecutive inputs each (1 group for int8):
+        a weight is its value times its scale.
+      inputs: I, without filling.
+    """
+
+    values: jax.Array
+    scales: jax.Array | None
+    inputs: int = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def packed(self) -> bool:
+        """Whether two values share a byte."""
+        return self.values.dtype == jnp.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[*O, I]."""
+        return (*self.values.shape[:-1], self.inputs)
+
+
+def inputs_last(x: jax.Array, inputs: Sequence[int]) -> Kernel:
+    """A float kernel.
+
+    Args:
+      x: a weight as the table has it.
+      inputs: the dimensions that are inputs (`weights.Weight.inputs`).
+    """
+    outputs = [i for i in range(x.ndim) if i not in inputs]
+    n = math.prod(x.shape[i] for i in inputs)
+    shape = (*(x.shape[i] for i in outputs), n)
+    return Kernel(x.transpose(*outputs, *inputs).reshape(shape), None, n)
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+    """int8 [..., I] from uint8 [..., I / 2]: values from -8 to 7."""
+    pairs = jax.lax.bitcast_convert_type(packed, jnp.int8)
+    pairs = pairs.reshape(*packed.shape[:-1], -1, BLOCK // 2)
+    four = jnp.int8(4)
+    low = jax.lax.shift_right_arithmetic(jax.lax.shift_left(pairs, four), four)
+    high = jax.lax.shift_right_arithmetic(pairs, four)
+    return jnp.stack([low, high], -2).reshape(*packed.shape[:-1], -1)
+
+
+def dequantised(kernel: Kernel, dtype) -> jax.Array:
+    """The weights as an array [*O, I] of `dtype`; each is rounded once."""
+    values, scales = kernel.values, kernel.scales
+    if kernel.packed:
+        values = unpack(values)
+    if scales is not None:
+        outputs, groups = values.shape[:-1], scales.shape[-1]
+        values = values.reshape(*outputs, groups, -1).astype(jnp.float32)
+        values = (values * scales[..., None].astype(jnp.float32)).reshape(*outputs, -1)
+    return values[..., : kernel.inputs].astype(dtype)
+
+
+def rows(kernel: Kernel, index: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
+    """Rows of an embedding [V, D] of floats or int8, fp32; indices outside are clipped."""
+    found = kernel.values.at[index].get(mode="clip", out_sharding=out_sharding)
+    scales = kernel.scales
+    if scales is None:
+        return found.astype(jnp.float32)
+    return found * scales.at[index].get(mode="clip", out_sharding=out_sharding).astype(jnp.float32)
+
+
+def product(
+    x: jax.Array,
+    kernel: Kernel,
+    *,
+    on_cpu: bool,
+    precision: jax.lax.Precision | None = None,
+    out_sharding: PartitionSpec | None = None,
+) -> jax.Array:
+    """x [..., I] times the weights, summed over the inputs in fp32. Returns fp32 [..., *O].
+
+    `on_cpu`, int8 weights meet inputs that are rounded to int8, by a scale for each row: nothing else
+    reads them as they rest. On accelerators, and int4 everywhere, weights become what x is within
+    the product.
+    """
+    values, scales = kernel.values, kernel.scales
+    if values.dtype == jnp.int8 and on_cpu:
+        assert scales is not None
+        x_scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True).astype(jnp.float32), 1e-30) / 127
+        rounded = jnp.round(x / x_scale).astype(jnp.int8)
+        y = _dot(rounded, values, None, out_sharding, jnp.int32).astype(jnp.float32)
+        return y * x_scale.reshape(*x.shape[:-1], *(1,) * (y.ndim - x.ndim + 1)) * scales[..., 0]
+    if values.dtype == jnp.int8:  # one scale for all inputs: after the sum
+        y = _dot(x, values.astype(x.dtype), precision, out_sharding, jnp.float32)
+        assert scales is not None
+        return y * scales[..., 0]
+    if kernel.packed:
+        # Else XLA would unpack every weight of the model before the first product, and hold them.
+        bits = jnp.isnan(x.reshape(-1)[0]).astype(jnp.uint8)
+        kernel = dataclasses.replace(kernel, values=values ^ bits)
+    return _dot(x, dequantised(kernel, x.dtype), precision, out_sharding, jnp.float32)
+
+
+def _dot(x, w, precision, out_sharding, dtype):
+    """x [..., I] by w [*O, I]."""
+    one = x.size == x.shape[-1] and x.dtype != jnp.float32
+    if one:  # two rows, or XLA's CPU backend would take a copy of the weights in fp32
+        lead, x = x.shape[:-1], jnp.concatenate([x.reshape(1, -1)] * 2)
+    y = jax.lax.dot_general(
+        x,
+        w,
+        (((x.ndim - 1,), (w.ndim - 1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=out_sharding,
+    )
+    return y[0].reshape(*lead, *w.shape[:-1]) if one else y
+
+
+def place(kernel: Kernel, spec: PartitionSpec) -> Kernel:
+    """The kernel in another sharding, of [*O, I]; groups are split as inputs are."""
+    scales = kernel.scales
+    if scales is not None:
+        grouped = spec if scales.shape[-1] > 1 else PartitionSpec(*spec[:-1], None)
+        scales = reshard(scales, grouped)
+    return dataclasses.replace(kernel, values=reshard(kernel.values, spec), scales=scales)
