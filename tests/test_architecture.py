@@ -29,6 +29,7 @@ ORDER = [
     "sharding",
     "products",
     "context",
+    "remat",
     "attention_xla",
     "attention_fused",
     "attention",
