@@ -30,6 +30,7 @@ ORDER = [
     "sharding",
     "products",
     "context",
+    "remat",
     "attention_xla",
     "attention_fused",
     "attention",
