@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from btlm_jax.config import BTLMConfig as BTLMConfig
     from btlm_jax.generation.api import generate as generate
     from btlm_jax.generation.scoring import score as score
-    from btlm_jax.layers import KVCache as KVCache
+    from btlm_jax.kv_cache import KVCache as KVCache
     from btlm_jax.loss import next_token_loss as next_token_loss
     from btlm_jax.model import BTLM as BTLM
     from btlm_jax.sharding import make_mesh as make_mesh
@@ -31,7 +31,7 @@ _HOME = {
     "AlibiScaling": "config",
     "BTLM": "model",
     "BTLMConfig": "config",
-    "KVCache": "layers",
+    "KVCache": "kv_cache",
     "fold_completep": "weights",
     "generate": "generation.api",
     "load": "checkpoint",

@@ -36,7 +36,6 @@ def attention(
     *,
     slopes: jax.Array | None,
     segments: tuple[jax.Array, jax.Array] | None = None,
-    offset: jax.Array | None = None,
     implementation: Implementation | None = None,
     precision: jax.lax.Precision | None = None,
     shard: PartitionSpec | None = None,
@@ -45,14 +44,13 @@ def attention(
 
     Args:
       q: [B, H, T, K], already multiplied by the factor on q·k (where that costs no rounding).
-      k, v: [B, H, S, K].
+      k, v: [B, H, T, K].
       slopes: fp32 [H], divided by the ALiBi scale; None without ALiBi. On a mesh, sharded as the
         heads are.
-      segments: int32 ids of queries [B, T] and keys [B, S]; attention stays within equal ids.
-      offset: the slot of the first query, where keys occupy slots 0 to S - 1; None is 0 and S = T.
+      segments: int32 ids of queries and keys, [B, T] each; attention stays within equal ids.
       implementation: None takes the fused kernel of the platform; where that cannot serve, "xla",
-        with one warning that says why. A named one that cannot serve is an error. With an `offset`
-        (a step of decoding) it is always "xla", which then has less to do than a kernel.
+        with one warning that says why. A named one that cannot serve is an error. (Attention over a
+        cache is `kv_cache.extend`.)
       precision: of the matrix products of "xla".
       shard: on a mesh, the mesh axes of batch, heads and sequence. Attention runs per shard:
         without communication along batch and heads. Where the sequence is split, it is so as in
@@ -68,7 +66,7 @@ def attention(
     batch, heads, sequence = shard or (None, None, None)
     parts = 1 if sequence is None else mesh.shape[sequence]
     platform = sharding.platform(mesh)
-    chosen = _choose(q, slopes, segments, offset, implementation, parts, platform)
+    chosen = _choose(q, slopes, segments, implementation, parts, platform)
     local_heads = q.shape[1] // (1 if heads is None else mesh.shape[heads])
     local_batch = q.shape[0] // math.prod(mesh.shape[name] for name in sharding.axis_names(batch))
     groups = 1 if parts == 1 else _groups(local_heads, local_batch * k.shape[2])
@@ -80,15 +78,13 @@ def attention(
         )
     attend = functools.partial(_attend, chosen, precision, sequence if parts > 1 else None)
     local = functools.partial(_in_groups, attend, groups)
-    arrays = q, k, v, slopes, segments, offset, kernel
+    arrays = q, k, v, slopes, segments, kernel
     return local(*arrays) if shard is None else _per_shard(local, shard, *arrays)
 
 
-def _attend(chosen, precision, sequence, q, k, v, slopes, segments, offset, kernel) -> jax.Array:
+def _attend(chosen, precision, sequence, q, k, v, slopes, segments, kernel) -> jax.Array:
     """Attention of the queries of one device; `sequence` is the mesh axis they are split over."""
     positions = None
-    if offset is not None:
-        positions = offset + jnp.arange(q.shape[2], dtype=jnp.int32)
     if sequence is not None:
         # The gradients of k and v are scattered back by the transpose of the gather.
         positions = context.positions(q.shape[2], sequence)
@@ -121,7 +117,7 @@ def _in_groups(attend: Callable[..., jax.Array], groups: int, q, k, v, slopes, *
 
 
 def _per_shard(
-    local: Callable[..., jax.Array], shard: PartitionSpec, q, k, v, slopes, segments, offset, kernel
+    local: Callable[..., jax.Array], shard: PartitionSpec, q, k, v, slopes, segments, kernel
 ) -> jax.Array:
     """`local` on every device of the mesh, with its part of the arrays."""
     batch, heads, sequence = shard
@@ -132,7 +128,6 @@ def _per_shard(
         bhtk,
         None if slopes is None else PartitionSpec(heads),
         None if segments is None else (bt, bt),
-        None if offset is None else PartitionSpec(),
         # Every leaf says what the rows of queries do: [rows] or [1, blocks of rows, ...].
         jax.tree.map(lambda x: PartitionSpec(*(None, sequence)[2 - min(x.ndim, 2) :]), kernel),
     )
@@ -140,7 +135,7 @@ def _per_shard(
         kernel = jax.tree.map(reshard, kernel, specs[-1])
     # Pallas does not say over which axes its results vary.
     mapped = jax.shard_map(local, in_specs=specs, out_specs=bhtk, check_vma=kernel is None)
-    return mapped(q, k, v, slopes, segments, offset, kernel)
+    return mapped(q, k, v, slopes, segments, kernel)
 
 
 def _groups(heads: int, rows: int) -> int:
@@ -149,13 +144,13 @@ def _groups(heads: int, rows: int) -> int:
     return next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= fit)
 
 
-def _choose(q, slopes, segments, offset, named, parts: int, platform: str) -> Implementation:
+def _choose(q, slopes, segments, named, parts: int, platform: str) -> Implementation:
     """The implementation that computes this call."""
     if named is not None and named not in get_args(Implementation):
         expected = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation: found {named!r}, expected one of {expected}, or None")
     wanted = named or FUSED.get(platform, "xla")
-    if offset is not None or wanted == "xla":
+    if wanted == "xla":
         return "xla"
     why = _cannot(wanted, q, slopes, segments, parts, platform)
     if why is None:

@@ -3,9 +3,10 @@
 O is the shape of the outputs, such as [3, H, K] or [F]; I the number of inputs, those of several
 dimensions flattened; G the number of groups of inputs that share a scale.
 
-Reading its weights is all a step of decoding has to do: 2 N bytes in bf16, N in int8, N / 2 in int4.
-So what counts is that they are read as they rest, without a copy. CPUs do that for rows of inputs
-(three to five times faster than columns), and in bf16 and int8 for products of two rows or more.
+Reading its weights is all a step of decoding has to do: 2 N bytes in bf16, N in int8, N / 2 in
+int4. So what counts is that they are read as they rest, without a copy. CPUs do that for rows of
+inputs (three to five times faster than columns), and in bf16 and int8 for products of two rows or
+more.
 """
 
 from __future__ import annotations
@@ -105,9 +106,9 @@ def product(
 ) -> jax.Array:
     """x [..., I] times the weights, summed over the inputs in fp32. Returns fp32 [..., *O].
 
-    `on_cpu`, int8 weights meet inputs that are rounded to int8, by a scale for each row: nothing else
-    reads them as they rest. On accelerators, and int4 everywhere, weights become what x is within
-    the product.
+    `on_cpu`, int8 weights meet inputs that are rounded to int8, by a scale for each row: nothing
+    else reads them as they rest. On accelerators, and int4 everywhere, weights become what x is
+    within the product.
     """
     values, scales = kernel.values, kernel.scales
     if values.dtype == jnp.int8 and on_cpu:

@@ -12,7 +12,6 @@ Only this module imports flax.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec, reshard
 from jax.typing import DTypeLike
 
 from btlm_jax import (
@@ -29,102 +27,27 @@ from btlm_jax import (
     attention,
     attention_xla,
     context,
+    kernels,
+    kv_cache,
     products,
     remat,
-    sharding,
     weights,
 )
-from btlm_jax.config import BTLMConfig
-from btlm_jax.remat import Remat
+from btlm_jax.kernels import Kernel
+from btlm_jax.kv_cache import KVCache, Part
+from btlm_jax.spec import Spec
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens seen so far; an argument and a result of `BTLM.apply`.
+class Shared(NamedTuple):
+    """What every layer's attention shares where whole sequences are read."""
 
-    Attributes:
-      key, value: [L, B, H, S, K], S slots of which the first `length` are filled.
-      segment_ids: int32 [B, S]; 0 is padding.
-      length: int32 scalar, the same for every row (shorter rows are padded on the left).
-    """
-
-    key: jax.Array
-    value: jax.Array
-    segment_ids: jax.Array
-    length: jax.Array
-
-    @property
-    def capacity(self) -> int:
-        """S, the number of slots."""
-        return self.key.shape[3]
+    slopes: jax.Array | None  # fp32 [H], divided by the ALiBi scale
+    segments: tuple[jax.Array, jax.Array] | None  # of queries [B, T] and keys [B, S]
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What is static in one forward pass: the configuration, dtype, padding and mesh."""
-
-    config: BTLMConfig
-    dtype: np.dtype
-    rules: sharding.Rules
-    padding: tuple[tuple[str, int], ...]
-    mesh: jax.sharding.AbstractMesh | None
-    implementation: attention.Implementation | None
-    remat: Remat
-
-    @property
-    def precision(self) -> jax.lax.Precision | None:
-        """float32 means float32: TPUs and GPUs would otherwise use bf16 or TF32 products."""
-        return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
-
-    def axes(self, *axes: str | None) -> PartitionSpec | None:
-        """The PartitionSpec of an activation with these logical axes; None off any mesh."""
-        return sharding.spec(self.rules, *axes) if self.mesh is not None else None
-
-    def place(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Shards an array by logical axes; the identity off any mesh."""
-        if self.mesh is None:
-            return x
-        return reshard(x, jax.sharding.NamedSharding(self.mesh, sharding.spec(self.rules, *axes)))
-
-    def reordered(self, x: jax.Array, order: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
-        """x [B, T, ...] by `context.balanced` or `.natural`, where sequences are split."""
-        if self.mesh is None or sharding.ways(self.mesh, self.rules, "sequence") == 1:
-            return x
-        shards = self.axes("batch", "sequence", *(None,) * (x.ndim - 2))
-        assert shards is not None
-        axis = shards[1]
-        return jax.shard_map(lambda x: order(x, axis), in_specs=shards, out_specs=shards)(x)
-
-    @property
-    def attention_shard(self) -> PartitionSpec | None:
-        """How attention is split, along batch, heads and queries; None off any mesh."""
-        return self.axes("batch", "heads", "sequence")
-
-    def zeros(self, shape, dtype, *axes: str | None) -> jax.Array:
-        """A sharded array of zeros."""
-        return jnp.zeros(shape, dtype, out_sharding=self.axes(*axes))
-
-    def einsum(self, equation: str, x: jax.Array, y: jax.Array, *axes: str | None) -> jax.Array:
-        """`products.einsum`, fp32, sharded by the logical axes of the result."""
-        return products.einsum(equation, x, y, self.precision, self.axes(*axes))
-
-    def check_batch(self, batch_size: int, length: int | None = None) -> None:
-        """Raises ValueError if a batch, or its sequences, do not divide over the mesh."""
-        if self.mesh is not None:
-            sharding.check_batch(batch_size, self.mesh, self.rules, length)
-
-    def check_cache(self, cache: KVCache, batch_size: int) -> None:
-        """Raises ValueError if a cache was made for another model, batch, dtype or mesh."""
-        c = self.config
-        expected = (c.n_layer, batch_size, c.n_head, cache.capacity, c.head_dim)
-        if cache.key.shape != expected or cache.key.dtype != self.dtype:
-            raise ValueError(
-                f"cache: found {cache.key.dtype}{list(cache.key.shape)}, expected "
-                f"{self.dtype}{list(expected)} for this model and batch: make it with init_cache"
-            )
-        if sharding.mesh_of(cache.key) != self.mesh:
-            raise ValueError("cache: not on the mesh of the weights: make it with init_cache")
+AnyShared = Shared | kv_cache.Shared
+# Keys and values of a layer: its own slots, and those of a prefix.
+LayerCache = tuple[Part, Part | None]
 
 
 class Layer(nn.Module):
@@ -134,22 +57,50 @@ class Layer(nn.Module):
 
     def weight(self, name: str, dtype: DTypeLike | None = None) -> jax.Array:
         """A weight in the given dtype (the compute dtype), gathered from its fsdp shards."""
-        value, used = self._stored(name)
+        _, value, used = self._stored(name)
         return self.spec.place(value.astype(dtype or self.spec.dtype), *used)
 
     def product(self, equation: str, x: jax.Array, name: str, *axes: str | None) -> jax.Array:
         """`products.einsum` of x and a weight, fp32, sharded by the logical axes of the result."""
         spec = self.spec
-        value, used = self._stored(name)
-        w = value.astype(spec.dtype)
-        return products.einsum(equation, x, w, spec.precision, spec.axes(*axes), spec.axes(*used))
+        w, value, used = self._stored(name)
+        if not isinstance(value, Kernel):
+            y = value.astype(spec.dtype)
+            return products.einsum(
+                equation, x, y, spec.precision, spec.axes(*axes), spec.axes(*used)
+            )
+        n = len(w.inputs)  # the last dimensions of x, in order; of several, the first is sharded
+        if n > 1:
+            of_input = spec.axes("batch", "sequence", used[w.inputs[0]])
+            x = jnp.reshape(x, (*x.shape[:-n], -1), out_sharding=of_input)
+        return kernel_product(spec, w, x, value, *axes)
 
-    def _stored(self, name: str) -> tuple[jax.Array, tuple[str | None, ...]]:
-        """A weight as it rests, and the logical axes of its use."""
-        w = weights.by_path(self.spec.config)[(*self.path, name)]
-        shape = w.padded(dict(self.spec.padding))
-        value = self.param(name, nn.initializers.zeros, shape)  # never drawn here: `weights.init`
-        return value, tuple(None if a == "embed" else a for a in w.axes)
+    def _stored(self, name: str) -> tuple[weights.Weight, Any, tuple[str | None, ...]]:
+        """Its entry in the table, the weight as it rests, and the logical axes of its use."""
+        path = tuple(part for part in self.path if not part.isdigit())  # without the layer
+        w = weights.by_path(self.spec.config)[(*path, name)]
+        value = self.get_variable("params", name)  # never drawn here: `weights.init`
+        return w, value, _used(w)
+
+
+def _used(w: weights.Weight) -> tuple[str | None, ...]:
+    """The logical axes in which a weight is used: gathered from its fsdp shards."""
+    return tuple(None if a == "embed" else a for a in w.axes)
+
+
+def kernel_product(
+    spec: Spec, w: weights.Weight, x: jax.Array, kernel: Kernel, *axes: str | None
+) -> jax.Array:
+    """`kernels.product`, fp32, sharded by the logical axes of the result."""
+    if spec.mesh is not None:
+        used = _used(w)
+        outputs = (a for i, a in enumerate(used) if i not in w.inputs)
+        own = spec.axes(*outputs, used[w.inputs[0]])
+        assert own is not None
+        kernel = kernels.place(kernel, own)
+    return kernels.product(
+        x, kernel, on_cpu=spec.on_cpu, precision=spec.precision, out_sharding=spec.axes(*axes)
+    )
 
 
 class LayerNorm(Layer):
@@ -192,7 +143,7 @@ class Attention(Layer):
     """Multi-head causal attention over the new tokens and, if given, a cache."""
 
     @nn.compact
-    def __call__(self, x_BTD, layer, shared: Shared, kv, capture: bool):
+    def __call__(self, x_BTD, shared: AnyShared, kv: LayerCache | None, capture: bool):
         c, spec = self.spec.config, self.spec
         # As it comes out of the product: XLA would otherwise multiply into [qkv, H, K, B, T], and
         # every chunk of attention would turn its part round.
@@ -200,35 +151,31 @@ class Attention(Layer):
         scales = (c.attention_scale, 1.0, 1.0)
         qkv = Linear(spec, "btd,dchk->btchk", qkv_axes, scales, name="c_attn")(x_BTD)
         q, k, v = (x[:, :, 0].swapaxes(1, 2) for x in jnp.split(qkv, 3, axis=2))
-        offset = shared.offset
-        if kv is not None:
-            # In place on the stacked cache: only the T new slots of this layer are written.
-            assert offset is not None  # known wherever there is a cache
-            zero = jnp.zeros_like(layer)
-            at = (layer, zero, zero, offset, zero)
-            kv = tuple(
-                jax.lax.dynamic_update_slice(stack, x[None].astype(stack.dtype), at)
-                for stack, x in zip(kv, (k, v), strict=True)
+        own = None
+        common: dict[str, Any] = dict(precision=spec.precision, shard=spec.attention_shard)
+        if isinstance(shared, kv_cache.Shared):
+            assert kv is not None
+            out, own = kv_cache.extend(q, k, v, *kv, shared, on_cpu=spec.on_cpu, **common)
+        else:
+            of_all = dict(slopes=shared.slopes, segments=shared.segments)
+            out = attention.attention(
+                q, k, v, **of_all, implementation=spec.implementation, **common
             )
-            k, v = (jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False) for x in kv)
-        common = dict(slopes=shared.slopes, segments=shared.segments, precision=spec.precision)
-        out = attention.attention(
-            q,
-            k,
-            v,
-            **common,
-            offset=offset,
-            implementation=spec.implementation,
-            shard=spec.attention_shard,
-        )
+            if kv is not None:
+                own = kv_cache.filled(kv[0], k, v)
         axes = ("batch", "sequence", None)
         out = out.swapaxes(1, 2)
         h = Linear(spec, "bthk,hkd->btd", axes, c.residual_scale, name="c_proj")(out)
         if not capture:
-            return h, kv, None
+            return h, own, None
+        assert isinstance(shared, Shared)
         q, k = (spec.place(x, "batch", "heads", None, None) for x in (q, k))
-        at = jnp.arange(q.shape[2], dtype=jnp.int32) + (0 if offset is None else offset)
-        return h, kv, attention_xla.probabilities(q, k, **common, positions=at)
+        at = jnp.arange(q.shape[2], dtype=jnp.int32)
+        return (
+            h,
+            own,
+            attention_xla.probabilities(q, k, **of_all, precision=spec.precision, positions=at),
+        )
 
 
 class MLP(Layer):
@@ -255,26 +202,39 @@ class Block(Layer):
     capture: bool
 
     @nn.compact
-    def __call__(self, carry, layer, shared: Shared):
-        h, kv = carry
+    def __call__(self, h, shared: AnyShared, kv: LayerCache | None = None):
         before = h
         x = LayerNorm(self.spec, name="ln_1")(h)
-        x, kv, probs = Attention(self.spec, name="attn")(x, layer, shared, kv, self.capture)
+        x, own, probs = Attention(self.spec, name="attn")(x, shared, kv, self.capture)
         h = h + x
         h = h + MLP(self.spec, name="mlp")(LayerNorm(self.spec, name="ln_2")(h))
-        return (h, kv), (before, probs) if self.capture else None
+        return h, (before, probs) if self.capture else own
 
 
-class Shared(NamedTuple):
-    """What every layer's attention shares."""
+class Blocks(Layer):
+    """All blocks, one after the other, whose weights are apart: the way of decoding."""
 
-    slopes: jax.Array | None  # fp32 [H], divided by the ALiBi scale
-    segments: tuple[jax.Array, jax.Array] | None  # of queries [B, T] and keys [B, S]
-    offset: jax.Array | None  # int32, the slot of the first query; None without a cache: 0
+    capture: bool
+
+    @nn.compact
+    def __call__(self, h, shared: AnyShared, cache: KVCache | None):
+        results = []
+        for i in range(self.spec.config.n_layer):
+            kv = None
+            if cache is not None:
+                kv = cache.layers[i], cache.prefix and cache.prefix.layers[i]
+            h, result = Block(self.spec, self.capture, name=str(i))(h, shared, kv)
+            results.append(result)
+        if self.capture:
+            return h, jax.tree.map(lambda *x: jnp.stack(x), *results)
+        return h, tuple(results)
 
 
 class Transformer(Layer):
-    """Embedding, L scanned blocks, ln_f. Returns (h [B, T, D], cache, captured)."""
+    """Embedding, L blocks, ln_f. Returns (h [B, T, D], cache, captured).
+
+    Stacked weights are scanned over; weights by layer are used one after the other.
+    """
 
     @nn.compact
     def __call__(
@@ -285,74 +245,111 @@ class Transformer(Layer):
         capture: bool,
     ):
         c, spec = self.spec.config, self.spec
-        shape = inputs["input_ids"].shape
-        T = shape[1]
-        offset = jnp.zeros((), jnp.int32) if cache is None else cache.length
+        B, T = inputs["input_ids"].shape
+        whole = cache is None or cache.fresh
         meant: Any = T if length is None else length
-        key_length = meant if cache is None else offset + meant
+        # Of the first new token, an int32 for every row where they may differ.
+        start: Any = 0 if whole else cache.end
         if not c.alibi and "positions" not in inputs:
-            slots = jnp.broadcast_to(offset + jnp.arange(T), shape)
+            slots = jnp.broadcast_to(jnp.atleast_1d(start)[:, None] + jnp.arange(T), (B, T))
             inputs = {**inputs, "positions": spec.place(slots, "batch", "sequence")}
         inputs = {k: spec.reordered(x, context.balanced) for k, x in inputs.items()}
 
-        wte = self.weight("wte")
+        h = self._embed(inputs)
+        slopes = None
+        if c.alibi:
+            scale: Any = alibi.scale(c.alibi_scaling, start + meant)
+            slopes = jnp.asarray(alibi.model_slopes(c), jnp.float32)
+            slopes = slopes / (scale[:, None] if jnp.ndim(scale) else scale)
+            slopes = spec.place(slopes, *("batch", "heads")[-slopes.ndim :])
+        segments = self._segments(inputs, cache)
+        if whole:
+            shared: Any = Shared(slopes, None if segments is None else (segments, segments))
+        else:
+            assert cache is not None
+            shared, segments = self._continued(cache, slopes, segments)
+
+        if "blocks" in self.variables["params"] and weights.is_by_layer(self.variables["params"]):
+            h, result = Blocks(spec, capture, name="blocks")(h, shared, cache)
+        else:
+            assert cache is None  # `model` takes the layers apart
+            h, result = _scanned(spec, capture)(h, shared)
+        h = spec.reordered(LayerNorm(spec, name="ln_f")(h), context.natural)
+        if cache is None:
+            return h, None, result
+        if segments is None:
+            segments = spec.place(jnp.ones((B, T), jnp.int32), "batch", None)
+        if whole:
+            ids = jnp.pad(segments, ((0, 0), (0, cache.capacity - T)))
+        else:
+            ids = shared.ids
+            # A cache that ran over would have overwritten its last slots: make that visible.
+            fits = spec.place(cache.length + T <= cache.capacity, "batch")
+            h = jnp.where(fits[:, None, None], h, jnp.nan)
+        last = jax.lax.dynamic_index_in_dim(segments, meant - 1, 1, keepdims=False)
+        length = cache.length + meant
+        return h, KVCache(result, ids, last, length, cache.prefix), None
+
+    def _embed(self, inputs) -> jax.Array:
+        """The scaled embeddings [B, T, D]."""
+        c, spec = self.spec.config, self.spec
+        _, wte, _ = self._stored("wte")
+        if not isinstance(wte, Kernel):
+            wte = self.weight("wte")
         h = _look_up(spec, wte, inputs["input_ids"], c.vocab_size)
         if not c.alibi:
             h = h + _look_up(spec, self.weight("wpe"), inputs["positions"], c.n_positions)
         h = h * c.mup_embeddings_scale
         if "token_type_ids" in inputs:
             h = h + _look_up(spec, wte, inputs["token_type_ids"], c.vocab_size)
-        h = h.astype(spec.dtype)
+        return h.astype(spec.dtype)
 
-        segments: Any = self._segments(inputs, cache, offset)
-        pair: Any = None if segments is None else (segments, segments)
-        if cache is not None:
-            at = (jnp.zeros_like(offset), offset)
-            pair = (segments, jax.lax.dynamic_update_slice(cache.segment_ids, segments, at))
-        slopes = None
-        if c.alibi:
-            scaled = jnp.asarray(alibi.model_slopes(c), jnp.float32)
-            slopes = spec.place(scaled / alibi.scale(c.alibi_scaling, key_length), "heads")
-
-        policy = remat.policy(spec.remat)
-        block: Any = Block
-        if policy is not None:
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.n_layer,
-        )(spec, capture, name="blocks")
-        kv = None if cache is None else (cache.key, cache.value)
-        shared = Shared(slopes, pair, None if cache is None else offset)
-        out: Any = blocks((h, kv), jnp.arange(c.n_layer, dtype=jnp.int32), shared)
-        (h, filled), captured = out
-        h = spec.reordered(LayerNorm(spec, name="ln_f")(h), context.natural)
-        if cache is not None:
-            # A cache that ran over would have overwritten its last slots: make that visible.
-            h = jnp.where(offset + T <= cache.capacity, h, jnp.nan)
-            cache = KVCache(filled[0], filled[1], pair[1], offset + meant)
-        return h, cache, captured
-
-    def _segments(self, inputs, cache: KVCache | None, offset) -> jax.Array | None:
+    def _segments(self, inputs, cache: KVCache | None) -> jax.Array | None:
         """The segment of every new token, 0 for padding; None if all are one segment."""
         segments, mask = inputs.get("segment_ids"), inputs.get("attention_mask")
-        if segments is None and cache is not None:
-            last = jax.lax.dynamic_index_in_dim(cache.segment_ids, jnp.maximum(offset - 1, 0), 1)
-            started = (offset > 0) & (last > 0)
-            segments = jnp.broadcast_to(jnp.where(started, last, 1), inputs["input_ids"].shape)
+        if segments is None and cache is not None and not cache.fresh:
+            last = jnp.where(cache.segment > 0, cache.segment, 1)
+            segments = jnp.broadcast_to(last[:, None], inputs["input_ids"].shape)
             # Broadcasting forgets the sharding of a batch of one.
             segments = self.spec.place(segments, "batch", "sequence")
         if mask is None:
             return segments
         return mask if segments is None else jnp.where(mask != 0, segments, 0)
 
+    def _continued(self, cache: KVCache, slopes, segments) -> tuple[kv_cache.Shared, jax.Array]:
+        """What the layers share where a cache is continued, and the new tokens' segments."""
+        spec = self.spec
+        length = spec.place(cache.length, "batch")
+        rows = spec.axes("batch")
+        ids = kv_cache.write(cache.segment_ids, segments, length, 1, rows and rows[0])
+        before: Any = (None, None)
+        if cache.prefix is not None:
+            before = spec.place(cache.prefix.length, "batch"), cache.prefix.segment_ids
+        return kv_cache.Shared(slopes, length, segments, ids, *before), segments
 
-def _look_up(spec: Spec, table: jax.Array, index: jax.Array, size: int) -> jax.Array:
+
+def _scanned(spec: Spec, capture: bool) -> Callable[..., Any]:
+    """The blocks of stacked weights, compiled once."""
+    policy = remat.policy(spec.remat)
+    block: Any = Block
+    if policy is not None:
+        block = nn.remat(Block, prevent_cse=False, policy=policy)
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=spec.config.n_layer,
+    )(spec, capture, name="blocks")
+
+
+def _look_up(spec: Spec, table: jax.Array | Kernel, index: jax.Array, size: int) -> jax.Array:
     """Rows of an embedding, fp32 [B, T, D]; NaN where the index is out of range."""
-    rows = table.at[index].get(mode="clip", out_sharding=spec.axes("batch", "sequence", None))
+    out = spec.axes("batch", "sequence", None)
+    if isinstance(table, Kernel):
+        rows = kernels.rows(table, index, out)
+    else:
+        rows = table.at[index].get(mode="clip", out_sharding=out)
     inside = (index >= 0) & (index < size)
     return jnp.where(inside[..., None], rows.astype(jnp.float32), jnp.nan)
 
@@ -376,11 +373,15 @@ def head_logits(spec: Spec, product: jax.Array, vocab: jax.Array) -> jax.Array:
 def project_logits(spec: Spec, params, hidden: jax.Array) -> jax.Array:
     """Logits with the vocabulary as padded as the weights are, fp32 [..., Vp]."""
     w = head_weight(spec, params)
-    w = spec.place(w.astype(spec.dtype), "vocab", None)
     # Decoding leaves sequences whole: the states say whether theirs are split.
     own = jax.typeof(hidden).sharding.spec
     lead = ("batch", *("sequence" if axis else None for axis in own[1:-1]))
-    rows = "bts"[: hidden.ndim - 1]
-    product = spec.einsum(f"{rows}d,vd->{rows}v", hidden, w, *lead, "vocab")
+    if isinstance(w, Kernel):
+        of_head = weights.by_path(spec.config)[("wte",)]
+        product = kernel_product(spec, of_head, hidden, w, *lead, "vocab")
+    else:
+        w = spec.place(w.astype(spec.dtype), "vocab", None)
+        rows = "bts"[: hidden.ndim - 1]
+        product = spec.einsum(f"{rows}d,vd->{rows}v", hidden, w, *lead, "vocab")
     logits = head_logits(spec, product, spec.place(jnp.arange(w.shape[0]), "vocab"))
     return spec.place(logits, *lead, None)

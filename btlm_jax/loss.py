@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, reshard
 from jax.typing import ArrayLike
 
-from btlm_jax import products, sharding
-from btlm_jax.layers import Spec, head_logits, head_weight
+from btlm_jax import kernels, products, sharding
+from btlm_jax.kernels import Kernel
+from btlm_jax.layers import head_logits, head_weight
 from btlm_jax.model import BTLM
+from btlm_jax.spec import Spec
 from btlm_jax.weights import Params
 
 # Positions with this label are left out of the loss, as in PyTorch and transformers.
@@ -186,6 +188,8 @@ def head_loss(
         known = (targets == IGNORE) | ((targets >= 0) & (targets < spec.config.vocab_size))
         weights = jnp.where(known, counted, jnp.nan)
         w = head_weight(spec, params)
+        if isinstance(w, Kernel):
+            w = kernels.dequantised(w, spec.dtype)
         objective, penalty = _summed(spec, z_loss, w, h_BTD, targets, weights)
         return objective, LossSum(objective - jax.lax.stop_gradient(penalty), counted.sum())
 

@@ -18,8 +18,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax import attention, sharding, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.layers import KVCache, Spec, Transformer, project_logits
+from btlm_jax.kv_cache import KVCache, Part, Slots, branch
+from btlm_jax.layers import Transformer, project_logits
 from btlm_jax.remat import KEPT, Remat
+from btlm_jax.spec import Spec
 
 
 class Intermediates(NamedTuple):
@@ -76,23 +78,46 @@ class BTLM:
         placed = sharding.param_shardings(self.config, mesh, self.rules, pad)
         return weights.init(key, self.config, dtype, pad, placed, truncation)
 
-    def init_cache(self, params: weights.Params, batch_size: int, capacity: int) -> KVCache:
-        """Makes an empty cache of `capacity` slots, sharded like the activations of `params`."""
-        c, spec = self.config, self.spec(params)
+    def init_cache(
+        self,
+        params: weights.Params,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: DTypeLike | None = None,
+    ) -> KVCache:
+        """Makes an empty cache of `capacity` slots, sharded like the activations of `params`.
+
+        Args:
+          dtype: "int8" halves a bf16 cache, with a scale for every slot and head; None is the
+            compute dtype.
+        """
+        spec = self.spec(params)
         spec.check_batch(batch_size)
-        shape = (c.n_layer, batch_size, c.n_head, capacity, c.head_dim)
+        dtype = _cache_dtype(spec, dtype)
 
         def empty():
             with sharding.on_mesh(spec.mesh):
-                kv = spec.zeros(shape, spec.dtype, None, "batch", "heads", None, None)
-                segments = spec.zeros((batch_size, capacity), jnp.int32, "batch", None)
-                return KVCache(kv, kv, segments, jnp.zeros((), jnp.int32))
+                layers, ids = _empty(spec, batch_size, capacity, dtype)
+                zero = spec.zeros((batch_size,), jnp.int32, "batch")
+                length = jnp.zeros(batch_size, jnp.int32)
+                return KVCache(layers, ids, zero, length, fresh=True)
 
         mesh = sharding.concrete_mesh_of(params["wte"])
         if mesh is None:
             return jax.jit(empty)()
         with jax.set_mesh(mesh):
             return jax.jit(empty)()
+
+    def branch(self, params: weights.Params, cache: KVCache, copies: int, capacity: int) -> KVCache:
+        """An empty cache of `copies` rows for each of `cache`, which they all read and continue.
+
+        Of the same dtype. Under jit nothing is copied.
+        """
+        spec = self.spec(params)
+        with sharding.on_mesh(spec.mesh):
+            layers, ids = _empty(spec, cache.rows * copies, capacity, cache.dtype)
+            return branch(cache, copies, layers, ids)
 
     def apply(
         self,
@@ -242,7 +267,7 @@ class BTLM:
             )
         if cache is not None:
             spec.check_cache(cache, shape[0])
-        start = 0 if cache is None else _concrete(cache.length)
+        start = 0 if cache is None else _fill(cache)
         end = None if start is None else start + shape[1]
         if cache is not None and (end or shape[1]) > cache.capacity:
             raise ValueError(
@@ -263,6 +288,8 @@ class BTLM:
 def _forward(spec: Spec, params, inputs: Mapping[str, jax.Array], cache, length, capture: bool):
     with sharding.on_mesh(spec.mesh):
         inputs = {k: spec.place(x, "batch", "sequence") for k, x in inputs.items()}
+        if cache is not None:
+            params = weights.by_layer(spec.config, params)
         return Transformer(spec).apply({"params": params}, inputs, cache, length, capture)
 
 
@@ -279,6 +306,28 @@ def _as_array(x: ArrayLike) -> jax.Array:
     return jnp.asarray(x)
 
 
-def _concrete(x: jax.Array) -> int | None:
-    """The value of an int scalar, or None while tracing."""
-    return None if isinstance(x, jax.core.Tracer) else int(x)
+def _fill(cache: KVCache) -> int | None:
+    """The greatest number of filled slots, or None while tracing."""
+    return None if isinstance(cache.length, jax.core.Tracer) else int(cache.length.max())
+
+
+def _cache_dtype(spec: Spec, dtype: DTypeLike | None) -> np.dtype:
+    found = spec.dtype if dtype is None else jnp.dtype(dtype)
+    if found != jnp.int8 and not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"dtype of the cache: found {found}, expected int8 or a float")
+    return found
+
+
+def _empty(spec: Spec, rows: int, capacity: int, dtype) -> tuple[tuple[Part, ...], jax.Array]:
+    """Empty slots of every layer, and their segments."""
+    c = spec.config
+    shape = (rows, c.n_head, capacity, c.head_dim)
+
+    def slots():
+        data = spec.zeros(shape, dtype, "batch", "heads", None, None)
+        if dtype != jnp.int8:
+            return Slots(data, None)
+        return Slots(data, spec.zeros(shape[:3], jnp.float32, "batch", "heads", None))
+
+    layers = tuple(Part(slots(), slots()) for _ in range(c.n_layer))
+    return layers, spec.zeros((rows, capacity), jnp.int32, "batch", None)

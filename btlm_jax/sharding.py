@@ -271,9 +271,9 @@ def of_one_layer(stacked: jax.sharding.Sharding) -> jax.sharding.Sharding:
     return stacked
 
 
-def mesh_of(x: jax.Array) -> jax.sharding.AbstractMesh | None:
-    """The explicit mesh an array lives on, from its type; None off any mesh."""
-    mesh = jax.typeof(x).sharding.mesh
+def mesh_of(x: Any) -> jax.sharding.AbstractMesh | None:
+    """The explicit mesh an array, or a tree of them, lives on, from its type; None off any mesh."""
+    mesh = jax.typeof(jax.tree.leaves(x)[0]).sharding.mesh
     return None if mesh.empty else mesh
 
 
@@ -314,8 +314,9 @@ def platform(mesh: jax.sharding.AbstractMesh | None) -> str:
     return {"cuda": "gpu"}.get(mesh.abstract_device.platform, mesh.abstract_device.platform)
 
 
-def concrete_mesh_of(x: jax.Array) -> Mesh | None:
-    """The mesh of devices a concrete array lives on; None off any mesh or while tracing."""
+def concrete_mesh_of(x: Any) -> Mesh | None:
+    """The mesh of devices concrete arrays live on; None off any mesh or while tracing."""
+    x = jax.tree.leaves(x)[0]
     if isinstance(x, jax.core.Tracer) or mesh_of(x) is None:
         return None
     mesh = getattr(x.sharding, "mesh", None)

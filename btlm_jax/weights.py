@@ -285,7 +285,9 @@ def is_by_layer(params: Mapping[str, Any]) -> bool:
 
 
 def _of_layer(stacked: Any, layer: int | None) -> Any:
-    return stacked if layer is None else stacked[layer]
+    if layer is None:
+        return stacked
+    return jax.lax.index_in_dim(stacked, layer, 0, keepdims=False)
 
 
 def check(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int]:

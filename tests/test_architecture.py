@@ -34,6 +34,8 @@ ORDER = [
     "attention_xla",
     "attention_fused",
     "attention",
+    "kv_cache",
+    "spec",
     "layers",
     "model",
     "loss",

@@ -190,9 +190,9 @@ def test_one_program_per_bucket(tiny):
     compiled(5, 4)
     for length, new in ((6, 4), (31, 1), (1, 31), (9, 12)):  # prompt and all within 32 slots
         assert compiled(length, new, seed=length, min_new_tokens=1) == 0, (length, new)
-    assert compiled(30, 3) == 1  # 33 of 40
-    assert compiled(32, 8) == 0
-    assert compiled(33, 7) == 1
+    assert compiled(33, 3) == 3  # 33 of 40: reading, beginning, going on
+    assert compiled(32, 8) == compiled(33, 7) == 0
+    assert compiled(33, 33) == 2  # another bucket of new tokens: nothing to read anew
 
 
 def test_buckets():
@@ -268,7 +268,7 @@ def test_user_processors(tiny):
 
     def successor(ids, length, scores):
         """Only the last token plus one."""
-        last = jax.lax.dynamic_index_in_dim(ids, length - 1, 1)
+        last = jnp.take_along_axis(ids, length[:, None] - 1, 1)
         return jnp.where(jnp.arange(scores.shape[1]) == last + 1, scores, -jnp.inf)
 
     for how in (dict(), dict(do_sample=True), dict(num_beams=2)):

@@ -18,9 +18,8 @@ def scores(ids, length=None, start=0, prompt=2, least=0, most=99, eos=(), **opti
     ids = np.array([ids])
     context = Context(
         jnp.asarray(ids),
-        jnp.int32(ids.shape[1] if length is None else length),
-        jnp.array([start]),
-        *map(jnp.int32, (prompt, least, most)),
+        jnp.array([ids.shape[1] if length is None else length]),
+        *(jnp.array([n]) for n in (start, prompt, least, most)),
     )
     return np.asarray(process(jnp.asarray(FLAT), context, Options(**options), eos, ()))[0]
 
@@ -90,7 +89,7 @@ def test_exponential_decay_raises_eos():
 
 
 def test_custom_processors_come_last():
-    context = Context(jnp.array([[1, 2]]), jnp.int32(2), jnp.array([0]), *map(jnp.int32, (2, 0, 9)))
+    context = Context(jnp.array([[1, 2]]), *(jnp.array([n]) for n in (2, 0, 2, 0, 9)))
     options = Options(suppress_tokens=[0])
     got = process(jnp.asarray(FLAT), context, options, (), (lambda ids, n, s: s.at[:, 0].set(9),))
     assert got[0, 0] == 9

@@ -142,7 +142,7 @@ def test_warpers(seed):
 
 def test_remove_invalid_values():
     scores = np.array([[np.nan, np.inf, -np.inf, 1.0]], np.float32)
-    context = processors.Context(*(np.zeros((1, 4), int), 2, np.zeros(1, int), 1, 0, 9))
+    context = processors.Context(np.zeros((1, 4), int), *(np.array([n]) for n in (2, 0, 1, 0, 9)))
     got = processors.process(
         jnp.asarray(scores), context, Options(remove_invalid_values=True), (), ()
     )

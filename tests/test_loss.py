@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss, sharding
 from btlm_jax import loss as loss_module
-from btlm_jax.layers import Spec, project_logits
+from btlm_jax.layers import project_logits
 from btlm_jax.loss import IGNORE, cross_entropy, head_loss, target_loss
+from btlm_jax.spec import Spec
 
 
 def exact(logits, labels):

@@ -11,7 +11,8 @@ import numpy as np
 
 from btlm_jax import loss, sharding
 from btlm_jax.config import BTLMConfig
-from btlm_jax.layers import Spec, project_logits
+from btlm_jax.layers import project_logits
+from btlm_jax.spec import Spec
 
 from . import measure
 

@@ -6,18 +6,22 @@ import dataclasses
 import inspect
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from btlm_jax import sharding
-from btlm_jax.generation import decode, options, prompts, stopping
+from btlm_jax import kv_cache, sharding
+from btlm_jax.generation import decode, options, prompts, sample, search, stopping
 from btlm_jax.generation.processors import Processor
+from btlm_jax.generation.prompt_cache import PromptCache, prompt_of
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
 logger = logging.getLogger(__name__)
+
+# Slots for new tokens at first, where many more may be needed: a step reads all there are.
+_FIRST = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +67,8 @@ def generate(
     tokenizer: Any = None,
     logits_processor: Processor | Sequence[Processor] = (),
     cache_length: int | None = None,
+    cache_dtype: DTypeLike | None = None,
+    prompt_cache: PromptCache | None = None,
     return_dict_in_generate: bool = False,
     output_scores: bool = False,
     output_logits: bool = False,
@@ -70,7 +76,7 @@ def generate(
 ) -> Any:
     """Continues prompts.
 
-    Runs inside jit. A program is compiled for every set of options and every bucket of lengths
+    Runs inside jit. Programs are compiled for every set of options and every bucket of lengths
     (`prompts.bucket`); seeds and lengths within the bucket may change without compiling.
 
     Args:
@@ -88,10 +94,13 @@ def generate(
       stop_strings, tokenizer: strings that end a row with the token that completes one, and the
         tokenizer to find them with. The row is then filled up, also where no EOS is set
         (transformers lets it go on until the others have ended).
-      logits_processor: pure functions (ids [R, S], length, scores [R, V]) -> scores that JAX can
-        trace, applied after the processors of the options; `length` of the S slots are filled. A
-        new function compiles a new program.
-      cache_length: slots of the KV cache; default as many as needed, in buckets.
+      logits_processor: pure functions (ids [R, S], length [R], scores [R, V]) -> scores that JAX
+        can trace, applied after the processors of the options; `length` of a row's S slots are
+        filled. A new function compiles a new program.
+      cache_length: the most slots the KV cache may take; more tokens are refused. By default it
+        takes as many as are needed, in buckets, and grows with the text.
+      cache_dtype: of the KV cache: "int8" takes half of bf16. Default the compute dtype.
+      prompt_cache: how the prompts begin, read before (`PromptCache`).
       return_dict_in_generate: return an `Output`.
       output_scores, output_logits: which of its large arrays to fill.
       **named: see `options.Options`, the names and defaults.
@@ -128,38 +137,53 @@ def generate(
         table = stopping.table(stop_strings, tokenizer, c.vocab_size)
         state = stopping.after_prompt(table, ids, mask)
 
-    capacity = prompts.bucket(lengths.most) if cache_length is None else cache_length
-    steps = min(prompts.bucket(lengths.most - T), capacity)
     mesh = sharding.mesh_of(params["wte"])
     extra = -rows % sharding.ways(mesh, model.rules, "batch") if mesh is not None else 0
 
-    def filled(x, width=None, value=0):
-        """`x` with copies of the last row, so that the batch divides over the mesh, and wider."""
-        x = np.concatenate([x, np.repeat(x[-1:], extra, 0)])
-        return x if width is None else np.pad(x, ((0, 0), (0, width - T)), constant_values=value)
+    def filled(x):
+        """`x` with copies of the last row, so that the batch divides over the mesh."""
+        return np.concatenate([x, np.repeat(x[-1:], extra, 0)])
 
+    ids, mask = filled(ids), filled(mask)
     fill = _fill(pad, eos, how.num_beams > 1)
+    new = lengths.most - T
+    room = prompts.bucket(new) if cache_length is None else cache_length - T
+    if prompt_cache is None:
+        width = prompts.bucket(T) if cache_length is None else min(prompts.bucket(T), cache_length)
+        read = prompt_of(model, params, ids, mask, width, cache_dtype)
+    else:
+        read = prompt_cache.continued(model, params, ids, mask)
     custom = (logits_processor,) if callable(logits_processor) else tuple(logits_processor or ())
     program = decode.Program(
-        model, how, eos, custom, steps * output_scores, steps * output_logits
+        model, how, eos, custom, prompts.bucket(new) * output_scores,
+        prompts.bucket(new) * output_logits,
     )  # fmt: skip
-    request = decode.Request(
-        ids=filled(ids, capacity, fill),
-        mask=filled(mask, min(prompts.bucket(T), capacity)),
-        prompt_length=np.int32(T),
-        min_length=np.int32(lengths.least),
-        max_length=np.int32(lengths.most),
-        rows=np.int32(rows),
-        seeds=filled(seed_of),
-        streams=filled(stream_of),
-        fill=np.int32(fill),
-        stop=table,
-        stop_state=None if state is None else filled(state),
+
+    def each(x):
+        return np.repeat(x, how.copies, 0)
+
+    def same(x):
+        return np.full(len(ids) * how.copies, x, np.int32)
+
+    state_of_row = decode.Rows(
+        same(T),
+        each(mask.sum(1)),
+        each(mask.argmax(1)),
+        same(lengths.least),
+        same(lengths.most),
+        each(filled(seed_of)),
+        each(filled(stream_of)),
+        np.tile(np.arange(how.copies, dtype=np.int32), len(ids)),
+        each(np.arange(len(ids)) < rows),
     )
-    result = decode.run(program, params, request)
+    width = prompts.bucket(T) + prompts.bucket(new) - T
+    buffer = np.pad(each(ids), ((0, 0), (0, width)), constant_values=fill)
+    begun = each(filled(state)) if state is not None else None
+    result = _run(program, params, read, state_of_row, buffer, table, begun, room)
 
     count = rows * how.num_return_sequences
-    end = int(np.asarray(result.lengths)[:count].max())
+    lengths_R = np.asarray(result.lengths)[:count]
+    end = int(lengths_R.max())
     sequences = np.asarray(result.ids)[:count, :end]
     if not return_dict_in_generate:
         return sequences
@@ -178,6 +202,54 @@ def generate(
         steps_of(result.scores),
         steps_of(result.logits),
     )
+
+
+class _Result(NamedTuple):
+    """Of R rows. What is per token lies at its slot."""
+
+    ids: Any  # int32 [R, S]
+    lengths: Any  # int32 [R], of the row with its prompt and EOS
+    logprobs: Any  # fp32 [R, S], of new tokens, the model's own
+    sequences_scores: Any  # fp32 [R], of beams
+    beam_indices: Any  # int32 [R, S], of beams: the row each new token came from
+    scores: Any  # fp32 [steps, rows, V], after all processors
+    logits: Any  # fp32 [steps, rows, V]
+
+
+def _run(program, params, prompt, rows, ids, table, stop_state, room: int) -> _Result:
+    """Decodes to the end, in a cache that grows to `room` slots for new tokens."""
+    capacity = room if room <= 2 * _FIRST else _FIRST
+    begin = program, params, prompt, rows, ids, table, stop_state
+    if program.options.num_beams == 1:
+        s: Any = sample.start(*begin, capacity)
+    else:
+        s = search.start(*begin, capacity)
+    used = 0
+    while True:
+        common = program, params, prompt.cache, s, table, capacity - used
+        if program.options.num_beams == 1:
+            s = sample.advance(*common, len(ids))
+            ended = np.asarray(s.done).all()
+        else:
+            s = search.advance(*common)
+            ended = not s.beams.go_on
+        if ended:
+            break
+        used, capacity = capacity, min(2 * capacity, room)
+        s = s._replace(cache=kv_cache.grown(s.cache, capacity))
+    kept = s.kept.get("scores"), s.kept.get("logits")
+    if program.options.num_beams == 1:
+        return _Result(s.ids, s.length, s.logprobs, None, None, *kept)
+    n = program.options.num_return_sequences
+
+    def best(x):
+        x = np.asarray(x)[:, :n]
+        return x.reshape(-1, *x.shape[2:])
+
+    tracks = s.beams.finished
+    lengths = rows.prompt_length[0] + best(s.beams.lengths)
+    parts = best(tracks["logprobs"]), best(s.beams.scores), best(tracks["rows"])
+    return _Result(best(tracks["ids"]), lengths, *parts, *kept)
 
 
 def _fill(pad: int | None, eos: tuple[int, ...], beams: bool) -> int:

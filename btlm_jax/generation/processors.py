@@ -15,12 +15,12 @@ import numpy as np
 
 from btlm_jax.generation.options import Bias, Options
 
-# (ids [R, S], how many of the S are filled, scores [R, V]) -> scores [R, V]
+# (ids [R, S], how many of the S are filled [R], scores [R, V]) -> scores [R, V]
 Processor = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Context(NamedTuple):
-    """What the rules know of the rows. Lengths are int32 scalars and count padded prompts."""
+    """What the rules know of the rows. Lengths are int32 [R] and count padded prompts."""
 
     ids: jax.Array  # int32 [R, S], of which `length` are filled
     length: jax.Array
@@ -50,18 +50,20 @@ def process(
     bad = [ids for ids in o.bad_words_ids if len(ids) > 1 or ids[0] not in eos]
     scores = _biased(scores, c, tuple((ids, -np.inf) for ids in bad))
     if eos:
-        scores = jnp.where((c.length < c.min_length) & ends, -jnp.inf, scores)
+        early = (c.length < c.min_length)[:, None]
+        scores = jnp.where(early & ends, -jnp.inf, scores)
     if o.forced_bos_token_id is not None:
         forced = _forced((o.forced_bos_token_id,), vocab)
-        scores = jnp.where(c.length == 1, forced, scores)
+        scores = jnp.where((c.length == 1)[:, None], forced, scores)
     if o.forced_eos_token_id:
         forced = _forced(o.forced_eos_token_id, vocab)
-        scores = jnp.where(c.length == c.max_length - 1, forced, scores)
+        last = (c.length == c.max_length - 1)[:, None]
+        scores = jnp.where(last, forced, scores)
     if o.remove_invalid_values:
         scores = jnp.nan_to_num(scores)
     if o.exponential_decay_length_penalty is not None and eos:
         start, factor = o.exponential_decay_length_penalty
-        past = c.length - c.prompt_length - start
+        past = (c.length - c.prompt_length - start)[:, None]
         rise = jnp.abs(scores) * (jnp.float32(factor) ** past - 1)
         rising = ends & (past > 0) & jnp.isfinite(scores)
         scores = jnp.where(rising, scores + rise, scores)
@@ -70,7 +72,7 @@ def process(
         # After a forced second token, the first free one is the third.
         forced = (c.prompt_length == 1) & (o.forced_bos_token_id is not None)
         first = c.length == c.prompt_length + forced
-        banned = first & _members(o.begin_suppress_tokens, vocab)
+        banned = first[:, None] & _members(o.begin_suppress_tokens, vocab)
         scores = jnp.where(banned, -jnp.inf, scores)
     for processor in custom:
         scores = processor(c.ids, c.length, scores)
@@ -96,7 +98,7 @@ def _seen(scores, tokens, where):
 
 def _penalised(scores, c: Context, penalty: float):
     slot = jnp.arange(c.ids.shape[1])
-    seen = _seen(scores, c.ids, (slot < c.length) & (slot >= c.start[:, None]))
+    seen = _seen(scores, c.ids, (slot < c.length[:, None]) & (slot >= c.start[:, None]))
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
@@ -104,12 +106,18 @@ def _without_repeated(scores, c: Context, n: int):
     windows = c.ids.shape[1] - n + 1
     if windows < 1:
         return scores
-    same = jnp.broadcast_to(jnp.arange(windows) + n <= c.length, (c.ids.shape[0], windows))
+    same = jnp.arange(windows) + n <= c.length[:, None]
+    suffix = _suffix(c, n - 1)
     for i in range(n - 1):
-        suffix = jax.lax.dynamic_index_in_dim(c.ids, c.length + 1 - n + i, 1)
-        same = same & (c.ids[:, i : i + windows] == suffix)
+        same = same & (c.ids[:, i : i + windows] == suffix[:, i : i + 1])
     banned = _seen(scores, c.ids[:, n - 1 :], same)
-    return jnp.where(banned & (c.length >= n), -jnp.inf, scores)
+    return jnp.where(banned & (c.length >= n)[:, None], -jnp.inf, scores)
+
+
+def _suffix(c: Context, n: int) -> jax.Array:
+    """The last n tokens of every row, int32 [R, n]; anything of shorter ones."""
+    at = c.length[:, None] - n + jnp.arange(n)
+    return jnp.take_along_axis(c.ids, at, 1, mode="clip")
 
 
 def _biased(scores, c: Context, bias: Bias):
@@ -127,8 +135,8 @@ def _biased(scores, c: Context, bias: Bias):
     for n, group in longer.items():
         sequences = np.array([ids for ids, _ in group], np.int32)
         values = np.array([value for _, value in group], np.float32)
-        suffix = jax.lax.dynamic_slice_in_dim(c.ids, c.length - n, n, 1)
-        ends = (suffix[:, None] == sequences[None, :, :-1]).all(-1) & (c.length >= n)
+        ends = (_suffix(c, n)[:, None] == sequences[None, :, :-1]).all(-1)
+        ends = ends & (c.length >= n)[:, None]
         added = jnp.zeros((rows, vocab), jnp.float32)
         scores = scores + added.at[:, sequences[:, -1]].add(jnp.where(ends, values, 0.0))
     return scores

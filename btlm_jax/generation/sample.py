@@ -1,0 +1,109 @@
+"""Greedy decoding and sampling: rows that grow by a token at a time, each at its own length."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from btlm_jax import sharding
+from btlm_jax.generation import decode
+from btlm_jax.generation.decode import Program, Prompt, Rows
+from btlm_jax.generation.sampling import draw
+from btlm_jax.kv_cache import KVCache
+
+
+class State(NamedTuple):
+    """R rows on their way. What is per token lies at its slot."""
+
+    rows: Rows
+    ids: jax.Array  # int32 [R, S]: prompts and new tokens, then the filling
+    length: jax.Array  # int32 [R], of each row so far, at the end with its EOS
+    done: jax.Array  # bool [R]
+    logprobs: jax.Array  # fp32 [R, S], the model's own, of new tokens; else NaN
+    stop_state: jax.Array | None  # int32 [R]
+    cache: KVCache  # of new tokens; the prompts' is its prefix, and given beside
+    step: jax.Array  # int32, how many tokens have been chosen
+    kept: dict[str, jax.Array]
+
+
+@functools.partial(jax.jit, static_argnames=("program", "capacity"))
+def start(
+    program: Program, params: Any, prompt: Prompt, rows: Rows, ids, table, stop_state, capacity: int
+) -> State:
+    """Begins rows, and chooses the first token of each.
+
+    Args:
+      prompt: of B rows; R = B * copies.
+      ids: int32 [R, S], prompts, then what fills a row that has ended.
+      table: `stopping.table`, or None; `stop_state`, after the prompts, int32 [R].
+      capacity: slots for new tokens, at first.
+    """
+    model = program.model
+    with sharding.on_mesh(model.spec(params).mesh):
+        of_row = decode.source(program, prompt.logits.shape[0])
+        cache = model.branch(params, prompt.cache, program.options.copies, capacity)
+        logits = prompt.logits[of_row]
+        begun = State(
+            rows,
+            ids,
+            rows.prompt_length,
+            ~rows.meant,
+            jnp.full(ids.shape, jnp.nan),
+            stop_state,
+            dataclasses.replace(cache, prefix=None),
+            jnp.int32(0),
+            decode.buffers(program, logits),
+        )
+        return _append(program, begun, logits, table)
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+def advance(
+    program: Program, params: Any, prompts: KVCache, state: State, table, steps, patience
+) -> State:
+    """Chooses more tokens: at most `steps` for each row, until `patience` rows are done."""
+
+    def unfinished(carry):
+        i, state = carry
+        return (i < steps) & (state.done.sum() < patience)
+
+    def one(carry):
+        i, s = carry
+        cache = dataclasses.replace(s.cache, prefix=prompts)
+        logits, cache = decode.forward(program, params, s.rows, s.ids, s.length, cache)
+        # Rows that are done take no more slots.
+        length = jnp.where(s.done, s.cache.length, cache.length)
+        s = s._replace(cache=dataclasses.replace(cache, length=length, prefix=None))
+        return i + 1, _append(program, s, logits, table)
+
+    with sharding.on_mesh(program.model.spec(params).mesh):
+        return jax.lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
+
+
+def _append(program: Program, s: State, logits: jax.Array, table) -> State:
+    step = s.length - s.rows.prompt_length
+    scores = decode.processed(program, s.rows, logits, s.ids, s.length)
+    if program.options.do_sample:
+        # Each copy has a key of its own, the same however many there are.
+        keys = jax.vmap(jax.random.fold_in)(decode.keys(s.rows, step), s.rows.copy)
+        token = draw(scores, keys, 1)[:, 0].astype(jnp.int32)
+    else:
+        token = jnp.argmax(scores, -1).astype(jnp.int32)
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), token[:, None], 1)[:, 0]
+    hit, stop_state = decode.ended(program, table, token, s.stop_state)
+    R, S = s.ids.shape
+    at = jnp.arange(R), jnp.where(s.done, S, s.length)  # past the end: dropped
+    length = s.length + ~s.done
+    return s._replace(
+        ids=s.ids.at[at].set(token, mode="drop"),
+        length=length,
+        done=s.done | hit | (length >= s.rows.max_length),
+        logprobs=s.logprobs.at[at].set(logprob, mode="drop"),
+        stop_state=stop_state,
+        step=s.step + 1,
+        kept=decode.record(s.kept, s.step, scores=scores, logits=logits),
+    )

@@ -1,0 +1,125 @@
+"""Beam search and beam sampling: the loop around `beam.step`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from btlm_jax import kv_cache, sharding
+from btlm_jax.generation import beam, decode
+from btlm_jax.generation.decode import Program, Prompt, Rows
+from btlm_jax.generation.sampling import draw
+from btlm_jax.kv_cache import KVCache
+
+
+class State(NamedTuple):
+    """B searches of K beams each. All beams have the same length, and B K = R rows."""
+
+    rows: Rows  # of the R beams
+    length: jax.Array  # int32
+    # Their tracks, [B, K, ...]: ids and log-probabilities [S], the rows that tokens came from [S],
+    # and the state of the stop strings.
+    beams: beam.Beams
+    cache: KVCache  # of new tokens; the prompts' is its prefix, and given beside
+    kept: dict[str, jax.Array]
+
+
+@functools.partial(jax.jit, static_argnames=("program", "capacity"))
+def start(
+    program: Program, params: Any, prompt: Prompt, rows: Rows, ids, table, stop_state, capacity: int
+) -> State:
+    """Begins searches, and takes the first step; arguments as in `sample.start`."""
+    model, K = program.model, program.options.num_beams
+    with sharding.on_mesh(model.spec(params).mesh):
+        B, S = len(prompt.logits), ids.shape[1]
+        cache = model.branch(params, prompt.cache, K, capacity)
+        logits = prompt.logits[decode.source(program, B)]
+        tracks = {
+            "ids": ids.reshape(B, K, S),
+            "logprobs": jnp.full((B, K, S), jnp.nan),
+            "rows": jnp.full((B, K, S), -1, jnp.int32),
+        }
+        if table is not None:
+            tracks["stop"] = stop_state.reshape(B, K)
+        active = rows.meant.reshape(B, K)[:, :1]
+        begun = State(
+            rows,
+            rows.prompt_length[0],
+            beam.start(tracks, B, K, active),
+            dataclasses.replace(cache, prefix=None),
+            decode.buffers(program, logits),
+        )
+        return _append(program, params, begun, logits, table)
+
+
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+def advance(program: Program, params: Any, prompts: KVCache, state: State, table, steps) -> State:
+    """Takes more steps: at most `steps`, until the search ends."""
+
+    def unfinished(carry):
+        i, state = carry
+        return (i < steps) & state.beams.go_on
+
+    def one(carry):
+        i, s = carry
+        ids = s.beams.running["ids"]
+        ids = ids.reshape(-1, ids.shape[-1])
+        length = jnp.broadcast_to(s.length, len(ids))
+        cache = dataclasses.replace(s.cache, prefix=prompts)
+        logits, cache = decode.forward(program, params, s.rows, ids, length, cache)
+        s = s._replace(cache=dataclasses.replace(cache, prefix=None))
+        return i + 1, _append(program, params, s, logits, table)
+
+    with sharding.on_mesh(program.model.spec(params).mesh):
+        return jax.lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
+
+
+def _append(program: Program, params: Any, s: State, logits: jax.Array, table) -> State:
+    options, rows = program.options, s.rows
+    B, K, S = s.beams.running["ids"].shape
+    prompt_length, most = rows.prompt_length[0], rows.max_length[0]
+    length, step = s.length, s.length - prompt_length
+    own = jax.nn.log_softmax(logits, -1)
+    V = own.shape[1]
+    lengths = jnp.broadcast_to(length, B * K)
+    ids = s.beams.running["ids"].reshape(B * K, S)
+    scores = decode.processed(program, rows, own, ids, lengths)
+    totals = scores.reshape(B, K, V) + s.beams.running_scores[:, :, None]
+    count = max(2, 1 + len(program.eos)) * K
+    if options.do_sample:
+        keys = decode.keys(rows, lengths - prompt_length)[::K]
+        chosen = draw(totals.reshape(B, K * V), keys, count)
+    else:
+        chosen = jax.lax.top_k(totals.reshape(B, K * V), count)[1]
+    found = beam.candidates(totals, chosen)
+    tracks = beam.take(s.beams.running, found.parents)
+    hit, state = decode.ended(program, table, found.tokens, tracks.get("stop"))
+    hit = hit | (length + 1 >= most)
+    logprob = jnp.take_along_axis(own.reshape(B, K * V), chosen, 1)
+    row_of = jnp.arange(B)[:, None] * K
+    tracks = {
+        "ids": tracks["ids"].at[:, :, length].set(found.tokens),
+        "logprobs": tracks["logprobs"].at[:, :, length].set(logprob),
+        "rows": tracks["rows"].at[:, :, length].set(found.parents + row_of),
+    } | ({} if state is None else {"stop": state})
+    active = rows.meant.reshape(B, K)[:, :1]
+    powers = np.arange(S + 1, dtype=np.float64)
+    powers[1:] **= options.length_penalty  # in float64, as Python does
+    beams, kept = beam.step(
+        s.beams, found, tracks, hit, step + 1, most - prompt_length,
+        powers.astype(np.float32), options, active,
+    )  # fmt: skip
+    spec = program.model.spec(params)
+    parents = spec.place(jnp.take_along_axis(found.parents, kept, 1), "batch", None)
+    return State(
+        rows,
+        length + 1,
+        beams,
+        kv_cache.reordered(s.cache, parents, decode.shard(spec)),
+        decode.record(s.kept, step, scores=scores, logits=logits),
+    )

@@ -1,0 +1,360 @@
+"""The KV cache of decoding, and attention over it.
+
+Shapes: R rows, S slots, H heads, K head_dim, T new tokens. Every layer has arrays of its own, which
+a step of decoding writes in place: one row of [H, K] in each. Reading the rest is, beside the
+weights, all the step has to do.
+
+A cache may continue another, its `prefix`: the rows of a beam search share their prompt's keys and
+values and hold only their own continuation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from btlm_jax.products import einsum
+
+# Queries at a time, so that scores are [R, H, chunk, S] at most.
+_CHUNK = 512
+_MASKED = np.finfo(np.float32).min  # finite, so that a row with no key at all is not NaN
+
+
+class Slots(NamedTuple):
+    """The keys, or the values, of one layer.
+
+    Attributes:
+      data: [R, H, S, K], floats or int8.
+      scales: with int8, fp32 [R, H, S], one for every slot.
+    """
+
+    data: jax.Array
+    scales: jax.Array | None
+
+    @classmethod
+    def of(cls, x: jax.Array, dtype: Any) -> Slots:
+        """Keys or values [R, H, T, K] as they are stored."""
+        if dtype != jnp.int8:
+            return cls(x.astype(dtype), None)
+        x = x.astype(jnp.float32)
+        scales = jnp.maximum(jnp.abs(x).max(-1), 1e-30) / 127
+        return cls(jnp.round(x / scales[..., None]).astype(jnp.int8), scales)
+
+
+class Part(NamedTuple):
+    """Keys and values of one layer."""
+
+    keys: Slots
+    values: Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far; an argument and a result of `BTLM.apply`.
+
+    Attributes:
+      layers: of every layer, S slots of which the first `length` are filled.
+      segment_ids: int32 [R, S]; 0 is padding.
+      segment: int32 [R], of the last token.
+      length: int32 [R], filled slots of every row.
+      prefix: what comes before: a cache of R / n rows, each of which n neighbours continue. It has
+        no prefix of its own.
+      fresh: known to be empty while tracing, so that a prompt can be read by fused kernels.
+    """
+
+    layers: tuple[Part, ...]
+    segment_ids: jax.Array
+    segment: jax.Array
+    length: jax.Array
+    prefix: KVCache | None = None
+    fresh: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of slots, those of the prefix not counted."""
+        return self.segment_ids.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.segment_ids.shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        """Of keys and values."""
+        return self.layers[0].keys.data.dtype
+
+    @property
+    def end(self) -> jax.Array:
+        """int32 [R], the slot of each row's next token, those of the prefix counted."""
+        return self.length if self.prefix is None else self.length + self._start
+
+    @property
+    def _start(self) -> jax.Array:
+        assert self.prefix is not None
+        return jnp.repeat(self.prefix.length, self.rows // self.prefix.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Of keys and values, those of the prefix counted."""
+        own = sum(x.nbytes for x in jax.tree.leaves(self.layers))
+        return own + (0 if self.prefix is None else self.prefix.nbytes)
+
+
+class Shared(NamedTuple):
+    """What the layers' attention shares. B rows of a prefix are R / B rows each.
+
+    Attributes:
+      slopes: fp32 [H], or [R, H] where rows differ, divided by the ALiBi scale; None without ALiBi.
+      length: int32 [R], filled slots before the new tokens.
+      new_ids, ids: int32 segments of the new tokens [R, T], and of all slots [R, S], theirs too.
+      prefix_length, prefix_ids: int32 [B], [B, P]: filled slots of a prefix and their segments.
+    """
+
+    slopes: jax.Array | None
+    length: jax.Array
+    new_ids: jax.Array
+    ids: jax.Array
+    prefix_length: jax.Array | None
+    prefix_ids: jax.Array | None
+
+
+def branch(cache: KVCache, copies: int, layers: tuple[Part, ...], ids: jax.Array) -> KVCache:
+    """An empty cache whose rows continue those of another, `copies` neighbours each.
+
+    Args:
+      cache: without a prefix.
+      layers, ids: empty, of R = copies * B rows; on a mesh, rows split as those of `cache`.
+    """
+    if cache.prefix is not None:
+        raise ValueError("cache: found one with a prefix, expected one that a prompt filled")
+    rows = jax.typeof(ids).sharding.spec[0]
+    split = None if rows is None else PartitionSpec(rows)
+    each = jnp.broadcast_to(cache.segment[:, None], (cache.rows, copies))
+    segment = jnp.reshape(each, -1, out_sharding=split)
+    return KVCache(layers, ids, segment, jnp.zeros(len(ids), jnp.int32), cache)
+
+
+def with_capacity(cache: KVCache, capacity: int) -> KVCache:
+    """The cache with more slots, those of a prefix not counted."""
+
+    def larger(x, axis):
+        rest = capacity - cache.capacity
+        return jnp.pad(x, [(0, rest * (i == axis)) for i in range(x.ndim)])
+
+    layers = jax.tree.map(lambda x: larger(x, 2), cache.layers)
+    ids = larger(cache.segment_ids, 1)
+    return dataclasses.replace(cache, layers=layers, segment_ids=ids)
+
+
+# In place of the old one.
+grown = jax.jit(with_capacity, static_argnames="capacity", donate_argnames="cache")
+
+
+def reordered(cache: KVCache, parents_BN: jax.Array, shard: PartitionSpec | None) -> KVCache:
+    """The cache after a step of beam search; the prefix stays as it is.
+
+    Args:
+      parents_BN: int32 [B, R / B], for every row, which of the rows of its prompt it continues.
+      shard: on a mesh, the mesh axes of rows and heads.
+    """
+    own = cache.layers, cache.segment_ids, cache.segment
+
+    def local(own, parents):
+        def of(x):
+            by_prompt = x.reshape(*parents.shape, *x.shape[1:])
+            return jax.vmap(lambda rows, at: rows[at])(by_prompt, parents).reshape(x.shape)
+
+        return jax.tree.map(of, own)
+
+    if shard is not None:
+
+        def spec(x):
+            return PartitionSpec(*shard[: min(x.ndim, 2) - (x.ndim == 2)], *(None,) * (x.ndim - 2))
+
+        specs = jax.tree.map(spec, own)
+        local = jax.shard_map(local, in_specs=(specs, PartitionSpec(shard[0])), out_specs=specs)
+    layers, ids, segment = local(own, parents_BN)
+    return dataclasses.replace(cache, layers=layers, segment_ids=ids, segment=segment)
+
+
+def write(
+    old: jax.Array, new: jax.Array, length_R: jax.Array, axis: int, rows: Any = None
+) -> jax.Array:
+    """Slots [R, ...] with `new` ones from each row's `length_R` on.
+
+    Args:
+      axis: that of the slots.
+      rows: the mesh axes of the rows, where no shard_map has split them yet.
+    """
+
+    def put(row, new, at):
+        zero = jnp.zeros_like(at)
+        start = [at if i == axis - 1 else zero for i in range(row.ndim)]
+        return jax.lax.dynamic_update_slice(row, new, start)
+
+    each = jax.vmap(put)
+    if rows is not None:
+        spec = PartitionSpec(rows)
+        each = jax.shard_map(each, in_specs=(spec, spec, spec), out_specs=spec)
+    return each(old, new, length_R)
+
+
+def filled(part: Part, keys: jax.Array, values: jax.Array) -> Part:
+    """An empty layer with keys and values [R, H, T, K] from the first slot on."""
+
+    def fill(slots: Slots, new: jax.Array) -> Slots:
+        rest = slots.data.shape[2] - new.shape[2]
+        stored = Slots.of(new, slots.data.dtype)
+        return jax.tree.map(
+            lambda x: jnp.pad(x, [(0, rest * (axis == 2)) for axis in range(x.ndim)]), stored
+        )
+
+    return Part(fill(part.keys, keys), fill(part.values, values))
+
+
+def extend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    own: Part,
+    prefix: Part | None,
+    shared: Shared,
+    *,
+    precision: jax.lax.Precision | None,
+    on_cpu: bool,
+    shard: PartitionSpec | None,
+) -> tuple[jax.Array, Part]:
+    """Writes new keys and values; attention of the new queries over all that is there.
+
+    softmax(q·k - slope * distance, causal and within segments) @ v, over prefix and own slots.
+
+    Args:
+      q, k, v: [R, H, T, K], of the slots from `shared.length` on; q scaled.
+      own, prefix: one layer.
+      on_cpu: avoid what XLA's CPU backend is slow at.
+      shard: on a mesh, the mesh axes of rows and heads.
+
+    Returns:
+      [R, H, T, K] in q's dtype, and the layer with the new tokens.
+    """
+
+    def local(q, k, v, own, prefix, shared):
+        def put(slots: Slots, new: jax.Array) -> Slots:
+            stored = Slots.of(new, slots.data.dtype)
+            return jax.tree.map(lambda x, y: write(x, y, shared.length, 2), slots, stored)
+
+        own = Part(put(own.keys, k), put(own.values, v))
+        return _attend(q, own, prefix, shared, precision, on_cpu), own
+
+    if shard is None:
+        return local(q, k, v, own, prefix, shared)
+    rows, heads = shard[0], shard[1]
+
+    def spec(x):  # [R, H, ...]
+        return PartitionSpec(rows, heads, *(None,) * (x.ndim - 2))
+
+    slopes = shared.slopes
+    specs = jax.tree.map(lambda x: PartitionSpec(rows, *(None,) * (x.ndim - 1)), shared)
+    if slopes is not None:
+        specs = specs._replace(slopes=PartitionSpec(*(rows, heads)[-slopes.ndim :]))
+    specs = (*jax.tree.map(spec, (q, k, v, own, prefix)), specs)
+    return jax.shard_map(local, in_specs=specs, out_specs=(specs[0], specs[3]))(
+        q, k, v, own, prefix, shared
+    )
+
+
+def _attend(q, own: Part, prefix: Part | None, shared: Shared, precision, on_cpu) -> jax.Array:
+    """Attention of the queries, a chunk of them at a time."""
+    R, H, T, K = q.shape
+    start = jnp.zeros_like(shared.length)
+    if shared.prefix_length is not None:
+        start = _each(shared.prefix_length, R)
+    at = (start + shared.length)[:, None] + jnp.arange(T, dtype=jnp.int32)
+    # Keys, values, their slots, their segments; where they end if not at the query.
+    parts = [(own, start[:, None] + _slots(own), shared.ids, None)]
+    if prefix is not None:
+        parts.insert(0, (prefix, _slots(prefix), shared.prefix_ids, shared.prefix_length[:, None]))
+    n = -(-T // _CHUNK)
+    if n == 1:
+        return _attend_chunk(q, at, shared.new_ids, parts, shared.slopes, precision, on_cpu)
+
+    def chunks(x, axis):  # a remainder is filled up with queries that are dropped again
+        pad = [(0, n * _CHUNK - T if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, pad).reshape(*x.shape[:axis], n, _CHUNK, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    def one(x):
+        return _attend_chunk(*x, parts, shared.slopes, precision, on_cpu)
+
+    out = jax.lax.map(one, (chunks(q, 2), chunks(at, 1), chunks(shared.new_ids, 1)))
+    return jnp.moveaxis(out, 0, 2).reshape(R, H, n * _CHUNK, K)[:, :, :T]
+
+
+def _attend_chunk(q, at_RT, new_ids, parts, slopes, precision, on_cpu) -> jax.Array:
+    R, H = q.shape[:2]
+    scores = []
+    for part, position, ids, end in parts:
+        dots = _product("bhtk,bhsk->bhts", _merged(q, len(ids)), part.keys.data, precision, on_cpu)
+        if part.keys.scales is not None:
+            dots = dots * part.keys.scales[:, :, None]
+        dots = _split(dots, R)
+        distance = at_RT[:, :, None] - _each(position, R)[:, None]
+        allowed = (distance >= 0) & (new_ids[:, :, None] == _each(ids, R)[:, None])
+        if end is not None:
+            allowed = allowed & (position < _each(end, R))[:, None]
+        if slopes is not None:
+            of_row = jnp.broadcast_to(slopes, (R, H))[:, :, None, None]
+            dots = dots - of_row * distance[:, None].astype(jnp.float32)
+        scores.append(jnp.where(allowed[:, None], dots, _MASKED))
+    p = jax.nn.softmax(jnp.concatenate(scores, -1), -1)
+    out: Any = 0.0
+    for part, _, ids, _ in parts:
+        size = part.values.data.shape[2]
+        mine, p = _merged(p[..., :size], len(ids)), p[..., size:]
+        if part.values.scales is not None:
+            mine = mine * part.values.scales[:, :, None]
+        mine = mine.astype(q.dtype)
+        mixed = _product("bhts,bhsk->bhtk", mine, part.values.data, precision, on_cpu)
+        out = out + _split(mixed, R)
+    return out.astype(q.dtype)
+
+
+def _slots(part: Part) -> jax.Array:
+    return jnp.arange(part.keys.data.shape[2], dtype=jnp.int32)[None]
+
+
+def _each(x: jax.Array, rows: int) -> jax.Array:
+    """What is per row of a prefix, or the same for all, for each row that continues it."""
+    return jnp.repeat(x, rows // len(x), 0)
+
+
+def _merged(x: jax.Array, rows: int) -> jax.Array:
+    """[R, H, T, ...] as [rows, H, R / rows * T, ...]: neighbours read the same keys at once."""
+    if len(x) == rows:
+        return x
+    x = x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _split(x: jax.Array, rows: int) -> jax.Array:
+    """The inverse of `_merged`."""
+    if len(x) == rows:
+        return x
+    x = x.reshape(*x.shape[:2], rows // len(x), -1, x.shape[-1]).swapaxes(1, 2)
+    return x.reshape(rows, *x.shape[2:])
+
+
+def _product(equation, x, stored, precision, on_cpu) -> jax.Array:
+    """The einsum of x and keys or values, fp32; int8 becomes what x is."""
+    one = on_cpu and x.shape[2] == 1 and x.dtype != jnp.float32
+    if one:  # two rows, or XLA's CPU backend would take a copy of the cache in fp32
+        x = jnp.concatenate([x, x], 2)
+    out = einsum(equation, x, stored.astype(x.dtype), precision)
+    return out[:, :, :1] if one else out
