@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from btlm_jax.convert import formats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax import sharding
@@ -38,17 +37,6 @@ class Lowered(NamedTuple):
     dtype: np.dtype  # of the computation
 
 
-def model_of(recipe: Recipe) -> BTLM:
-    """The model that a recipe trains: of its preset, file or checkpoint, computed as `run` says.
-
-    Raises:
-      ValueError, FileNotFoundError: an unknown preset or field, a configuration that is not there.
-    """
-    source = recipe.model.checkpoint
-    base = None if source is None else formats.config_of(source)
-    return recipe.build(recipe.model_config(base))
-
-
 def mesh_of(recipe: Recipe, devices: list[jax.Device]) -> Mesh:
     """The recipe's mesh over these devices.
 
@@ -64,7 +52,7 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     Raises:
       ValueError: model, batch or length do not fit the mesh.
     """
-    model = model_of(recipe)
+    model = recipe.build()
     tx = recipe.transformation(model.config)
     state = abstract_state(model, tx, mesh)
     if recipe.run.offload_optimizer:
@@ -94,7 +82,7 @@ def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> L
     Raises:
       ValueError: model or batch do not fit the mesh.
     """
-    model = model_of(recipe)
+    model = recipe.build()
     c, params = model.config, abstract_weights(model, mesh)
     dtype = model.spec(params).dtype
     params = jax.tree.map(
