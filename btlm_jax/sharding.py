@@ -282,6 +282,12 @@ def on_mesh(mesh: jax.sharding.AbstractMesh | None) -> contextlib.AbstractContex
     return jax.sharding.use_abstract_mesh(mesh) if mesh is not None else contextlib.nullcontext()
 
 
+def stripes(parts: int) -> int:
+    """What divides the length of a sequence that is split into `parts`: two for each (`context`),
+    an early and a late one; 1 if it is whole."""
+    return 2 * parts if parts > 1 else 1
+
+
 def check_batch(
     batch_size: int, mesh: jax.sharding.AbstractMesh, rules: Rules, length: int | None = None
 ) -> None:
@@ -290,8 +296,8 @@ def check_batch(
     names = {"batch": "batch size", "sequence": "sequence length"}
     for axis, size in sizes.items():
         parts = ways(mesh, rules, axis)
-        if axis == "sequence" and parts > 1:
-            parts *= 2  # two stripes each (`context`)
+        if axis == "sequence":
+            parts = stripes(parts)
         if size % parts:
             raise ValueError(
                 f"{names[axis]} {size} does not divide over mesh axes {mesh_axes(rules, axis)}, "

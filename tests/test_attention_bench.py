@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from btlm_jax.train import attention_bench, measure
 
-from btlm_jax import cli
+from btlm_jax import cli, sharding
 
 
 def test_report(monkeypatch, tmp_path, capsys):
@@ -32,14 +32,23 @@ def test_ways_of_other_platforms():
         "ours: cudnn", "xla", "xla, full bias", "cudnn, full bias",
     ]  # fmt: skip
     assert list(attention_bench._ways(config, "tpu")) == ["ours: splash", "xla", "xla, full bias"]
+    assert list(attention_bench._ways(config, "cpu")) == ["ours: xla", "xla, full bias"]
+
+
+def test_a_kernel_that_cannot_serve_is_an_error(monkeypatch):
+    """It must not be measured under the name of another."""
+    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    sizes = dict(preset="tiny", length=64, batch_size=1, rounds=1)
+    with pytest.raises(ValueError, match="'cudnn': found dtype float32, expected bfloat16"):
+        attention_bench.bench_attention(**sizes, dtype="float32")
 
 
 def test_other_results_are_no_peers():
-    results = {"ours": [jnp.ones(9)], "theirs": [jnp.ones(9) * 1.01]}
+    ours, theirs = [jnp.ones(9)], [jnp.ones(9) * 1.01]
     with pytest.raises(
         ValueError, match=r"theirs differs from ours: found 0\.01, expected < 0\.0001"
     ):
-        attention_bench._check_equal("theirs", results, "float32")
+        attention_bench._check_equal("theirs", theirs, ours, "float32")
 
 
 def test_a_way_that_does_not_fit_is_told(monkeypatch, capsys, caplog):
@@ -57,3 +66,6 @@ def test_a_way_that_does_not_fit_is_told(monkeypatch, capsys, caplog):
     found = attention_bench.bench_attention(**sizes)
     assert found["does_not_fit"] == ["xla, full bias"] and "does not fit" in caplog.text
     assert "xla, full bias           does not fit" in capsys.readouterr().out
+    monkeypatch.setattr(attention_bench, "_ways", lambda *a: {"ours: xla": exhausted})
+    with pytest.raises(ValueError, match=r"ours: xla does not fit .*; use a smaller length or"):
+        attention_bench.bench_attention(**sizes)

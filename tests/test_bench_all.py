@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from btlm_jax.train import bench_all, measure
 
-from btlm_jax import cli
+from btlm_jax import chips, cli
 
 
 def quick(monkeypatch, names):
@@ -25,14 +25,26 @@ def test_one_section_per_bench_and_failures_are_written_down(monkeypatch, tmp_pa
     quick(monkeypatch, ["Loss", "broken", "btlm-3b-8k at 2048"])
     file = tmp_path / "found.md"
     file.write_text("of yesterday")
-    assert cli.main(["bench", "all", str(file), "--rounds", "3"]) == 0
+    assert cli.main(["bench", "all", str(file), "--rounds", "3"]) == 2
     text = file.read_text()
     assert text.startswith("## ") and "cpu" in text and "of yesterday" not in text
     assert "### Loss\n\n```\nLoss: 3 rounds\n```" in text
     assert "FAILED: RuntimeError: no memory" in text
-    assert "24,100 tokens/s/GPU, 43.7 %; here 2.00 x its tokens/s" in text
+    assert "24,100 tokens/s/GPU, MFU 43.7 % of the data sheet's peak; here 2.00 x its" in text
     assert [p.name for p in tmp_path.iterdir()] == ["found.md"]
-    assert "Loss: 3 rounds" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "Loss: 3 rounds" in said.out
+    assert f"btlm: error: failed: broken; the errors, and the rest, are in {file}" in said.err
+
+
+def test_mfu_where_the_peak_is_known(monkeypatch):
+    """Of 48,200 tokens/s on an H200, by hand: 6 N and full attention, over 989 TFLOP/s."""
+    found = {"length": 2048, "rates": {"step": 48_200.0}}
+    assert "x its tokens/s, MFU" not in bench_all._beside_mpt("btlm-3b-8k at 2048", found)[0]
+    monkeypatch.setattr(chips, "peak_flops", lambda kind: 989e12)
+    per_token = 6 * (32 * (4 * 2560**2 + 3 * 2560 * 6826) + 50257 * 2560) + 12 * 32 * 2048 * 2560
+    expected = f"x its tokens/s, MFU {per_token * 48_200 / 989e12:.1%}"
+    assert expected in bench_all._beside_mpt("btlm-3b-8k at 2048", found)[0]
 
 
 def test_what_is_measured_where(monkeypatch):

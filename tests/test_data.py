@@ -295,23 +295,6 @@ def test_segments(tmp_path_factory, tokens, eos):
                 expected += token == eos
 
 
-# Random orders ----------------------------------------------------------------------------------
-
-
-@given(size=st.integers(1, 300), key=st.integers(0, (1 << 64) - 1))
-def test_permute_is_one_to_one(size, key):
-    index = np.arange(size)
-    order = data.permute(index, np.full(size, size), np.full(size, key, np.uint64))
-    assert sorted(order) == index.tolist()
-
-
-def test_permute_gives_every_order_equally_often():
-    n, keys = 4, data._mix(np.arange(24_000, dtype=np.uint64))
-    places = [data.permute(np.full(len(keys), i), np.full(len(keys), n), keys) for i in range(n)]
-    counts = np.unique(np.stack(places), axis=1, return_counts=True)[1]
-    assert len(counts) == 24 and np.abs(counts - 1000).max() < 160  # five sigma
-
-
 # Bad arguments ----------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ def saved(tmp_path_factory):
 
 def state_and_tokens(recipe):
     mesh = lowering.mesh_of(recipe, jax.devices())
-    model = lowering.model_of(recipe)
+    model = recipe.build()
     tx = recipe.transformation(model.config)
     state = init_state(model.init(jax.random.key(0), mesh=mesh), tx)
     draw = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 8, 33))
@@ -62,7 +62,7 @@ def test_abstract_state_is_that_of_a_run():
 def test_report(saved):
     recipe, r, _ = saved
     assert json.loads(json.dumps(r)) == r
-    config = lowering.model_of(recipe).config
+    config = recipe.model_config()
     assert (r["devices"], r["mesh"]["fsdp"], r["mesh"]["tensor"]) == (8, 4, 2)
     m = r["memory"]
     _, _, state, tokens = state_and_tokens(recipe)
@@ -123,7 +123,7 @@ def test_saved_programs_are_checked(saved, tmp_path):
 def test_decoding():
     recipe = load("tiny", ["mesh.tensor=2"])
     r = compile_decoding(recipe, TOPOLOGY, batch_size=8, capacity=64)
-    config = lowering.model_of(recipe).config
+    config = recipe.model_config()
     cache = 8 * 64 * accounting.kv_bytes_per_token(config, 4)  # fp32 on CPUs
     assert r["memory"]["inputs"] == pytest.approx(cache / 8, rel=0.05)
     assert r["memory"]["optimizer"] == 0
@@ -152,7 +152,7 @@ def test_what_is_missing(text, monkeypatch):
 
     lowered = lowering.Lowered(Program(), lowering.Parts(1, 1, 1), None, None)
     monkeypatch.setattr(compile, "train_step", lambda *_: lowered._replace(
-        model=lowering.model_of(recipe)
+        model=recipe.build()
     ))  # fmt: skip
     recipe = load("btlm-3b-8k", ["phases.1.batch_size=192", "run.tokens_per_device=0"])
     with pytest.raises(DoesNotFit) as error:
@@ -187,7 +187,7 @@ def test_what_does_not_divide():
 
 
 def test_command(capsys, tmp_path):
-    file = tmp_path / "report.json"
+    file = tmp_path / "new" / "report.json"
     sets = [x for s in SMALL for x in ("--set", s)]
     base = ["compile", "tiny", "--topology", "v5e:2x4", *sets]
     assert cli.main([*base, "--json", str(file)]) == 0
@@ -199,6 +199,45 @@ def test_command(capsys, tmp_path):
     assert "did you mean v5e:2x4?" in capsys.readouterr().err
     assert cli.main(["compile", "btlm-3b-8k", "--save", str(tmp_path / "x")]) == 2
     assert "name its --phase" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--decode", "--fit"), "--decode: found --fit, which is of training"),
+        (("--decode", "--phase", "0"), "--decode: found --phase, which is of training"),
+        (("--batch-size", "8"), "--batch-size is of --decode; training's sizes are the recipe's"),
+        (("--capacity", "8"), "--capacity is of --decode"),
+        (("--decode", "--capacity", "0"), "--capacity: found 0, expected a positive int"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message, capsys):
+    assert cli.main(["compile", "tiny", "--topology", "v5e:2x4", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+FOR_V5E = """
+from btlm_jax.train import compile, recipe_file, topologies
+topologies.prepare()
+recipe = recipe_file.load(
+    "btlm-3b-8k", ["model.fields.n_layer=8", "mesh.fsdp=1", "mesh.tensor=4"]
+)
+topology = topologies.parse("v5e:2x2")
+r = compile.compile_decoding(recipe, topology, batch_size=4, capacity=8192)
+print(r["memory"]["inputs"], r["memory"]["rest"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_decoding_does_not_copy_its_cache():
+    """Heads of 80 fill 128 lanes, 0.6 of the cache more; a copy of it would take 1.6 more."""
+    out = subprocess.run(
+        [sys.executable, "-c", FOR_V5E], check=True, capture_output=True, text=True
+    ).stdout
+    cache, rest = map(int, out.split())
+    assert cache == pytest.approx(2 * 8 * 4 * 8192 * 2560 * 2 / 4, rel=0.01)
+    assert rest < cache
 
 
 @pytest.mark.slow
@@ -216,7 +255,7 @@ def test_two_layers_of_3b_for_real_topologies(name, tmp_path):
     command += ["--set", f"phases.1.batch_size={16 if name == 'v5e:4x4' else 8}"]
     subprocess.run(command, check=True)
     (r,) = json.loads(file.read_text())
-    config = lowering.model_of(load("btlm-3b-8k", ["model.fields.n_layer=2"])).config
+    config = load("btlm-3b-8k", ["model.fields.n_layer=2"]).model_config()
     state = r["memory"]["parameters"] + r["memory"]["optimizer"]
     assert state == pytest.approx(12 * weights.count(config) / r["devices"], rel=0.02)
     assert state < r["memory"]["peak"] < 6 * 2**30

@@ -8,10 +8,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from btlm_jax.train import recipe
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.recipe import Model, Optimizer, Phase, Recipe
 
-from btlm_jax import BTLM, AlibiScaling, BTLMConfig, weights
+from btlm_jax import BTLM, AlibiScaling, BTLMConfig, make_mesh, weights
 
 B3 = recipes.load("btlm-3b-8k")
 
@@ -75,11 +76,50 @@ def test_ladder_trains_on_20_tokens_per_parameter():
         assert r.optimizer.peak_lr == B3.optimizer.peak_lr  # that is what muP is for
 
 
-def test_position_interpolation_scales_the_checkpoints_slopes():
+def test_position_interpolation_scales_the_checkpoints_slopes(monkeypatch):
     base = BTLMConfig.preset("btlm-3b-8k")
-    config = recipes.load("position-interpolation").model_config(base)
+    monkeypatch.setattr(recipe.formats, "config_of", {"btlm-3b": base}.get)
+    config = recipes.load("position-interpolation").model_config()
     assert config.alibi_scaling == AlibiScaling(factor=4.0) and config.n_positions == 32768
     assert dataclasses.replace(config, alibi_scaling=None, n_positions=8192) == base
+
+
+def test_the_model_is_computed_as_run_says():
+    r = recipes.load("tiny")
+    assert r.build() == BTLM(r.model_config())  # "auto" leaves it to the model
+    asked = ["run.attention=xla", "run.remat=full", "run.compute_dtype=bfloat16",
+             "model.fields.n_layer=2"]  # fmt: skip
+    model = recipes.load("tiny", asked).build()
+    assert (model.attention_implementation, model.remat) == ("xla", "full")
+    assert (model.compute_dtype, model.config.n_layer) == ("bfloat16", 2)
+
+
+@pytest.mark.parametrize(
+    "limit, mesh, micro",
+    [
+        (0, dict(fsdp=8), 48),  # no limit
+        (100, dict(fsdp=8), 24),  # 3 sequences of 32 on each of 8 devices
+        (64, dict(data=2, fsdp=4), 16),
+        (100, dict(fsdp=4, tensor=2), 12),
+        (64, dict(fsdp=4, context=2), 16),  # each holds half of 4 sequences
+        (16, dict(fsdp=4, context=2), 4),
+    ],
+)
+def test_microbatches_for_a_mesh(limit, mesh, micro):
+    """The largest divisor of 48 sequences that the limit and the mesh allow."""
+    phases = ["phases.0.batch_size=48", "phases.0.length=32"]
+    r = recipes.load("tiny", [*phases, f"run.tokens_per_device={limit}"])
+    mesh = make_mesh(**mesh)
+    assert r.on(mesh).phases == (dataclasses.replace(r.phases[0], microbatch=micro),)
+    named = recipes.load("tiny", [*phases, "phases.0.microbatch=8", "run.tokens_per_device=1"])
+    assert named.on(mesh) == named  # what the recipe says is not changed
+
+
+def test_no_microbatch_is_small_enough():
+    r = recipes.load("tiny", ["phases.0.length=32", "run.tokens_per_device=15"])
+    said = r"run\.tokens_per_device: found 15, a sequence of phases\.0 has 16 on each device"
+    with pytest.raises(ValueError, match=said):
+        r.on(make_mesh(fsdp=4, context=2))
 
 
 def updates(*overrides):
@@ -159,6 +199,12 @@ def test_overrides():
 def test_bad_values(override, said):
     with pytest.raises(ValueError, match=said):
         recipes.load("tiny", [override])
+
+
+def test_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^model\.checkpoint: no directory .*btlm-3b"):
+        recipes.load("finetune").model_config()
 
 
 def test_bad_model_fields():

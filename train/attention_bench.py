@@ -29,8 +29,9 @@ def bench_attention(
 ) -> dict[str, Any]:
     """Times causal ALiBi attention and its gradients, several ways in turn, on one device.
 
-    Ours for the platform; plain XLA, where that is another; and what ALiBi takes elsewhere: a bias
-    [H, T, T], in XLA and, on a GPU, in cuDNN. The limit is seven products of T x T x K per head
+    Ours, by the kernel of the platform (`attention.FUSED`) whatever else could serve; plain XLA,
+    where that is another; and what ALiBi takes elsewhere: a bias [H, T, T], in XLA and, on a GPU,
+    in cuDNN. The limit is seven products of T x T x K per head
     (two forward, five backward), of which causality leaves half, at the rate of a large matrix
     product.
 
@@ -43,11 +44,12 @@ def bench_attention(
       show: takes each line of the report.
 
     Returns:
-      The measurements and their conditions, as JSON can hold them; `does_not_fit` names the ways
+      The measurements and their conditions, as JSON can hold them; `does_not_fit` names the peers
       that the device has no memory for.
 
     Raises:
-      ValueError: an unknown preset, a size below 1, or results that differ.
+      ValueError: an unknown preset, a size below 1, a kernel that cannot serve, no memory for ours,
+        or results that differ.
     """
     config = BTLMConfig.preset(preset)
     platform = sharding.platform(None)
@@ -59,22 +61,24 @@ def bench_attention(
     q, k, v, weight = (jax.random.normal(key, (batch_size, H, T, K), dtype) for key in keys)
     args = q * config.attention_scale, k, v, weight
 
-    compiled, results, too_large = {}, {}, []
+    compiled, too_large, ours = {}, [], None
     for way, fn in _ways(config, platform).items():
         both = jax.jit(jax.grad(_weighted(fn), (0, 1, 2), has_aux=True))
         try:
             program = both.lower(*args).compile()
-            results[way] = jax.block_until_ready(program(*args))
+            found = jax.device_get(program(*args))
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
-            logger.warning("%s does not fit this device: %s", way, str(e).splitlines()[0])
+            why = f"{way} does not fit this device: {str(e).splitlines()[0]}"
+            if ours is None:
+                raise ValueError(f"{why}; use a smaller length or batch_size") from None
+            logger.warning("%s", why)
             too_large.append(way)
         else:
+            ours = found if ours is None else ours
+            _check_equal(way, found, ours, dtype)
             compiled[way] = program
-            _check_equal(way, results, dtype)
-            if len(results) > 1:
-                del results[way]  # the first is what the others are held against
     flops = 7.0 * batch_size * H * K * T * (T + 1)
     report = measure.in_turn(compiled, args, rounds=rounds, dtype=dtype, flops=flops)
     report |= {"length": T, "batch_size": batch_size, "heads": H, "head_dim": K, "dtype": dtype}
@@ -88,6 +92,7 @@ def bench_attention(
 
 
 def _ways(config: BTLMConfig, platform: str) -> dict[str, Callable[..., jax.Array]]:
+    """Attention of (q, k, v) by name, ours first."""
     slopes = jnp.asarray(alibi.slopes(config.n_head), jnp.float32)
 
     def of(implementation):
@@ -106,12 +111,10 @@ def _ways(config: BTLMConfig, platform: str) -> dict[str, Callable[..., jax.Arra
 
         return attend
 
-    if platform == "cpu":
-        return {"ours: xla": of(None), "xla, full bias": full_bias("xla", jnp.float32)}
-    name = {"tpu": "splash", "gpu": "cudnn"}[platform]
-    ways = {f"ours: {name}": of(None), "xla": of("xla")}
+    name = attention.FUSED.get(platform, "xla")
+    ways = {f"ours: {name}": of(name)} | ({} if name == "xla" else {"xla": of("xla")})
     ways["xla, full bias"] = full_bias("xla", jnp.float32)
-    if platform == "gpu":
+    if name == "cudnn":
         ways["cudnn, full bias"] = full_bias("cudnn", None)
     return ways
 
@@ -124,12 +127,11 @@ def _weighted(fn):
     return loss
 
 
-def _check_equal(way: str, results: dict[str, Any], dtype: str) -> None:
+def _check_equal(way: str, found: Any, ours: Any, dtype: str) -> None:
     """Raises ValueError if output or gradients are not those of ours: then it is other work."""
-    ours = next(iter(results.values()))
     # bf16 rounds P and dS (3e-3), and a bias in bf16 is wrong by up to 6e-2 in a probability.
     tolerance = 1e-4 if dtype == "float32" else 3e-2
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(results[way]), strict=True):
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(found), strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         error = np.linalg.norm(a - b) / np.linalg.norm(a)
         if not error < tolerance:

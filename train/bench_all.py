@@ -8,17 +8,18 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import jax
+from etils import epath
 
-from btlm_jax import sharding
+from btlm_jax import sharding, staging
+from btlm_jax.config import BTLMConfig
 
 from . import measure
 from .attention_bench import bench_attention
 from .bench import bench_train
 from .loss_bench import bench_loss
+from .metrics import utilisation
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,12 @@ def bench_all(file: str | os.PathLike[str], *, rounds: int) -> None:
 
     Raises:
       FileNotFoundError: the directory of `file` does not exist.
+      ValueError: a bench failed; all that was found is written.
     """
-    file = Path(file)
+    file = epath.Path(file)
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent}: no such directory; make it first")
-    parts = [_heading()]
+    parts, failed = [_heading()], []
     for title, bench in _benches():
         logger.info("%s", title)
         lines: list[str] = []
@@ -53,14 +55,15 @@ def bench_all(file: str | os.PathLike[str], *, rounds: int) -> None:
         except Exception as e:  # whatever a device or a library raises: the others still count
             logger.error("%s failed: %s", title, e)
             lines.append(f"FAILED: {type(e).__name__}: {e}")
+            failed.append(title)
         else:
             lines += _beside_mpt(title, found)
         for line in lines:
             print(line)
         parts.append(f"### {title}\n\n```\n" + "\n".join(lines) + "\n```\n")
-    written = file.with_name(f".{file.name}.{os.getpid()}")
-    written.write_text("\n".join(parts))
-    written.replace(file)
+    staging.write_text(file, "\n".join(parts))
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}; the errors, and the rest, are in {file}")
 
 
 def _benches() -> Iterator[tuple[str, Bench]]:
@@ -97,8 +100,7 @@ def _heading() -> str:
     return (
         f"## {c['devices']} x {c['device']}, {datetime.date.today().isoformat()}\n\n"
         f"`btlm bench all`: {c['cores']} CPU cores, Python {c['python']}, jax {c['jax']}, "
-        f"PyTorch {'installed' if torch else 'not installed'}, "
-        f"{jax.local_device_count()} devices in this process.\n"
+        f"PyTorch {'installed' if torch else 'not installed'}.\n"
     )
 
 
@@ -106,7 +108,10 @@ def _beside_mpt(title: str, found: dict[str, Any]) -> list[str]:
     if not title.startswith("btlm-3b-8k"):
         return []
     rate, mfu = MPT_3B[found["length"]]
+    here = found["rates"]["step"]
+    used = utilisation(BTLMConfig.preset("btlm-3b-8k"), found["length"], here)
     return [
-        f"published for MPT-3B in llm-foundry on H100 (MFU against the peak of the data sheet): "
-        f"{rate:,} tokens/s/GPU, {mfu} %; here {found['rates']['step'] / rate:.2f} x its tokens/s"
+        f"published for MPT-3B in llm-foundry on H100: {rate:,} tokens/s/GPU, MFU {mfu} % of the "
+        f"data sheet's peak; here {here / rate:.2f} x its tokens/s"
+        + (f", MFU {used['mfu']:.1%}" if used else "")
     ]

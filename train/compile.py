@@ -19,7 +19,7 @@ from btlm_jax.chips import Rates
 from btlm_jax.remat import Remat
 
 from .executables import save as save_executable
-from .lowering import Lowered, decode_step, mesh_of, model_of, train_step
+from .lowering import Lowered, decode_step, mesh_of, train_step
 from .recipe import Phase, Recipe
 from .recipe_file import to_dict
 from .topologies import Topology, devices
@@ -226,7 +226,7 @@ def _advice(
     recipe: Recipe, index: int, phase: Phase, shape: dict[str, int], rates: Rates, needed: float
 ) -> str:
     """What should fit, by the formula, corrected by how far it is off for what did not."""
-    config = model_of(recipe).config
+    config = recipe.model_config()
 
     def estimate(micro: int, remat: Remat) -> float:
         return roofline.memory(

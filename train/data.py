@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .permutation import mix, permute
 from .token_shards import TokenShards
 
 Rows = Callable[[int], Sequence[int] | np.ndarray]
@@ -45,7 +46,6 @@ MIXTURES: Mapping[str, Mapping[str, float]] = {
 
 _SHARES = 1 << 24  # weights are rounded to this fraction of their sum
 _UNITS, _WINDOWS = 1, 2  # what is being put in order
-_ROUNDS = 32  # of `permute`: one number in 2^32 stays where it was
 
 
 class Source(NamedTuple):
@@ -149,7 +149,7 @@ class Batches:
         self._eos = self._shards[0].manifest.eos_id
         # The last, incomplete unit is left out; the first token is read and never predicted.
         self._units = np.array([(len(s) - 1) // self.unit for s in self._shards], np.int64)
-        self._key = _mix(np.array([seed % (1 << 64)], np.uint64))
+        self._key = mix(np.array([seed % (1 << 64)], np.uint64))
         self._first_step = np.cumsum([0, *(p.steps for p in phases)])
         units = [p.steps * p.batch_size * p.length // self.unit for p in phases]
         self._first_unit = np.cumsum([0, *units])
@@ -250,7 +250,7 @@ class Batches:
         """What `permute` takes, for each row. uint64 [rows]."""
         key = self._key
         for part in (source, epoch, np.full_like(source, phase), np.full_like(source, what)):
-            key = _mix(key + part.astype(np.uint64))
+            key = mix(key + part.astype(np.uint64))
         return key
 
 
@@ -285,37 +285,6 @@ def batches(
     """
     options = dict(mask_documents=mask_documents, shuffle=shuffle, vocab_size=vocab_size)
     return Batches(sources, phases, seed=seed, **options).iterate(start_step, rows, read_threads)
-
-
-def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Where `index` goes in a random order of `range(size)`: one to one for each size and key.
-
-    The swap-or-not shuffle (Hoang, Morris, Rogaway 2012): each round pairs every number with its
-    mirror image about a random point, and a random bit of the pair says whether they change places.
-    It needs neither memory nor a special size.
-
-    Args:
-      index, size: int64 [N].
-      key: uint64 [N].
-
-    Returns:
-      int64 [N].
-    """
-    x, n = index.astype(np.uint64), size.astype(np.uint64)
-    for r in range(_ROUNDS):
-        round_key = _mix(key + np.uint64(r))
-        partner = (round_key % n + n - x) % n
-        swap = _mix(round_key + np.maximum(x, partner)) >> np.uint64(63)
-        x = np.where(swap, partner, x)
-    return x.astype(np.int64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64: uint64 -> uint64, every bit of which depends on every bit of `x`."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _taken(units: np.ndarray, shares: Sequence[int]) -> np.ndarray:

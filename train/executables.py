@@ -89,7 +89,9 @@ def load(
         compiled.
 
     Returns:
-      The program, called with arguments sharded as the lowered ones were; and what `about` returns.
+      The program, called with arguments sharded as the lowered ones were and, where the compiler
+      chose (the cache of a step of decoding), laid out as its `input_formats` say; and what `about`
+      returns.
 
     Raises:
       FileNotFoundError, ValueError: see `about`; or it is for another JAX or other devices.

@@ -23,10 +23,9 @@ from btlm_jax.chips import Rates
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
 from btlm_jax.remat import KEPT, Remat
-from btlm_jax.sharding import AXES
+from btlm_jax.sharding import AXES, stripes
 
 from .compile import DoesNotFit, compile_phase
-from .lowering import model_of
 from .recipe import Mesh, Phase, Recipe
 from .topologies import Topology, devices, prepare
 
@@ -78,7 +77,7 @@ def fit(
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected a positive int")
     phase = recipe.phases[index]
-    config = model_of(recipe).config
+    config = recipe.model_config()
     n = len(devices(topology))
     rates = topology.chip.per_device(topology.shape)
     ordered = candidates(config, phase, n, topology.slices, rates)
@@ -172,11 +171,10 @@ def _meshes(
     config: BTLMConfig, phase: Phase, n_devices: int, slices: int
 ) -> Iterator[tuple[int, ...]]:
     for tensor, context in itertools.product(_divisors(n_devices), repeat=2):
-        stripes = 2 * context if context > 1 else 1  # an early and a late one per device
-        if n_devices % (tensor * context) or config.n_head % tensor or phase.length % stripes:
+        if n_devices % (tensor * context) or config.n_head % tensor:
             continue
         ways = n_devices // (tensor * context)
-        if phase.batch_size % ways or config.n_embd % context:
+        if phase.batch_size % ways or phase.length % stripes(context) or config.n_embd % context:
             continue
         for data in _divisors(ways):
             over_fsdp = slices // math.gcd(data, slices)

@@ -32,7 +32,6 @@ from .checkpoints import Checkpoints
 from .distributed import agreed
 from .evaluation import Evaluation
 from .feed import batches_on, prefetch, reader
-from .lowering import model_of
 from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
 from .profiling import Profile
 from .recipe import Phase, Recipe
@@ -85,7 +84,7 @@ def train(
             require_wandb()
         mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
         sources, held = _open_data(recipe)
-        model = model_of(recipe)
+        model = recipe.build()
         recipe = recipe.on(mesh)
         _check(recipe, model.config, mesh, sources, held)
         # All of these may refuse, and must before the directory is claimed.
@@ -267,7 +266,7 @@ def _check(
                 f"phases.{i}.{name}: found {micro}, expected a multiple of {ways}, over which this "
                 f"mesh splits the batch (data x fsdp)"
             )
-        stripes = 2 * recipe.mesh.context if recipe.mesh.context > 1 else 1
+        stripes = sharding.stripes(sharding.ways(mesh, sharding.RULES, "sequence"))
         if phase.length % stripes:
             problems.append(
                 f"phases.{i}.length: found {phase.length}, expected a multiple of {stripes}, twice "

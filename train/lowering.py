@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from btlm_jax.convert import formats
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax import sharding
@@ -38,17 +38,6 @@ class Lowered(NamedTuple):
     dtype: np.dtype  # of the computation
 
 
-def model_of(recipe: Recipe) -> BTLM:
-    """The model that a recipe trains: of its preset, file or checkpoint, computed as `run` says.
-
-    Raises:
-      ValueError, FileNotFoundError: an unknown preset or field, a configuration that is not there.
-    """
-    source = recipe.model.checkpoint
-    base = None if source is None else formats.config_of(source)
-    return recipe.build(recipe.model_config(base))
-
-
 def mesh_of(recipe: Recipe, devices: list[jax.Device]) -> Mesh:
     """The recipe's mesh over these devices.
 
@@ -64,7 +53,7 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     Raises:
       ValueError: model, batch or length do not fit the mesh.
     """
-    model = model_of(recipe)
+    model = recipe.build()
     tx = recipe.transformation(model.config)
     state = abstract_state(model, tx, mesh)
     if recipe.run.offload_optimizer:
@@ -89,12 +78,14 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
 def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> Lowered:
     """One step of `btlm generate`: a token per sequence, through a cache that is updated in place.
 
-    Weights are in the compute dtype, as a checkpoint to generate from would be loaded.
+    Weights are in the compute dtype, as a checkpoint to generate from would be loaded. The cache is
+    laid out as the compiler likes it, as where it stays within one program: in the default layout
+    it would be copied at the beginning and at the end of every step.
 
     Raises:
       ValueError: model or batch do not fit the mesh.
     """
-    model = model_of(recipe)
+    model = recipe.build()
     c, params = model.config, abstract_weights(model, mesh)
     dtype = model.spec(params).dtype
     params = jax.tree.map(
@@ -117,7 +108,10 @@ def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> L
     def step(params, tokens, cache):
         return model.apply(params, tokens, cache=cache)
 
-    program = jax.jit(step, donate_argnums=2).lower(params, tokens, cache)
+    laid_out = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding), cache)
+    program = jax.jit(
+        step, donate_argnums=2, in_shardings=(None, None, laid_out), out_shardings=(None, laid_out)
+    ).lower(params, tokens, cache)
     parts = Parts(held_bytes(params), 0, held_bytes((tokens, cache)))
     return Lowered(program, parts, model, dtype)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from btlm_jax.convert import formats
 
 from btlm_jax import config as config_lib
 from btlm_jax import mup, sharding
@@ -208,17 +209,24 @@ class Recipe:
             first += phase.steps
         raise ValueError(f"step {step}: the recipe has {self.steps}")
 
-    def model_config(self, base: BTLMConfig | None = None) -> BTLMConfig:
-        """The configuration, starting from `base` (that of the checkpoint) if there is one.
+    def model_config(self) -> BTLMConfig:
+        """The configuration: of the preset, file or checkpoint, with what `model` replaces.
 
         Raises:
-          ValueError, FileNotFoundError: unknown preset or field, invalid value, no such file.
+          ValueError, FileNotFoundError: unknown preset or field, invalid value, no such file or
+            checkpoint.
+          ConnectionError: a checkpoint on the Hub that cannot be reached.
         """
-        if base is None and self.model.preset is not None:
+        if self.model.preset is not None:
             base = BTLMConfig.preset(self.model.preset)
-        elif base is None and self.model.config is not None:
+        elif self.model.config is not None:
             base = BTLMConfig.from_hf(self.model.config)
-        assert base is not None
+        else:
+            assert self.model.checkpoint is not None  # exactly one of the three is set
+            try:
+                base = formats.config_of(self.model.checkpoint)
+            except FileNotFoundError as e:
+                raise FileNotFoundError(f"model.checkpoint: {e}") from None
         known = {f.name for f in dataclasses.fields(BTLMConfig)}
         if unknown := set(self.model.fields) - known:
             name = sorted(unknown)[0]
@@ -228,11 +236,11 @@ class Recipe:
             fields["alibi_scaling"] = AlibiScaling(factor=self.model.alibi_scaling_factor)
         return dataclasses.replace(base, **fields)
 
-    def build(self, config: BTLMConfig) -> BTLM:
-        """The model of `config`, computed as `run` says."""
+    def build(self) -> BTLM:
+        """The model of `model_config`, computed as `run` says; errors as there."""
         r = self.run
         return BTLM(
-            config,
+            self.model_config(),
             compute_dtype=None if r.compute_dtype == "auto" else r.compute_dtype,
             attention_implementation=None if r.attention == "auto" else r.attention,
             remat=r.remat,

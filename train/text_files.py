@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from .split import Part
 from .token_shards import TextSource
+from .zstd_file import ZstdFile
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,6 @@ OnError = Literal["raise", "skip"]
 
 _SHOWN = 5  # unusable records that are named before they are only counted
 _READ_BYTES = 1 << 20
-_ZSTD_BYTES = 16 << 10  # compressed, at a time: all that comes out of it is held
 _PARQUET_ROWS = 256  # at a time
 
 
@@ -358,7 +358,7 @@ def _opened(file: TextFile) -> Iterator[tuple[BinaryIO, Any]]:
         if file.compression == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
         elif file.compression == ".zst":
-            stream = io.BufferedReader(_ZstdFile(raw, _package("zstandard", file)), _READ_BYTES)
+            stream = io.BufferedReader(ZstdFile(raw, _package("zstandard", file)), _READ_BYTES)
         try:
             yield stream, raw.tell
         except (EOFError, gzip.BadGzipFile, zlib.error) as e:
@@ -369,39 +369,6 @@ def _skip(stream: BinaryIO, nbytes: int) -> None:
     """Moves on; in compressed files what comes before must be decompressed again."""
     while nbytes:
         nbytes -= len(stream.read(min(nbytes, _READ_BYTES)))
-
-
-class _ZstdFile(io.RawIOBase):
-    """A zstd file, of any number of frames. The package's own reader takes a cut file for whole."""
-
-    def __init__(self, raw: BinaryIO, zstandard: Any) -> None:
-        self._raw, self._zstandard = raw, zstandard
-        self._frame: Any = None
-        self._input, self._output = b"", memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            data = self._input or self._raw.read(_ZSTD_BYTES)
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("it ends within a frame")
-                return 0
-            if self._frame is None:  # as large a window as `zstd --long=31` makes
-                self._frame = self._zstandard.ZstdDecompressor(
-                    max_window_size=1 << 31
-                ).decompressobj()
-            try:
-                self._output = memoryview(self._frame.decompress(data))
-            except self._zstandard.ZstdError as e:
-                raise EOFError(str(e)) from e
-            self._input = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        n = min(len(buffer), len(self._output))
-        buffer[:n], self._output = self._output[:n], self._output[n:]
-        return n
 
 
 def _damaged(file: TextFile, error: Exception) -> ValueError:

@@ -1,8 +1,10 @@
-"""Types of arguments."""
+"""Arguments that several subcommands take."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from pathlib import Path
+from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -18,3 +20,10 @@ Bytes = Annotated[
         str_from_instance=lambda n: [byte_size.show(n).replace(" ", "")],
     ),
 ]
+
+
+def write_json(file: Path | None, found: Any) -> None:
+    """Writes what a command found to the file of its `--json`, if there is one."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=2) + "\n")

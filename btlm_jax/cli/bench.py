@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional, subcommand
 from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.remat import Remat
 
-from .arguments import Bytes
+from .arguments import Bytes, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +94,7 @@ class BenchTrain:
             dtype=self.dtype,
             remat=self.remat,
         )
-        if self.json is not None:
-            self.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(self.json, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +121,7 @@ class BenchLoss:
         report = bench_loss(
             preset=self.preset, rows=self.rows, rounds=self.rounds, dtype=self.dtype
         )
-        if self.json is not None:
-            self.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(self.json, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +152,7 @@ class BenchAttention:
             rounds=self.rounds,
             dtype=self.dtype,
         )
-        if self.json is not None:
-            self.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(self.json, report)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction
+
+from .arguments import write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,11 @@ class Compile:
     """Of the recipe, from 0; default all."""
     decode: bool = False
     """Compile a step of decoding instead."""
-    batch_size: int = 16
-    """With --decode: sequences, over all devices."""
-    capacity: int = 8192
-    """With --decode: slots of the KV cache."""
+    batch_size: int | None = None
+    """With --decode: sequences, over all devices; default 16. (Of training: --set
+    phases.0.batch_size.)"""
+    capacity: int | None = None
+    """With --decode: slots of the KV cache; default 8192."""
     fit: bool = False
     """Search microbatch, remat and mesh for what fits with the best bound, and compile that."""
     keep: int = 3
@@ -56,6 +58,7 @@ class Compile:
     def run(self) -> None:
         from btlm_jax.train import recipe_file, topologies
 
+        self._refuse_what_would_be_ignored()
         topologies.prepare()
         recipe = recipe_file.load(self.recipe, self.set)
         if self.table is not None:
@@ -65,8 +68,18 @@ class Compile:
             print("\n".join(table))
             return
         reports = self._reports(recipe, topologies.parse(self.topology, self.slices))
-        if self.json is not None:
-            self.json.write_text(json.dumps(reports, indent=2) + "\n")
+        write_json(self.json, reports)
+
+    def _refuse_what_would_be_ignored(self) -> None:
+        if self.decode and (self.fit or self.phase is not None):
+            found = "--fit" if self.fit else "--phase"
+            raise ValueError(f"--decode: found {found}, which is of training: give one of them")
+        for name in ("batch_size", "capacity"):
+            if getattr(self, name) is not None and not self.decode:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is of --decode; training's sizes are the "
+                    "recipe's: --set phases.0.batch_size=N, --set phases.0.length=N"
+                )
 
     def _reports(self, recipe: Any, topology: Any) -> list[dict[str, Any]]:
         from btlm_jax.train import compile, compile_report, executables
@@ -88,7 +101,9 @@ class Compile:
 
         if self.decode:
             show(compile.compile_decoding(
-                recipe, topology, batch_size=self.batch_size, capacity=self.capacity,
+                recipe, topology,
+                batch_size=16 if self.batch_size is None else self.batch_size,
+                capacity=8192 if self.capacity is None else self.capacity,
                 save=self.save,
             ))  # fmt: skip
             return reports
