@@ -3,9 +3,10 @@
 O is the shape of the outputs, such as [3, H, K] or [F]; I the number of inputs, those of several
 dimensions flattened; G the number of groups of inputs that share a scale.
 
-Reading its weights is all a step of decoding has to do: 2 N bytes in bf16, N in int8, N / 2 in int4.
-So what counts is that they are read as they rest, without a copy. CPUs do that for rows of inputs
-(three to five times faster than columns), and in bf16 and int8 for products of two rows or more.
+Reading its weights is all a step of decoding has to do: 2 N bytes in bf16, N in int8, N / 2 in
+int4. So what counts is that they are read as they rest, without a copy. CPUs do that for rows of
+inputs (three to five times faster than columns), and in bf16 and int8 for products of two rows or
+more.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ def dequantised(kernel: Kernel, dtype) -> jax.Array:
         outputs, groups = values.shape[:-1], scales.shape[-1]
         values = values.reshape(*outputs, groups, -1).astype(jnp.float32)
         values = (values * scales[..., None].astype(jnp.float32)).reshape(*outputs, -1)
-    return values[..., : kernel.inputs].astype(dtype)
+    if values.shape[-1] > kernel.inputs:
+        values = jax.lax.slice_in_dim(values, 0, kernel.inputs, axis=-1)
+    return values.astype(dtype)
 
 
 def rows(kernel: Kernel, index: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
@@ -105,9 +108,9 @@ def product(
 ) -> jax.Array:
     """x [..., I] times the weights, summed over the inputs in fp32. Returns fp32 [..., *O].
 
-    `on_cpu`, int8 weights meet inputs that are rounded to int8, by a scale for each row: nothing else
-    reads them as they rest. On accelerators, and int4 everywhere, weights become what x is within
-    the product.
+    `on_cpu`, int8 weights meet inputs that are rounded to int8, by a scale for each row: nothing
+    else reads them as they rest. On accelerators, and int4 everywhere, weights become what x is
+    within the product.
     """
     values, scales = kernel.values, kernel.scales
     if values.dtype == jnp.int8 and on_cpu:
@@ -129,9 +132,10 @@ def product(
 
 def _dot(x, w, precision, out_sharding, dtype):
     """x [..., I] by w [*O, I]."""
-    one = x.size == x.shape[-1] and x.dtype != jnp.float32
+    lead = x.shape[:-1]
+    one = math.prod(lead) == 1 and x.dtype != jnp.float32
     if one:  # two rows, or XLA's CPU backend would take a copy of the weights in fp32
-        lead, x = x.shape[:-1], jnp.concatenate([x.reshape(1, -1)] * 2)
+        x = jnp.concatenate([x.reshape(1, -1)] * 2)
     y = jax.lax.dot_general(
         x,
         w,
