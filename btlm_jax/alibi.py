@@ -76,35 +76,26 @@ def bias(slopes_H: jax.Array, query_T: jax.Array, key_S: jax.Array) -> jax.Array
 # bits, hence exact in fp32: any fused kernel then computes ALiBi inside QK^T.
 
 
-def query_features(slopes_H: np.ndarray | jax.Array) -> jax.Array:
-    """Splits slopes into two bf16-exact pieces. Returns bf16 [H, 4].
-
-    Args:
-      slopes_H: a NumPy array is split in float64 on the host; a traced array (dynamic scaling) with
-        `lax.reduce_precision`, because XLA may simplify a cast to bf16 and back away.
-    """
-    if isinstance(slopes_H, np.ndarray):
-        s = slopes_H.astype(np.float64)
-        s0 = s.astype(jnp.bfloat16).astype(np.float64)
-        s1 = s - s0
-        return jnp.asarray(np.stack([s0, s0, s1, s1], -1).astype(jnp.bfloat16))
+def query_features(slopes_H: jax.Array) -> jax.Array:
+    """Splits slopes, fp32 [H], into two bf16-exact pieces. Returns bf16 [H, 4]."""
     s = slopes_H.astype(jnp.float32)
+    # XLA may simplify a cast to bf16 and back away.
     s0 = jax.lax.reduce_precision(s, exponent_bits=8, mantissa_bits=7)
     s1 = jax.lax.reduce_precision(s - s0, exponent_bits=8, mantissa_bits=7)
     return jnp.stack([s0, s0, s1, s1], -1).astype(jnp.bfloat16)
 
 
-def key_features(positions: np.ndarray | jax.Array) -> jax.Array:
+def key_features(positions: np.ndarray) -> jax.Array:
     """Splits int positions (any shape, >= 0) into bf16-exact [hi, lo, hi, lo]. bf16 [..., 4].
 
     Exact below `POSITIONS`: |lo| <= 256, and hi is a multiple of 512 whose quotient has at most 8
     significant bits up to there.
 
     Raises:
-      ValueError: a position known at trace time lies outside the exact range.
+      ValueError: a position lies outside the exact range.
     """
     limit = POSITIONS - 1
-    if isinstance(positions, np.ndarray) and positions.size:
+    if positions.size:
         low, high = int(positions.min()), int(positions.max())
         if low < 0 or high > limit:
             raise ValueError(
@@ -114,5 +105,4 @@ def key_features(positions: np.ndarray | jax.Array) -> jax.Array:
     half = _BASE // 2
     lo = (positions + half) % _BASE - half
     hi = positions - lo
-    xp = np if isinstance(positions, np.ndarray) else jnp
-    return jnp.asarray(xp.stack([hi, lo, hi, lo], -1)).astype(jnp.bfloat16)
+    return jnp.asarray(np.stack([hi, lo, hi, lo], -1), jnp.bfloat16)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
-from btlm_jax import alibi, attention_fused, attention_xla, context, sharding
+from btlm_jax import alibi, attention_fused, attention_xla, context, remat, sharding
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ Implementation = Literal["xla", "splash", "cudnn"]
 # tokens over 8 devices, all heads at once would take 2.9 GiB forward and backward; groups of 4 take
 # 0.7, for the same bytes over the interconnect.
 _GATHERED = 128 << 20
-_FUSED: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn"}
+FUSED: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn"}  # by platform
 
 
 def attention(
@@ -69,7 +70,7 @@ def attention(
     platform = sharding.platform(mesh)
     chosen = _choose(q, slopes, segments, offset, implementation, parts, platform)
     local_heads = q.shape[1] // (1 if heads is None else mesh.shape[heads])
-    local_batch = q.shape[0] // math.prod(mesh.shape[name] for name in _names(batch))
+    local_batch = q.shape[0] // math.prod(mesh.shape[name] for name in sharding.axis_names(batch))
     groups = 1 if parts == 1 else _groups(local_heads, local_batch * k.shape[2])
     kernel = None
     if chosen == "splash":
@@ -77,41 +78,53 @@ def attention(
         kernel = attention_fused.splash_kernel(
             length, local_heads // groups, parts, interpret=platform == "cpu"
         )
+    attend = functools.partial(_attend, chosen, precision, sequence if parts > 1 else None)
+    local = functools.partial(_in_groups, attend, groups)
+    arrays = q, k, v, slopes, segments, offset, kernel
+    return local(*arrays) if shard is None else _per_shard(local, shard, *arrays)
 
-    def local(q, k, v, slopes, *shared):
-        if groups == 1:
-            return attend(q, k, v, slopes, *shared)
 
-        def split(x):
-            return jnp.moveaxis(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), 1, 0)
+def _attend(chosen, precision, sequence, q, k, v, slopes, segments, offset, kernel) -> jax.Array:
+    """Attention of the queries of one device; `sequence` is the mesh axis they are split over."""
+    positions = None
+    if offset is not None:
+        positions = offset + jnp.arange(q.shape[2], dtype=jnp.int32)
+    if sequence is not None:
+        # The gradients of k and v are scattered back by the transpose of the gather.
+        positions = context.positions(q.shape[2], sequence)
+        k, v = (context.gathered(x, sequence, 2) for x in (k, v))
+        if segments is not None:
+            segments = segments[0], context.gathered(segments[1], sequence, 1)
+    inputs = dict(slopes=slopes, segments=segments)
+    if chosen == "splash":
+        return attention_fused.splash(q, k, v, **inputs, kernel=kernel)
+    if chosen == "cudnn":
+        return attention_fused.cudnn(q, k, v, **inputs, positions=positions)
+    out = attention_xla.attend(q, k, v, **inputs, positions=positions, precision=precision)
+    return checkpoint_name(out, remat.ATTENTION)
 
-        # The backward pass gathers again, rather than keep what the forward pass has gathered.
-        names = jax.checkpoint_policies.save_only_these_names(attention_fused.RESIDUALS)
-        one = jax.checkpoint(attend, prevent_cse=False, policy=names)
-        xs = *map(split, (q, k, v)), None if slopes is None else slopes.reshape(groups, -1)
-        out = jax.lax.map(lambda x: one(*x, *shared), xs)
-        return jnp.moveaxis(out, 0, 1).reshape(q.shape)
 
-    def attend(q, k, v, slopes, segments, offset, kernel):
-        positions = None
-        if offset is not None:
-            positions = offset + jnp.arange(q.shape[2], dtype=jnp.int32)
-        if sequence is not None and parts > 1:
-            # The gradients of k and v are scattered back by the transpose of the gather.
-            positions = context.positions(q.shape[2], sequence)
-            k, v = (context.gathered(x, sequence, 2) for x in (k, v))
-            if segments is not None:
-                segments = segments[0], context.gathered(segments[1], sequence, 1)
-        inputs = dict(slopes=slopes, segments=segments)
-        if chosen == "splash":
-            return attention_fused.splash(q, k, v, **inputs, kernel=kernel)
-        if chosen == "cudnn":
-            return attention_fused.cudnn(q, k, v, **inputs, positions=positions)
-        out = attention_xla.attend(q, k, v, **inputs, positions=positions, precision=precision)
-        return checkpoint_name(out, attention_fused.RESIDUALS)
+def _in_groups(attend: Callable[..., jax.Array], groups: int, q, k, v, slopes, *shared):
+    """`attend`, one group of heads after another."""
+    if groups == 1:
+        return attend(q, k, v, slopes, *shared)
 
-    if shard is None:
-        return local(q, k, v, slopes, segments, offset, kernel)
+    def split(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), 1, 0)
+
+    # The backward pass gathers again, rather than keep what the forward pass has gathered.
+    names = jax.checkpoint_policies.save_only_these_names(remat.ATTENTION)
+    one = jax.checkpoint(attend, prevent_cse=False, policy=names)
+    xs = *map(split, (q, k, v)), None if slopes is None else slopes.reshape(groups, -1)
+    out = jax.lax.map(lambda x: one(*x, *shared), xs)
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+def _per_shard(
+    local: Callable[..., jax.Array], shard: PartitionSpec, q, k, v, slopes, segments, offset, kernel
+) -> jax.Array:
+    """`local` on every device of the mesh, with its part of the arrays."""
+    batch, heads, sequence = shard
     bhtk, bt = PartitionSpec(batch, heads, sequence, None), PartitionSpec(batch, sequence)
     specs = (
         bhtk,
@@ -130,11 +143,6 @@ def attention(
     return mapped(q, k, v, slopes, segments, offset, kernel)
 
 
-def _names(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
-
-
 def _groups(heads: int, rows: int) -> int:
     """Into how many groups heads are cut, so that the gathered part of one stays small."""
     fit = max(1, _GATHERED // (rows * 2 * 128 * 2))  # keys and values in bf16, 128 lanes wide
@@ -146,7 +154,7 @@ def _choose(q, slopes, segments, offset, named, parts: int, platform: str) -> Im
     if named is not None and named not in get_args(Implementation):
         expected = ", ".join(map(repr, get_args(Implementation)))
         raise ValueError(f"implementation: found {named!r}, expected one of {expected}, or None")
-    wanted = named or _FUSED.get(platform, "xla")
+    wanted = named or FUSED.get(platform, "xla")
     if offset is not None or wanted == "xla":
         return "xla"
     why = _cannot(wanted, q, slopes, segments, parts, platform)

@@ -17,11 +17,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
-from btlm_jax import alibi, context
-
-# Of the residuals a kernel leaves for its backward pass (output and log-sum-exp), for policies of
-# `jax.checkpoint`.
-RESIDUALS = "attention"
+from btlm_jax import alibi, context, remat
 
 _LANES, _SUBLANES = 128, 8  # of a TPU: multiples of lengths and of widths
 _BLOCK, _BLOCK_COMPUTE = 1024, 512  # of queries and keys at a time; the largest that fit every TPU
@@ -72,7 +68,7 @@ def splash_kernel(
                 block_q_dq=q,
                 block_kv_dq=kv,
             ),
-            residual_checkpoint_name=RESIDUALS,
+            residual_checkpoint_name=remat.ATTENTION,
             interpret=interpret,
         )
         # On the host, because the program may be compiled for devices that are not here.

@@ -22,9 +22,8 @@ def rows(length: int, parts: int) -> np.ndarray:
 
 def positions(count: int, axis: str) -> jax.Array:
     """The positions of this device's `count` rows, int32 [count]."""
-    i, half = jax.lax.axis_index(axis), count // 2
-    starts = jnp.stack([i, 2 * jax.lax.axis_size(axis) - 1 - i]) * half
-    return (starts[:, None] + jnp.arange(half, dtype=jnp.int32)).reshape(count)
+    parts = jax.lax.axis_size(axis)
+    return jnp.asarray(rows(parts * count, parts))[jax.lax.axis_index(axis)]
 
 
 def balanced(x: jax.Array, axis: str) -> jax.Array:

@@ -27,41 +27,15 @@ from jax.typing import DTypeLike
 from btlm_jax import (
     alibi,
     attention,
-    attention_fused,
     attention_xla,
     context,
     products,
+    remat,
     sharding,
     weights,
 )
 from btlm_jax.config import BTLMConfig
-
-_PRODUCT = "product"
-# What the forward pass keeps of a block for the backward pass, besides its input. The rest is
-# computed again: of "dots" LayerNorm, activations and casts, which costs less than storing and
-# reading them; of "attention" the projections too, a third of the work; of "full" everything. Per
-# token and layer, in multiples of D elements: 5 + 2 F/D, 1, 0.
-REMAT: dict[str, tuple[str, ...] | None] = {
-    "none": None,
-    "dots": (_PRODUCT, attention_fused.RESIDUALS),
-    "attention": (attention_fused.RESIDUALS,),
-    "full": (),
-}
-
-
-def _remat(name: str) -> Any:
-    """`Block` under a policy of `REMAT`."""
-    names = REMAT[name]
-    if names is None:
-        return Block
-    named = jax.checkpoint_policies.save_only_these_names(*names)
-
-    def policy(primitive, *args, **params):
-        # cuDNN's residuals have no names, but the operation that makes them has.
-        fused = primitive.name.startswith("dot_product_attention_fwd")
-        return (fused and bool(names)) or named(primitive, *args, **params)
-
-    return nn.remat(Block, prevent_cse=False, policy=policy)
+from btlm_jax.remat import Remat
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +70,7 @@ class Spec:
     padding: tuple[tuple[str, int], ...]
     mesh: jax.sharding.AbstractMesh | None
     implementation: attention.Implementation | None
-    remat: str
+    remat: Remat
 
     @property
     def precision(self) -> jax.lax.Precision | None:
@@ -211,7 +185,7 @@ class Linear(Layer):
             y = y * np.asarray(self.scale, np.float32).reshape(-1, *(1,) * (y.ndim - 3))
         elif self.scale != 1.0:
             y = y * self.scale
-        return checkpoint_name(y.astype(self.spec.dtype), _PRODUCT)
+        return checkpoint_name(y.astype(self.spec.dtype), remat.PRODUCT)
 
 
 class Attention(Layer):
@@ -340,8 +314,12 @@ class Transformer(Layer):
             scaled = jnp.asarray(alibi.model_slopes(c), jnp.float32)
             slopes = spec.place(scaled / alibi.scale(c.alibi_scaling, key_length), "heads")
 
+        policy = remat.policy(spec.remat)
+        block: Any = Block
+        if policy is not None:
+            block = nn.remat(Block, prevent_cse=False, policy=policy)
         blocks = nn.scan(
-            _remat(spec.remat),
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),

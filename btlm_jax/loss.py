@@ -222,12 +222,14 @@ def _chunked(spec: Spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, *, gradien
     else:
         axes = functools.partial(sharding.spec, spec.rules)
         of_w, of_h = axes("vocab", None), axes("batch", "sequence", None)
-        of_rows, row_axes = axes("batch", "sequence"), _names(of_h)
+        of_rows = axes("batch", "sequence")
+        names = functools.partial(sharding.mesh_axes, spec.rules)
+        row_axes = names("batch") + names("sequence")
         # The axes over which the weight rests in shards and the rows are split as well.
-        split = tuple(name for name in _names(axes("embed")) if name in row_axes)
+        split = tuple(name for name in names("embed") if name in row_axes)
         of_dw = PartitionSpec(*of_w[:1], split or None)
         found = jax.shard_map(
-            functools.partial(local, _names(of_w), row_axes, split),
+            functools.partial(local, names("vocab"), row_axes, split),
             in_specs=(of_w, of_h, of_rows, of_rows),
             out_specs=(PartitionSpec(), (of_dw, of_h) if gradients else (None, None)),
         )(w, h_BTD, targets_BT, weights_BT)
@@ -296,12 +298,6 @@ def _local(
         dw = jax.lax.psum_scatter(dw, split, scatter_dimension=1, tiled=True)
     dw = _psum(dw, tuple(name for name in row_axes if name not in split))
     return sums, (dw, dh.reshape(n * size, D)[:count].reshape(h.shape))
-
-
-def _names(spec: PartitionSpec) -> tuple[str, ...]:
-    """The mesh axes in a PartitionSpec."""
-    parts = [(part,) if isinstance(part, str) else part or () for part in spec]
-    return tuple(name for part in parts for name in part)
 
 
 def _int32(name: str, x: ArrayLike) -> jax.Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax import attention, sharding, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.layers import REMAT, KVCache, Spec, Transformer, project_logits
-
-Remat = Literal["none", "dots", "attention", "full"]
+from btlm_jax.layers import KVCache, Spec, Transformer, project_logits
+from btlm_jax.remat import KEPT, Remat
 
 
 class Intermediates(NamedTuple):
@@ -41,7 +40,7 @@ class BTLM:
         CPU. float32 means full precision on every platform.
       rules: logical axis -> mesh axis, used when the weights live on a mesh.
       attention_implementation: see `attention.attention`.
-      remat: what the forward pass keeps for the backward pass (`layers.REMAT`): "none" forgets
+      remat: what the forward pass keeps for the backward pass (`remat.KEPT`): "none" forgets
         nothing, "dots" keeps matrix products and attention, "attention" only the latter, "full"
         nothing but the input of every block.
     """
@@ -53,8 +52,8 @@ class BTLM:
     remat: Remat = "dots"
 
     def __post_init__(self) -> None:
-        if self.remat not in REMAT:
-            raise ValueError(f"remat: found {self.remat!r}, expected one of {', '.join(REMAT)}")
+        if self.remat not in KEPT:
+            raise ValueError(f"remat: found {self.remat!r}, expected one of {', '.join(KEPT)}")
         # A mapping is welcome too; the model must be hashable to be static under jit.
         object.__setattr__(self, "rules", tuple(dict(self.rules).items()))
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from btlm_jax import accounting, weights
 from btlm_jax.chips import Rates
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import Remat
+from btlm_jax.remat import Remat
 
-REMAT: tuple[Remat, ...] = get_args(Remat)
 _BF16, _FP32 = 2, 4
 
 

@@ -133,8 +133,12 @@ def mesh_axes(rules: Rules, axis: str | None) -> tuple[str, ...]:
     table = dict(rules)
     if axis not in table:
         raise ValueError(f"logical axis {axis!r}: no sharding rule; the rules name {list(table)}")
-    target = table[axis]
-    return () if target is None else (target,) if isinstance(target, str) else tuple(target)
+    return axis_names(table[axis])
+
+
+def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec, or of `Rules`."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def spec(rules: Rules, *axes: str | None) -> PartitionSpec:

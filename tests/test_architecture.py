@@ -32,6 +32,7 @@ ORDER = [
     "layerwise",
     "products",
     "context",
+    "remat",
     "attention_xla",
     "attention_fused",
     "attention",

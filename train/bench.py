@@ -22,8 +22,9 @@ import numpy as np
 
 from btlm_jax import accounting, alibi, mup, sharding, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import BTLM, Remat
+from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
+from btlm_jax.remat import Remat
 
 from . import data, measure, token_shards, torch_peer
 from .step import init_state, make_step

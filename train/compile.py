@@ -16,6 +16,7 @@ import jax
 
 from btlm_jax import accounting, byte_size, hlo, roofline
 from btlm_jax.chips import Rates
+from btlm_jax.remat import Remat
 
 from .executables import save as save_executable
 from .lowering import Lowered, decode_step, mesh_of, model_of, train_step
@@ -227,7 +228,7 @@ def _advice(
     """What should fit, by the formula, corrected by how far it is off for what did not."""
     config = model_of(recipe).config
 
-    def estimate(micro: int, remat: roofline.Remat) -> float:
+    def estimate(micro: int, remat: Remat) -> float:
         return roofline.memory(
             config,
             shape,
@@ -241,7 +242,7 @@ def _advice(
     off = max(1.0, needed / estimate(micro, remat))
     ways = shape["data"] * shape["fsdp"]
     smaller = [m for m in range(micro, 0, -ways) if phase.batch_size % m == 0 and m % ways == 0]
-    policies: tuple[roofline.Remat, ...] = (remat,) if remat == "full" else (remat, "full")
+    policies: tuple[Remat, ...] = (remat,) if remat == "full" else (remat, "full")
     for policy in policies:
         for m in smaller:
             if (m, policy) != (micro, remat) and off * estimate(m, policy) <= rates.memory:

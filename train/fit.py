@@ -22,6 +22,7 @@ from btlm_jax import byte_size, roofline
 from btlm_jax.chips import Rates
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
+from btlm_jax.remat import KEPT, Remat
 from btlm_jax.sharding import AXES
 
 from .compile import DoesNotFit, compile_phase
@@ -40,7 +41,7 @@ class Candidate(NamedTuple):
 
     mesh: tuple[int, ...]  # sizes of AXES
     microbatch: int
-    remat: roofline.Remat
+    remat: Remat
     bound: roofline.Bound  # by formula
     memory: float  # by estimate, bytes
 
@@ -130,7 +131,7 @@ def candidates(
             if micro % ways:
                 continue
             n = phase.batch_size // micro
-            for remat in roofline.REMAT:
+            for remat in KEPT:
                 work = roofline.training(
                     config,
                     sizes,

@@ -14,7 +14,8 @@ import optax
 from btlm_jax import config as config_lib
 from btlm_jax import mup, sharding
 from btlm_jax.config import AlibiScaling, BTLMConfig
-from btlm_jax.model import BTLM, Remat
+from btlm_jax.model import BTLM
+from btlm_jax.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)

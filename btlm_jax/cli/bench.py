@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from btlm_jax.byte_size import DEFAULT_MEMORY
+from btlm_jax.remat import Remat
 
 from .arguments import Bytes
 
@@ -78,7 +79,7 @@ class BenchTrain:
     """How often everything is measured; medians are reported."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the computation; default bfloat16 on accelerators, float32 on CPU."""
-    remat: Literal["none", "dots", "attention", "full"] = "dots"
+    remat: Remat = "dots"
     """What our forward pass keeps for the backward pass."""
     json: Path | None = None
     """A file for the measurements and their conditions."""
