@@ -25,9 +25,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax import array_files, manifest, paths, sharding, staging, weights
+from btlm_jax import (
+    array_files,
+    layerwise,
+    manifest,
+    paths,
+    quantization,
+    sharding,
+    staging,
+    weights,
+)
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import BTLM
+from btlm_jax.quantization import Quantization
 
 
 class Writer:
@@ -41,7 +51,11 @@ class Writer:
         return self._stage.finished.get(".".join(leaf.path))
 
     def write(
-        self, leaf: weights.DiskLeaf, dtype: np.dtype, blocks: Iterable[np.ndarray]
+        self,
+        leaf: weights.DiskLeaf,
+        dtype: np.dtype,
+        blocks: Iterable[np.ndarray],
+        errors: Mapping[str, float] | None = None,
     ) -> Mapping[str, Any]:
         """Writes one array.
 
@@ -49,17 +63,20 @@ class Writer:
           leaf: which.
           dtype: its dtype.
           blocks: its elements in order: 1-D arrays of `array_files.block_size` elements.
+          errors: of the scales of a quantised weight, the errors made (`manifest.Metadata`).
 
         Returns:
-          Its record: `sha256` of its bytes, and `nonfinite`, the number of NaN and Inf.
+          Its record: `sha256` of its bytes, `nonfinite`, the number of NaN and Inf, and `errors`.
 
         Raises:
           OSError: the disk is full or fails.
         """
         name = ".".join(leaf.path)
         folder = self._stage.content / manifest.ITEM / name
-        digest = array_files.write(folder, leaf.weight.shape, dtype, blocks)
-        record = {"sha256": digest.sha256, "nonfinite": digest.nonfinite}
+        digest = array_files.write(folder, leaf.shape, dtype, blocks)
+        record: dict[str, Any] = {"sha256": digest.sha256, "nonfinite": digest.nonfinite}
+        if errors is not None:
+            record["errors"] = dict(errors)
         self._stage.record(name, record)
         return record
 
@@ -88,6 +105,11 @@ def save(
         hold something where padding should be.
       OSError: the disk is full or fails.
     """
+    if weights.is_by_layer(params):
+        raise ValueError(
+            "weights to save: found them by layer, expected stacked ones, as init and load give "
+            "them; quantised checkpoints are made by `btlm convert --quantize`"
+        )
     weights.check(params, config)
     flat = weights.flatten(params)
     odd = {
@@ -115,6 +137,7 @@ def writer(
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     key: Mapping[str, Any] | None = None,
+    to: Quantization | None = None,
 ) -> Iterator[Writer]:
     """Writes a checkpoint array by array, so that no more than a block is held in memory.
 
@@ -122,20 +145,29 @@ def writer(
     block ends; if it fails nothing remains, or with a `key` the finished arrays do (`staging`).
     What is written depends on the arguments and arrays alone: no clock, no random name.
 
+    Args:
+      path, config, assets, origin, overwrite: as for `save`.
+      key: see `staging.new_directory`.
+      to: what the weights are quantised to; its arrays are those of `quantization.disk_leaves`.
+
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
     """
     with staging.new_directory(path, overwrite=overwrite, ours=manifest.is_ours, key=key) as stage:
         out = Writer(stage)
         yield out
-        _finish(stage, config, [epath.Path(a) for a in assets], origin or {})
+        _finish(stage, config, to, [epath.Path(a) for a in assets], origin or {})
 
 
 def _finish(
-    stage: staging.Stage, config: BTLMConfig, assets: list[epath.Path], origin: Mapping[str, Any]
+    stage: staging.Stage,
+    config: BTLMConfig,
+    to: Quantization | None,
+    assets: list[epath.Path],
+    origin: Mapping[str, Any],
 ) -> None:
     """Adds all that makes arrays a checkpoint; the file that marks it complete comes last."""
-    names = {".".join(leaf.path): leaf.path for leaf in weights.disk_leaves(config)}
+    names = {".".join(x.path): x.path for x in quantization.disk_leaves(config, to)}
     if missing := [name for name in names if name not in stage.finished]:
         raise ValueError(f"{stage.content}: not written: {', '.join(missing)}")
     asset_sha256 = {}
@@ -146,7 +178,8 @@ def _finish(
         data = file.read_bytes()
         staging.write_bytes(stage.content / "tokenizer" / file.name, data)
         asset_sha256[file.name] = hashlib.sha256(data).hexdigest()
-    sha256 = {path: stage.finished[name]["sha256"] for name, path in names.items()}
+    records = {path: stage.finished[name] for name, path in names.items()}
+    sha256 = {path: record["sha256"] for path, record in records.items()}
     item = manifest.list_of_arrays(names.values())
     staging.write_text(stage.content / manifest.ITEM / "_METADATA", item)
     # Orbax knows arrays by a .zarray file in some folder, and would warn that it finds none: Zarr 3
@@ -155,7 +188,9 @@ def _finish(
     staging.make_folder(marker)
     staging.write_text(marker / ".zarray", "The arrays are Zarr 3: see zarr.json in each folder.\n")
     structure = manifest.structure_sha256(stage.content, names.values())
-    mark = manifest.mark(manifest.notes(config, origin, sha256, asset_sha256, structure))
+    errors = {path[:-1]: r["errors"] for path, r in records.items() if "errors" in r}
+    notes = manifest.notes(config, origin, sha256, asset_sha256, structure, to, errors)
+    mark = manifest.mark(notes)
     if paths.is_remote(stage.content):  # what Orbax looks for in object stores
         staging.write_text(stage.content / "commit_success.txt", "written by btlm-jax\n")
     staging.write_text(stage.content / manifest.MARK, mark)
@@ -173,18 +208,21 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules | None = None,
+    by_layer: bool = False,
 ) -> tuple[BTLM, weights.Params]:
     """Reads a checkpoint straight onto a device or a mesh.
 
     Args:
       path: a checkpoint directory or URL, from `save`, the converter or training.
-      dtype: of the weights in memory; None keeps the stored one.
+      dtype: of the weights in memory that are floats; None keeps the stored one.
       mesh: shard the weights over it, each process reading only its parts; None puts them on the
         default device.
       rules: logical axis -> mesh axis; default `sharding.RULES`.
+      by_layer: give the weights by layer (`weights.by_layer`), as decoding takes them, without
+        stacking them first (`layerwise.load`). Quantised weights always come so.
 
     Returns:
-      The model and its stacked weights, padded for the mesh.
+      The model and its stacked weights, padded for the mesh; or its weights by layer.
 
     Raises:
       FileNotFoundError: no checkpoint there.
@@ -193,6 +231,16 @@ def load(
     """
     meta = manifest.read(path)
     model = BTLM(meta.config, rules=rules or sharding.RULES)
+    if by_layer or meta.quantization is not None:
+        return model, layerwise.load(
+            meta.config,
+            meta.part,
+            {path: leaf.dtype for path, leaf in meta.leaves.items()},
+            to=meta.quantization,
+            dtype=dtype,
+            mesh=mesh,
+            rules=model.rules,
+        )
     pad, placed = sharding.placement(meta.config, mesh, model.rules)
     stored = {path: leaf.dtype if dtype is None else dtype for path, leaf in meta.leaves.items()}
     arrays = restore(meta.path, {manifest.ITEM: request(meta.config, stored, placed, pad)})

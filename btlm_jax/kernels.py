@@ -84,7 +84,9 @@ def dequantised(kernel: Kernel, dtype) -> jax.Array:
         outputs, groups = values.shape[:-1], scales.shape[-1]
         values = values.reshape(*outputs, groups, -1).astype(jnp.float32)
         values = (values * scales[..., None].astype(jnp.float32)).reshape(*outputs, -1)
-    return values[..., : kernel.inputs].astype(dtype)
+    if values.shape[-1] > kernel.inputs:
+        values = jax.lax.slice_in_dim(values, 0, kernel.inputs, axis=-1)
+    return values.astype(dtype)
 
 
 def rows(kernel: Kernel, index: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
@@ -130,9 +132,10 @@ def product(
 
 def _dot(x, w, precision, out_sharding, dtype):
     """x [..., I] by w [*O, I]."""
-    one = x.size == x.shape[-1] and x.dtype != jnp.float32
+    lead = x.shape[:-1]
+    one = math.prod(lead) == 1 and x.dtype != jnp.float32
     if one:  # two rows, or XLA's CPU backend would take a copy of the weights in fp32
-        lead, x = x.shape[:-1], jnp.concatenate([x.reshape(1, -1)] * 2)
+        x = jnp.concatenate([x.reshape(1, -1)] * 2)
     y = jax.lax.dot_general(
         x,
         w,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,8 +18,9 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax import __version__, array_files, paths, staging, weights
+from btlm_jax import __version__, array_files, paths, quantization, staging, weights
 from btlm_jax.config import AlibiScaling, BTLMConfig
+from btlm_jax.quantization import Quantization
 from btlm_jax.tokenizer import home_of
 
 FORMAT = 2
@@ -44,6 +46,9 @@ class Metadata:
       asset_sha256: of every carried file, by name.
       structure_sha256: of the files that describe the arrays; None if nobody recorded it.
       ocdbt: whether the arrays lie in Orbax's OCDBT database, not in files of their own.
+      quantization: what the weights are quantised to; None of floats.
+      errors: of every quantised weight, by path: its relative RMS error, and that of Q4_0's rule
+        (`quantization.Errors.relative`).
     """
 
     path: epath.Path
@@ -54,6 +59,13 @@ class Metadata:
     asset_sha256: Mapping[str, str]
     structure_sha256: str | None
     ocdbt: bool
+    quantization: Quantization | None
+    errors: Mapping[weights.Path, Mapping[str, float]]
+
+    @property
+    def disk_leaves(self) -> list[weights.DiskLeaf]:
+        """Every stored array."""
+        return list(quantization.disk_leaves(self.config, self.quantization))
 
     @property
     def nbytes(self) -> int:
@@ -80,14 +92,30 @@ class Metadata:
         Raises:
           ValueError: its files are damaged or missing.
         """
-        stored, name = self.leaves[leaf.path], ".".join(leaf.path)
-        item = self.path / ITEM
-        store: Any = paths.kvstore(item / name)
+        stored = self.leaves[leaf.path]
+        rows = array_files.block_rows(stored.shape, width or stored.dtype.itemsize)
+        with self._damage_explained(leaf):
+            yield from array_files.read(self._kvstore(leaf), rows)
+
+    def part(self, leaf: weights.DiskLeaf, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of a stored array, of slices with bounds.
+
+        Raises:
+          ValueError: its files are damaged or missing.
+        """
+        with self._damage_explained(leaf):
+            return array_files.read_part(self._kvstore(leaf), index)
+
+    def _kvstore(self, leaf: weights.DiskLeaf) -> Any:
+        item, name = self.path / ITEM, ".".join(leaf.path)
         if self.ocdbt:
-            store = {"driver": "ocdbt", "base": paths.kvstore(item), "path": f"{name}/"}
+            return {"driver": "ocdbt", "base": paths.kvstore(item), "path": f"{name}/"}
+        return paths.kvstore(item / name)
+
+    @contextlib.contextmanager
+    def _damage_explained(self, leaf: weights.DiskLeaf) -> Iterator[None]:
         try:
-            rows = array_files.block_rows(stored.shape, width or stored.dtype.itemsize)
-            yield from array_files.read(store, rows)
+            yield
         except MemoryError:
             raise
         except Exception as e:  # TensorStore raises ValueError and others for damaged files
@@ -151,15 +179,8 @@ def read_finished(place: epath.Path) -> Metadata:
         p: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
         for p, x in weights.flatten(found.metadata).items()
     }
-    known = {leaf.path: leaf.weight.shape for leaf in weights.disk_leaves(config)}
-    problems = [f"missing: {'/'.join(p)}" for p in known if p not in leaves]
-    problems += [f"unexpected: {'/'.join(p)}" for p in leaves if p not in known]
-    problems += [
-        f"{'/'.join(p)}: found shape {leaves[p].shape}, expected {shape}"
-        for p, shape in known.items()
-        if p in leaves and leaves[p].shape != shape
-    ]
-    if problems:
+    to, errors = _quantization(notes.get("quantization"))
+    if problems := list(_misfits(leaves, quantization.disk_leaves(config, to))):
         raise Damaged(f"{place} does not match its configuration:\n  " + "\n  ".join(problems))
     sha256 = {tuple(name.split(".")): value for name, value in notes["sha256"].items()}
     return Metadata(
@@ -171,7 +192,36 @@ def read_finished(place: epath.Path) -> Metadata:
         asset_sha256=notes["asset_sha256"],
         structure_sha256=notes["structure_sha256"],
         ocdbt=ocdbt,
+        quantization=to,
+        errors=errors,
     )
+
+
+def _misfits(
+    found: Mapping[weights.Path, jax.ShapeDtypeStruct], expected: Iterable[weights.DiskLeaf]
+) -> Iterator[str]:
+    """What the arrays of a checkpoint have otherwise than they should."""
+    known = {leaf.path: leaf for leaf in expected}
+    yield from (f"missing: {'/'.join(p)}" for p in known if p not in found)
+    yield from (f"unexpected: {'/'.join(p)}" for p in found if p not in known)
+    for path, leaf in known.items():
+        if path not in found:
+            continue
+        shape, dtype = found[path].shape, str(found[path].dtype)
+        if shape != leaf.shape:
+            yield f"{'/'.join(path)}: found shape {shape}, expected {leaf.shape}"
+        if leaf.dtype not in (None, dtype):
+            yield f"{'/'.join(path)}: found dtype {dtype}, expected {leaf.dtype}"
+
+
+def _quantization(
+    notes: Mapping[str, Any] | None,
+) -> tuple[Quantization | None, dict[weights.Path, Mapping[str, float]]]:
+    """What `notes` has under "quantization", which checkpoints of floats lack."""
+    if notes is None:
+        return None, {}
+    errors = {tuple(name.split(".")): value for name, value in notes["errors"].items()}
+    return Quantization(**{k: v for k, v in notes.items() if k != "errors"}), errors
 
 
 def _newest(place: epath.Path) -> epath.Path:
@@ -221,11 +271,14 @@ def notes(
     sha256: Mapping[weights.Path, str],
     asset_sha256: Mapping[str, str],
     structure_sha256: str | None,
+    to: Quantization | None = None,
+    errors: Mapping[weights.Path, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """The custom metadata of a checkpoint; JSON keeps float64 exactly, hence the slopes too.
 
     Args:
-      config, origin, sha256, asset_sha256, structure_sha256: see `Metadata`.
+      config, origin, sha256, asset_sha256, structure_sha256, errors: see `Metadata`.
+      to: its `quantization`.
     """
     values = {
         "format": FORMAT,
@@ -237,6 +290,9 @@ def notes(
         "asset_sha256": dict(asset_sha256),
         "structure_sha256": structure_sha256,
     }
+    if to is not None:
+        named = {".".join(path): dict(value) for path, value in (errors or {}).items()}
+        values["quantization"] = dataclasses.asdict(to) | {"errors": named}
     return {_KEY: values | {"seal": _seal(values)}}
 
 

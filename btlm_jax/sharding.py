@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -269,6 +269,39 @@ def of_one_layer(stacked: jax.sharding.Sharding) -> jax.sharding.Sharding:
     if isinstance(stacked, NamedSharding):
         return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
     return stacked
+
+
+def from_parts(
+    shape: tuple[int, ...],
+    dtype: Any,
+    out: jax.sharding.Sharding,
+    stored: tuple[int, ...],
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array put together where it belongs, from the parts that the devices here hold.
+
+    Args:
+      shape, dtype, out: of the array, which is zero beyond what is stored.
+      stored: the shape of what is stored.
+      read: gives a part of it, of slices with bounds. Devices that hold the same part share a call.
+    """
+
+    @functools.cache
+    def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        inner = [(a, min(b, n)) for (a, b), n in zip(bounds, stored, strict=True)]
+        sizes = [b - a for a, b in bounds]
+        if any(b <= a for a, b in inner):
+            return np.zeros(sizes, dtype)
+        found = read(tuple(slice(a, b) for a, b in inner)).astype(dtype, copy=False)
+        if list(found.shape) == sizes:
+            return found
+        return np.pad(found, [(0, n - m) for n, m in zip(sizes, found.shape, strict=True)])
+
+    def callback(index: tuple[slice, ...] | None) -> np.ndarray:
+        slices = index or (slice(None),) * len(shape)
+        return part(tuple(s.indices(n)[:2] for s, n in zip(slices, shape, strict=True)))
+
+    return jax.make_array_from_callback(shape, out, callback)
 
 
 def mesh_of(x: Any) -> jax.sharding.AbstractMesh | None:

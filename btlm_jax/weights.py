@@ -305,8 +305,8 @@ def check(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int]:
     problems += [f"unexpected: {'/'.join(p)}" for p in flat if p not in known]
     sizes, padding = padded_sizes(config), {}
     for path, w in known.items():
-        for axis in set(w.axes) & (sizes.keys() - padding.keys()):
-            if path in flat:
+        for axis in sizes.keys() - padding.keys():
+            if path in flat and axis in w.axes:
                 size = _size_of(flat[path], w, axis, w.stacked and not apart)
                 padding |= {} if size is None else {axis: size}
     padding = {a: n for a, n in padding.items() if n > sizes[a]}
@@ -351,22 +351,39 @@ def padded_sizes(config: BTLMConfig) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class DiskLeaf:
-    """One array as stored: a weight of one layer, or a weight outside the layers."""
+    """One array as stored: a weight of one layer, or outside the layers; or a part of such a one.
+
+    Attributes:
+      weight, layer: which weight.
+      part: of a quantised weight, which of its arrays (`quantization.parts`).
+      part_shape: the shape of the part.
+      dtype: the only one it can have; None is any of `STORED_DTYPES`.
+    """
 
     weight: Weight
     layer: int | None
+    part: str | None = None
+    part_shape: tuple[int, ...] = ()
+    dtype: str | None = None
 
     @property
     def path(self) -> Path:
         """Its path in a checkpoint: "blocks" is followed by the layer's number."""
-        if self.layer is None:
-            return self.weight.path
-        return ("blocks", str(self.layer), *self.weight.path[1:])
+        whole = self.weight.path
+        if self.layer is not None:
+            whole = ("blocks", str(self.layer), *whole[1:])
+        return whole if self.part is None else (*whole, self.part)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stored array."""
+        return self.weight.shape if self.part is None else self.part_shape
 
     @property
     def hf_name(self) -> str:
-        """Its Hugging Face name."""
-        return self.weight.hf_name.format(layer=self.layer)
+        """The weight's Hugging Face name; a part's is ours and follows it."""
+        name = self.weight.hf_name.format(layer=self.layer)
+        return name if self.part is None else f"{name}.{self.part}"
 
 
 def leaves_of(w: Weight, config: BTLMConfig) -> list[DiskLeaf]:

@@ -84,24 +84,12 @@ def _read(
     hf: HFSource, leaf: weights.DiskLeaf, shape: tuple[int, ...], dtype: np.dtype, out: Any
 ) -> jax.Array:
     """One stored tensor, zero-padded to `shape`, read shard by shard."""
+    stored = leaf.weight.shape
 
-    @functools.cache  # devices that hold the same part share one read
-    def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        inner = [(a, min(b, n)) for (a, b), n in zip(bounds, leaf.weight.shape, strict=True)]
-        sizes = [b - a for a, b in bounds]
-        if any(b <= a for a, b in inner):
-            return np.zeros(sizes, dtype)
-        index = tuple(slice(a, b) for a, b in inner)
-        found = hf.read(leaf.hf_name, index, leaf.weight.shape).astype(dtype, copy=False)
-        if list(found.shape) == sizes:
-            return found
-        return np.pad(found, [(0, n - m) for n, m in zip(sizes, found.shape, strict=True)])
+    def part(index: Index) -> np.ndarray:
+        return hf.read(leaf.hf_name, index, stored)
 
-    def callback(index: Index | None) -> np.ndarray:
-        slices = index or (slice(None),) * len(shape)
-        return part(tuple(s.indices(n)[:2] for s, n in zip(slices, shape, strict=True)))
-
-    return jax.make_array_from_callback(shape, out, callback)
+    return sharding.from_parts(shape, dtype, out, stored, part)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, out: Any) -> jax.Array:

@@ -26,12 +26,20 @@ def workers(max_memory: int, largest_block: int = array_files.BLOCK_BYTES) -> in
     Raises:
         ValueError: not even one.
     """
-    each = _BLOCKS_PER_WORKER * largest_block
+    why = f"{_BLOCKS_PER_WORKER} blocks of {byte_size.show(largest_block)}"
+    return workers_on(max_memory, _BLOCKS_PER_WORKER * largest_block, why)
+
+
+def workers_on(max_memory: int, each: int, why: str) -> int:
+    """How many threads that hold `each` bytes may work at once.
+
+    Raises:
+        ValueError: not even one; `why` says what the bytes are.
+    """
     if max_memory < each:
         raise ValueError(
             f"max_memory: found {byte_size.show(max_memory)}, expected at least "
-            f"{byte_size.show(each)} ({_BLOCKS_PER_WORKER} blocks of "
-            f"{byte_size.show(largest_block)})"
+            f"{byte_size.show(each)} ({why})"
         )
     return min(max_memory // each, _MOST)
 

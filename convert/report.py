@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import re
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from btlm_jax import byte_size
+from btlm_jax import byte_size, weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Report:
       peak_rss: the most memory this process has held, in bytes.
       digest: `digest` of the weights' SHA-256.
       files: names of the files carried along (conversion) or of the weights (export).
+      errors: of every quantised weight, by path (`manifest.Metadata.errors`).
     """
 
     tensors: int
@@ -37,6 +39,7 @@ class Report:
     peak_rss: int
     digest: str
     files: tuple[str, ...]
+    errors: Mapping[weights.Path, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         dtypes = ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
@@ -47,7 +50,24 @@ class Report:
             f"{self.tensors} tensors ({dtypes}){resumed}, {self.nbytes:,} bytes, "
             f"{self.seconds:.1f} s{speed}, peak memory {byte_size.show(self.peak_rss)}\n"
             f"sha256 of the tensors' sha256: {self.digest}"
+            + "".join(f"\n{line}" for line in error_lines(self.errors))
         )
+
+
+def error_lines(errors: Mapping[weights.Path, Mapping[str, float]]) -> Iterator[str]:
+    """Errors of quantisation for people: of each weight, the RMS over its layers and the worst."""
+    layers: dict[str, list[Mapping[str, float]]] = {}
+    for path, found in errors.items():
+        layers.setdefault("/".join(x for x in path if not x.isdigit()), []).append(found)
+    for name, all_found in layers.items():
+        rms, worst = _rms([x["rms"] for x in all_found]), max(x["rms"] for x in all_found)
+        rule = [x["q4_0"] for x in all_found if "q4_0" in x]
+        beside = f"; by the rule of Q4_0 in the same groups {_rms(rule):.5f}" if rule else ""
+        yield f"{name}: relative RMS error {rms:.5f}, at most {worst:.5f}{beside}"
+
+
+def _rms(values: list[float]) -> float:
+    return math.sqrt(sum(x * x for x in values) / len(values))
 
 
 def digest(sha256: Mapping[str, str]) -> str:

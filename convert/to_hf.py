@@ -60,8 +60,8 @@ def export(
 
     Raises:
       FileNotFoundError, ValueError: the source is not a checkpoint, or damaged; the target is in an
-        object store; the budget is below one block; the model has CompleteP, which the original
-        code cannot compute (`fold_completep` first).
+        object store; the budget is below one block; the source is quantised; the model has
+        CompleteP, which the original code cannot compute (`fold_completep` first).
       FileExistsError: the target exists.
       OSError: the disk is full or fails.
     """
@@ -74,6 +74,11 @@ def export(
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
     staging.refuse_existing(target, overwrite=overwrite, ours=is_ours)
     meta = manifest.read(source)
+    if meta.quantization is not None:
+        raise ValueError(
+            f"{source} is quantised ({meta.quantization}), which the original code cannot read: "
+            "export the checkpoint it was made from"
+        )
     config = config_json(meta)
     threads = workers(max_memory, meta.largest_block)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}

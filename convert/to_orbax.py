@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,9 @@ def convert(
         target,
         config,
         assets=hf.assets,
-        origin=_origin(hf, source, [leaf.hf_name for leaf in leaves]),
+        origin=origin_of(hf, source, [leaf.hf_name for leaf in leaves]),
         overwrite=overwrite,
-        key=_key(hf),
+        key=key_of(hf),
     ) as writer:
         todo = [leaf for leaf in leaves if not writer.finished(leaf)]
         total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in leaves)
@@ -95,7 +96,7 @@ def convert(
 
             for_each(todo, one, threads)
         records = {leaf.hf_name: writer.finished(leaf) or {} for leaf in leaves}
-        _check_finite(hf, records, allow_nonfinite)
+        check_finite(str(hf.directory), records, allow_nonfinite)
     return Report(
         tensors=len(leaves),
         resumed=len(leaves) - len(todo),
@@ -108,7 +109,8 @@ def convert(
     )
 
 
-def _origin(hf: HFSource, source: str | os.PathLike[str], names: list[str]) -> dict[str, Any]:
+def origin_of(hf: HFSource, source: str | os.PathLike[str], names: list[str]) -> dict[str, Any]:
+    """What a checkpoint says of where it came from (`manifest.Metadata.origin`)."""
     return {
         "source": os.fspath(source),
         "revision": hf.revision,
@@ -119,7 +121,7 @@ def _origin(hf: HFSource, source: str | os.PathLike[str], names: list[str]) -> d
     }
 
 
-def _key(hf: HFSource) -> dict[str, Any]:
+def key_of(hf: HFSource) -> dict[str, Any]:
     """What must be the same for an interrupted conversion to be continued."""
     return {
         "by": f"convert {__version__}, format {manifest.FORMAT}",
@@ -128,11 +130,18 @@ def _key(hf: HFSource) -> dict[str, Any]:
     }
 
 
-def _check_finite(hf: HFSource, records: dict[str, Any], allowed: bool) -> None:
+def check_finite(source: str, records: Mapping[str, Any], allowed: bool) -> None:
+    """Raises ValueError if arrays that were written hold NaN or Inf; warns where that is allowed.
+
+    Args:
+      source: where they came from.
+      records: of every array, by name, from `checkpoint.Writer`.
+      allowed: what the user said to it.
+    """
     bad = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r["nonfinite"]]
     if not bad:
         return
-    found = f"{hf.directory} holds NaN or Inf in {len(bad)} tensors:\n  " + "\n  ".join(bad)
+    found = f"{source} holds NaN or Inf in {len(bad)} tensors:\n  " + "\n  ".join(bad)
     if not allowed:
         raise ValueError(f"{found}\nPass --allow-nonfinite to convert them as they are")
     logger.warning("%s", found)

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from btlm_jax import alibi, array_files, manifest, weights
+from btlm_jax import alibi, array_files, manifest, quantization, weights
 from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.config import BTLMConfig
 from btlm_jax.progress import Progress
+from btlm_jax.quantization import Quantization
 
 from . import formats
 from .hf_source import HFSource, open_hf
@@ -33,6 +34,7 @@ class Opened:
     Attributes:
       name: what the user called it.
       config: the model, with its stored slopes.
+      to: what its weights are quantised to.
       dtypes: of every tensor, by Hugging Face name.
       blocks: yields a tensor in 1-D blocks; the last argument is bytes of a block per element's
         width, so that two checkpoints of different dtypes come in step.
@@ -46,6 +48,7 @@ class Opened:
 
     name: str
     config: BTLMConfig
+    to: Quantization | None
     dtypes: Mapping[str, np.dtype]
     blocks: Callable[[weights.DiskLeaf, int], Iterator[np.ndarray]]
     sha256: Mapping[str, str]
@@ -53,6 +56,11 @@ class Opened:
     asset_sha256: Mapping[str, str]
     rest: Mapping[str, tuple[str | None, Callable[[], str | None]]]
     largest_block: int = array_files.BLOCK_BYTES
+
+    @property
+    def disk_leaves(self) -> list[weights.DiskLeaf]:
+        """Every tensor."""
+        return list(quantization.disk_leaves(self.config, self.to))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,23 +113,25 @@ def verify(
       max_memory: bytes of weights in flight; `logits` needs one model in memory besides.
 
     Raises:
-      FileNotFoundError, ValueError: not a checkpoint; or, without `b`, one that records no hashes.
+      FileNotFoundError, ValueError: not a checkpoint; without `b`, one that records no hashes; or
+        two that are not quantised alike.
     """
     one = open_any(a)
     if b is None:
         return _against_record(one, max_memory)
     two = open_any(b)
+    _check_comparable(one, two, atol)
     differences = list(_config_rows(one.config, two.config))
     differences += _asset_rows(one, two)
-    leaves = list(weights.disk_leaves(one.config))
-    theirs = {leaf.hf_name: leaf for leaf in weights.disk_leaves(two.config)}
+    leaves = one.disk_leaves
+    theirs = {leaf.hf_name: leaf for leaf in two.disk_leaves}
     common = []
     for leaf in leaves:
         other = theirs.pop(leaf.hf_name, None)
         if other is None:
             differences.append((leaf.hf_name, f"only in {one.name}"))
-        elif other.weight.hf_shape != leaf.weight.hf_shape:
-            found = f"shape {leaf.weight.hf_shape} and {other.weight.hf_shape}"
+        elif _shape(other) != _shape(leaf):
+            found = f"shape {_shape(leaf)} and {_shape(other)}"
             differences.append((leaf.hf_name, found))
         else:
             common.append(leaf)
@@ -146,7 +156,7 @@ def verify(
         dtypes = "" if same_dtype else f"{one.dtypes[name]} and {two.dtypes[name]}, "
         if unequal:
             rows[name] = (
-                f"{dtypes}{unequal:,} of {math.prod(leaf.weight.shape):,} elements differ, "
+                f"{dtypes}{unequal:,} of {math.prod(leaf.shape):,} elements differ, "
                 f"max |difference| {worst:.6g}"
             )
         elif dtypes:
@@ -162,9 +172,24 @@ def verify(
     return Verification(len(leaves), nbytes, tuple(differences), digest(sha256))
 
 
+def _check_comparable(one: Opened, two: Opened, atol: float | None) -> None:
+    if one.to != two.to:
+        kinds = " and ".join(str(x.to) if x.to else "floats" for x in (one, two))
+        raise ValueError(
+            f"{one.name} and {two.name} hold {kinds}: only checkpoints of one kind can be "
+            "compared; what quantising has cost stands in the quantised one, see `btlm info`"
+        )
+    if one.to is not None and atol is not None:
+        raise ValueError("atol: quantised checkpoints are compared bit for bit: leave it out")
+
+
+def _shape(leaf: weights.DiskLeaf) -> tuple[int, ...]:
+    return leaf.weight.hf_shape if leaf.part is None else leaf.shape
+
+
 def _difference(x: np.ndarray, y: np.ndarray) -> tuple[int, float]:
     """Number of differing elements and the largest difference; infinite if one is not a number."""
-    bits = {2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
+    bits = {1: np.uint8, 2: np.uint16, 4: np.uint32}[x.dtype.itemsize]
     same_dtype = x.dtype == y.dtype
     if same_dtype and np.array_equal(x.view(bits), y.view(bits)):
         return 0, 0.0
@@ -186,7 +211,7 @@ def open_any(source: manifest.PathLike) -> Opened:
     if formats.is_hf(source):
         return _open_hf(text, open_hf(source))
     meta = manifest.read(source)
-    leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
+    leaves = {leaf.hf_name: leaf for leaf in meta.disk_leaves}
 
     def structure() -> str | None:
         return manifest.structure_sha256(meta.path, meta.leaves)
@@ -194,6 +219,7 @@ def open_any(source: manifest.PathLike) -> Opened:
     return Opened(
         name=text,
         config=meta.config,
+        to=meta.quantization,
         dtypes={name: np.dtype(meta.leaves[leaf.path].dtype) for name, leaf in leaves.items()},
         blocks=meta.blocks,
         sha256={n: meta.sha256[x.path] for n, x in leaves.items() if x.path in meta.sha256},
@@ -220,6 +246,7 @@ def _open_hf(name: str, hf: HFSource) -> Opened:
     return Opened(
         name=name,
         config=read_config(hf),
+        to=None,
         dtypes={name: info.dtype for name, info in hf.tensors.items()},
         blocks=blocks,
         sha256=recorded,
@@ -235,7 +262,7 @@ def _against_record(opened: Opened, max_memory: int) -> Verification:
             f"{opened.name} records no SHA-256 of its tensors: compare it with another checkpoint, "
             f"`btlm verify {opened.name} OTHER`"
         )
-    leaves = list(weights.disk_leaves(opened.config))
+    leaves = opened.disk_leaves
     rows: dict[str, str] = {}
     sha256: dict[str, str] = {}
 
@@ -269,7 +296,7 @@ def _against_record(opened: Opened, max_memory: int) -> Verification:
 
 
 def _nbytes(opened: Opened, leaf: weights.DiskLeaf) -> int:
-    return math.prod(leaf.weight.shape) * opened.dtypes[leaf.hf_name].itemsize
+    return math.prod(leaf.shape) * opened.dtypes[leaf.hf_name].itemsize
 
 
 def _config_rows(one: BTLMConfig, two: BTLMConfig) -> Iterable[tuple[str, str]]:

@@ -244,6 +244,11 @@ def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
         key = jax.random.key(recipe.run.seed)
         return model.init(key, mesh=mesh, truncation=recipe.model.init_truncation)
     _, params = formats.load(source, mesh=mesh, dtype=jnp.float32)
+    if weights.is_by_layer(params):
+        raise ValueError(
+            f"model.checkpoint: {source} is quantised, and only floats can be trained: name the "
+            "checkpoint it was made from"
+        )
     weights.check(params, model.config)
     return params
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a Hugging Face checkpoint to Orbax, without loss.
+    """Convert a Hugging Face checkpoint to Orbax, without loss; or quantise one of either format.
 
     Killed or failed, the same command continues it.
     """
 
     source: Positional[str]
-    """A directory with config.json and safetensors or .bin weights, or a Hub id (org/name)."""
+    """A directory with config.json and safetensors or .bin weights, or a Hub id (org/name); to
+    quantise, an Orbax checkpoint too."""
     target: Positional[str]
     """The Orbax checkpoint to write: a directory, or a gs:// URL."""
     revision: str | None = None
@@ -36,18 +37,27 @@ class Convert:
     """Convert weights that hold NaN or Inf too."""
     overwrite: bool = False
     """Replace an existing checkpoint."""
+    quantize: str | None = None
+    """int8, int4 (groups of 64), int4:32, int4:64 or int4:128: of the layers' kernels."""
+    quantize_embedding: Literal["int8", "bfloat16"] = "int8"
+    """With --quantize: of embedding and untied head."""
 
     def run(self) -> None:
-        from btlm_jax.convert import convert
+        from btlm_jax.convert import convert, quantise
+        from btlm_jax.quantization import Quantization
 
-        report = convert(
-            self.source,
-            self.target,
-            revision=self.revision,
-            max_memory=self.max_memory,
-            allow_nonfinite=self.allow_nonfinite,
-            overwrite=self.overwrite,
+        options: Any = dict(
+            revision=self.revision, max_memory=self.max_memory, overwrite=self.overwrite
         )
+        if self.quantize is None:
+            report = convert(
+                self.source, self.target, allow_nonfinite=self.allow_nonfinite, **options
+            )
+        elif self.allow_nonfinite:
+            raise ValueError("--allow-nonfinite: NaN and Inf cannot be quantised: leave it out")
+        else:
+            to = Quantization.parse(self.quantize, self.quantize_embedding)
+            report = quantise(self.source, self.target, to, **options)
         print(f"{self.target}: {report}")
         print(f"carried along: {', '.join(report.files) or 'no tokenizer'}")
 
@@ -149,7 +159,7 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     from btlm_jax import byte_size, manifest, paths, weights
     from btlm_jax.config import BTLMConfig
     from btlm_jax.convert import formats
-    from btlm_jax.convert.report import digest
+    from btlm_jax.convert.report import digest, error_lines
 
     if formats.is_hf(source):
         return BTLMConfig.from_hf(Path(paths.location(source))), []
@@ -158,9 +168,14 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     for leaf in meta.leaves.values():
         stored[str(leaf.dtype)] += leaf.size * leaf.dtype.itemsize
     rows = [("stored", ", ".join(f"{d} {byte_size.show(n)}" for d, n in stored.items()))]
+    if meta.quantization is not None:
+        bits = 8 * meta.nbytes / weights.count(meta.config)
+        size = f"{byte_size.show(meta.nbytes)}, {bits:.2f} bits a parameter"
+        rows.append(("quantised", f"{meta.quantization}: {size}"))
+        rows += [("", line) for line in error_lines(meta.errors)]
     if meta.origin.get("source"):
         rows.append(("converted from", meta.origin["source"]))
     if meta.sha256:
-        names = {x.path: x.hf_name for x in weights.disk_leaves(meta.config)}
+        names = {x.path: x.hf_name for x in meta.disk_leaves}
         rows.append(("sha256 of sha256", digest({names[p]: v for p, v in meta.sha256.items()})))
     return meta.config, rows

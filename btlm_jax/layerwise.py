@@ -1,0 +1,174 @@
+"""Weights by layer, as decoding takes them, each read straight into its place.
+
+Arrays are read one at a time, and of each only what the devices here hold: a host holds the weights
+once, and one array besides.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+from btlm_jax import kernels, quantization, sharding, weights
+from btlm_jax.config import BTLMConfig
+from btlm_jax.kernels import BLOCK, Kernel
+from btlm_jax.quantization import Quantization
+
+logger = logging.getLogger(__name__)
+
+# Finer groups than this are told of: scales would take more than 2 bits a weight.
+_FINE = 8
+
+Index = tuple[slice, ...]
+# Gives a part, of slices with bounds, of a stored array.
+Read = Callable[[weights.DiskLeaf, Index], np.ndarray]
+
+
+def load(
+    config: BTLMConfig,
+    read: Read,
+    dtypes: Mapping[weights.Path, DTypeLike],
+    *,
+    to: Quantization | None = None,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.RULES,
+) -> weights.Params:
+    """The weights by layer, {"blocks": {"0": {...}, ...}}.
+
+    Quantised weights become a `kernels.Kernel`. On a CPU without a mesh int4 stays packed, and
+    float kernels get their inputs last, as CPUs read them fastest. Elsewhere int4 is an array of
+    jnp.int4, 4 bits each on TPUs and GPUs, and float kernels are as the table has them.
+
+    On a mesh the outputs of a quantised kernel are split by the table's logical axes, its inputs,
+    flattened, by the axis of the first. Where a device's inputs are not whole groups, groups are
+    cut into finer ones of the same scale.
+
+    Args:
+      config: the model.
+      read, dtypes: the stored arrays, those of `quantization.disk_leaves(config, to)`.
+      to: what they are quantised to.
+      dtype: of what is stored in floats and is no scale; None keeps it.
+      mesh, rules: as for `checkpoint.load`.
+
+    Raises:
+      ValueError: a weight does not fit the mesh; or what `read` raises.
+    """
+    pad, placed = sharding.placement(config, mesh, rules)
+    on_cpu = mesh is None and jax.default_backend() == "cpu"
+    found: dict[weights.Path, Any] = {}
+    for leaf in weights.disk_leaves(config):
+        w, parts = leaf.weight, quantization.parts(leaf, to)
+        out = placed[w.path] if leaf.layer is None else sharding.of_one_layer(placed[w.path])
+        if len(parts) == 1:
+            to_dtype = jnp.dtype(dtypes[leaf.path] if dtype is None else dtype)
+            part = functools.partial(read, parts[0])
+            x: Any = sharding.from_parts(w.padded(pad), to_dtype, out, w.shape, part)
+            if on_cpu and w.stacked and w.inputs:
+                x = jax.block_until_ready(_inputs_last(x, w.inputs))  # or many would be in flight
+        elif on_cpu:
+            values, scales = (
+                sharding.from_parts(p.shape, p.dtype, out, p.shape, functools.partial(read, p))
+                for p in parts
+            )
+            x = Kernel(values, scales, w.inputs_last({})[-1])
+        else:
+            assert to is not None
+            x = _kernel(parts, read, to.group, w.inputs_last(pad), *_places(w, mesh, rules, out))
+        found[leaf.path] = x
+    return weights.unflatten(found)
+
+
+_inputs_last = jax.jit(kernels.inputs_last, static_argnums=1)
+
+
+def _places(
+    w: weights.Weight, mesh: Mesh | None, rules: sharding.Rules, single: jax.sharding.Sharding
+) -> tuple[Callable[[bool], jax.sharding.Sharding], int]:
+    """Where a kernel [*O, I] belongs, its last axis split or whole; and in how many parts I is.
+
+    Raises:
+      ValueError: the rules split inputs that are not consecutive once flattened.
+    """
+    if mesh is None:
+        return lambda split: single, 1
+    outputs = [axis for i, axis in enumerate(w.axes) if i not in w.inputs]
+    first, *others = [w.axes[i] for i in w.inputs]
+    for axis in others:
+        if sharding.ways(mesh, rules, axis) > 1:
+            raise ValueError(
+                f"{w.name}: its inputs {(first, *others)} are split by the rules at {axis!r}; a "
+                f"quantised weight can be split at {first!r} only: change rules or mesh"
+            )
+
+    def place(split: bool) -> jax.sharding.Sharding:
+        return NamedSharding(mesh, sharding.spec(rules, *outputs, first if split else None))
+
+    return place, sharding.ways(mesh, rules, first)
+
+
+def _kernel(
+    parts: tuple[weights.DiskLeaf, ...],
+    read: Read,
+    group: int | None,
+    shape: tuple[int, ...],
+    place: Callable[[bool], jax.sharding.Sharding],
+    ways: int,
+) -> Kernel:
+    """A quantised kernel of padded `shape` [*O, I] with its inputs split `ways`, int4 unpacked."""
+    values, scales = parts
+    *outputs, inputs = shape
+    read_values, read_scales = (functools.partial(read, part) for part in parts)
+    if group is None or values.part == "int8":
+        return Kernel(
+            sharding.from_parts(shape, jnp.int8, place(True), values.shape, read_values),
+            sharding.from_parts(
+                (*outputs, 1), jnp.float32, place(False), scales.shape, read_scales
+            ),
+            inputs,
+        )
+    # Where inputs are whole, filling stays: `kernels.dequantised` cuts it off.
+    filled = values.shape[-1] * 2
+    length = inputs if ways > 1 else filled
+    finer = math.gcd(length // ways, group)
+    if finer < min(group, _FINE) and values.layer == 0:
+        logger.warning(
+            "%s: the %d inputs of a device are no whole groups of %d; scales for every %d take %.1f"
+            " bits a weight", values.weight.name, length // ways, group, finer, 16 / finer,
+        )  # fmt: skip
+    repeats = group // finer
+
+    def unpacked(index: Index) -> np.ndarray:
+        *rows, last = index
+        start, stop = last.start // BLOCK, -(-last.stop // BLOCK)
+        packed = read_values((*rows, slice(start * BLOCK // 2, stop * BLOCK // 2)))
+        found = quantization.unpacked(packed)
+        return found[..., last.start - start * BLOCK : last.stop - start * BLOCK]
+
+    def repeated(index: Index) -> np.ndarray:
+        *rows, last = index
+        start, stop = last.start // repeats, -(-last.stop // repeats)
+        found = np.repeat(read_scales((*rows, slice(start, stop))), repeats, -1)
+        return found[..., last.start - start * repeats : last.stop - start * repeats]
+
+    stored = values.shape[:-1]
+    return Kernel(
+        sharding.from_parts((*outputs, length), jnp.int4, place(True), (*stored, filled), unpacked),
+        sharding.from_parts(
+            (*outputs, length // finer),
+            jnp.bfloat16,
+            place(True),
+            (*stored, scales.shape[-1] * repeats),
+            repeated,
+        ),
+        inputs,
+    )
