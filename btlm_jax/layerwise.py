@@ -166,7 +166,7 @@ def _kernel(
         sharding.from_parts(
             (*outputs, length // finer),
             jnp.bfloat16,
-            place(True),
+            place(length > finer),  # one group has nothing to split
             (*stored, scales.shape[-1] * repeats),
             repeated,
         ),
