@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, quantise, verify
+from btlm_jax.convert import convert, export, formats, quantise, verify
 from btlm_jax.train import loop, recipe_file
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
@@ -169,6 +169,16 @@ def test_floats_by_layer(made, sizes, dtype):
         else:
             assert got.sharding.is_equivalent_to(x.sharding, x.ndim)
         assert same(got, x)
+
+
+@pytest.mark.parametrize("sizes", [None, MESHES[1]], ids=str)
+def test_hf_files_by_layer(sizes, tmp_path):
+    mesh = btlm.make_mesh(**sizes) if sizes else None
+    cases.write_hf(tmp_path / "hf", cases.load("i_untied"))
+    convert(tmp_path / "hf", tmp_path / "c")
+    _, found = formats.load(tmp_path / "hf", mesh=mesh, by_layer=True)
+    _, expected = formats.load(tmp_path / "c", mesh=mesh, by_layer=True)
+    assert weights.is_by_layer(found) and same(found, expected)
 
 
 def test_orbax_reads_it_without_us(made):
