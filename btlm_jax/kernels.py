@@ -17,11 +17,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 # Two int4 share a byte: of 128 inputs, number i is the low and number 64 + i the high half of
 # byte i. Halves of whole vectors, rather than neighbours, unpack without shuffling.
 BLOCK = 128
+# Rows that a matrix unit multiplies in the time it takes to read the weights.
+_MATRIX_ROWS = 256
 
 
 @jax.tree_util.register_dataclass
@@ -127,34 +130,70 @@ def product(
         assert scales is not None
         x_scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True).astype(jnp.float32), 1e-30) / 127
         rounded = jnp.round(x / x_scale).astype(jnp.int8)
-        y = _dot(rounded, values, None, out_sharding, jnp.int32).astype(jnp.float32)
+        y = _dot(rounded, values, on_cpu, None, out_sharding, jnp.int32).astype(jnp.float32)
         return y * x_scale.reshape(*x.shape[:-1], *(1,) * (y.ndim - x.ndim + 1)) * scales[..., 0]
     if values.dtype == jnp.int8:  # one scale for all inputs: after the sum
-        y = _dot(x, values.astype(x.dtype), precision, out_sharding, jnp.float32)
+        y = _dot(x, values.astype(x.dtype), on_cpu, precision, out_sharding, jnp.float32)
         assert scales is not None
         return y * scales[..., 0]
+    if values.dtype == jnp.int4 and _few(x, kernel):
+        return _by_groups(x, kernel, precision, out_sharding)
     if kernel.packed:
         # Else XLA would unpack every weight of the model before the first product, and hold them.
         bits = jnp.isnan(x.reshape(-1)[0]).astype(jnp.uint8)
         kernel = dataclasses.replace(kernel, values=values ^ bits)
-    return _dot(x, dequantised(kernel, x.dtype), precision, out_sharding, jnp.float32)
+    w = dequantised(kernel, x.dtype)
+    return _dot(x, w, on_cpu, precision, out_sharding, jnp.float32)
 
 
-def _dot(x, w, precision, out_sharding, dtype):
+def _few(x: jax.Array, kernel: Kernel) -> bool:
+    """Whether `_by_groups` costs less than reading the weights; it wants all inputs together."""
+    assert kernel.scales is not None
+    own = jax.typeof(kernel.values).sharding
+    axes = own.spec[-1] or ()
+    split = math.prod(own.mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes))
+    return split == 1 and math.prod(x.shape[:-1]) * kernel.scales.shape[-1] <= _MATRIX_ROWS
+
+
+def _by_groups(x, kernel: Kernel, precision, out_sharding) -> jax.Array:
+    """The product with int4 of few rows, by one product of G rows for each of them.
+
+    Each has the inputs of one group and zeros. So scales come after the sums, and int4 is all that
+    is read: XLA would write weights with their scales to memory before it multiplied them.
+    """
+    values, scales = kernel.values, kernel.scales
+    assert scales is not None
+    filled, groups = values.shape[-1], scales.shape[-1]
+    room = [(0, 0)] * (x.ndim - 1) + [(0, filled - x.shape[-1])]
+    own = np.arange(filled) // (filled // groups) == np.arange(groups)[:, None]
+    x = jnp.where(own, jnp.pad(x, room)[..., None, :], jnp.zeros((), x.dtype))
+    lead = x.ndim - 2
+    if out_sharding is not None:
+        out_sharding = PartitionSpec(*out_sharding[:lead], None, *out_sharding[lead:])
+    y = _dot(x, values.astype(x.dtype), False, precision, out_sharding, jnp.float32)
+    return (y * jnp.moveaxis(scales.astype(jnp.float32), -1, 0)).sum(lead)
+
+
+def _dot(x, w, on_cpu, precision, out_sharding, dtype):
     """x [..., I] by w [*O, I]."""
     lead = x.shape[:-1]
-    one = math.prod(lead) == 1 and x.dtype != jnp.float32
+    one = on_cpu and math.prod(lead) == 1 and x.dtype != jnp.float32
+    sharded = out_sharding
     if one:  # two rows, or XLA's CPU backend would take a copy of the weights in fp32
         x = jnp.concatenate([x.reshape(1, -1)] * 2)
+        if sharded is not None:
+            sharded = PartitionSpec(None, *sharded[len(lead) :])
     y = jax.lax.dot_general(
         x,
         w,
         (((x.ndim - 1,), (w.ndim - 1,)), ((), ())),
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=out_sharding,
+        out_sharding=sharded,
     )
-    return y[0].reshape(*lead, *w.shape[:-1]) if one else y
+    if not one:
+        return y
+    return jnp.reshape(y[0], (*lead, *w.shape[:-1]), out_sharding=out_sharding)
 
 
 def place(kernel: Kernel, spec: PartitionSpec) -> Kernel:

@@ -1,8 +1,12 @@
 """The KV cache of decoding, and attention over it.
 
 Shapes: R rows, S slots, H heads, K head_dim, T new tokens. Every layer has arrays of its own, which
-a step of decoding writes in place: one row of [H, K] in each. Reading the rest is, beside the
-weights, all the step has to do.
+a step of decoding writes in place: one slot in each. Reading the rest is, beside the weights, all
+the step has to do.
+
+The slots are a ring: all rows write to the same one, so that this is one copy in place, and each
+row knows how many before it are its own. For ALiBi only distances count, and these are the same in
+all rows. So a row can begin anew while others go on.
 
 A cache may continue another, its `prefix`: the rows of a beam search share their prompt's keys and
 values and hold only their own continuation.
@@ -59,10 +63,11 @@ class KVCache:
     """Keys and values of the tokens seen so far; an argument and a result of `BTLM.apply`.
 
     Attributes:
-      layers: of every layer, S slots of which the first `length` are filled.
+      layers: of every layer, S slots.
       segment_ids: int32 [R, S]; 0 is padding.
       segment: int32 [R], of the last token.
-      length: int32 [R], filled slots of every row.
+      length: int32 [R], how many slots before `at` are a row's own.
+      at: int32, the slot that is written next, counted on past the end of the ring.
       prefix: what comes before: a cache of R / n rows, each of which n neighbours continue. It has
         no prefix of its own.
       fresh: known to be empty while tracing, so that a prompt can be read by fused kernels.
@@ -72,6 +77,7 @@ class KVCache:
     segment_ids: jax.Array
     segment: jax.Array
     length: jax.Array
+    at: jax.Array
     prefix: KVCache | None = None
     fresh: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
@@ -112,13 +118,15 @@ class Shared(NamedTuple):
 
     Attributes:
       slopes: fp32 [H], or [R, H] where rows differ, divided by the ALiBi scale; None without ALiBi.
-      length: int32 [R], filled slots before the new tokens.
+      length: int32 [R], a row's own slots before the new tokens.
+      at: int32, the slot of the first of these, within the ring.
       new_ids, ids: int32 segments of the new tokens [R, T], and of all slots [R, S], theirs too.
       prefix_length, prefix_ids: int32 [B], [B, P]: filled slots of a prefix and their segments.
     """
 
     slopes: jax.Array | None
     length: jax.Array
+    at: jax.Array
     new_ids: jax.Array
     ids: jax.Array
     prefix_length: jax.Array | None
@@ -138,11 +146,12 @@ def branch(cache: KVCache, copies: int, layers: tuple[Part, ...], ids: jax.Array
     split = None if rows is None else PartitionSpec(rows)
     each = jnp.broadcast_to(cache.segment[:, None], (cache.rows, copies))
     segment = jnp.reshape(each, -1, out_sharding=split)
-    return KVCache(layers, ids, segment, jnp.zeros(len(ids), jnp.int32), cache)
+    zero = jnp.zeros((), jnp.int32)
+    return KVCache(layers, ids, segment, jnp.zeros(len(ids), jnp.int32), zero, cache)
 
 
 def with_capacity(cache: KVCache, capacity: int) -> KVCache:
-    """The cache with more slots, those of a prefix not counted."""
+    """The cache with more slots, those of a prefix not counted; the ring must not be closed yet."""
 
     def larger(x, axis):
         rest = capacity - cache.capacity
@@ -184,26 +193,9 @@ def reordered(cache: KVCache, parents_BN: jax.Array, shard: PartitionSpec | None
     return dataclasses.replace(cache, layers=layers, segment_ids=ids, segment=segment)
 
 
-def write(
-    old: jax.Array, new: jax.Array, length_R: jax.Array, axis: int, rows: Any = None
-) -> jax.Array:
-    """Slots [R, ...] with `new` ones from each row's `length_R` on.
-
-    Args:
-      axis: that of the slots.
-      rows: the mesh axes of the rows, where no shard_map has split them yet.
-    """
-
-    def put(row, new, at):
-        zero = jnp.zeros_like(at)
-        start = [at if i == axis - 1 else zero for i in range(row.ndim)]
-        return jax.lax.dynamic_update_slice(row, new, start)
-
-    each = jax.vmap(put)
-    if rows is not None:
-        spec = PartitionSpec(rows)
-        each = jax.shard_map(each, in_specs=(spec, spec, spec), out_specs=spec)
-    return each(old, new, length_R)
+def write(old: jax.Array, new: jax.Array, at: jax.Array, axis: int) -> jax.Array:
+    """Slots with `new` ones from slot `at` on, in all rows; `axis` is that of the slots."""
+    return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis)
 
 
 def filled(part: Part, keys: jax.Array, values: jax.Array) -> Part:
@@ -248,7 +240,7 @@ def extend(
     def local(q, k, v, own, prefix, shared):
         def put(slots: Slots, new: jax.Array) -> Slots:
             stored = Slots.of(new, slots.data.dtype)
-            return jax.tree.map(lambda x, y: write(x, y, shared.length, 2), slots, stored)
+            return jax.tree.map(lambda x, y: write(x, y, shared.at, 2), slots, stored)
 
         own = Part(put(own.keys, k), put(own.values, v))
         return _attend(q, own, prefix, shared, precision, on_cpu), own
@@ -261,7 +253,7 @@ def extend(
         return PartitionSpec(rows, heads, *(None,) * (x.ndim - 2))
 
     slopes = shared.slopes
-    specs = jax.tree.map(lambda x: PartitionSpec(rows, *(None,) * (x.ndim - 1)), shared)
+    specs = jax.tree.map(lambda x: PartitionSpec(*(rows,)[: x.ndim]), shared)
     if slopes is not None:
         specs = specs._replace(slopes=PartitionSpec(*(rows, heads)[-slopes.ndim :]))
     specs = (*jax.tree.map(spec, (q, k, v, own, prefix)), specs)
@@ -273,17 +265,10 @@ def extend(
 def _attend(q, own: Part, prefix: Part | None, shared: Shared, precision, on_cpu) -> jax.Array:
     """Attention of the queries, a chunk of them at a time."""
     R, H, T, K = q.shape
-    start = jnp.zeros_like(shared.length)
-    if shared.prefix_length is not None:
-        start = _each(shared.prefix_length, R)
-    at = (start + shared.length)[:, None] + jnp.arange(T, dtype=jnp.int32)
-    # Keys, values, their slots, their segments; where they end if not at the query.
-    parts = [(own, start[:, None] + _slots(own), shared.ids, None)]
-    if prefix is not None:
-        parts.insert(0, (prefix, _slots(prefix), shared.prefix_ids, shared.prefix_length[:, None]))
+    new = jnp.arange(T, dtype=jnp.int32)
     n = -(-T // _CHUNK)
     if n == 1:
-        return _attend_chunk(q, at, shared.new_ids, parts, shared.slopes, precision, on_cpu)
+        return _attend_chunk(q, new, shared.new_ids, own, prefix, shared, precision, on_cpu)
 
     def chunks(x, axis):  # a remainder is filled up with queries that are dropped again
         pad = [(0, n * _CHUNK - T if i == axis else 0) for i in range(x.ndim)]
@@ -291,31 +276,38 @@ def _attend(q, own: Part, prefix: Part | None, shared: Shared, precision, on_cpu
         return jnp.moveaxis(x, axis, 0)
 
     def one(x):
-        return _attend_chunk(*x, parts, shared.slopes, precision, on_cpu)
+        return _attend_chunk(*x, own, prefix, shared, precision, on_cpu)
 
-    out = jax.lax.map(one, (chunks(q, 2), chunks(at, 1), chunks(shared.new_ids, 1)))
+    out = jax.lax.map(one, (chunks(q, 2), chunks(new, 0), chunks(shared.new_ids, 1)))
     return jnp.moveaxis(out, 0, 2).reshape(R, H, n * _CHUNK, K)[:, :, :T]
 
 
-def _attend_chunk(q, at_RT, new_ids, parts, slopes, precision, on_cpu) -> jax.Array:
+def _attend_chunk(q, new_T, new_ids, own, prefix, shared, precision, on_cpu) -> jax.Array:
+    """Attention of some of the new tokens, the `new_T`th of them."""
     R, H = q.shape[:2]
+    slots, slopes = _slots(own), shared.slopes
+    distance = jnp.mod(shared.at + new_T[:, None] - slots, slots.shape[1])[None]
+    older = shared.length[:, None, None] + new_T[:, None]  # than a new token, the own ones
+    # Keys and values, how far back they are [R or 1, T, S], whether they count, their segments.
+    parts = [(own, distance, distance <= older, shared.ids)]
+    if prefix is not None:
+        slots, end = _slots(prefix), _each(shared.prefix_length, R)[:, None, None]
+        distance = end + older - slots
+        parts.insert(0, (prefix, distance, (slots < end), shared.prefix_ids))
     scores = []
-    for part, position, ids, end in parts:
+    for part, distance, valid, ids in parts:
         dots = _product("bhtk,bhsk->bhts", _merged(q, len(ids)), part.keys.data, precision, on_cpu)
         if part.keys.scales is not None:
             dots = dots * part.keys.scales[:, :, None]
         dots = _split(dots, R)
-        distance = at_RT[:, :, None] - _each(position, R)[:, None]
-        allowed = (distance >= 0) & (new_ids[:, :, None] == _each(ids, R)[:, None])
-        if end is not None:
-            allowed = allowed & (position < _each(end, R))[:, None]
+        allowed = valid & (new_ids[:, :, None] == _each(ids, R)[:, None])
         if slopes is not None:
             of_row = jnp.broadcast_to(slopes, (R, H))[:, :, None, None]
             dots = dots - of_row * distance[:, None].astype(jnp.float32)
         scores.append(jnp.where(allowed[:, None], dots, _MASKED))
     p = jax.nn.softmax(jnp.concatenate(scores, -1), -1)
     out: Any = 0.0
-    for part, _, ids, _ in parts:
+    for part, _, _, ids in parts:
         size = part.values.data.shape[2]
         mine, p = _merged(p[..., :size], len(ids)), p[..., size:]
         if part.values.scales is not None:

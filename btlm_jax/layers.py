@@ -283,12 +283,14 @@ class Transformer(Layer):
             ids = jnp.pad(segments, ((0, 0), (0, cache.capacity - T)))
         else:
             ids = shared.ids
-            # A cache that ran over would have overwritten its last slots: make that visible.
-            fits = spec.place(cache.length + T <= cache.capacity, "batch")
-            h = jnp.where(fits[:, None, None], h, jnp.nan)
+            # A row that ran over would have overwritten its own slots: make that visible. One
+            # token at a time may go round the ring.
+            fits = cache.length + T <= cache.capacity
+            fits = fits & ((T == 1) | (cache.at + T <= cache.capacity))
+            h = jnp.where(spec.place(fits, "batch")[:, None, None], h, jnp.nan)
         last = jax.lax.dynamic_index_in_dim(segments, meant - 1, 1, keepdims=False)
-        length = cache.length + meant
-        return h, KVCache(result, ids, last, length, cache.prefix), None
+        length, at = cache.length + meant, cache.at + meant
+        return h, KVCache(result, ids, last, length, at, cache.prefix), None
 
     def _embed(self, inputs) -> jax.Array:
         """The scaled embeddings [B, T, D]."""
@@ -319,13 +321,12 @@ class Transformer(Layer):
     def _continued(self, cache: KVCache, slopes, segments) -> tuple[kv_cache.Shared, jax.Array]:
         """What the layers share where a cache is continued, and the new tokens' segments."""
         spec = self.spec
-        length = spec.place(cache.length, "batch")
-        rows = spec.axes("batch")
-        ids = kv_cache.write(cache.segment_ids, segments, length, 1, rows and rows[0])
+        length, at = spec.place(cache.length, "batch"), cache.at % cache.capacity
+        ids = kv_cache.write(cache.segment_ids, segments, at, 1)
         before: Any = (None, None)
         if cache.prefix is not None:
             before = spec.place(cache.prefix.length, "batch"), cache.prefix.segment_ids
-        return kv_cache.Shared(slopes, length, segments, ids, *before), segments
+        return kv_cache.Shared(slopes, length, at, segments, ids, *before), segments
 
 
 def _scanned(spec: Spec, capture: bool) -> Callable[..., Any]:

@@ -31,6 +31,8 @@ _FINE = 8
 Index = tuple[slice, ...]
 # Gives a part, of slices with bounds, of a stored array.
 Read = Callable[[weights.DiskLeaf, Index], np.ndarray]
+# As `sharding.from_parts`.
+Make = Callable[..., Any]
 
 
 def load(
@@ -42,6 +44,7 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
+    make: Make = sharding.from_parts,
 ) -> weights.Params:
     """The weights by layer, {"blocks": {"0": {...}, ...}}.
 
@@ -59,6 +62,7 @@ def load(
       to: what they are quantised to.
       dtype: of what is stored in floats and is no scale; None keeps it.
       mesh, rules: as for `checkpoint.load`.
+      make: makes the arrays.
 
     Raises:
       ValueError: a weight does not fit the mesh; or what `read` raises.
@@ -72,20 +76,43 @@ def load(
         if len(parts) == 1:
             to_dtype = jnp.dtype(dtypes[leaf.path] if dtype is None else dtype)
             part = functools.partial(read, parts[0])
-            x: Any = sharding.from_parts(w.padded(pad), to_dtype, out, w.shape, part)
-            if on_cpu and w.stacked and w.inputs:
+            x: Any = make(w.padded(pad), to_dtype, out, w.shape, part)
+            if on_cpu and w.inputs:
                 x = jax.block_until_ready(_inputs_last(x, w.inputs))  # or many would be in flight
         elif on_cpu:
             values, scales = (
-                sharding.from_parts(p.shape, p.dtype, out, p.shape, functools.partial(read, p))
-                for p in parts
+                make(p.shape, p.dtype, out, p.shape, functools.partial(read, p)) for p in parts
             )
             x = Kernel(values, scales, w.inputs_last({})[-1])
         else:
             assert to is not None
-            x = _kernel(parts, read, to.group, w.inputs_last(pad), *_places(w, mesh, rules, out))
+            place, ways = _places(w, mesh, rules, out)
+            x = _kernel(parts, read, to.group, w.inputs_last(pad), place, ways, make)
         found[leaf.path] = x
     return weights.unflatten(found)
+
+
+def abstract(
+    config: BTLMConfig,
+    dtype: DTypeLike,
+    to: Quantization | None,
+    mesh: Mesh,
+    rules: sharding.Rules = sharding.RULES,
+) -> weights.Params:
+    """Shapes, dtypes and shardings of what `load` would give; devices need not be here.
+
+    Args:
+      dtype: of floats.
+      to, mesh, rules: as for `load`.
+    """
+
+    def make(shape, dtype, out, stored, read) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=out)
+
+    def read(leaf, index) -> np.ndarray:
+        raise AssertionError("nothing is read")
+
+    return load(config, read, {}, to=to, dtype=dtype, mesh=mesh, rules=rules, make=make)
 
 
 _inputs_last = jax.jit(kernels.inputs_last, static_argnums=1)
@@ -123,6 +150,7 @@ def _kernel(
     shape: tuple[int, ...],
     place: Callable[[bool], jax.sharding.Sharding],
     ways: int,
+    make: Make,
 ) -> Kernel:
     """A quantised kernel of padded `shape` [*O, I] with its inputs split `ways`, int4 unpacked."""
     values, scales = parts
@@ -130,10 +158,8 @@ def _kernel(
     read_values, read_scales = (functools.partial(read, part) for part in parts)
     if group is None or values.part == "int8":
         return Kernel(
-            sharding.from_parts(shape, jnp.int8, place(True), values.shape, read_values),
-            sharding.from_parts(
-                (*outputs, 1), jnp.float32, place(False), scales.shape, read_scales
-            ),
+            make(shape, jnp.int8, place(True), values.shape, read_values),
+            make((*outputs, 1), jnp.float32, place(False), scales.shape, read_scales),
             inputs,
         )
     # Where inputs are whole, filling stays: `kernels.dequantised` cuts it off.
@@ -162,8 +188,8 @@ def _kernel(
 
     stored = values.shape[:-1]
     return Kernel(
-        sharding.from_parts((*outputs, length), jnp.int4, place(True), (*stored, filled), unpacked),
-        sharding.from_parts(
+        make((*outputs, length), jnp.int4, place(True), (*stored, filled), unpacked),
+        make(
             (*outputs, length // finer),
             jnp.bfloat16,
             place(length > finer),  # one group has nothing to split

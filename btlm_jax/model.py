@@ -101,7 +101,7 @@ class BTLM:
                 layers, ids = _empty(spec, batch_size, capacity, dtype)
                 zero = spec.zeros((batch_size,), jnp.int32, "batch")
                 length = jnp.zeros(batch_size, jnp.int32)
-                return KVCache(layers, ids, zero, length, fresh=True)
+                return KVCache(layers, ids, zero, length, jnp.int32(0), fresh=True)
 
         mesh = sharding.concrete_mesh_of(params["wte"])
         if mesh is None:

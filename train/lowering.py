@@ -11,9 +11,9 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from btlm_jax import sharding
-from btlm_jax.layers import KVCache
+from btlm_jax import layerwise, sharding
 from btlm_jax.model import BTLM
+from btlm_jax.quantization import Quantization
 
 from .recipe import Phase, Recipe
 from .step import abstract_state, abstract_weights, make_step
@@ -75,35 +75,43 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     return Lowered(step.lower(state, *batch), parts, model, dtype)
 
 
-def decode_step(recipe: Recipe, mesh: Mesh, batch_size: int, capacity: int) -> Lowered:
+def decode_step(
+    recipe: Recipe,
+    mesh: Mesh,
+    batch_size: int,
+    capacity: int,
+    to: Quantization | None = None,
+    cache_dtype: str | None = None,
+) -> Lowered:
     """One step of `btlm generate`: a token per sequence, through a cache that is updated in place.
 
-    Weights are in the compute dtype, as a checkpoint to generate from would be loaded. The cache is
-    laid out as the compiler likes it, as where it stays within one program: in the default layout
-    it would be copied at the beginning and at the end of every step.
+    Weights are by layer and in the compute dtype, as a checkpoint to generate from would be loaded.
+    The cache is laid out as the compiler likes it, as where it stays within one program: in the
+    default layout it would be copied at the beginning and at the end of every step.
+
+    Args:
+      to: what the weights are quantised to.
+      cache_dtype: as in `BTLM.init_cache`.
 
     Raises:
       ValueError: model or batch do not fit the mesh.
     """
     model = recipe.build()
-    c, params = model.config, abstract_weights(model, mesh)
-    dtype = model.spec(params).dtype
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params
-    )
+    dtype = model.spec(abstract_weights(model, mesh)).dtype
+    params = layerwise.abstract(model.config, dtype, to, mesh, model.rules)
     sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)
 
-    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
-        place = NamedSharding(mesh, sharding.spec(model.rules, *axes))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    def on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec() if x.sharding is None else x.sharding.spec
+        place = NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-    kv = array(
-        (c.n_layer, batch_size, c.n_head, capacity, c.head_dim),
-        dtype, None, "batch", "heads", None, None,
-    )  # fmt: skip
-    segments = array((batch_size, capacity), jnp.int32, "batch", None)
-    cache: Any = KVCache(kv, kv, segments, array((), jnp.int32))  # pyrefly: ignore
-    tokens = array((batch_size, 1), jnp.int32, "batch", None)
+    empty = jax.eval_shape(
+        lambda p: model.init_cache(p, batch_size, capacity, dtype=cache_dtype), params
+    )
+    cache = jax.tree.map(on_devices, dataclasses.replace(empty, fresh=False))
+    place = NamedSharding(mesh, sharding.spec(model.rules, "batch", None))
+    tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=place)
 
     def step(params, tokens, cache):
         return model.apply(params, tokens, cache=cache)

@@ -192,5 +192,5 @@ def _rows(model: BTLM, params: Params, prompt: Prompt, index) -> Prompt:
         cache = prompt.cache
         layers = jax.tree.map(lambda x: of(x, "batch", "heads"), cache.layers)
         ids, segment = of(cache.segment_ids, "batch"), of(cache.segment, "batch")
-        cache = KVCache(layers, ids, segment, of(cache.length))
+        cache = KVCache(layers, ids, segment, of(cache.length), cache.at)
         return Prompt(cache, of(prompt.logits))
