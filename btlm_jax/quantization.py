@@ -20,7 +20,7 @@ import numpy as np
 
 from btlm_jax import weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.kernels import BLOCK, Kernel, unpack
+from btlm_jax.kernels import BLOCK, Kernel, inputs_last, unpack
 
 GROUPS = (32, 64, 128)
 EMBEDDINGS = ("int8", "bfloat16")
@@ -307,7 +307,7 @@ def quantized(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -
         raise ValueError(
             "weights to quantise: found them padded for a mesh, expected unpadded ones"
         )
-    found = {}
+    found, on_cpu = {}, jax.default_backend() == "cpu"
     for leaf in weights.disk_leaves(config):
         found[leaf.path] = x = _of(params, leaf)
         stored = parts(leaf, to)
@@ -316,12 +316,13 @@ def quantized(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -
             kernel = Kernel(
                 jnp.asarray(values), jnp.asarray(scales), leaf.weight.inputs_last({})[-1]
             )
-            if kernel.packed and jax.default_backend() != "cpu":
+            if kernel.packed and not on_cpu:
                 four = unpack(kernel.values).astype(jnp.int4)
                 kernel = dataclasses.replace(kernel, values=four)
             found[leaf.path] = kernel
         elif stored[0].dtype is not None:
-            found[leaf.path] = x.astype(stored[0].dtype)
+            x = jnp.asarray(_as_table(x, leaf), stored[0].dtype)
+            found[leaf.path] = inputs_last(x, leaf.weight.inputs) if on_cpu else x
     return weights.unflatten(found)
 
 
@@ -346,4 +347,5 @@ def _as_table(x: Any, leaf: weights.DiskLeaf) -> np.ndarray:
             f"{'/'.join(leaf.path)}: found {x.values.dtype} with scales, expected floats: quantise "
             "the original weights"
         )
-    return np.moveaxis(np.asarray(x.values), -1, 0).reshape(leaf.weight.shape)
+    values, first = np.asarray(x.values), 0 in leaf.weight.inputs
+    return (np.moveaxis(values, -1, 0) if first else values).reshape(leaf.weight.shape)

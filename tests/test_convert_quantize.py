@@ -164,7 +164,7 @@ def test_floats_by_layer(made, sizes, dtype):
         if leaf.layer is not None:
             with jax.set_mesh(mesh) if mesh else jax.numpy_dtype_promotion("standard"):
                 x = jax.jit(lambda x, i=leaf.layer: x[i])(x)
-        if mesh is None and leaf.layer is not None and leaf.weight.inputs:
+        if mesh is None and leaf.weight.inputs:
             x = kernels.inputs_last(x, leaf.weight.inputs)
         else:
             assert got.sharding.is_equivalent_to(x.sharding, x.ndim)
