@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec, reshard
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 # Two int4 share a byte: of 128 inputs, number i is the low and number 64 + i the high half of
 # byte i. Halves of whole vectors, rather than neighbours, unpack without shuffling.
@@ -84,12 +84,22 @@ def dequantised(kernel: Kernel, dtype) -> jax.Array:
     if kernel.packed:
         values = unpack(values)
     if scales is not None:
-        outputs, groups = values.shape[:-1], scales.shape[-1]
-        values = values.reshape(*outputs, groups, -1).astype(jnp.float32)
-        values = (values * scales[..., None].astype(jnp.float32)).reshape(*outputs, -1)
+        (*outputs, filled), groups = values.shape, scales.shape[-1]
+        *spec, split = jax.typeof(values).sharding.spec
+        apart = (split, None) if groups > 1 else (None, split)
+        values = _reshape(values, (*outputs, groups, filled // groups), (*spec, *apart))
+        values = values.astype(jnp.float32) * scales[..., None].astype(jnp.float32)
+        values = _reshape(values, (*outputs, filled), (*spec, split))
     if values.shape[-1] > kernel.inputs:
         values = jax.lax.slice_in_dim(values, 0, kernel.inputs, axis=-1)
     return values.astype(dtype)
+
+
+def _reshape(x: jax.Array, shape: tuple[int, ...], spec: Sequence) -> jax.Array:
+    """To `shape`, on a mesh sharded by `spec`: JAX would split (or merge) axes in its own way."""
+    mesh = jax.typeof(x).sharding.mesh
+    out = None if mesh.empty else NamedSharding(mesh, PartitionSpec(*spec))
+    return jnp.reshape(x, shape, out_sharding=out)
 
 
 def rows(kernel: Kernel, index: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:

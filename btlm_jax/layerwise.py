@@ -192,7 +192,7 @@ def _kernel(
         make(
             (*outputs, length // finer),
             jnp.bfloat16,
-            place(True),
+            place(length > finer),  # one group has nothing to split
             (*stored, scales.shape[-1] * repeats),
             repeated,
         ),

@@ -20,7 +20,7 @@ import numpy as np
 
 from btlm_jax import weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.kernels import BLOCK, Kernel, unpack
+from btlm_jax.kernels import BLOCK, Kernel, inputs_last, unpack
 
 GROUPS = (32, 64, 128)
 EMBEDDINGS = ("int8", "bfloat16")
@@ -146,13 +146,14 @@ def quantise(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Quantis
       ValueError: NaN or Inf, naming the weight.
     """
     w = leaf.weight
-    by_row = 0 not in w.inputs
-    if by_row:
-        found = _int8(x, 1)
-    else:
+    with np.errstate(invalid="ignore"):  # of NaN and Inf, which are told of at the end
+        if 0 not in w.inputs:
+            found = _int8(x, 1)
+        else:
+            flat = x.reshape(-1, math.prod(w.inputs_last({})[:-1]))
+            found = _int8(flat, 0) if to.group is None else _int4(flat, to.group)
+    if 0 in w.inputs:
         outputs = w.inputs_last({})[:-1]
-        flat = x.reshape(-1, math.prod(outputs))
-        found = _int8(flat, 0) if to.group is None else _int4(flat, to.group)
         values = np.ascontiguousarray(found.values.T).reshape(*outputs, -1)
         scales = np.ascontiguousarray(found.scales.T).reshape(*outputs, -1)
         found = Quantised(values, scales, found.errors)
@@ -180,8 +181,7 @@ def _int8(x: np.ndarray, axis: int) -> Quantised:
     for tile in tiles:
         scale = scales[tile] if axis else scales
         r = x[tile].astype(np.float32) * _inverse(scale)
-        with np.errstate(invalid="ignore"):  # of NaN, which is told of at the end
-            values[tile] = q = np.clip(np.rint(r), -127, 127)
+        values[tile] = q = np.clip(np.rint(r), -127, 127)
         square = np.square(scale.astype(np.float64))
         error += float((_squares(r - q, axis) * square).sum())
         total += float((_squares(r, axis) * square).sum())
@@ -234,9 +234,13 @@ def _best(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     high, low = x.max(1, keepdims=True), x.min(1, keepdims=True)
     largest = np.where(high >= -low, high, low)  # NaN ends up in the scale
+    n, _, column = np.nonzero(high == -low)  # then Q4_0 takes the first
+    tied = x[n, :, column]
+    largest[n, 0, column] = tied[np.arange(len(n)), np.abs(tied).argmax(1)]
     size = np.maximum(np.abs(largest), _TINY)
     q4_0 = largest / -8
     spread = -np.sign(largest) * (high / 15 - low / 15)  # not (high - low) / 15: it may overflow
+    spread = np.where(spread == 0, q4_0, spread)  # else all would be zero, at no apparent error
     tried = [q4_0, *(q4_0 * np.float32(f) for f in _SHRUNK), np.abs(largest) / 7, spread]
     r, q = np.empty_like(x), np.empty_like(x)
 
@@ -257,7 +261,7 @@ def _best(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     best = np.take_along_axis(scales, errors.argmin(0, keepdims=True), 0)[0]
     least = errors.min(0)
     round_by(best)
-    fitted = _as_stored(best * (r * q).sum(1, keepdims=True) * _inverse(_squares(q, 1)))
+    fitted = _as_stored(best * ((r * q).sum(1, keepdims=True) * _inverse(_squares(q, 1))))
     error = squared(r - q * (fitted * _inverse(best)), best)
     best, least = np.where(error < least, fitted, best), np.minimum(error, least)
     scaled = _squares(x / size, 1)
@@ -303,7 +307,7 @@ def quantized(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -
         raise ValueError(
             "weights to quantise: found them padded for a mesh, expected unpadded ones"
         )
-    found = {}
+    found, on_cpu = {}, jax.default_backend() == "cpu"
     for leaf in weights.disk_leaves(config):
         found[leaf.path] = x = _of(params, leaf)
         stored = parts(leaf, to)
@@ -312,12 +316,13 @@ def quantized(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -
             kernel = Kernel(
                 jnp.asarray(values), jnp.asarray(scales), leaf.weight.inputs_last({})[-1]
             )
-            if kernel.packed and jax.default_backend() != "cpu":
+            if kernel.packed and not on_cpu:
                 four = unpack(kernel.values).astype(jnp.int4)
                 kernel = dataclasses.replace(kernel, values=four)
             found[leaf.path] = kernel
         elif stored[0].dtype is not None:
-            found[leaf.path] = x.astype(stored[0].dtype)
+            x = jnp.asarray(_as_table(x, leaf), stored[0].dtype)
+            found[leaf.path] = inputs_last(x, leaf.weight.inputs) if on_cpu else x
     return weights.unflatten(found)
 
 
@@ -342,4 +347,5 @@ def _as_table(x: Any, leaf: weights.DiskLeaf) -> np.ndarray:
             f"{'/'.join(leaf.path)}: found {x.values.dtype} with scales, expected floats: quantise "
             "the original weights"
         )
-    return np.moveaxis(np.asarray(x.values), -1, 0).reshape(leaf.weight.shape)
+    values, first = np.asarray(x.values), 0 in leaf.weight.inputs
+    return (np.moveaxis(values, -1, 0) if first else values).reshape(leaf.weight.shape)

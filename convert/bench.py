@@ -47,7 +47,7 @@ class Row(NamedTuple):
 def bench_convert(
     directory: Path, *, layers: int, form: str, max_memory: int, keep: bool, show: Show = print
 ) -> None:
-    """Makes a random checkpoint of the 3B shape, copies it, converts it, verifies it, exports it.
+    """Makes a random checkpoint of the 3B shape; copies, converts, quantises, verifies, exports it.
 
     Every step runs in a process of its own, whose peak memory the system reports. Conversion and
     export end when their bytes are on the disk (fsync), as the copy "to the disk" does; the one "to
@@ -73,11 +73,14 @@ def bench_convert(
             shutil.rmtree(copied)
         converted, back = directory / "orbax", directory / "back"
 
-        def ours(name: str, *paths: Path) -> tuple[float, int]:
+        def ours(name: str, *arguments: Path | str) -> tuple[float, int]:
             imports = f"from btlm_jax.convert import {name}"
-            return _run(imports, f"assert {name}(*sys.argv[1:], max_memory={max_memory})", *paths)
+            return _run(
+                imports, f"assert {name}(*sys.argv[1:], max_memory={max_memory})", *arguments
+            )
 
         convert = row("convert", lambda: ours("convert", source, converted))
+        row("quantise to int4", lambda: ours("quantise", source, directory / "int4", "int4"))
         row("verify (hash again)", lambda: ours("verify", converted))
         export = row("export", lambda: ours("export", converted, back))
         row("verify (export against original)", lambda: ours("verify", source, back))
@@ -172,7 +175,7 @@ def _read(source: Path) -> tuple[float, None]:
     return time.perf_counter() - began, None
 
 
-def _run(imports: str, work: str, *arguments: Path) -> tuple[float, int]:
+def _run(imports: str, work: str, *arguments: Path | str) -> tuple[float, int]:
     """Times `work` in a process of its own. Returns seconds, and its peak memory in bytes."""
     code = _TIMED.format(imports=imports, work=work)
     command = [sys.executable, "-c", code, *map(str, arguments)]

@@ -52,7 +52,12 @@ def tokenizer_of(source: manifest.PathLike) -> Tokenizer | None:
 
 
 def load(
-    source: manifest.PathLike, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+    source: manifest.PathLike,
+    *,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike | None = None,
+    by_layer: bool = False,
 ) -> tuple[BTLM, weights.Params]:
     """`checkpoint.load` or `load_hf`, whichever reads this source."""
-    return (load_hf if is_hf(source) else checkpoint.load)(source, mesh=mesh, dtype=dtype)
+    read = load_hf if is_hf(source) else checkpoint.load
+    return read(source, mesh=mesh, dtype=dtype, by_layer=by_layer)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from btlm_jax import sharding, weights
+from btlm_jax import layerwise, sharding, weights
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
 
@@ -29,6 +29,7 @@ def load_hf(
     dtype: DTypeLike | None = None,
     *,
     revision: str | None = None,
+    by_layer: bool = False,
 ) -> tuple[BTLM, weights.Params]:
     """Loads a Hugging Face checkpoint onto a device or a mesh.
 
@@ -42,9 +43,11 @@ def load_hf(
       rules: logical axis -> mesh axis; default `sharding.RULES`.
       dtype: of the weights in memory; None keeps the stored one.
       revision: branch, tag or commit on the Hub.
+      by_layer: give the weights by layer, as decoding takes them (`layerwise.load`).
 
     Returns:
-      The model and its stacked weights, padded for the mesh, as `btlm_jax.load` returns them.
+      The model and its stacked weights, padded for the mesh, or its weights by layer, as
+      `btlm_jax.load` returns them.
 
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `convert`.
@@ -56,6 +59,18 @@ def load_hf(
     params = {}
     total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in weights.disk_leaves(config))
     with Progress(total, "B", "load") as progress:
+        if by_layer:
+
+            def read(leaf: weights.DiskLeaf, index: Index) -> np.ndarray:
+                found = hf.read(leaf.hf_name, index, leaf.weight.shape)
+                progress.update(found.nbytes)
+                return found
+
+            all_leaves = weights.disk_leaves(config)
+            dtypes = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in all_leaves}
+            return model, layerwise.load(
+                config, read, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
+            )
         for w in weights.table(config):
             leaves = weights.leaves_of(w, config)
             to = jnp.dtype(dtype) if dtype is not None else _one_dtype(hf, w, leaves)

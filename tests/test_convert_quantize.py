@@ -1,0 +1,338 @@
+"""Checkpoints in int8 and int4: made from both formats, resumed, loaded on any mesh, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from btlm_jax.convert import convert, export, formats, quantise, verify
+from btlm_jax.train import loop, recipe_file
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file, save_file
+from test_checkpoint import edit_metadata
+
+import btlm_jax as btlm
+from btlm_jax import BTLMConfig, array_files, cli, kernels, manifest, quantization, weights
+from btlm_jax.kernels import Kernel
+from btlm_jax.quantization import Quantization
+
+INT4 = Quantization(4, 64)
+KINDS = [Quantization(8), INT4, Quantization(4, 128, "bfloat16")]
+# V 509 and F 171 are padded over a tensor axis of 4 (to 512 and 172), and 171 inputs filled to 256.
+CONFIG = dataclasses.replace(
+    BTLMConfig.preset("tiny"), vocab_size=509, n_inner=171, tie_word_embeddings=False
+)
+
+
+def same(a, b) -> bool:
+    equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
+    return jax.tree.all(equal)
+
+
+def dequantised(params) -> dict[weights.Path, np.ndarray]:
+    """fp32, by path; kernels and embeddings with inputs last."""
+
+    def one(x):
+        return np.asarray(kernels.dequantised(x, jnp.float32) if isinstance(x, Kernel) else x)
+
+    return {path: one(x) for path, x in weights.flatten(params).items()}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A checkpoint of floats and what is made of it."""
+    folder = tmp_path_factory.mktemp("made")
+    params = weights.init(jax.random.key(0), CONFIG)
+    btlm.save(folder / "floats", CONFIG, params)
+    for to in KINDS:
+        quantise(folder / "floats", folder / str(to.bits) / str(to.group), to)
+    return folder
+
+
+def path_of(made: Path, to: Quantization) -> Path:
+    return made / str(to.bits) / str(to.group)
+
+
+@pytest.mark.parametrize("to", KINDS, ids=str)
+@pytest.mark.parametrize("name", ["b_sp_alibi", "f_learned_gelu_mup", "g_bf16", "i_untied"])
+def test_golden_models(name, to, tmp_path):
+    """From Hugging Face files as from Orbax, bit for bit what `quantized` makes in memory."""
+    case = cases.load(name)
+    cases.write_hf(tmp_path / "hf", case, tokenizer=True)
+    report = quantise(tmp_path / "hf", tmp_path / "q", to)
+    assert report.resumed == 0 and report.files == ("tokenizer.json",)
+    model, params = btlm.load(tmp_path / "q")
+    assert model.config == case.config
+    dtype = jnp.bfloat16 if case.bf16 else jnp.float32
+    source = jax.tree.map(lambda x: x.astype(dtype), case.params)
+    expected = quantization.quantized(source, case.config, to)
+    assert same(params, expected) and weights.check(params, model.config) == {}
+    convert(tmp_path / "hf", tmp_path / "c")
+    quantise(tmp_path / "c", tmp_path / "again", to)
+    assert verify(tmp_path / "q") and verify(tmp_path / "q", tmp_path / "again")
+    meta = manifest.read(tmp_path / "q")
+    assert meta.quantization == to and report.nbytes == meta.nbytes
+    layers = 5 if case.config.gated else 4
+    heads = {"int8": 1 + (not case.config.tie_word_embeddings), "bfloat16": 0}[to.embedding]
+    assert len(meta.errors) == layers * case.config.n_layer + heads
+    for path, errors in meta.errors.items():
+        assert errors["rms"] < (0.12 if to.bits == 4 and "blocks" in path else 0.012)
+        assert "q4_0" not in errors or errors["rms"] <= errors["q4_0"]
+
+
+MESHES = [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(fsdp=2, tensor=4), dict(fsdp=2, context=4)]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("to", KINDS, ids=str)
+def test_onto_a_mesh(made, to, sizes, caplog):
+    mesh = btlm.make_mesh(**sizes)
+    _, alone = btlm.load(path_of(made, to))
+    params = btlm.load(path_of(made, to), mesh=mesh)[1]
+    pad = weights.check(params, CONFIG)
+    assert pad.get("mlp") == {2: 172, 4: 172}.get(sizes.get("tensor", 1))
+    got, expected = dequantised(params), dequantised(alone)
+    for path, x in expected.items():
+        stored = got[path][tuple(slice(n) for n in x.shape)]
+        np.testing.assert_array_equal(stored, x, err_msg="/".join(path))
+        assert np.count_nonzero(got[path]) == np.count_nonzero(x)  # padding is zero
+    rows = ("fsdp", "context")
+    for path, spec in (
+        (("attn", "c_attn"), P(None, "tensor", None, rows)),
+        (("attn", "c_proj"), P(rows, "tensor")),
+        (("mlp", "c_fc"), P("tensor", rows)),
+        (("mlp", "c_proj"), P(rows, "tensor")),
+    ):
+        kernel = weights.flatten(params)["blocks", "0", *path, "kernel"]
+        assert kernel.values.sharding.spec == spec
+        assert kernel.values.dtype == (jnp.int4 if to.bits == 4 else jnp.int8)
+        split = spec if kernel.scales.shape[-1] > 1 else P(*spec[:-1], None)
+        assert kernel.scales.sharding.spec == split
+    # 64 inputs over 8 devices are groups of 8, 43 over one of 4 are groups of 1, and told of.
+    coarse = [r.getMessage() for r in caplog.records if "no whole groups" in r.getMessage()]
+    assert len(coarse) == (to.bits == 4 and "tensor" in sizes)
+    assert all("blocks/mlp/c_proj/kernel" in message for message in coarse)
+
+
+def test_inputs_that_the_rules_scatter(made):
+    """Heads are outermost of flattened inputs; a split of what is within them has no place."""
+    scattered = tuple(
+        {"heads": ("heads", None), "head_dim": ("head_dim", "tensor")}.get(name, (name, axis))
+        for name, axis in btlm.BTLM(CONFIG).rules
+    )
+    mesh = btlm.make_mesh(fsdp=4, tensor=2)
+    with pytest.raises(ValueError, match=r"attn/c_proj/kernel: .*'head_dim'.*at 'heads' only"):
+        btlm.load(path_of(made, INT4), mesh=mesh, rules=scattered)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_dtype_is_of_floats(made, dtype):
+    _, params = btlm.load(path_of(made, INT4), dtype=dtype)
+    kernel = params["blocks"]["1"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.packed and kernel.scales.dtype == jnp.bfloat16
+    assert params["wte"].values.dtype == jnp.int8 and params["wte"].scales.dtype == jnp.float32
+    assert params["ln_f"]["scale"].dtype == (dtype or jnp.float32)
+
+
+@pytest.mark.parametrize("sizes", [None, *MESHES[1:3]], ids=str)
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_floats_by_layer(made, sizes, dtype):
+    """Without stacking; inputs last on a CPU, as the table has them on a mesh."""
+    mesh = btlm.make_mesh(**sizes) if sizes else None
+    model, apart = btlm.load(made / "floats", by_layer=True, mesh=mesh, dtype=dtype)
+    _, stacked = btlm.load(made / "floats", mesh=mesh, dtype=dtype)
+    assert weights.check(apart, CONFIG) == weights.check(stacked, CONFIG)
+    expected = weights.flatten(stacked)
+    for leaf in weights.disk_leaves(model.config):
+        x, got = expected[leaf.weight.path], weights.flatten(apart)[leaf.path]
+        if leaf.layer is not None:
+            with jax.set_mesh(mesh) if mesh else jax.numpy_dtype_promotion("standard"):
+                x = jax.jit(lambda x, i=leaf.layer: x[i])(x)
+        if mesh is None and leaf.weight.inputs:
+            x = kernels.inputs_last(x, leaf.weight.inputs)
+        else:
+            assert got.sharding.is_equivalent_to(x.sharding, x.ndim)
+        assert same(got, x)
+
+
+@pytest.mark.parametrize("sizes", [None, MESHES[1]], ids=str)
+def test_hf_files_by_layer(sizes, tmp_path):
+    mesh = btlm.make_mesh(**sizes) if sizes else None
+    cases.write_hf(tmp_path / "hf", cases.load("i_untied"))
+    convert(tmp_path / "hf", tmp_path / "c")
+    _, found = formats.load(tmp_path / "hf", mesh=mesh, by_layer=True)
+    _, expected = formats.load(tmp_path / "c", mesh=mesh, by_layer=True)
+    assert weights.is_by_layer(found) and same(found, expected)
+
+
+def test_orbax_reads_it_without_us(made):
+    tree = ocp.load(path_of(made, INT4))
+    _, params = btlm.load(path_of(made, INT4))
+    kernel = params["blocks"]["0"]["attn"]["c_attn"]["kernel"]
+    stored = tree["blocks"]["0"]["attn"]["c_attn"]["kernel"]
+    np.testing.assert_array_equal(stored["int4"], kernel.values)
+    np.testing.assert_array_equal(stored["scales"], kernel.scales)
+    np.testing.assert_array_equal(tree["wte"]["int8"], params["wte"].values)
+
+
+# Interrupted --------------------------------------------------------------------------------------
+
+_KILLED = """
+import os, signal, sys
+from btlm_jax import array_files, checkpoint
+from btlm_jax.convert import quantise
+left, real = [int(sys.argv[3])], array_files.write
+def write(*args):
+    left[0] -= 1
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+array_files.write = write
+quantise(sys.argv[1], sys.argv[2], "int4")
+"""
+
+
+def test_killed(made, tmp_path):
+    """Between values and scales of a weight too, which are then made again together."""
+    expected = path_of(made, INT4)
+    command = [sys.executable, "-c", _KILLED, made / "floats", tmp_path / "q", "9"]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "q").exists()
+    report = quantise(made / "floats", tmp_path / "q", INT4)
+    assert 0 < report.resumed <= 9
+    assert files(tmp_path / "q").keys() == files(expected).keys()
+    assert files(tmp_path / "q") == files(expected)
+    assert os.listdir(tmp_path) == ["q"]
+
+
+def test_failed_at_any_array(made, tmp_path, monkeypatch):
+    expected, real = files(path_of(made, INT4)), array_files.write
+    for after in (1, 2, 5, 8):
+        calls = itertools.count()
+
+        def write(*args, after=after, calls=calls):
+            if next(calls) >= after:
+                raise OSError("gone")
+            return real(*args)
+
+        monkeypatch.setattr(array_files, "write", write)
+        with pytest.raises(OSError, match="gone"):
+            quantise(made / "floats", tmp_path / "q", INT4)
+        monkeypatch.setattr(array_files, "write", real)
+        # Another kind of work starts anew.
+        if after == 2:
+            assert quantise(made / "floats", tmp_path / "q", Quantization(8)).resumed == 0
+            shutil.rmtree(tmp_path / "q")
+    assert quantise(made / "floats", tmp_path / "q", INT4).resumed > 0
+    assert files(tmp_path / "q") == expected
+
+
+def test_a_budget_below_one_weight(made, tmp_path):
+    with pytest.raises(ValueError, match=r"max_memory: found 1000 B, expected at least .* MiB"):
+        quantise(made / "floats", tmp_path / "q", INT4, max_memory=1000)
+    assert not os.listdir(tmp_path)
+
+
+# Refused ------------------------------------------------------------------------------------------
+
+
+def test_what_quantised_checkpoints_are_not_for(made, tmp_path):
+    quantised = path_of(made, INT4)
+    with pytest.raises(ValueError, match=r"is quantised \(int4 in groups of 64.*export the check"):
+        export(quantised, tmp_path / "hf")
+    with pytest.raises(ValueError, match="is quantised already"):
+        quantise(quantised, tmp_path / "again", INT4)
+    with pytest.raises(ValueError, match="hold int4 in groups of 64, embedding int8 and floats"):
+        verify(quantised, made / "floats")
+    with pytest.raises(ValueError, match=r"hold int4 .* and int8, embedding int8: only"):
+        verify(quantised, path_of(made, KINDS[0]))
+    with pytest.raises(ValueError, match="atol: quantised"):
+        verify(quantised, quantised, atol=0.1)
+    with pytest.raises(ValueError, match="found them by layer, expected stacked ones"):
+        btlm.save(tmp_path / "c", *reversed([btlm.load(quantised)[1], CONFIG]))
+    with pytest.raises(ValueError, match="which has none"):
+        quantise(made / "floats", tmp_path / "again", INT4, revision="main")
+    with pytest.raises(ValueError, match="quantize: found 'int5'"):
+        quantise(made / "floats", tmp_path / "again", "int5")
+    assert not os.listdir(tmp_path)
+
+
+def test_training_starts_from_floats(made):
+    mesh = btlm.make_mesh()
+    asked = recipe_file.load("finetune", [f"model.checkpoint={path_of(made, INT4)}"])
+    with pytest.raises(ValueError, match=r"model.checkpoint: .* is quantised, and only floats"):
+        loop._weights(asked, btlm.BTLM(CONFIG), mesh)
+
+
+@pytest.mark.parametrize("name", ["h.1.mlp.c_fc.weight", "wte.weight", "ln_f.bias"])
+def test_nan_is_refused(name, tmp_path):
+    case = cases.load("b_sp_alibi")
+    source = cases.write_hf(tmp_path / "hf", case)
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"transformer.{name}"].flat[7] = np.nan
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        quantise(source, tmp_path / "q", INT4)
+    assert not (tmp_path / "q").exists()
+
+
+def test_damage_is_found(made, tmp_path):
+    for folder, what in (("q", path_of(made, INT4)), ("c", made / "floats")):
+        shutil.copytree(what, tmp_path / folder)
+    for file in (
+        tmp_path / "q/state/blocks.1.mlp.c_fc.kernel.int4/c/0/0",
+        tmp_path / "c/state/blocks.1.mlp.c_fc.kernel/c/0/0",
+    ):
+        data = bytearray(file.read_bytes())
+        data[100] ^= 1
+        file.write_bytes(data)
+    for other in ((), (path_of(made, INT4),)):
+        found = verify(tmp_path / "q", *other).differences
+        assert [what for what, _ in found] == ["transformer.h.1.mlp.c_fc.weight.int4"]
+    assert found[0][1].startswith("1 of 10,944 elements differ")  # 171 x 128 / 2 bytes
+    with pytest.raises(ValueError, match="c_fc/kernel: its bytes do not match the recorded SHA"):
+        quantise(tmp_path / "c", tmp_path / "again", INT4)
+
+
+def test_arrays_of_another_kind(made, tmp_path):
+    """A checkpoint whose metadata says another kind than its arrays are."""
+    shutil.copytree(path_of(made, INT4), tmp_path / "q")
+    edit_metadata(tmp_path / "q", lambda notes: notes["quantization"].update(bits=8, group=None))
+    with pytest.raises(ValueError) as error:
+        btlm.load(tmp_path / "q")
+    assert "missing: blocks/0/mlp/c_fc/kernel/int8" in str(error.value)
+    assert "blocks/0/mlp/c_fc/kernel/scales: found shape (171, 2), expected (171, 1)" in str(
+        error.value
+    )
+    assert "found dtype bfloat16, expected float32" in str(error.value)
+
+
+def test_command_line(made, tmp_path, capsys):
+    argv = ["convert", str(made / "floats"), str(tmp_path / "q"), "--quantize", "int4:128"]
+    assert cli.main([*argv, "--quantize-embedding", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "blocks/mlp/c_fc/kernel: relative RMS error 0.0" in out and "Q4_0" in out
+    assert verify(tmp_path / "q", path_of(made, KINDS[2]))
+    assert cli.main(["info", str(tmp_path / "q")]) == 0
+    out = capsys.readouterr().out
+    assert "int4 in groups of 128, embedding bfloat16" in out and "bits a parameter" in out
+    assert "blocks/attn/c_proj/kernel: relative RMS error" in out
+    assert cli.main([*argv, "--allow-nonfinite", "--overwrite"]) == 2
+    assert "--allow-nonfinite: NaN and Inf cannot be quantised" in capsys.readouterr().err
