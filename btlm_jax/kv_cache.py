@@ -162,8 +162,7 @@ def with_capacity(cache: KVCache, capacity: int) -> KVCache:
     return dataclasses.replace(cache, layers=layers, segment_ids=ids)
 
 
-# In place of the old one.
-grown = jax.jit(with_capacity, static_argnames="capacity", donate_argnames="cache")
+grown = jax.jit(with_capacity, static_argnames="capacity")
 
 
 def reordered(cache: KVCache, parents_BN: jax.Array, shard: PartitionSpec | None) -> KVCache:
