@@ -104,11 +104,15 @@ def _reshape(x: jax.Array, shape: tuple[int, ...], spec: Sequence) -> jax.Array:
 
 def rows(kernel: Kernel, index: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
     """Rows of an embedding [V, D] of floats or int8, fp32; indices outside are clipped."""
-    found = kernel.values.at[index].get(mode="clip", out_sharding=out_sharding)
-    scales = kernel.scales
-    if scales is None:
-        return found.astype(jnp.float32)
-    return found * scales.at[index].get(mode="clip", out_sharding=out_sharding).astype(jnp.float32)
+
+    # Within a loop XLA's CPU backend would make the whole table fp32 before it, once for all.
+    kernel, index = jax.lax.optimization_barrier((kernel, index))
+
+    def of(x):
+        return x.at[index].get(mode="clip", out_sharding=out_sharding).astype(jnp.float32)
+
+    found = of(kernel.values)
+    return found if kernel.scales is None else found * of(kernel.scales)
 
 
 def product(
@@ -176,24 +180,23 @@ def _by_groups(x, kernel: Kernel, precision, out_sharding) -> jax.Array:
 
 def _dot(x, w, on_cpu, precision, out_sharding, dtype):
     """x [..., I] by w [*O, I]."""
-    lead = x.shape[:-1]
-    one = on_cpu and math.prod(lead) == 1 and x.dtype != jnp.float32
-    sharded = out_sharding
-    if one:  # two rows, or XLA's CPU backend would take a copy of the weights in fp32
-        x = jnp.concatenate([x.reshape(1, -1)] * 2)
-        if sharded is not None:
-            sharded = PartitionSpec(None, *sharded[len(lead) :])
+    lead, shape = x.shape[:-1], (*x.shape[:-1], *w.shape[:-1])
+    matrices = on_cpu and out_sharding is None
+    if matrices:
+        # Of more dimensions, or of one row, XLA's CPU backend would copy the weights first: turned
+        # round, or in fp32.
+        one = math.prod(lead) == 1 and x.dtype != jnp.float32
+        x, w = x.reshape(-1, x.shape[-1]), w.reshape(-1, w.shape[-1])
+        x = jnp.concatenate([x, x]) if one else x
     y = jax.lax.dot_general(
         x,
         w,
         (((x.ndim - 1,), (w.ndim - 1,)), ((), ())),
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=sharded,
+        out_sharding=out_sharding,
     )
-    if not one:
-        return y
-    return jnp.reshape(y[0], (*lead, *w.shape[:-1]), out_sharding=out_sharding)
+    return y[: math.prod(lead)].reshape(shape) if matrices else y
 
 
 def place(kernel: Kernel, spec: PartitionSpec) -> Kernel:

@@ -8,6 +8,7 @@ import types
 
 import pytest
 from btlm_jax.train import bench, measure
+from btlm_jax.train.peer import Peer
 
 from btlm_jax import BTLMConfig, accounting, cli
 
@@ -72,5 +73,5 @@ def test_pytorch_takes_the_same_steps(small):
 
 def test_a_peer_that_fails_says_why(tmp_path):
     (tmp_path / "problem.npz").write_text("nonsense")
-    with pytest.raises(ValueError, match=r"PyTorch's step failed \(eager\):\n[\s\S]*Error"):
-        bench._Peer(tmp_path / "problem.npz", tmp_path / "log", "eager")
+    with pytest.raises(ValueError, match=r"PyTorch's step failed:\n[\s\S]*Error"):
+        Peer("torch_peer", str(tmp_path / "problem.npz"), "PyTorch's step")

@@ -5,11 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +23,7 @@ from btlm_jax.progress import Progress
 from btlm_jax.remat import Remat
 
 from . import data, measure, token_shards, torch_peer
+from .peer import Peer
 from .step import init_state, make_step
 
 _LEARNING_RATE = 1e-3
@@ -90,8 +87,8 @@ def bench_train(
         for _ in range(rounds):
             found["matmul"].append(product())
             found["step"].append(ours()[1])
-            for mode, peer in peers.items():
-                found[f"torch {mode}"].append(peer.step()[1])
+            for mode, (peer, _) in peers.items():
+                found[f"torch {mode}"].append(peer.ask()["seconds"])
             found["loader"].append(loader())
             progress.update(1)
     report = _report(model.config, length, batch_size, found)
@@ -182,53 +179,10 @@ def _write_shards(directory: Path, config: BTLMConfig, n: int) -> None:
 # PyTorch ------------------------------------------------------------------------------------------
 
 
-class _Peer:
-    """PyTorch's step in a process of its own."""
-
-    def __init__(self, file: Path, errors: Path, mode: str) -> None:
-        self._mode, self._errors = mode, errors
-        self.losses: list[float] = []  # of the first two steps
-        with errors.open("w") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "btlm_jax.train.torch_peer", str(file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                # Threads that wait must not take the cores from ours.
-                env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
-            )
-        self.about = self._answer()
-
-    def step(self) -> tuple[float, float]:
-        """Takes a step. Returns its loss and its seconds."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the answer that does not come says why
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-        said = self._answer()
-        return said["loss"], said["seconds"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self.close()
-            raise ValueError(
-                f"PyTorch's step failed ({self._mode}):\n{self._errors.read_text()[-2000:]}"
-            )
-        return json.loads(line)
-
-
 @contextlib.contextmanager
 def _peers(
     config: BTLMConfig, params, tokens: np.ndarray, dtype: str, show: Show
-) -> Iterator[dict[str, _Peer]]:
+) -> Iterator[dict[str, tuple[Peer, list[float]]]]:
     """PyTorch's step, as it is and compiled where that works, both after their first two steps."""
     c = config
     if not (c.alibi and c.gated and c.tie_word_embeddings and c.alibi_scaling is None):
@@ -264,27 +218,29 @@ def _peers(
             # Its best: uncompiled, and in training on CPUs, flex_attention is no kernel.
             best = "flex" if (mode, problem["device"]) == ("compile", "cuda") else "bias"
             torch_peer.write(file, {**problem, "mode": mode, "attention": best}, arrays)
-            peer = _Peer(file, file.with_suffix(".log"), mode)
+            peer = Peer("torch_peer", str(file), f"PyTorch's step ({mode})")
             stack.callback(peer.close)
             try:
-                peer.losses = [peer.step()[0] for _ in range(2)]
+                losses = [peer.ask()["loss"] for _ in range(2)]
             except ValueError as e:
                 if mode == "eager":
                     raise
                 show(f"torch.compile does not work here, eager PyTorch is the peer: {e}")
             else:
-                found[mode] = peer
+                found[mode] = peer, losses
         yield found
 
 
-def _check_losses(ours: list[float], peers: Mapping[str, _Peer], dtype: str) -> None:
+def _check_losses(
+    ours: list[float], peers: Mapping[str, tuple[Peer, list[float]]], dtype: str
+) -> None:
     """Raises ValueError if the first two losses differ: then the steps are not the same work."""
     # bf16 rounds at other places in the two programs; ln(V) is about 11.
     tolerance = 2e-4 if dtype == "float32" else 5e-2
-    for mode, peer in peers.items():
-        if not np.allclose(ours, peer.losses, rtol=0, atol=tolerance):
+    for mode, (_, theirs) in peers.items():
+        if not np.allclose(ours, theirs, rtol=0, atol=tolerance):
             raise ValueError(
-                f"PyTorch's step ({mode}) is not ours: its first losses are {peer.losses}, "
+                f"PyTorch's step ({mode}) is not ours: its first losses are {theirs}, "
                 f"expected {ours} to {tolerance}"
             )
 
