@@ -275,7 +275,8 @@ def _attend(q, own: Part, prefix: Part | None, shared: Shared, precision, on_cpu
         return jnp.moveaxis(x, axis, 0)
 
     def one(x):
-        return _attend_chunk(*x, own, prefix, shared, precision, on_cpu)
+        q, new, ids = x
+        return _attend_chunk(q, new, ids, own, prefix, shared, precision, on_cpu)
 
     out = jax.lax.map(one, (chunks(q, 2), chunks(new, 0), chunks(shared.new_ids, 1)))
     return jnp.moveaxis(out, 0, 2).reshape(R, H, n * _CHUNK, K)[:, :, :T]

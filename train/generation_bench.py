@@ -173,11 +173,12 @@ class _Decoder:
     def __init__(self, program, params, prompt, state, steps: int) -> None:
         counts = np.int32(steps), np.int32(len(state.done))
         args = program, params, prompt.cache, state, None, *counts
-        self._compiled = sample.advance.lower(*args).compile()
+        self._compiled: Any = sample.advance.lower(*args).compile()
         self._args, self._state, self._steps = args, state, steps
         own = sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
         self.cache_bytes = own + prompt.cache.nbytes
-        self.temporary_bytes = self._compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = self._compiled.memory_analysis()
+        self.temporary_bytes = memory.temp_size_in_bytes
         self.seconds()
 
     def seconds(self) -> float:
