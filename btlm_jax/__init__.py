@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from btlm_jax.generation.api import generate as generate
     from btlm_jax.generation.prompt_cache import PromptCache as PromptCache
     from btlm_jax.generation.scoring import score as score
+    from btlm_jax.generation.streaming import stream as stream
     from btlm_jax.kv_cache import KVCache as KVCache
     from btlm_jax.loss import next_token_loss as next_token_loss
     from btlm_jax.model import BTLM as BTLM
@@ -42,6 +43,7 @@ _HOME = {
     "next_token_loss": "loss",
     "save": "checkpoint",
     "score": "generation.scoring",
+    "stream": "generation.streaming",
 }
 _MODULES = ("convert", "mup")
 __all__ = ["__version__", *_MODULES, *sorted(_HOME)]
