@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from btlm_jax.config import AlibiScaling as AlibiScaling
     from btlm_jax.config import BTLMConfig as BTLMConfig
     from btlm_jax.generation.api import generate as generate
+    from btlm_jax.generation.batch import generate_batch as generate_batch
     from btlm_jax.generation.prompt_cache import PromptCache as PromptCache
     from btlm_jax.generation.scoring import score as score
     from btlm_jax.generation.streaming import stream as stream
@@ -37,6 +38,7 @@ _HOME = {
     "PromptCache": "generation.prompt_cache",
     "fold_completep": "weights",
     "generate": "generation.api",
+    "generate_batch": "generation.batch",
     "load": "checkpoint",
     "load_tokenizer": "tokenizer",
     "make_mesh": "sharding",
