@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from btlm_jax.config import BTLMConfig as BTLMConfig
     from btlm_jax.generation.api import generate as generate
     from btlm_jax.generation.batch import generate_batch as generate_batch
+    from btlm_jax.generation.pipeline import pipeline as pipeline
     from btlm_jax.generation.prompt_cache import PromptCache as PromptCache
     from btlm_jax.generation.scoring import score as score
     from btlm_jax.generation.streaming import stream as stream
@@ -43,6 +44,7 @@ _HOME = {
     "load_tokenizer": "tokenizer",
     "make_mesh": "sharding",
     "next_token_loss": "loss",
+    "pipeline": "generation.pipeline",
     "save": "checkpoint",
     "score": "generation.scoring",
     "stream": "generation.streaming",
