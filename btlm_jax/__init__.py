@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from btlm_jax.config import AlibiScaling as AlibiScaling
     from btlm_jax.config import BTLMConfig as BTLMConfig
     from btlm_jax.generation.api import generate as generate
+    from btlm_jax.generation.batch import generate_batch as generate_batch
+    from btlm_jax.generation.pipeline import pipeline as pipeline
     from btlm_jax.generation.prompt_cache import PromptCache as PromptCache
     from btlm_jax.generation.scoring import score as score
+    from btlm_jax.generation.streaming import stream as stream
     from btlm_jax.kv_cache import KVCache as KVCache
     from btlm_jax.loss import next_token_loss as next_token_loss
     from btlm_jax.model import BTLM as BTLM
@@ -36,12 +39,15 @@ _HOME = {
     "PromptCache": "generation.prompt_cache",
     "fold_completep": "weights",
     "generate": "generation.api",
+    "generate_batch": "generation.batch",
     "load": "checkpoint",
     "load_tokenizer": "tokenizer",
     "make_mesh": "sharding",
     "next_token_loss": "loss",
+    "pipeline": "generation.pipeline",
     "save": "checkpoint",
     "score": "generation.scoring",
+    "stream": "generation.streaming",
 }
 _MODULES = ("convert", "mup")
 __all__ = ["__version__", *_MODULES, *sorted(_HOME)]

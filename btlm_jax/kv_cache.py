@@ -15,6 +15,7 @@ values and hold only their own continuation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -162,7 +163,16 @@ def with_capacity(cache: KVCache, capacity: int) -> KVCache:
     return dataclasses.replace(cache, layers=layers, segment_ids=ids)
 
 
-grown = jax.jit(with_capacity, static_argnames="capacity")
+@functools.partial(jax.jit, static_argnames="capacity")
+def grown(cache: KVCache, capacity: int) -> KVCache:
+    """The same of any cache, also one whose ring is closed: it is opened at its oldest slot."""
+    closed = cache.at > cache.capacity
+    shift = jnp.where(closed, -cache.at % cache.capacity, 0)
+    layers = jax.tree.map(lambda x: jnp.roll(x, shift, 2), cache.layers)
+    ids = jnp.roll(cache.segment_ids, shift, 1)
+    at = jnp.where(closed, cache.capacity, cache.at)
+    opened = dataclasses.replace(cache, layers=layers, segment_ids=ids, at=at)
+    return with_capacity(opened, capacity)
 
 
 def reordered(cache: KVCache, parents_BN: jax.Array, shard: PartitionSpec | None) -> KVCache:

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from .arguments import Mesh
+
+# Fields that say where and how fast, not what is generated.
+_AROUND = (
+    "checkpoint", "prompt", "input", "output", "batch_size", "overwrite", "stream", "mesh"
+)  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue a prompt. Options mean what they mean in transformers' `generate`."""
+    """Continue a prompt, or a file of them. Options are those of transformers' `generate`.
+
+    Of a file, every line {"prompt": TEXT, ...} or {"input_ids": [ID, ...], ...} comes out with
+    "text" (the continuation), "tokens" (how many), "finish_reason" (eos, stop or length),
+    "token_ids" where ids came in, and "logprobs" if asked for; with --num-return-sequences, as so
+    many lines with an "index". Each is what its prompt would give alone. Results are kept in
+    OUTPUT.partial while others are still to come; killed, the same command goes on.
+    """
 
     checkpoint: Positional[str]
     """An Orbax checkpoint that carries a tokenizer: a directory, or a gs:// URL."""
-    prompt: str
+    prompt: str | None = None
     """The text to continue."""
+    input: Annotated[Path | None, arg(metavar="FILE.jsonl")] = None
+    """Instead: prompts to continue, a line each."""
+    output: Annotated[Path | None, arg(metavar="FILE.jsonl")] = None
+    """With --input: the file to write."""
+    batch_size: int | None = None
+    """With --input: how many rows run at once; default 8. With beams, of prompts of one length."""
+    overwrite: bool = False
+    """With --input: replace the output, and what a run with other options left unfinished."""
+    stream: bool = False
+    """Print the text while it is generated; not with beams."""
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     max_new_tokens: int | None = None
     """How many tokens to add at most; default 50."""
     max_length: int | None = None
@@ -37,7 +63,8 @@ class Generate:
     typical_p: float = 1.0
     """Draw from the tokens nearest to typical that together have this probability."""
     seed: int = 0
-    """Of the draws."""
+    """Of the draws. Each line of --input takes a stream of its own, by its number; the first, that
+    of --prompt."""
     num_beams: int = 1
     """Search with this many beams; with --sample, draw them."""
     num_return_sequences: int = 1
@@ -72,23 +99,72 @@ class Generate:
     """Of weights and computation; default as stored, computing in the platform's."""
 
     def run(self) -> None:
-        import numpy as np
-
         import btlm_jax as btlm
         from btlm_jax import manifest
         from btlm_jax.tokenizer import check_vocabulary
 
+        self._check()
         # The tokenizer first: the weights may be large.
-        config = manifest.read(self.checkpoint).config
+        meta = manifest.read(self.checkpoint)
         tokenizer = btlm.load_tokenizer(self.checkpoint)
-        check_vocabulary(tokenizer, config.vocab_size)
+        check_vocabulary(tokenizer, meta.config.vocab_size)
+        if self.input is not None:
+            self._file(meta, tokenizer)
+        else:
+            self._text(tokenizer)
+
+    def _check(self) -> None:
+        """Raises ValueError where arguments exclude or need each other."""
+        if (self.prompt is None) == (self.input is None):
+            found = "neither" if self.prompt is None else "both"
+            raise ValueError(f"--prompt and --input: found {found}, expected one: a text to "
+                             "continue, or a file of JSON lines (with --output)")  # fmt: skip
+        if self.input is None:
+            for name in ("output", "batch_size", "overwrite"):
+                if getattr(self, name) not in (None, False):
+                    flag = name.replace("_", "-")
+                    raise ValueError(f"--{flag}: it needs --input, a file of prompts")
+        elif self.output is None:
+            raise ValueError("--input: found no --output, expected a file to write")
+        elif self.stream:
+            raise ValueError("--stream: found it with --input, expected it with --prompt only")
+        if self.stream and self.num_beams > 1:
+            raise ValueError("--stream: found it with --num-beams, expected one of them: which "
+                             "beam is the best is known at the end only")  # fmt: skip
+        if self.stream and self.logprobs:
+            raise ValueError("--stream: found it with --logprobs, expected one of them")
+
+    def _load(self) -> tuple[Any, Any]:
+        import btlm_jax as btlm
+
+        model, params = btlm.load(
+            self.checkpoint, dtype=self.dtype, mesh=self.mesh.made(), by_layer=True
+        )
+        if self.dtype:
+            model = dataclasses.replace(model, compute_dtype=self.dtype)
+        return model, params
+
+    def _text(self, tokenizer: Any) -> None:
+        """Continues --prompt."""
+        import numpy as np
+
+        import btlm_jax as btlm
+
         ids = tokenizer.encode(self.prompt).ids
         if not ids:
             raise ValueError("--prompt is empty: give at least one character")
         options = self._options(tokenizer)
-        model, params = btlm.load(self.checkpoint, dtype=self.dtype, by_layer=True)
-        if self.dtype:
-            model = dataclasses.replace(model, compute_dtype=self.dtype)
+        if self.stream:
+            model, params = self._load()
+            pieces = btlm.stream(model, params, ids, **options | {"tokenizer": tokenizer})
+            print(tokenizer.decode(ids), end="", flush=True)
+            try:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+            finally:
+                print(flush=True)
+            return
+        model, params = self._load()
         out = btlm.generate(model, params, np.array([ids]), return_dict_in_generate=True, **options)
         for i, (row, logprobs) in enumerate(zip(out.sequences, out.logprobs, strict=True)):
             new = int((~np.isnan(logprobs)).sum())  # after its end, a row is filled up
@@ -98,17 +174,53 @@ class Generate:
             if self.logprobs:
                 _show(tokenizer, row[len(ids) :][:new], logprobs)
 
+    def _file(self, meta: Any, tokenizer: Any) -> None:
+        """Continues the prompts of --input."""
+        import time
+
+        import btlm_jax as btlm
+        from btlm_jax.generation import batch, jsonl
+        from btlm_jax.generation.request import request
+        from btlm_jax.progress import Progress
+
+        assert self.input is not None and self.output is not None
+        copies = self.num_return_sequences
+        added = jsonl.added(logprobs=self.logprobs, copies=copies)
+        lines = jsonl.read(self.input, tokenizer, meta.config.vocab_size, added)
+        model = btlm.BTLM(meta.config, compute_dtype=self.dtype)
+        asked = request(model, lines.ids, lines.names, **self._options(tokenizer))
+        same = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        key = {"input": lines.sha256, "checkpoint": jsonl.fingerprint(meta)}
+        key |= {name: value for name, value in same.items() if name not in _AROUND}
+        with jsonl.journal(self.output, key, overwrite=self.overwrite) as journal:
+            _, params = self._load()
+            known, start, tokens = frozenset(journal.known), time.monotonic(), 0
+            size = 8 if self.batch_size is None else self.batch_size
+            found = batch.results(asked, params, size, known)
+            total = len(asked.rows)
+            with Progress(total, "text", "generating", done=len(known)) as progress:
+                for i, result in found:
+                    line, ids = lines.objects[i // copies], lines.ids[i // copies]
+                    journal.add(i, jsonl.fields(line, ids, result, tokenizer, self.logprobs))
+                    tokens += len(result.tokens)
+                    rate = tokens / (time.monotonic() - start)
+                    progress.update(1, f"{rate:.0f} tokens/s")
+            jsonl.finish(self.output, lines, journal.known, copies)
+        print(f"{self.output}: {total} continuations")
+
     def _options(self, tokenizer: Any) -> dict[str, Any]:
         """The arguments of `generate`."""
         same = (
             "max_length", "min_new_tokens", "min_length", "temperature", "top_k", "top_p", "min_p",
             "typical_p", "seed", "num_beams", "num_return_sequences", "length_penalty",
             "repetition_penalty", "no_repeat_ngram_size", "forced_eos_token_id", "suppress_tokens",
-            "begin_suppress_tokens", "logit_bias", "cache_length",
+            "begin_suppress_tokens", "logit_bias",
         )  # fmt: skip
         options: dict[str, Any] = {name: getattr(self, name) for name in same}
         if self.max_new_tokens is not None or self.max_length is None:
             options["max_new_tokens"] = 50 if self.max_new_tokens is None else self.max_new_tokens
+        if self.cache_length is not None:
+            options["cache_length"] = self.cache_length
         if self.eos_token_id:
             options["eos_token_id"] = self.eos_token_id
         if self.stop_strings:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from btlm_jax import kv_cache, sharding, weights
-from btlm_jax.generation import decode, options, prompts, sample, search, stopping
+from btlm_jax import kv_cache, sharding
+from btlm_jax.generation import decode, prompts, request, sample, search, stopping
 from btlm_jax.generation.processors import Processor
 from btlm_jax.generation.prompt_cache import PromptCache, prompt_of
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
 logger = logging.getLogger(__name__)
-
-# Slots for new tokens at first, where many more may be needed: a step reads all there are.
-_FIRST = 256
-# Bytes of weights below which how they lie does not matter.
-_SMALL = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +59,7 @@ def generate(
     min_length: int | None = None,
     eos_token_id: prompts.EndTokens = "config",
     pad_token_id: int | None = None,
-    seed: int | Sequence[int] = 0,
+    seed: prompts.Seeds = 0,
     stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     logits_processor: Processor | Sequence[Processor] = (),
@@ -94,7 +87,8 @@ def generate(
       eos_token_id: one or several ids that end a row; "config" takes the model's, None never ends.
       pad_token_id: fills rows that have ended; default the model's pad token, else the first EOS.
       seed: of the random draws: one for each row, which then draws the same alone and in any batch;
-        or one for all, of which each row takes a stream of its own, by its index.
+        or one for all, of which each row takes a stream of its own, by its index; or a pair of a
+        seed and a stream for each row.
       stop_strings, tokenizer: strings that end a row with the token that completes one, and the
         tokenizer to find them with. The row is then filled up, also where no EOS is set
         (transformers lets it go on until the others have ended).
@@ -118,14 +112,8 @@ def generate(
         vocabulary, right padding; more tokens than the cache or the learned positions hold.
     """
     c = model.config
-    _tell_of_stacked(params)
-    how = options.from_names(named, inspect.signature(generate).parameters)
-    for idle in how.idle:
-        logger.warning("%s", idle)
-    how.check_vocabulary(c.vocab_size)
-    eos = prompts.end_tokens(eos_token_id, c)
-    if any(len(ids) == 1 and ids[0] in eos for ids in how.bad_words_ids):
-        logger.warning("bad_words_ids: an EOS alone stays allowed; see suppress_tokens")
+    request.tell_of_stacked(params)
+    how, eos = request.checked(c, eos_token_id, named, inspect.signature(generate).parameters)
     if (output_scores or output_logits) and not return_dict_in_generate:
         logger.warning("output_scores and output_logits need return_dict_in_generate=True")
         output_scores = output_logits = False
@@ -209,22 +197,6 @@ def generate(
     )
 
 
-def _tell_of_stacked(params: Params) -> None:
-    """Warns, once, where decoding is much slower than it need be."""
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
-    stacked = not weights.is_by_layer(params)
-    if stacked and size > _SMALL and sharding.platform(sharding.mesh_of(params)) == "cpu":
-        _warn_once(
-            f"{size / 1e9:.1f} GB of stacked weights decode several times slower on a CPU than "
-            "weights by layer, and are copied: load them with btlm.load(path, by_layer=True)"
-        )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
-
-
 class _Result(NamedTuple):
     """Of R rows. What is per token lies at its slot."""
 
@@ -239,7 +211,7 @@ class _Result(NamedTuple):
 
 def _run(program, params, prompt, rows, ids, table, stop_state, room: int) -> _Result:
     """Decodes to the end, in a cache that grows to `room` slots for new tokens."""
-    capacity = room if room <= 2 * _FIRST else _FIRST
+    capacity = request.slots_at_first(room)
     begin = program, params, prompt, rows, ids, table, stop_state
     if program.options.num_beams == 1:
         s: Any = sample.start(*begin, capacity)

@@ -67,6 +67,7 @@ def read(model: BTLM, params: Any, ids, mask, length, capacity: int, dtype: Any 
 
     Args:
       ids: int32 [B, P], from slot `length` on filling.
+      length: int32, of all, or [B], of each (where dynamic ALiBi scaling does not forbid it).
       mask: int32 [B, P], 0 for padding on the left; None if there is none.
       capacity: slots of the cache, >= P.
       dtype: of the cache (`BTLM.init_cache`).
@@ -93,18 +94,23 @@ def read_on(model: BTLM, params: Any, ids, length, cache: KVCache, capacity: int
 
 
 def _read(model: BTLM, params: Any, ids, mask, length, cache: KVCache, before) -> Prompt:
-    ids = jnp.where(jnp.arange(ids.shape[1]) < length, ids, 0)
+    slot, lengths = jnp.arange(ids.shape[1]), jnp.broadcast_to(length, len(ids))
+    ids = jnp.where(slot < lengths[:, None], ids, 0)
     at = None
     if not model.config.alibi:
         # Learned positions count the real tokens of a row, as transformers does; ALiBi slots.
         counted = jnp.ones_like(ids) if mask is None else mask
         at = jnp.maximum(before + jnp.cumsum(counted, 1) - 1, 0)
         at = jnp.minimum(at, model.config.n_positions - 1)  # of the filling
+    longest = lengths.max()
     read: Any = model.hidden(
-        params, ids, attention_mask=mask, positions=at, cache=cache, length=length
+        params, ids, attention_mask=mask, positions=at, cache=cache, length=longest
     )
     h, cache = read
-    last = jax.lax.dynamic_slice_in_dim(h, length - 1, 1, axis=1)
+    cache = dataclasses.replace(cache, length=cache.length - longest + lengths)
+    # A sum rather than a gather, whose rows are split over a mesh.
+    is_last = model.spec(params).place(slot == lengths[:, None] - 1, "batch", None)
+    last = jnp.where(is_last[:, :, None], h, 0).sum(1, keepdims=True)
     return Prompt(cache, next_logits(model, params, last))
 
 

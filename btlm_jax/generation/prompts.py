@@ -14,6 +14,7 @@ from btlm_jax.config import BTLMConfig
 logger = logging.getLogger(__name__)
 
 EndTokens = int | Sequence[int] | Literal["config"] | None
+Seeds = int | Sequence[int] | Sequence[tuple[int, int]]
 _SMALLEST = 32
 
 
@@ -165,18 +166,23 @@ def check_context(lengths: Lengths, config: BTLMConfig, cache_length: int | None
         )
 
 
-def seeds(seed: int | Sequence[int], rows: int) -> tuple[np.ndarray, np.ndarray]:
+def seeds(seed: Seeds, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Seed and stream of every row, uint32 and int32 [rows]: of one seed, a stream for each row.
 
     Raises:
-      ValueError: another number of seeds, or one outside 0 to 2**32 - 1.
+      ValueError: another number of seeds, one outside 0 to 2**32 - 1, or a stream from 2**31 on.
     """
-    given = np.atleast_1d(np.asarray(seed))
-    several = np.ndim(seed) > 0
-    whole = np.issubdtype(given.dtype, np.integer) and given.ndim == 1
-    if not whole or ((given < 0) | (given >= 2**32)).any():
-        raise ValueError(f"seed: found {seed!r}, expected integers from 0 to 2**32 - 1")
-    if several and len(given) != rows:
+    given = np.asarray(seed)
+    pairs = given.ndim == 2 and given.shape[1] == 2
+    most = np.array([2**32, 2**31]) if pairs else 2**32
+    whole = np.issubdtype(given.dtype, np.integer) and (given.ndim < 2 or pairs)
+    if not whole or ((given < 0) | (given >= most)).any():
+        raise ValueError(
+            f"seed: found {seed!r}, expected integers from 0 to 2**32 - 1 (or pairs of one and a "
+            "stream)"
+        )
+    if given.ndim and len(given) != rows:
         raise ValueError(f"seed: found {len(given)} seeds, expected one for all or {rows}")
-    streams = np.zeros(rows) if several else np.arange(rows)
-    return np.broadcast_to(given, rows).astype(np.uint32), streams.astype(np.int32)
+    streams = given[:, 1] if pairs else np.zeros(rows) if given.ndim else np.arange(rows)
+    own = given[:, 0] if pairs else np.broadcast_to(given, rows)
+    return own.astype(np.uint32), streams.astype(np.int32)

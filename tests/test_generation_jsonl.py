@@ -1,0 +1,232 @@
+"""`btlm generate --input`: lines in, lines out, bad ones named, killed runs gone on with."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from btlm_jax import cli, generate
+from btlm_jax.generation import jsonl
+
+LINES = [
+    {"id": 7, "prompt": "Hello wörld", "note": "世界"},
+    {"input_ids": [240, 159, 152, 128]},
+    {"prompt": "a", "id": None},
+    {"prompt": "the same"},
+    {"prompt": "the same"},
+]
+OPTIONS = ("--sample", "--seed", "3", "--max-new-tokens", "8", "--batch-size", "2", "--logprobs")
+
+
+def written(path: Path, lines) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def run(capsys, *argv):
+    try:
+        code = cli.main(["generate", *map(str, argv)])
+    except SystemExit as e:
+        code = e.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture
+def source(tmp_path):
+    return written(tmp_path / "in.jsonl", LINES)
+
+
+def test_lines_out(capsys, of_bytes, bytes_checkpoint, source, tmp_path):
+    model, params, tokenizer = of_bytes
+    target = tmp_path / "out.jsonl"
+    code, out, err = run(capsys, bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
+    assert code == 0 and out == f"{target}: 5 continuations\n"
+    assert "5 text/5 text (100%)" in err and "tokens/s" in err
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    assert "世界" in target.read_text() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "in.jsonl", "out.jsonl"
+    ]  # fmt: skip
+    for i, (line, result) in enumerate(zip(LINES, found, strict=True)):
+        assert list(result)[: len(line)] == list(line) and line.items() <= result.items()
+        ids = line.get("input_ids") or tokenizer.encode(line["prompt"]).ids
+        how = dict(do_sample=True, seed=[(3, i)], max_new_tokens=8, return_dict_in_generate=True)
+        out = generate(model, params, [ids], **how)
+        new = out.sequences[0, len(ids) :].tolist()
+        assert result["text"] == tokenizer.decode(new) and result["tokens"] == len(new)
+        assert result.get("token_ids") == (new if "input_ids" in line else None)
+        np.testing.assert_allclose(result["logprobs"], out.logprobs[0], atol=2e-4)
+        assert result["finish_reason"] == ("eos" if new[-1] == 256 else "length")
+    assert found[3]["text"] != found[4]["text"]  # each draws from a stream of its own
+
+
+def test_killed_anywhere(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
+    """Whatever a kill leaves, the same command makes the same file, and computes only the rest."""
+    target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    command = (bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
+    finish, left = jsonl.finish, []
+    monkeypatch.setattr(jsonl, "finish", lambda *a: left.append(partial.read_bytes()) or finish(*a))
+    assert run(capsys, *command)[0] == 0
+    whole, rng = target.read_bytes(), random.Random(0)
+    ends = [0, left[0].index(b"\n") + 1, len(left[0]) - 1, len(left[0])]
+    for end in (*ends, *(rng.randrange(len(left[0])) for _ in range(8))):
+        target.unlink()
+        partial.write_bytes(left[0][:end])
+        kept = max(left[0][:end].count(b"\n") - 1, 0)
+        code, _, err = run(capsys, *command)
+        assert code == 0 and target.read_bytes() == whole and not partial.exists()
+        assert (f"continuing an interrupted run: {kept} results are there" in err) == (kept > 0)
+
+
+def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
+    target = tmp_path / "out.jsonl"
+    command = (bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
+    add = jsonl.Journal.add
+
+    def interrupted(journal, number, fields):
+        if len(journal.known) == 2:
+            raise KeyboardInterrupt
+        add(journal, number, fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl.Journal, "add", interrupted)
+        code, _, err = run(capsys, *command)
+    assert code == 130 and f"2 results are kept in {target}.partial; the same command" in err
+    assert not target.exists()
+    # Others are not mixed with them.
+    code, _, err = run(capsys, *command, "--temperature", "0.5")
+    assert code == 2 and "2 results of another run (temperature: found 1.0, expected 0.5)" in err
+    written(source, LINES[:4])
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "another run (input: found " in err
+    code, _, err = run(capsys, *command, "--overwrite")
+    assert code == 0 and "held something else: starting over" in err
+    assert len(target.read_text().splitlines()) == 4
+    code, _, err = run(capsys, *command)
+    assert code == 2 and f"{target} exists: choose another name, or pass --overwrite" in err
+
+
+def test_two_processes(tmp_path):
+    target = tmp_path / "out.jsonl"
+    with jsonl.journal(target, {}, overwrite=False) as first:
+        with (
+            pytest.raises(FileExistsError, match="being written by another process"),
+            jsonl.journal(target, {}, overwrite=True),
+        ):
+            pass
+        first.add(0, {})
+
+
+def test_files_of_others_stay(tmp_path):
+    partial = tmp_path / "out.jsonl.partial"
+    for content in ("precious\n", "[1]\n", '{"a": 1}\nnonsense\n'):
+        partial.write_text(content)
+        with (
+            pytest.raises(ValueError, match="results of another run"),
+            jsonl.journal(tmp_path / "out.jsonl", {"b": 2}, overwrite=False),
+        ):
+            pass
+        assert partial.read_text() == content
+
+
+def test_several_continuations(capsys, bytes_checkpoint, source, tmp_path):
+    target = tmp_path / "out.jsonl"
+    command = ("--input", source, "--output", target, *OPTIONS, "--num-return-sequences", "2")
+    assert run(capsys, bytes_checkpoint, *command)[0] == 0
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [x["index"] for x in found] == [0, 1] * 5
+    assert [x.get("prompt") for x in found[::2]] == [x.get("prompt") for x in LINES]
+    assert found[0]["text"] != found[1]["text"]
+
+
+def test_on_a_mesh(capsys, bytes_checkpoint, source, tmp_path):
+    texts = []
+    for mesh in ((), ("--mesh.data", "2", "--mesh.tensor", "2")):
+        target = tmp_path / f"out{len(mesh)}.jsonl"
+        command = ("--input", source, "--output", target, *OPTIONS, *mesh)
+        assert run(capsys, bytes_checkpoint, *command)[0] == 0
+        texts.append([json.loads(x)["text"] for x in target.read_text().splitlines()])
+    assert texts[0] == texts[1]
+
+
+BAD = {
+    '{"prompt": ""}': "prompt: found no text",
+    "": "found no JSON",
+    "[1]": "found [1], expected",
+    '{"txt": "a"}': 'found fields ["txt"], expected {"prompt": "..."}',
+    '{"prompt": 3}': "prompt: found 3, expected a string",
+    '{"prompt": "a", "input_ids": [1]}': "found both prompt and input_ids",
+    '{"input_ids": []}': "input_ids: found [], expected integers from 0 to 257, one at least",
+    '{"input_ids": [true]}': "input_ids: found [true]",
+    '{"input_ids": [258]}': "input_ids: found [258]",
+    '{"input_ids": [99999999999999999999]}': "input_ids: found [99999999999999999999]",
+    '{"prompt": "a", "text": 3}': "found a field 'text', which is what results are called",
+    '{"prompt": "\\ud800"}': "found no JSON ('utf-8' codec",
+    '{"prompt": "a"': "found no JSON (Expecting",
+}
+
+
+def test_bad_lines_are_named_before_anything_is_computed(
+    capsys, bytes_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jsonl, "_NAMED", len(BAD) - 1)
+    monkeypatch.setattr("btlm_jax.load", lambda *a, **k: pytest.fail("loaded"), raising=False)
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f"{line}\n" for line in ['{"prompt": "fine"}', *BAD]))
+    code, out, err = run(capsys, bytes_checkpoint, "--input", source, "--output", target)
+    assert code == 2 and not out and [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+    *lines, last = err.removeprefix("btlm: error: ").splitlines()
+    for n, (line, message) in enumerate(zip(lines, BAD.values(), strict=False), 2):
+        assert line.startswith(f"{source}:{n}: {message}")
+    assert last == "... and 1 more" and len(lines) == len(BAD) - 1
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("--input", "in.jsonl"), "found no --output"),
+        (("--input", "no.jsonl", "--output", "o"), "no.jsonl: no such file"),
+        (("--input", "empty", "--output", "o"), "empty: found no line"),
+        (("--input", "in.jsonl", "--output", "no/o"), "there is no folder no"),
+        (("--input", "in.jsonl", "--output", "."), "exists"),
+        (("--input", "in.jsonl", "--output", "o", "--prompt", "a"), "found both"),
+        (("--input", "in.jsonl", "--output", "o", "--stream"), "--stream: found it with --input"),
+        (("--input", "in.jsonl", "--output", "o", "--batch-size", "0"), "batch_size: found 0"),
+        (("--input", "in.jsonl", "--output", "o", "--mesh.data", "9"), "needs 9 devices, found 8"),
+        (("--input", "in.jsonl", "--output", "o", "--max-length", "9"), "in.jsonl:1: max_length"),
+        (("--input", "in.jsonl", "--output", "o", "--cache-length", "9"), "cache_length: found it"),
+        ((), "--prompt and --input: found neither"),
+        (("--prompt", "a", "--output", "o"), "--output: it needs --input"),
+        (("--prompt", "a", "--batch-size", "2"), "--batch-size: it needs --input"),
+        (("--prompt", "a", "--stream", "--num-beams", "2"), "--stream: found it with --num-beams"),
+        (("--prompt", "a", "--stream", "--logprobs"), "--stream: found it with --logprobs"),
+    ],
+)
+def test_bad_arguments(capsys, bytes_checkpoint, source, monkeypatch, argv, message):
+    monkeypatch.chdir(source.parent)
+    Path("empty").write_text("")
+    before = sorted(Path().iterdir())
+    code, out, err = run(capsys, bytes_checkpoint, *argv)
+    assert code == 2 and message in err and not out
+    assert sorted(Path().iterdir()) == before
+
+
+def test_streamed(capsys, bytes_checkpoint):
+    """The same as without, piece by piece."""
+    argv = (bytes_checkpoint, "--prompt", "Hé", "--sample", "--seed", "2", "--max-new-tokens", "9")
+    plain, streamed = (run(capsys, *argv, *more) for more in ((), ("--stream",)))
+    assert plain[0] == streamed[0] == 0 and streamed[1] == plain[1]
+
+
+def test_interrupted_streams_show_the_text_so_far(capsys, bytes_checkpoint, monkeypatch):
+    def pieces(*_, **__):
+        yield " there"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("btlm_jax.stream", pieces, raising=False)
+    code, out, err = run(capsys, bytes_checkpoint, "--prompt", "Hi", "--stream")
+    assert code == 130 and out == "Hi there\n" and "interrupted" in err

@@ -1,0 +1,111 @@
+"""Streams give the tokens of `generate`, while it goes on."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import jax
+import numpy as np
+import pytest
+
+from btlm_jax import generate, kv_cache, stream
+from btlm_jax.compilation import compilations
+from btlm_jax.generation import request, sample
+
+PROMPT = np.array([72, 101, 108])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(max_new_tokens=12, eos_token_id=None, repetition_penalty=1.3),
+        dict(max_length=20, do_sample=True, eos_token_id=list(range(20))),
+    ],
+    ids=["greedy", "drawn"],
+)
+def test_tokens_are_those_of_generate(of_bytes, how):
+    model, params, _ = of_bytes
+    lengths = set()
+    for seed in range(4) if how.get("do_sample") else [0]:
+        expected = generate(model, params, PROMPT[None], seed=seed, **how)[0, 3:]
+        for chunk in (1, 5):
+            found = list(stream(model, params, PROMPT, chunk=chunk, seed=seed, **how))
+            assert found == expected.tolist() and all(type(t) is int for t in found)
+        lengths.add(len(found))
+    assert len(lengths) > 1 or not how.get("do_sample")  # some end early
+
+
+def test_text_ends_with_a_stop_string(of_bytes):
+    model, params, tokenizer = of_bytes
+    how = dict(max_new_tokens=20, do_sample=True, top_k=0, eos_token_id=None, tokenizer=tokenizer)
+    free = generate(model, params, PROMPT[None], **how)[0, 3:].tolist()
+    whole = "".join(stream(model, params, PROMPT, **how))
+    assert whole == tokenizer.decode(free)
+    stop = next(c for c in whole if c.isascii() and c.isprintable())
+    found = list(stream(model, params, PROMPT, stop_strings=stop, **how))
+    assert "".join(found) == whole[: whole.index(stop) + 1] and found[-1].endswith(stop)
+
+
+def test_nothing_is_compiled_on_the_way(of_bytes, monkeypatch):
+    """But where the cache grows."""
+    model, params, _ = of_bytes
+    how = dict(max_new_tokens=30, eos_token_id=None)
+    expected = list(stream(model, params, PROMPT, **how))
+    tokens = stream(model, params, PROMPT[:2], **how)
+    next(tokens)
+    with compilations() as found:
+        list(tokens)
+    assert found.count == 0
+    monkeypatch.setattr(request, "_FIRST", 8)
+    grown, real = [], kv_cache.grown
+    monkeypatch.setattr(kv_cache, "grown", lambda c, n: grown.append(n) or real(c, n))
+    assert list(stream(model, params, PROMPT, chunk=3, **how)) == expected
+    assert grown == [16, 32]
+
+
+def test_the_device_is_ahead(of_bytes, monkeypatch):
+    """The next step is asked for before the last token is fetched."""
+    model, params, _ = of_bytes
+    events, advance, fetch = [], sample.advance, jax.device_get
+    monkeypatch.setattr(sample, "advance", lambda *a: events.append("step") or advance(*a))
+    monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or fetch(x))
+    tokens = stream(model, params, PROMPT, max_new_tokens=8, eos_token_id=None)
+    next(tokens), next(tokens)
+    assert events == ["step", "fetch"] * 2
+
+
+def test_closing_ends_the_work(of_bytes):
+    model, params, tokenizer = of_bytes
+    for interrupt in (False, True):
+        pieces = stream(model, params, PROMPT, tokenizer=tokenizer, eos_token_id=None)
+        next(pieces)
+        gone = weakref.ref(pieces)
+        if interrupt:
+            with pytest.raises(KeyboardInterrupt):
+                for _ in pieces:
+                    raise KeyboardInterrupt
+        else:
+            pieces.close()
+            assert list(pieces) == []
+        del pieces
+        gc.collect()
+        assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "prompt, how, message",
+    [
+        (PROMPT, dict(num_beams=2), "num_beams: found 2, expected 1"),
+        (PROMPT, dict(do_sample=True, num_return_sequences=2), "num_return_sequences: found 2"),
+        (np.array([[1, 2], [3, 4]]), {}, r"input_ids: found shape \(2, 2\).* generate_batch"),
+        (PROMPT, dict(chunk=0), "chunk: found 0"),
+        (PROMPT, dict(num_beam=2), "did you mean num_beams"),
+        (PROMPT, dict(prompt_cache=None), "prompt_cache: found it in a stream"),
+        (PROMPT[:0], {}, "prompt 0: .*no empty prompt"),
+        (PROMPT, dict(max_length=3), "prompt 0: max_length: found 3"),
+    ],
+)
+def test_bad_arguments(of_bytes, prompt, how, message):
+    with pytest.raises(ValueError, match=message):  # before the first token is asked for
+        stream(*of_bytes[:2], prompt, **how)
