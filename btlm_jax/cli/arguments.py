@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,3 +29,27 @@ def write_json(file: Path | None, found: Any) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(found, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices to split the model and its rows over; all 1 takes a single one."""
+
+    data: int = 1
+    """Parts of the rows, each with the weights."""
+    fsdp: int = 1
+    """Parts of the rows, and of the weights."""
+    tensor: int = 1
+    """Parts of heads, MLP and vocabulary; -1 anywhere takes the devices that are left."""
+
+    def made(self) -> Any:
+        """The mesh, or None."""
+        sizes = dataclasses.asdict(self)
+        if all(n == 1 for n in sizes.values()):
+            return None
+        import jax
+
+        from btlm_jax import sharding
+
+        wanted = None if -1 in sizes.values() else max(1, math.prod(sizes.values()))
+        return sharding.make_mesh(**sizes, devices=jax.devices()[:wanted])
