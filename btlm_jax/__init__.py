@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from btlm_jax.config import AlibiScaling as AlibiScaling
     from btlm_jax.config import BTLMConfig as BTLMConfig
     from btlm_jax.generation.api import generate as generate
+    from btlm_jax.generation.prompt_cache import PromptCache as PromptCache
     from btlm_jax.generation.scoring import score as score
     from btlm_jax.kv_cache import KVCache as KVCache
     from btlm_jax.loss import next_token_loss as next_token_loss
@@ -32,6 +33,7 @@ _HOME = {
     "BTLM": "model",
     "BTLMConfig": "config",
     "KVCache": "kv_cache",
+    "PromptCache": "generation.prompt_cache",
     "fold_completep": "weights",
     "generate": "generation.api",
     "load": "checkpoint",

@@ -11,6 +11,7 @@ left alone: everything here reads the item `state` only.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -219,7 +220,9 @@ def load(
         default device.
       rules: logical axis -> mesh axis; default `sharding.RULES`.
       by_layer: give the weights by layer (`weights.by_layer`), as decoding takes them, without
-        stacking them first (`layerwise.load`). Quantised weights always come so.
+        stacking them first (`layerwise.load`). Quantised weights always come so. On a CPU without
+        a mesh the model then computes in what its weights are in (bfloat16 for quantised ones), for
+        nothing else reads them as they rest.
 
     Returns:
       The model and its stacked weights, padded for the mesh; or its weights by layer.
@@ -232,15 +235,14 @@ def load(
     meta = manifest.read(path)
     model = BTLM(meta.config, rules=rules or sharding.RULES)
     if by_layer or meta.quantization is not None:
-        return model, layerwise.load(
-            meta.config,
-            meta.part,
-            {path: leaf.dtype for path, leaf in meta.leaves.items()},
-            to=meta.quantization,
-            dtype=dtype,
-            mesh=mesh,
-            rules=model.rules,
+        to, stored = meta.quantization, {path: leaf.dtype for path, leaf in meta.leaves.items()}
+        params = layerwise.load(
+            meta.config, meta.part, stored, to=to, dtype=dtype, mesh=mesh, rules=model.rules
         )
+        if mesh is None and jax.default_backend() == "cpu":
+            own = jnp.bfloat16 if to is not None else layerwise.float_dtype(params)
+            model = dataclasses.replace(model, compute_dtype=own)
+        return model, params
     pad, placed = sharding.placement(meta.config, mesh, model.rules)
     stored = {path: leaf.dtype if dtype is None else dtype for path, leaf in meta.leaves.items()}
     arrays = restore(meta.path, {manifest.ITEM: request(meta.config, stored, placed, pad)})

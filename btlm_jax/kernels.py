@@ -143,9 +143,11 @@ def product(
     if values.dtype == jnp.int4 and _few(x, kernel):
         return _by_groups(x, kernel, precision, out_sharding)
     if kernel.packed:
-        # Else XLA would unpack every weight of the model before the first product, and hold them.
+        # Else XLA would unpack every weight of the model before the first product, and hold them;
+        # and all scales in fp32.
         bits = jnp.isnan(x.reshape(-1)[0]).astype(jnp.uint8)
-        kernel = dataclasses.replace(kernel, values=values ^ bits)
+        scales, x = jax.lax.optimization_barrier((scales, x))
+        kernel = dataclasses.replace(kernel, values=values ^ bits, scales=scales)
     w = dequantised(kernel, x.dtype)
     return _dot(x, w, on_cpu, precision, out_sharding, jnp.float32)
 

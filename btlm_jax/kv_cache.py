@@ -162,8 +162,7 @@ def with_capacity(cache: KVCache, capacity: int) -> KVCache:
     return dataclasses.replace(cache, layers=layers, segment_ids=ids)
 
 
-# In place of the old one.
-grown = jax.jit(with_capacity, static_argnames="capacity", donate_argnames="cache")
+grown = jax.jit(with_capacity, static_argnames="capacity")
 
 
 def reordered(cache: KVCache, parents_BN: jax.Array, shard: PartitionSpec | None) -> KVCache:
@@ -276,7 +275,8 @@ def _attend(q, own: Part, prefix: Part | None, shared: Shared, precision, on_cpu
         return jnp.moveaxis(x, axis, 0)
 
     def one(x):
-        return _attend_chunk(*x, own, prefix, shared, precision, on_cpu)
+        q, new, ids = x
+        return _attend_chunk(q, new, ids, own, prefix, shared, precision, on_cpu)
 
     out = jax.lax.map(one, (chunks(q, 2), chunks(new, 0), chunks(shared.new_ids, 1)))
     return jnp.moveaxis(out, 0, 2).reshape(R, H, n * _CHUNK, K)[:, :, :T]

@@ -157,10 +157,8 @@ class Attention(Layer):
             assert kv is not None
             out, own = kv_cache.extend(q, k, v, *kv, shared, on_cpu=spec.on_cpu, **common)
         else:
-            of_all = dict(slopes=shared.slopes, segments=shared.segments)
-            out = attention.attention(
-                q, k, v, **of_all, implementation=spec.implementation, **common
-            )
+            common |= dict(slopes=shared.slopes, segments=shared.segments)
+            out = attention.attention(q, k, v, implementation=spec.implementation, **common)
             if kv is not None:
                 own = kv_cache.filled(kv[0], k, v)
         axes = ("batch", "sequence", None)
@@ -168,14 +166,10 @@ class Attention(Layer):
         h = Linear(spec, "bthk,hkd->btd", axes, c.residual_scale, name="c_proj")(out)
         if not capture:
             return h, own, None
-        assert isinstance(shared, Shared)
         q, k = (spec.place(x, "batch", "heads", None, None) for x in (q, k))
         at = jnp.arange(q.shape[2], dtype=jnp.int32)
-        return (
-            h,
-            own,
-            attention_xla.probabilities(q, k, **of_all, precision=spec.precision, positions=at),
-        )
+        del common["shard"]
+        return h, own, attention_xla.probabilities(q, k, positions=at, **common)
 
 
 class MLP(Layer):
@@ -222,7 +216,8 @@ class Blocks(Layer):
         for i in range(self.spec.config.n_layer):
             kv = None
             if cache is not None:
-                kv = cache.layers[i], cache.prefix and cache.prefix.layers[i]
+                prefix = None if cache.prefix is None else cache.prefix.layers[i]
+                kv = cache.layers[i], prefix
             h, result = Block(self.spec, self.capture, name=str(i))(h, shared, kv)
             results.append(result)
         if self.capture:
@@ -249,7 +244,7 @@ class Transformer(Layer):
         whole = cache is None or cache.fresh
         meant: Any = T if length is None else length
         # Of the first new token, an int32 for every row where they may differ.
-        start: Any = 0 if whole else cache.end
+        start: Any = 0 if cache is None or cache.fresh else cache.end
         if not c.alibi and "positions" not in inputs:
             slots = jnp.broadcast_to(jnp.atleast_1d(start)[:, None] + jnp.arange(T), (B, T))
             inputs = {**inputs, "positions": spec.place(slots, "batch", "sequence")}
@@ -269,8 +264,9 @@ class Transformer(Layer):
             assert cache is not None
             shared, segments = self._continued(cache, slopes, segments)
 
-        if "blocks" in self.variables["params"] and weights.is_by_layer(self.variables["params"]):
-            h, result = Blocks(spec, capture, name="blocks")(h, shared, cache)
+        if weights.is_by_layer(self.variables["params"]):
+            run: Any = Blocks(spec, capture, name="blocks")
+            h, result = run(h, shared, cache)
         else:
             assert cache is None  # `model` takes the layers apart
             h, result = _scanned(spec, capture)(h, shared)

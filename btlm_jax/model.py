@@ -5,9 +5,10 @@ On a mesh the model reads the mesh off the weights' types, so callers need not s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -103,11 +104,7 @@ class BTLM:
                 length = jnp.zeros(batch_size, jnp.int32)
                 return KVCache(layers, ids, zero, length, jnp.int32(0), fresh=True)
 
-        mesh = sharding.concrete_mesh_of(params["wte"])
-        if mesh is None:
-            return jax.jit(empty)()
-        with jax.set_mesh(mesh):
-            return jax.jit(empty)()
+        return _on_devices(params, empty)
 
     def branch(self, params: weights.Params, cache: KVCache, copies: int, capacity: int) -> KVCache:
         """An empty cache of `copies` rows for each of `cache`, which they all read and continue.
@@ -115,9 +112,13 @@ class BTLM:
         Of the same dtype. Under jit nothing is copied.
         """
         spec = self.spec(params)
-        with sharding.on_mesh(spec.mesh):
-            layers, ids = _empty(spec, cache.rows * copies, capacity, cache.dtype)
-            return branch(cache, copies, layers, ids)
+
+        def empty(cache):
+            with sharding.on_mesh(spec.mesh):
+                layers, ids = _empty(spec, cache.rows * copies, capacity, cache.dtype)
+                return branch(cache, copies, layers, ids)
+
+        return _on_devices(params, empty, cache)
 
     def apply(
         self,
@@ -297,6 +298,13 @@ def _forward(spec: Spec, params, inputs: Mapping[str, jax.Array], cache, length,
 def _logits(spec: Spec, params, hidden):
     with sharding.on_mesh(spec.mesh):
         return project_logits(spec, params, hidden)[..., : spec.config.vocab_size]
+
+
+def _on_devices(params: weights.Params, make: Callable[..., Any], *args: Any) -> Any:
+    """What `make` makes, compiled, where the weights live."""
+    mesh = sharding.concrete_mesh_of(params["wte"])
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        return jax.jit(make)(*args)
 
 
 def _as_array(x: ArrayLike) -> jax.Array:

@@ -215,13 +215,25 @@ def memory(
 
 
 def decoding(
-    config: BTLMConfig, mesh: Mapping[str, int], *, batch_size: int, capacity: int
+    config: BTLMConfig,
+    mesh: Mapping[str, int],
+    *,
+    batch_size: int,
+    capacity: int,
+    weight_bytes: float | None = None,
+    slot_bytes: float | None = None,
 ) -> Work:
     """The work of one decoding step: a token for every sequence, against `capacity` slots.
 
-    Every weight (bf16, gathered: / tensor) and every slot of the cache is read once. The residual
-    stream is summed over tensor twice per layer, and the weights are gathered over fsdp x context,
-    which training shards them by: give those axes size 1 to decode fast.
+    Every weight (gathered: / tensor) and every slot of the cache is read once. The residual stream
+    is summed over tensor twice per layer, and the weights are gathered over fsdp x context, which
+    training shards them by: give those axes size 1 to decode fast.
+
+    Args:
+      batch_size: sequences, over all devices.
+      capacity: slots of the cache.
+      weight_bytes: of the whole model; None is bf16.
+      slot_bytes: of a slot of the cache, over all layers; None is bf16.
     """
     c = config
     tensor, shards = mesh["tensor"], mesh["fsdp"] * mesh["context"]
@@ -229,8 +241,8 @@ def decoding(
     rows = batch_size / (mesh["data"] * mesh["fsdp"])
     flops = rows / tensor * (accounting.flops_per_token(c, 1).forward_full
                              + 4.0 * c.n_layer * c.n_embd * (capacity - 1))  # fmt: skip
-    held = _BF16 * weights.count(c) / tensor
-    cache = rows / tensor * capacity * accounting.kv_bytes_per_token(c, _BF16)
+    held = (weight_bytes or _BF16 * weights.count(c)) / tensor
+    cache = rows / tensor * capacity * (slot_bytes or accounting.kv_bytes_per_token(c, _BF16))
     written = 2 * held if shards > 1 else 0.0  # as shards are gathered
     stream = 2 * 2 * c.n_layer * _BF16 * rows * c.n_embd * (tensor - 1) / tensor
     return Work(flops, held + written + cache, held * (shards - 1) / shards + stream)

@@ -79,7 +79,6 @@ def matrices(elements):
 
 
 @given(matrices(moderate), st.sampled_from(quantization.GROUPS))
-@example(np.array([[-1.0], [1.0], [-1.0]], np.float32), 32)  # of equals, the rule takes the first
 @example(np.full((32, 1), 1.1, np.float32), 32)  # max - min is zero
 def test_int4_is_no_worse_than_the_rule_of_q4_0(x, group):
     values, scales, _ = quantise(x, Quantization(4, group))
@@ -142,6 +141,7 @@ def test_what_was_dequantised_is_quantised_to_itself(x, to):
 
 
 @given(matrices(moderate), st.sampled_from(KINDS))
+@example(np.array([[-1.0], [1.0]] * 3 + [[1.0]], np.float32), KINDS[1])  # the rule takes the first
 def test_the_errors_that_are_told(x, to):
     assume(np.abs(x).max() > 1e-3)
     values, scales, errors = quantise(x, to)
@@ -175,7 +175,7 @@ def test_int8_is_one_scale_per_output():
 
 def test_two_int4_share_a_byte():
     """Of 128 inputs, number i is the low and number 64 + i the high half of byte i."""
-    x = ((np.arange(256) * 7 + np.arange(256) // 128) % 16 - 8).astype(np.float32)[:, None]
+    x = ((np.arange(256) * 7 + np.arange(256) // 64) % 16 - 8).astype(np.float32)[:, None]
     leaf = leaf_of(256, 1)
     to = Quantization(4, 64)
     packed = quantization.quantise(x, quantization.parts(leaf, to)[0], to).values

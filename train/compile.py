@@ -16,6 +16,7 @@ import jax
 
 from btlm_jax import accounting, byte_size, hlo, roofline
 from btlm_jax.chips import Rates
+from btlm_jax.quantization import Quantization
 from btlm_jax.remat import Remat
 
 from .executables import save as save_executable
@@ -121,13 +122,22 @@ def compile_phase(
 
 
 def compile_decoding(
-    recipe: Recipe, topology: Topology, *, batch_size: int, capacity: int, save: Path | None = None
+    recipe: Recipe,
+    topology: Topology,
+    *,
+    batch_size: int,
+    capacity: int,
+    quantize: Quantization | None = None,
+    cache_dtype: str | None = None,
+    save: Path | None = None,
 ) -> dict[str, Any]:
     """Compiles one step of decoding; as `compile_phase`, with the cache among the inputs.
 
     Args:
       batch_size: sequences, over all devices.
       capacity: slots of the cache.
+      quantize: what the weights are quantised to; None is bf16.
+      cache_dtype: "int8", or None for bf16.
     """
     for name, value in (("--batch-size", batch_size), ("--capacity", capacity)):
         if value < 1:
@@ -135,7 +145,7 @@ def compile_decoding(
     mesh = mesh_of(recipe, devices(topology))
     rates = topology.chip.per_device(topology.shape)
     began = time.monotonic()
-    lowered = decode_step(recipe, mesh, batch_size, capacity)
+    lowered = decode_step(recipe, mesh, batch_size, capacity, quantize, cache_dtype)
     try:
         compiled, measured = _compile(lowered, rates, began)
     except DoesNotFit as e:
@@ -143,8 +153,17 @@ def compile_decoding(
             f"{topology.name}, decoding: {e}; use a smaller --batch-size or --capacity, or more "
             "chips with --set mesh.tensor", e.needed, e.available
         ) from None  # fmt: skip
-    shape = dict(mesh.shape)
-    work = roofline.decoding(lowered.model.config, shape, batch_size=batch_size, capacity=capacity)
+    shape, c = dict(mesh.shape), lowered.model.config
+    # int8 has a scale in fp32 for every head of every slot.
+    slot = accounting.kv_bytes_per_token(c, 1) * (1 + 4 / c.head_dim) if cache_dtype else None
+    work = roofline.decoding(
+        c,
+        shape,
+        batch_size=batch_size,
+        capacity=capacity,
+        weight_bytes=lowered.parts.parameters * shape["tensor"] * shape["fsdp"] * shape["context"],
+        slot_bytes=slot,
+    )
     report: dict[str, Any] = {
         "what": "decoding",
         "topology": topology.name,
@@ -153,6 +172,8 @@ def compile_decoding(
         "batch_size": batch_size,
         "capacity": capacity,
         "dtype": str(lowered.dtype),
+        "weights": str(quantize or lowered.dtype),
+        "cache": cache_dtype or str(lowered.dtype),
     }
     report |= measured | _bounds(work, measured, rates)
     report["flops"] = {"model_causal": work.flops}

@@ -14,6 +14,7 @@ def lines(r: Report) -> list[str]:
     """A report, a line each."""
     if r["what"] == "decoding":
         job = f"decoding {r['batch_size']} sequences against {r['capacity']} slots"
+        job += f", weights {r['weights']}, cache {r['cache']}"
     else:
         job = f"{r['what']}: {r['batch_size']} sequences of {r['length']}"
         if r["microbatch"] != r["batch_size"]:

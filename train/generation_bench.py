@@ -75,17 +75,16 @@ def bench_decode(
       ValueError: a size out of range, or torch=True and no torch.
     """
     measure.check_sizes(context=context, steps=steps, rounds=rounds, **_named(batch_sizes))
-    rate = _read_rate()
+    limit = _read_rate()  # before there are weights: the peak of memory should be theirs
     model, params = _random_model(preset, layers, weights)
     c, ways = model.config, {}
     weight_bytes = sum(x.nbytes for x in jax.tree.leaves(params))
     with _peer(torch, c, weights) as peer:
         for rows in batch_sizes:
             ours = _decoder(model, params, rows, context, steps, rounds, cache_dtype)
-            found: dict[str, list[float]] = {"ours": [], "torch": [], "limit": []}
+            found: dict[str, list[float]] = {"ours": [], "torch": [], "limit": [limit] * rounds}
             with Progress(rounds, "round", f"batch {rows}") as progress:
                 for _ in range(rounds):
-                    found["limit"].append(rate())
                     found["ours"].append(ours.seconds() / steps)
                     if peer is not None:
                         work = dict(batch_size=rows, length=context, steps=steps)
@@ -174,11 +173,12 @@ class _Decoder:
     def __init__(self, program, params, prompt, state, steps: int) -> None:
         counts = np.int32(steps), np.int32(len(state.done))
         args = program, params, prompt.cache, state, None, *counts
-        self._compiled = sample.advance.lower(*args).compile()
+        self._compiled: Any = sample.advance.lower(*args).compile()
         self._args, self._state, self._steps = args, state, steps
         own = sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
         self.cache_bytes = own + prompt.cache.nbytes
-        self.temporary_bytes = self._compiled.memory_analysis().temp_size_in_bytes
+        memory: Any = self._compiled.memory_analysis()
+        self.temporary_bytes = memory.temp_size_in_bytes
         self.seconds()
 
     def seconds(self) -> float:
@@ -246,21 +246,17 @@ def _random_model(preset: str, layers: int | None, kind: str) -> tuple[BTLM, Any
     return BTLM(config, compute_dtype=dtype.name), params
 
 
-def _read_rate() -> Callable[[], float]:
-    """A function that returns the bytes/s at which a device reads a large array."""
+def _read_rate() -> float:
+    """The bytes/s at which a device reads a large array, at best."""
     x = jnp.ones((_READ_BYTES // 4 // 4096, 4096), jnp.float32)
     total = jax.jit(lambda x: x.sum(-1))
     jax.block_until_ready(total(x))
-
-    def rate() -> float:
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            jax.block_until_ready(total(x))
-            times.append(time.perf_counter() - began)
-        return x.nbytes / min(times)
-
-    return rate
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        jax.block_until_ready(total(x))
+        times.append(time.perf_counter() - began)
+    return x.nbytes / min(times)
 
 
 @contextmanager

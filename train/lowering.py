@@ -127,11 +127,12 @@ def decode_step(
 def held_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of sharded arrays or their descriptions, its host's
     memory not counted."""
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-        if x.sharding.memory_kind != _HOST
-    )
+
+    def held(x) -> float:
+        size = int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64))
+        return size / 2 if x.dtype == jnp.int4 else size * x.dtype.itemsize
+
+    return int(sum(held(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind != _HOST))
 
 
 def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

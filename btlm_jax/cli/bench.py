@@ -125,6 +125,83 @@ class BenchLoss:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchDecode:
+    """Time steps of decoding with random weights on one device, beside the rate at which its memory
+    is read, and PyTorch (where torch is installed), in turn in one run; memory."""
+
+    preset: str = "btlm-3b-8k"
+    """Of the model."""
+    layers: int | None = None
+    """Of the model; default all."""
+    weights: str = "bfloat16"
+    """float32, bfloat16, int8, int4 (in groups of 64) or int4:128."""
+    context: int = 512
+    """Tokens in the cache before the first step."""
+    steps: int = 16
+    """Tokens in a measurement."""
+    batch_size: tuple[int, ...] = (1,)
+    """Rows; several are measured one after the other."""
+    cache_dtype: Literal["int8"] | None = None
+    """Of the KV cache; default the compute dtype."""
+    rounds: int = 5
+    """How often everything is measured; medians are reported."""
+    torch: bool | None = None
+    """Whether to measure PyTorch; default where it is installed. It holds weights of its own."""
+    json: Path | None = None
+    """A file for the measurements and their conditions."""
+
+    def run(self) -> None:
+        from btlm_jax.train.generation_bench import bench_decode
+
+        report = bench_decode(
+            preset=self.preset,
+            layers=self.layers,
+            weights=self.weights,
+            context=self.context,
+            steps=self.steps,
+            batch_sizes=self.batch_size,
+            cache_dtype=self.cache_dtype,
+            rounds=self.rounds,
+            torch=self.torch,
+        )
+        write_json(self.json, report)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchPrefill:
+    """Time reading prompts with random weights on one device, beside a large matrix product and
+    PyTorch (where torch is installed), in turn in one run; memory."""
+
+    preset: str = "btlm-3b-8k"
+    """Of the model."""
+    layers: int | None = None
+    """Of the model; default all."""
+    weights: str = "bfloat16"
+    """float32, bfloat16, int8, int4 (in groups of 64) or int4:128."""
+    length: tuple[int, ...] = (512,)
+    """Tokens of the prompt; several are measured one after the other."""
+    rounds: int = 5
+    """How often everything is measured; medians are reported."""
+    torch: bool | None = None
+    """Whether to measure PyTorch; default where it is installed. It holds weights of its own."""
+    json: Path | None = None
+    """A file for the measurements and their conditions."""
+
+    def run(self) -> None:
+        from btlm_jax.train.generation_bench import bench_prefill
+
+        report = bench_prefill(
+            preset=self.preset,
+            layers=self.layers,
+            weights=self.weights,
+            lengths=self.length,
+            rounds=self.rounds,
+            torch=self.torch,
+        )
+        write_json(self.json, report)
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchAttention:
     """Time attention and its gradients on one device, beside plain XLA, a full ALiBi bias and a
     large matrix product, all in turn in one run; compiled memory of each."""
@@ -181,6 +258,8 @@ class Bench:
         | Annotated[BenchTrain, subcommand("train")]
         | Annotated[BenchLoss, subcommand("loss")]
         | Annotated[BenchAttention, subcommand("attention")]
+        | Annotated[BenchDecode, subcommand("decode")]
+        | Annotated[BenchPrefill, subcommand("prefill")]
         | Annotated[BenchAll, subcommand("all")]
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
@@ -39,6 +39,10 @@ class Compile:
     phases.0.batch_size.)"""
     capacity: int | None = None
     """With --decode: slots of the KV cache; default 8192."""
+    quantize: str | None = None
+    """With --decode: weights in int8, int4 (in groups of 64) or int4:128; default bf16."""
+    cache_dtype: Literal["int8"] | None = None
+    """With --decode: of the KV cache; default bf16."""
     fit: bool = False
     """Search microbatch, remat and mesh for what fits with the best bound, and compile that."""
     keep: int = 3
@@ -74,6 +78,9 @@ class Compile:
         if self.decode and (self.fit or self.phase is not None):
             found = "--fit" if self.fit else "--phase"
             raise ValueError(f"--decode: found {found}, which is of training: give one of them")
+        for name in ("quantize", "cache_dtype"):
+            if getattr(self, name) is not None and not self.decode:
+                raise ValueError(f"--{name.replace('_', '-')} is of --decode: give that too")
         for name in ("batch_size", "capacity"):
             if getattr(self, name) is not None and not self.decode:
                 raise ValueError(
@@ -82,6 +89,7 @@ class Compile:
                 )
 
     def _reports(self, recipe: Any, topology: Any) -> list[dict[str, Any]]:
+        from btlm_jax.quantization import Quantization
         from btlm_jax.train import compile, compile_report, executables
         from btlm_jax.train.fit import fit
 
@@ -104,6 +112,8 @@ class Compile:
                 recipe, topology,
                 batch_size=16 if self.batch_size is None else self.batch_size,
                 capacity=8192 if self.capacity is None else self.capacity,
+                quantize=None if self.quantize is None else Quantization.parse(self.quantize),
+                cache_dtype=self.cache_dtype,
                 save=self.save,
             ))  # fmt: skip
             return reports

@@ -86,7 +86,7 @@ class Generate:
         if not ids:
             raise ValueError("--prompt is empty: give at least one character")
         options = self._options(tokenizer)
-        model, params = btlm.load(self.checkpoint, dtype=self.dtype)
+        model, params = btlm.load(self.checkpoint, dtype=self.dtype, by_layer=True)
         if self.dtype:
             model = dataclasses.replace(model, compute_dtype=self.dtype)
         out = btlm.generate(model, params, np.array([ids]), return_dict_in_generate=True, **options)

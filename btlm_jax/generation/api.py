@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from btlm_jax import kv_cache, sharding
+from btlm_jax import kv_cache, sharding, weights
 from btlm_jax.generation import decode, options, prompts, sample, search, stopping
 from btlm_jax.generation.processors import Processor
 from btlm_jax.generation.prompt_cache import PromptCache, prompt_of
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Slots for new tokens at first, where many more may be needed: a step reads all there are.
 _FIRST = 256
+# Bytes of weights below which how they lie does not matter.
+_SMALL = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,6 +118,7 @@ def generate(
         vocabulary, right padding; more tokens than the cache or the learned positions hold.
     """
     c = model.config
+    _tell_of_stacked(params)
     how = options.from_names(named, inspect.signature(generate).parameters)
     for idle in how.idle:
         logger.warning("%s", idle)
@@ -202,6 +207,22 @@ def generate(
         steps_of(result.scores),
         steps_of(result.logits),
     )
+
+
+def _tell_of_stacked(params: Params) -> None:
+    """Warns, once, where decoding is much slower than it need be."""
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    stacked = not weights.is_by_layer(params)
+    if stacked and size > _SMALL and sharding.platform(sharding.mesh_of(params)) == "cpu":
+        _warn_once(
+            f"{size / 1e9:.1f} GB of stacked weights decode several times slower on a CPU than "
+            "weights by layer, and are copied: load them with btlm.load(path, by_layer=True)"
+        )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 class _Result(NamedTuple):

@@ -79,7 +79,8 @@ class PromptCache:
         mesh = sharding.mesh_of(params["wte"])
         extra = -rows % sharding.ways(mesh, model.rules, "batch") if mesh is not None else 0
         filled = [np.concatenate([x, np.repeat(x[-1:], extra, 0)]) for x in (ids, mask)]
-        return cls(ids, mask, prompt_of(model, params, *filled, prompts.bucket(T), cache_dtype))
+        width = prompts.bucket(T)
+        return cls(ids, mask, prompt_of(model, params, filled[0], filled[1], width, cache_dtype))
 
     def continued(self, model: BTLM, params: Params, ids: np.ndarray, mask: np.ndarray) -> Prompt:
         """What `prompt_of` would give for prompts that begin with these; reads only the rest.
@@ -122,7 +123,7 @@ class PromptCache:
         about = json.dumps({"format": _FORMAT, "dtypes": dtypes, "cache": str(self._dtype)})
         # NumPy's format knows no bf16.
         plain = [x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for x in arrays]
-        named = {str(i): x for i, x in enumerate(plain)}
+        named: dict[str, Any] = {str(i): x for i, x in enumerate(plain)}
         with tempfile.NamedTemporaryFile(dir=target.parent, delete=False, suffix=".partial") as f:
             try:
                 np.savez(f, about=np.array(about), ids=self.ids, mask=self.mask, **named)

@@ -1,0 +1,105 @@
+"""Prompts that are read once: the same tokens as without, from memory and from disk."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from btlm_jax import BTLM, BTLMConfig, PromptCache, generate, make_mesh
+
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = BTLM(dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=64))
+    return model, model.init(jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return np.random.default_rng(2).integers(0, 64, (3, 12))
+
+
+def options(**more):
+    return dict(max_new_tokens=NEW, eos_token_id=None) | more
+
+
+@pytest.mark.parametrize("read", [12, 5], ids=["all of it", "its beginning"])
+@pytest.mark.parametrize(
+    "how", [{}, dict(do_sample=True, seed=5), dict(num_beams=2)], ids=["greedy", "sampled", "beams"]
+)
+def test_the_same_tokens_any_number_of_times(tiny, texts, read, how):
+    expected = generate(*tiny, texts, **options(**how))
+    prompts = PromptCache.of(*tiny, texts[:, :read])
+    for _ in range(2):
+        found = generate(*tiny, texts, prompt_cache=prompts, **options(**how))
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_one_prompt_begins_several_texts(tiny, texts):
+    texts = np.concatenate([np.repeat(texts[:1, :7], 3, 0), texts[:, 7:]], 1)
+    system = PromptCache.of(*tiny, texts[:1, :7])
+    found = generate(*tiny, texts, prompt_cache=system, **options())
+    np.testing.assert_array_equal(found, generate(*tiny, texts, **options()))
+
+
+def test_padding_belongs_to_the_prompt(tiny, texts):
+    mask = np.ones_like(texts)
+    mask[1, :3] = 0
+    prompts = PromptCache.of(*tiny, texts[:, :6], attention_mask=mask[:, :6])
+    found = generate(*tiny, texts, attention_mask=mask, prompt_cache=prompts, **options())
+    expected = generate(*tiny, texts, attention_mask=mask, **options())
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="prompt_cache: found 3 prompts of 12 tokens that do not"):
+        generate(*tiny, texts, prompt_cache=prompts, **options())
+
+
+def test_on_a_mesh(tiny, texts):
+    model, _ = tiny
+    params = model.init(jax.random.key(3), mesh=make_mesh(data=2, fsdp=1, tensor=4))
+    prompts = PromptCache.of(model, params, texts[:, :5])
+    found = generate(model, params, texts, prompt_cache=prompts, **options())
+    np.testing.assert_array_equal(found, generate(*tiny, texts, **options()))
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+def test_on_disk(tiny, texts, tmp_path, dtype):
+    prompts = PromptCache.of(*tiny, texts, cache_dtype=dtype)
+    prompts.save(tmp_path / "prompts.npz")
+    loaded = PromptCache.load(tmp_path / "prompts.npz", *tiny)
+    for a, b in zip(jax.tree.leaves(prompts.prompt), jax.tree.leaves(loaded.prompt), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    found = generate(*tiny, texts, prompt_cache=loaded, **options())
+    expected = generate(*tiny, texts, prompt_cache=prompts, **options())
+    np.testing.assert_array_equal(found, expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.npz"]
+    with pytest.raises(FileExistsError, match=r"prompts\.npz exists"):
+        prompts.save(tmp_path / "prompts.npz")
+
+
+def test_files_that_are_none(tiny, texts, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such prompt cache"):
+        PromptCache.load(tmp_path / "nothing.npz", *tiny)
+    (tmp_path / "junk").write_text("junk")
+    with pytest.raises(ValueError, match="junk: found no prompt cache"):
+        PromptCache.load(tmp_path / "junk", *tiny)
+    PromptCache.of(*tiny, texts).save(tmp_path / "prompts.npz")
+    whole = (tmp_path / "prompts.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.npz: found no prompt cache"):
+        PromptCache.load(tmp_path / "cut.npz", *tiny)
+    other = BTLM(dataclasses.replace(tiny[0].config, n_layer=1))
+    with pytest.raises(ValueError, match="a prompt cache of another model"):
+        PromptCache.load(tmp_path / "prompts.npz", other, other.init(jax.random.key(0)))
+
+
+def test_another_text(tiny, texts):
+    prompts = PromptCache.of(*tiny, texts[:, :5])
+    for ids in (texts[:, 1:], texts[:, :4], texts[:2]):
+        with pytest.raises(ValueError, match=r"make another with PromptCache\.of"):
+            generate(*tiny, ids, prompt_cache=prompts, **options())
