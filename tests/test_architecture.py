@@ -44,6 +44,7 @@ ORDER = [
     "manifest",
     "checkpoint",
     "generation",
+    "evaluation",
     "accounting",
     "roofline",
     "convert",

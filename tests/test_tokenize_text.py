@@ -215,7 +215,7 @@ def test_few_documents_are_held(tokenizer):
             yield text_files.Document("word " * 20_000, position, text_files.Counts())
 
     coder = tokenize_text.Coder(tokenizer, None, None)
-    encoded = tokenize_text._encoded(documents(), coder, 2)
+    encoded = tokenize_text.encode_all(documents(), coder, 2)
     for _ in range(10):
         next(encoded)
     encoded.close()

@@ -102,6 +102,7 @@ def expand(
     *,
     stdin_format: str = "jsonl",
     on_error: OnError = "raise",
+    kind: str | None = None,
 ) -> list[TextFile]:
     """The files that names and globs stand for, in order, those of a glob sorted by name.
 
@@ -109,6 +110,7 @@ def expand(
       inputs: names, globs (`**` descends), "-" for standard input.
       stdin_format: "jsonl" or "txt".
       on_error: "raise" refuses empty files here, before any work.
+      kind: ".jsonl" or ".txt": of files whose names do not say another one, and standard input.
 
     Raises:
       FileNotFoundError: no such file, or a glob that nothing matches.
@@ -124,11 +126,11 @@ def expand(
         found = sorted(glob.glob(name, recursive=True)) if is_glob else []
         if not found:
             what = "no file matches" if is_glob else "no such file"
-            raise FileNotFoundError(f"{name}: {what}; expected {', '.join(KINDS)} or '-'")
+            raise FileNotFoundError(f"{name}: {what}; expected {kind or ', '.join(KINDS)} or '-'")
         names += found
     if not names:
         raise ValueError("inputs: found none, expected files, globs or '-'")
-    files = [_describe(name, stdin_format) for name in names]
+    files = [_describe(name, stdin_format, kind) for name in names]
     seen: set[str] = set()
     for file in files:
         real = STDIN if file.path is None else os.path.realpath(file.path)
@@ -140,15 +142,19 @@ def expand(
     return files
 
 
-def _describe(name: str, stdin_format: str) -> TextFile:
+def _describe(name: str, stdin_format: str, wanted: str | None) -> TextFile:
     if name == STDIN:
-        return TextFile(name, None, f".{stdin_format}", "")
+        return TextFile(name, None, wanted or f".{stdin_format}", "")
     path = Path(name)
     if path.is_dir():
         raise ValueError(f"{name} is a directory: name its files, such as '{name}/*.jsonl'")
     stem, last = os.path.splitext(path.name)
     compression = last if last in COMPRESSIONS else ""
     kind = os.path.splitext(stem)[1] if compression else last
+    if wanted is not None and kind not in KINDS:
+        kind = wanted
+    if wanted not in (None, kind):
+        raise ValueError(f"{name}: found a file of kind {kind!r}, expected {wanted!r}")
     if kind not in KINDS or (kind == ".parquet" and compression):
         raise ValueError(
             f"{name}: found a file of kind {path.suffix or 'without suffix'!r}, expected "

@@ -158,7 +158,7 @@ def tokenize(
             counts[record["file"] :] = [Counts(*x) for x in record["counts"]]
         reader = Reader(files, field, on_error=on_error, begin=begin, counts=counts, part=part)
         total = sum(f.size for f in files)
-        encoded = _shown(_encoded(reader.documents(), coder, threads), total, begin.read)
+        encoded = _shown(encode_all(reader.documents(), coder, threads), total, begin.read)
         while written := _write_shard(stage, len(done), encoded, shard_tokens):
             shard, last = written
             done.append(_record_of(shard, last, reader.counts, begin))
@@ -272,7 +272,7 @@ def _named_eos(assets: dict[str, bytes]) -> str | None:
     return None
 
 
-def _encoded(
+def encode_all(
     documents: Iterable[Document], coder: Coder, threads: int
 ) -> Iterator[tuple[Document, np.ndarray]]:
     """Documents with their ids, in order; a few batches are read and tokenized ahead.

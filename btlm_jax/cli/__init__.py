@@ -18,6 +18,7 @@ from btlm_jax import compilation
 from .bench import Bench
 from .checkpoints import Convert, Export, Info, Verify
 from .compile import Compile
+from .evaluation import Eval
 from .generation import Generate
 from .training import Quickstart, Tokenize, Train
 
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Verify, subcommand("verify")]
+    | Annotated[Eval, subcommand("eval")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Tokenize, subcommand("tokenize")]
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     command = tyro.cli(
         Command,
         prog="btlm",
-        description="BTLM in JAX: train, convert, inspect and generate. "
+        description="BTLM in JAX: train, convert, evaluate, inspect and generate. "
         "Anywhere: --debug shows tracebacks, --no-compilation-cache compiles everything anew.",
         args=[a for a in argv if a not in ("--debug", "--no-compilation-cache")],
     )

@@ -1,0 +1,122 @@
+"""Subcommands that evaluate a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from .arguments import Mesh, write_json
+
+if TYPE_CHECKING:
+    from btlm_jax.evaluation.windows import Document
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Cross-entropy of texts: nats and bits per token, bits per byte, perplexity per token.
+
+    Texts are cut into windows as lm-evaluation-harness cuts them: every token is predicted once, a
+    document's first from the EOS token.
+    """
+
+    # A group like `bench` once there are two: tyro makes no subcommands of a union of one.
+    task: Positional[Literal["perplexity"]]
+    """What to measure."""
+    checkpoint: Positional[str]
+    """An Orbax checkpoint that carries a tokenizer: a directory, or a gs:// URL."""
+    text: tuple[str, ...] = ()
+    """Files or globs, each file a document (also .gz, .zst); - is standard input."""
+    jsonl: tuple[str, ...] = ()
+    """Files or globs with a JSON object, a document, in each line (also .gz, .zst)."""
+    field: str = "text"
+    """Of JSON objects, that holds the text."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """About a record that cannot be used: stop, or skip and count it."""
+    eos: str | None = None
+    """The token that documents start after; default the tokenizer's own EOS."""
+    length: int | None = None
+    """Tokens that a window reads; default the trained context, or the longest document."""
+    stride: int | None = None
+    """Tokens by which windows move on; default --length, as in lm-evaluation-harness. Half of it
+    gives every token more context, for twice the work."""
+    batch_size: int | None = None
+    """Windows at a time, over all devices; default about 8192 tokens on each."""
+    quantize: str | None = None
+    """Also evaluate the weights quantised to these, such as int8,int4,int4:128; embedding int8."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of weights and computation; default as stored, computing in the platform's."""
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    json: Path | None = None
+    """A file for the numbers."""
+
+    def run(self) -> None:
+        import btlm_jax as btlm
+        from btlm_jax import manifest
+        from btlm_jax.evaluation import quantised, windows
+        from btlm_jax.evaluation.perplexity import cross_entropy
+        from btlm_jax.quantization import Quantization
+        from btlm_jax.train.tokenize_text import Coder
+
+        # Whatever can be refused is, before the weights, which may be large.
+        meta = manifest.read(self.checkpoint)
+        kinds = [Quantization.parse(kind.strip()) for kind in (self.quantize or "").split(",")
+                 if self.quantize is not None]  # fmt: skip
+        if kinds and meta.quantization is not None:
+            raise ValueError(
+                f"--quantize: {self.checkpoint} is quantised already ({meta.quantization}): leave "
+                "it out, or name the checkpoint this one was made of"
+            )
+        mesh = self.mesh.made()
+        if kinds and mesh is not None:
+            raise ValueError(
+                "--quantize: found a mesh, expected one device, where weights are quantised: leave "
+                "--mesh out, or evaluate what `btlm convert --quantize` makes on it"
+            )
+        coder = Coder(self.checkpoint, self.eos, meta.config.vocab_size)
+        options = dict(length=self.length, stride=self.stride)
+        cut = windows.cut(meta.config, self._documents(coder), coder.eos_id, **options)
+        print(f"text: {len(cut.documents):,} documents, {cut.tokens:,} tokens, {cut.text_bytes:,} "
+              f"bytes; {len(cut):,} windows of {cut.length} tokens, stride {cut.stride}",
+              flush=True)  # fmt: skip
+        model, params = btlm.load(self.checkpoint, dtype=self.dtype, mesh=mesh)
+        if self.dtype:
+            model = dataclasses.replace(model, compute_dtype=self.dtype)
+        report: dict[str, Any] = {
+            "checkpoint": self.checkpoint, "documents": len(cut.documents), "tokens": cut.tokens,
+            "text_bytes": cut.text_bytes, "length": cut.length, "stride": cut.stride,
+            "compute_dtype": str(model.spec(params).dtype),
+        }  # fmt: skip
+        if kinds:
+            rows = quantised.compare(model, params, cut, kinds, batch_size=self.batch_size)
+            found, report["compared"] = rows[0].found, quantised.to_json(rows)
+        else:
+            found = cross_entropy(model, params, cut, batch_size=self.batch_size)
+            rows = []
+        print(f"cross-entropy: {found.nats_per_token:.5f} nats per token, "
+              f"{found.bits_per_token:.5f} bits per token, {found.bits_per_byte:.5f} bits per byte"
+              f"\nperplexity: {found.perplexity:.4f} per token")  # fmt: skip
+        if rows:
+            print("\n".join(["", *quantised.table(rows)]))
+        write_json(self.json, report | found.numbers())
+
+    def _documents(self, coder: Any) -> list[Document]:
+        from btlm_jax.evaluation.windows import Document
+        from btlm_jax.train.text_files import Reader, expand
+        from btlm_jax.train.tokenize_text import encode_all
+
+        given = {".txt": self.text, ".jsonl": self.jsonl}
+        files = [
+            file
+            for kind, names in given.items()
+            if names
+            for file in expand(names, kind=kind, on_error=self.on_error)
+        ]
+        if not files:
+            raise ValueError("found neither --text nor --jsonl, expected files to evaluate on")
+        read = Reader(files, self.field, on_error=self.on_error).documents()
+        found = encode_all(read, coder, os.cpu_count() or 1)
+        return [Document(ids[:-1], len(document.text.encode())) for document, ids in found]

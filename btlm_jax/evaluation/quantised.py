@@ -1,0 +1,96 @@
+"""What quantising costs: the same text under a model's own weights and under quantised ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from btlm_jax import byte_size, quantization, weights
+from btlm_jax.config import BTLMConfig
+from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
+from btlm_jax.evaluation.windows import Windows
+from btlm_jax.model import BTLM
+from btlm_jax.quantization import Quantization
+
+
+class Row(NamedTuple):
+    """A model's loss under weights of one kind."""
+
+    kind: str
+    nbytes: int  # of all weights, as a checkpoint stores them
+    bits: float  # of them for each parameter
+    found: CrossEntropy
+
+
+def compare(
+    model: BTLM,
+    params: weights.Params,
+    windows: Windows,
+    kinds: Sequence[Quantization],
+    *,
+    batch_size: int | None = None,
+) -> list[Row]:
+    """The loss of the weights as they are, and quantised in memory to each kind.
+
+    On a CPU, products with int8 weights round their other inputs to int8 too (`kernels.product`).
+
+    Args:
+      model, params: with float weights, stacked, on one device.
+      windows: from `windows.cut`.
+      kinds: what to quantise to.
+      batch_size: as for `cross_entropy`.
+
+    Raises:
+      ValueError, FloatingPointError: as `quantization.quantized` and `cross_entropy`.
+    """
+    config, dtype = model.config, params["wte"].dtype
+    rows = []
+    for to in (None, *kinds):
+        kind = str(dtype) if to is None else f"int{to.bits}" + (f":{to.group}" if to.group else "")
+        used = params if to is None else quantization.quantized(params, config, to)
+        found = cross_entropy(model, used, windows, batch_size=batch_size, title=kind)
+        nbytes = _stored_bytes(config, params, to)
+        rows.append(Row(kind, nbytes, 8 * nbytes / weights.count(config), found))
+    return rows
+
+
+def _stored_bytes(config: BTLMConfig, params: weights.Params, to: Quantization | None) -> int:
+    own = {path: x.dtype for path, x in weights.flatten(params).items()}
+    return sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype or own[leaf.weight.path]).itemsize
+        for leaf in quantization.disk_leaves(config, to)
+    )
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines to print: every kind, and its changes against the first."""
+    own = rows[0].found
+    cells = [("weights", "bytes", "bits each", "nats/token", "change", "perplexity", "change")]
+    for row in rows:
+        nats, perplexity = row.found.nats_per_token, row.found.perplexity
+        cells.append((
+            row.kind, byte_size.show(row.nbytes), f"{row.bits:.2f}", f"{nats:.5f}",
+            f"{nats - own.nats_per_token:+.5f}", f"{perplexity:.4f}",
+            f"{perplexity / own.perplexity - 1:+.3%}",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        right = (f"{x:>{n}}" for x, n in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([f"{first:<{widths[0]}}", *right]))
+    if jax.default_backend() == "cpu" and any(row.kind == "int8" for row in rows):
+        lines.append("int8 on a CPU: the inputs of the layers' products are rounded to int8 too")
+    return lines
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The same as objects, for a file."""
+    return [
+        {"weights": row.kind, "bytes": row.nbytes, "bits_per_weight": row.bits}
+        | row.found.numbers()
+        for row in rows
+    ]
