@@ -35,8 +35,9 @@ class Output:
         length ** length_penalty.
       beam_indices: of beams, int32 [R, n]: the row (prompt * num_beams + beam) of `scores` from
         which each new token was taken; -1 after the end.
-      scores: with `output_scores`, fp32 [n, rows, V]: what was chosen from, at every step.
-      logits: with `output_logits`, fp32 [n, rows, V]: of the model, at every step.
+      scores: with `output_scores`, fp32 [n, rows, V]: what was chosen from, at every step; NaN
+        after the end of a row (not of beams, where rows are not the result's).
+      logits: with `output_logits`, fp32 [n, rows, V]: of the model; likewise.
     """
 
     sequences: np.ndarray
@@ -180,16 +181,19 @@ def generate(
     sequences = np.asarray(result.ids)[:count, :end]
     if not return_dict_in_generate:
         return sequences
-    # Beams run on after the best has ended.
-    kept = rows * how.copies, end - T
+    logprobs = np.asarray(result.logprobs)[:count, T:end]
 
     def steps_of(x):
-        return None if x is None else np.asarray(x)[: kept[1], : kept[0]]
+        """Of the rows that were decoded, which with beams run on after the best has ended."""
+        if x is None:
+            return None
+        x = np.asarray(x)[: end - T, : rows * how.copies]
+        return x if how.num_beams > 1 else np.where(np.isnan(logprobs.T)[..., None], np.nan, x)
 
     scores, parents = result.sequences_scores, result.beam_indices
     return Output(
         sequences,
-        np.asarray(result.logprobs)[:count, T:end],
+        logprobs,
         None if scores is None else np.asarray(scores)[:count],
         None if parents is None else np.asarray(parents)[:count, T:end],
         steps_of(result.scores),
