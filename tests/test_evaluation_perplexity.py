@@ -375,8 +375,10 @@ def test_a_quantised_checkpoint(capsys, trained, tmp_path):
     made = tmp_path / "int4"
     assert cli.main(["convert", str(home / "run"), str(made), "--quantize", "int4"]) == 0
     report = tmp_path / "r.json"
-    argv = ("--text", home / "page.txt", "--json", report)
-    code, *_ = run(capsys, made, *argv)
+    # By default it would compute in bfloat16 on a CPU, as decoding does.
+    argv = ("--text", home / "page.txt", "--json", report, "--dtype", "float32")
+    code, out, _ = run(capsys, made, *argv)
+    assert "(computed in float32)" in out
     alone = json.loads(report.read_text())["nats_per_token"]
     run(capsys, home / "run", *argv, "--quantize", "int4")
     in_memory = json.loads(report.read_text())["compared"][1]["nats_per_token"]

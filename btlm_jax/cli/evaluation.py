@@ -85,10 +85,11 @@ class Eval:
         model, params = btlm.load(self.checkpoint, dtype=self.dtype, mesh=mesh)
         if self.dtype:
             model = dataclasses.replace(model, compute_dtype=self.dtype)
+        dtype = str(model.spec(params).dtype)
         report: dict[str, Any] = {
             "checkpoint": self.checkpoint, "documents": len(cut.documents), "tokens": cut.tokens,
             "text_bytes": cut.text_bytes, "length": cut.length, "stride": cut.stride,
-            "compute_dtype": str(model.spec(params).dtype),
+            "compute_dtype": dtype,
         }  # fmt: skip
         if kinds:
             rows = quantised.compare(model, params, cut, kinds, batch_size=self.batch_size)
@@ -98,7 +99,7 @@ class Eval:
             rows = []
         print(f"cross-entropy: {found.nats_per_token:.5f} nats per token, "
               f"{found.bits_per_token:.5f} bits per token, {found.bits_per_byte:.5f} bits per byte"
-              f"\nperplexity: {found.perplexity:.4f} per token")  # fmt: skip
+              f"\nperplexity: {found.perplexity:.4f} per token (computed in {dtype})")  # fmt: skip
         if rows:
             print("\n".join(["", *quantised.table(rows)]))
         write_json(self.json, report | found.numbers())
