@@ -93,6 +93,8 @@ class Generate:
     """Pairs of a token id and a number added to its logit."""
     logprobs: bool = False
     """Print the log-probability of every new token, one a line, on standard error."""
+    cache_dtype: Literal["int8"] | None = None
+    """Of the KV cache: int8 takes half of bfloat16; default the compute dtype."""
     cache_length: int | None = None
     """Slots of the KV cache; default as many as are needed."""
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -219,6 +221,8 @@ class Generate:
         options: dict[str, Any] = {name: getattr(self, name) for name in same}
         if self.max_new_tokens is not None or self.max_length is None:
             options["max_new_tokens"] = 50 if self.max_new_tokens is None else self.max_new_tokens
+        if self.cache_dtype is not None:
+            options["cache_dtype"] = self.cache_dtype
         if self.cache_length is not None:
             options["cache_length"] = self.cache_length
         if self.eos_token_id:
