@@ -146,6 +146,30 @@ def test_branches_on_a_mesh(tiny):
     np.testing.assert_allclose(logits[:, 0], expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_closed_ring_grows(tiny, devices):
+    """A row begins anew where another had been, goes round the ring, and on in a larger one."""
+    model, params = tiny
+    if devices > 1:
+        params = model.init(jax.random.key(0), mesh=make_mesh(data=2, fsdp=1, tensor=4))
+    ids = np.random.default_rng(1).integers(0, 64, (2, 16))
+    _, prompt = model.apply(params, ids[:, :5], cache=model.init_cache(params, 2, 8))
+    cache = model.branch(params, prompt, 1, 4)
+
+    def go_on(cache, tokens):
+        for t in range(tokens.shape[1]):
+            logits, cache = model.apply(params, tokens[:, t : t + 1], cache=cache)
+        return logits, cache
+
+    _, cache = go_on(cache, ids[:, 5:8])
+    cache = dataclasses.replace(cache, length=jnp.zeros_like(cache.length))  # both begin anew
+    _, cache = go_on(cache, ids[:, 8:12])
+    assert int(cache.at) == 7
+    logits, cache = go_on(kv_cache.grown(cache, 8), ids[:, 12:])
+    expected = model.apply(tiny[1], np.concatenate([ids[:, :5], ids[:, 8:]], 1))
+    np.testing.assert_allclose(logits[:, 0], np.asarray(expected)[:, -1], atol=2e-5)
+
+
 def test_a_row_that_runs_over_is_nan(tiny):
     model, params = tiny
     cache = model.init_cache(params, 1, 2)
