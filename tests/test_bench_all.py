@@ -48,7 +48,9 @@ def test_mfu_where_the_peak_is_known(monkeypatch):
 
 
 def test_what_is_measured_where(monkeypatch):
-    assert [title for title, _ in bench_all._benches()] == ["Attention", "Loss", "btlm-40m"]
+    decoding = ["Decoding, bfloat16", "Decoding, int8", "Decoding, int4", "Prefill"]
+    found = [title for title, _ in bench_all._benches()]
+    assert found == [*decoding, "Attention", "Loss", "btlm-40m"]
     monkeypatch.setattr(bench_all.sharding, "platform", lambda mesh: "gpu")
     titles = [title for title, _ in bench_all._benches()]
     assert titles[-2:] == ["btlm-3b-8k at 2048", "btlm-3b-8k at 8192"]
@@ -63,6 +65,9 @@ def test_the_smallest_of_each_runs(monkeypatch, tmp_path):
         "Loss": dict(preset="tiny", rows=64),
         "btlm-40m": dict(preset="tiny", length=16, batch_size=1, torch=False),
     }
+    decoding = dict(preset="tiny", layers=1, context=8, torch=False)
+    small |= {f"Decoding, {kind}": decoding for kind in ("bfloat16", "int8", "int4")}
+    small["Prefill"] = dict(preset="tiny", layers=1, lengths=(8,), torch=False)
     for title, bench in real:
         lines = []
         found = bench(rounds=1, show=lines.append, **small[title])

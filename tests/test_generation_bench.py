@@ -50,6 +50,22 @@ def test_random_weights_of_a_kind(kind):
     assert bool(jax.numpy.isfinite(logits).all())
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+def test_decoding_copies_no_weights(kind, rows):
+    """XLA's CPU backend takes copies in most formulations: of one matrix, or of all of them.
+
+    There are some copies of the logits of each row; the smallest kernel has D x D entries. int4 is
+    unpacked, a matrix at a time, to bf16 by way of int8.
+    """
+    model, params = generation_bench._random_model("btlm-450m", 2, kind)
+    c = model.config
+    decoder = generation_bench._decoder(model, params, rows, 16, 1, 1, None)
+    logits = 8 * rows * c.vocab_size * 4
+    unpacked = 4 * c.n_inner * c.n_embd if kind == "int4" else 0
+    assert decoder.temporary_bytes < logits + unpacked + c.n_embd**2 / 2
+
+
 def test_prefill(small, capsys):
     options = ["--preset", "tiny", "--length", "16", "33", "--rounds", "1", "--torch", "False"]
     assert cli.main(["bench", "prefill", *options]) == 0

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from btlm_jax import BTLM, BTLMConfig, PromptCache, generate, make_mesh
+from btlm_jax import BTLM, BTLMConfig, PromptCache, attention_fused, generate, make_mesh
 
 NEW = 6
 
@@ -80,6 +80,23 @@ def test_on_disk(tiny, texts, tmp_path, dtype):
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.npz"]
     with pytest.raises(FileExistsError, match=r"prompts\.npz exists"):
         prompts.save(tmp_path / "prompts.npz")
+
+
+def test_prompts_are_read_by_fused_kernels(tiny, texts, monkeypatch):
+    """Interpreted here: the kernel is called for the prompt, and once is all."""
+    model, params = tiny
+    lengths = []
+    splash = attention_fused.splash
+
+    def watched(q, *args, **kwargs):
+        lengths.append(q.shape[2])
+        return splash(q, *args, **kwargs)
+
+    monkeypatch.setattr(attention_fused, "splash", watched)
+    fused = dataclasses.replace(model, attention_implementation="splash")
+    found = generate(fused, params, texts, **options())
+    assert lengths == [32] * model.config.n_layer  # the bucket
+    np.testing.assert_array_equal(found, generate(model, params, texts, **options()))
 
 
 def test_files_that_are_none(tiny, texts, tmp_path):

@@ -242,6 +242,20 @@ def test_decoding_does_not_copy_its_cache():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_3b_in_int4_decodes_in_3_gb(tmp_path):
+    """One v5e chip, 2,048 slots: the model card's claim, with 10^9 bytes to the GB."""
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "btlm_jax.cli", "compile", "btlm-3b-8k", "--decode"]
+    command += ["--topology", "v5e:1x1", "--set", "mesh.fsdp=1", "--batch-size", "1"]
+    command += ["--capacity", "2048", "--quantize", "int4", "--json", str(file)]
+    subprocess.run(command, check=True)
+    (r,) = json.loads(file.read_text())
+    assert r["memory"]["parameters"] == pytest.approx(1.49e9, rel=0.02)
+    assert r["memory"]["peak"] <= 3.0e9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 @pytest.mark.parametrize("name", ["v5e:4x4", "v4:2x2x2"])
 def test_two_layers_of_3b_for_real_topologies(name, tmp_path):
     """In a process of its own: what settles how libtpu loads must come before JAX starts.

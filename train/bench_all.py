@@ -18,6 +18,7 @@ from btlm_jax.config import BTLMConfig
 from . import measure
 from .attention_bench import bench_attention
 from .bench import bench_train
+from .generation_bench import bench_decode, bench_prefill
 from .loss_bench import bench_loss
 from .metrics import utilisation
 
@@ -31,7 +32,7 @@ MPT_3B = {2048: (24_100, 43.7), 8192: (16_600, 40.3)}
 
 
 def bench_all(file: str | os.PathLike[str], *, rounds: int) -> None:
-    """Runs attention, loss and training step, and writes what they print, with the conditions.
+    """Runs generation, attention, loss and training step; writes what they print, with conditions.
 
     A bench that fails is written down with its error, and the rest goes on.
 
@@ -70,6 +71,7 @@ def _benches() -> Iterator[tuple[str, Bench]]:
     attention = functools.partial(bench_attention, preset="btlm-3b-8k", batch_size=1, dtype=None)
     loss = functools.partial(bench_loss, preset=None, rows=None, dtype=None)
     train = functools.partial(bench_train, dtype=None)
+    yield from _of_generation()
     if sharding.platform(None) == "cpu":
         yield "Attention", functools.partial(attention, length=None)
         yield "Loss", loss
@@ -92,6 +94,20 @@ def _benches() -> Iterator[tuple[str, Bench]]:
                 torch=False,  # two models of this size and their optimizers do not share a GPU
             ),
         )
+
+
+def _of_generation() -> Iterator[tuple[str, Bench]]:
+    """Decoding and prefill of the 3B, with the layers that a CPU reads in a reasonable time."""
+    on_cpu = sharding.platform(None) == "cpu"
+    model: Any = dict(preset="btlm-3b-8k", layers=8 if on_cpu else None, torch=None)
+    decode = functools.partial(bench_decode, **model, cache_dtype=None)
+    for kind in ("bfloat16", "int8", "int4"):
+        how = dict(weights=kind, context=512, steps=4 if on_cpu else 64)
+        sizes = (1, 4) if on_cpu else (1, 4, 16, 64)
+        yield f"Decoding, {kind}", functools.partial(decode, **how, batch_sizes=sizes)
+    lengths = (512,) if on_cpu else (512, 2048, 8192)
+    prefill = functools.partial(bench_prefill, **model, weights="bfloat16", lengths=lengths)
+    yield "Prefill", prefill
 
 
 def _heading() -> str:
