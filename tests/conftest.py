@@ -1,6 +1,7 @@
 """Shared set-up: 8 virtual CPU devices."""
 
 import os
+import sys
 
 # Before JAX is imported. libtpu, where it is installed to compile for TPUs, would look for one and
 # complain.
@@ -25,6 +26,15 @@ for _flag in _FLAGS:
 # Compiling dwarfs everything else, so no deadline; fixed examples, so that CI is repeatable.
 settings.register_profile("btlm", deadline=None, derandomize=True)
 settings.load_profile("btlm")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Each takes some hundred mappings of memory, of which Linux gives a process 65,530; where they
+    run out, XLA crashes."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 @pytest.fixture(params=cases.NAMES)
