@@ -222,13 +222,11 @@ def test_devices_share_the_work():
 
 def test_choice_and_refusals(caplog, monkeypatch):
     x = jnp.zeros((1, 2, 128, 80), jnp.bfloat16)
-    choose = functools.partial(attention._choose, slopes=jnp.ones(2), segments=None, offset=None)
+    choose = functools.partial(attention._choose, slopes=jnp.ones(2), segments=None)
     assert choose(x, named=None, parts=1, platform="tpu") == "splash"
     assert choose(x, named=None, parts=1, platform="cpu") == "xla"
     assert choose(x, named=None, parts=1, platform="gpu") == "cudnn"
     assert choose(x, named="xla", parts=1, platform="tpu") == "xla"
-    step = functools.partial(attention._choose, slopes=None, segments=None, offset=jnp.int32(3))
-    assert step(x, named="splash", parts=1, platform="tpu") == "xla"
     assert not caplog.records
     attention._warn_once.cache_clear()
     for _ in range(2):
@@ -263,7 +261,7 @@ def test_padding_is_told(caplog):
     )
     attention._warn_once.cache_clear()
     x = jax.ShapeDtypeStruct((1, 1, 1100, 8), jnp.bfloat16)
-    attention._choose(x, None, None, None, None, 1, "tpu")
+    attention._choose(x, None, None, None, 1, "tpu")
     assert "pads sequences from 1100 to 1152 (+10 % of its work)" in caplog.text
 
 
