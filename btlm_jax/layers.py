@@ -285,6 +285,7 @@ class Transformer(Layer):
             fits = fits & ((T == 1) | (cache.at + T <= cache.capacity))
             h = jnp.where(spec.place(fits, "batch")[:, None, None], h, jnp.nan)
         last = jax.lax.dynamic_index_in_dim(segments, meant - 1, 1, keepdims=False)
+        last = spec.place(last, "batch")  # forgotten of a batch of one
         length, at = cache.length + meant, cache.at + meant
         return h, KVCache(result, ids, last, length, at, cache.prefix), None
 

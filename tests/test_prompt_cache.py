@@ -58,9 +58,14 @@ def test_padding_belongs_to_the_prompt(tiny, texts):
         generate(*tiny, texts, prompt_cache=prompts, **options())
 
 
-def test_on_a_mesh(tiny, texts):
+@pytest.mark.parametrize("data, tensor", [(1, 1), (2, 4)])
+def test_on_a_mesh(tiny, texts, data, tensor):
+    """Also of one device, and one row, whose sharding JAX is quick to forget."""
     model, _ = tiny
-    params = model.init(jax.random.key(3), mesh=make_mesh(data=2, fsdp=1, tensor=4))
+    mesh = make_mesh(data=data, fsdp=1, tensor=tensor, devices=jax.devices()[: data * tensor])
+    params = model.init(jax.random.key(3), mesh=mesh)
+    alone = generate(model, params, texts[:1], num_beams=2, **options())
+    np.testing.assert_array_equal(alone, generate(*tiny, texts[:1], num_beams=2, **options()))
     prompts = PromptCache.of(model, params, texts[:, :5])
     found = generate(model, params, texts, prompt_cache=prompts, **options())
     np.testing.assert_array_equal(found, generate(*tiny, texts, **options()))
