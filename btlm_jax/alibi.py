@@ -57,6 +57,11 @@ def scale(scaling: AlibiScaling | None, key_length: int | jax.Array) -> float | 
     return max(1.0, key_length / trained)
 
 
+def varies(scaling: AlibiScaling | None, longest: int) -> bool:
+    """Whether `scale` depends on the length, up to `longest` keys: batches must then be alike."""
+    return scale(scaling, 1) != scale(scaling, longest)
+
+
 def bias(slopes_H: jax.Array, query_T: jax.Array, key_S: jax.Array) -> jax.Array:
     """The ALiBi bias from integer positions. Returns fp32 [H, T, S].
 

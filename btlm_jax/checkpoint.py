@@ -267,8 +267,8 @@ def decoding_dtype(
         return None
     if meta.quantization is not None:
         return jnp.dtype(jnp.bfloat16)
-    kernel = meta.leaves["blocks", "0", "attn", "c_attn", "kernel"]
-    own = jnp.dtype(kernel.dtype if dtype is None else dtype)
+    first = next(x for x in weights.disk_leaves(meta.config) if x.weight.role == "hidden")
+    own = jnp.dtype(meta.leaves[first.path].dtype if dtype is None else dtype)
     if own == jnp.float16:
         raise ValueError("weights in float16: CPUs decode in bfloat16 or float32, pass dtype=")
     return own

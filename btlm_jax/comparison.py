@@ -180,11 +180,10 @@ def peers() -> tuple[Shape, ...]:
 def of_config(config: BTLMConfig, name: str) -> Shape:
     """A model of ours, as if trained like BTLM-3B-8K: on 627.7B tokens, 157B of them at 8k."""
     c = config
-    learned = c.position_embedding_type != "alibi"
     return Shape(
         name=name, vocab=c.vocab_size, width=c.n_embd, layers=c.n_layer, heads=c.n_head,
         kv_heads=c.n_head, inner=c.n_inner, gated=c.gated, tied=c.tie_word_embeddings, biases=True,
-        norms=2, norm_arrays=2, phases=BTLM_PHASES, positions=c.n_positions if learned else 0,
+        norms=2, norm_arrays=2, phases=BTLM_PHASES, positions=0 if c.alibi else c.n_positions,
     )  # fmt: skip
 
 
@@ -215,18 +214,14 @@ def claims(ours: Shape) -> list[Claim]:
 
 
 def _training(ours: Shape, others: tuple[Shape, ...]) -> Claim:
-    found, by_tokens = [], sorted({p.tokens for p in others})
-    for tokens in by_tokens:
-        savings = {
-            p.name: saving(ours.training_flops, p.training_flops)
-            for p in others
-            if p.tokens == tokens
-        }
+    found, by_tokens = [], dict[float, dict[str, float]]()
+    for p in sorted(others, key=lambda p: p.tokens):
+        saved = saving(ours.training_flops, p.training_flops)
+        by_tokens.setdefault(p.tokens, {})[p.name] = saved
+    for tokens, savings in by_tokens.items():
         named = ", ".join(f"{name} {s:.1%}" for name, s in savings.items())
         found.append(f"against 7B models of {tokens / 1e12:g}T tokens: {named}")
-    first = [saving(ours.training_flops, p.training_flops) for p in others
-             if p.tokens == by_tokens[0]]  # fmt: skip
-    holds = all(s >= 0.705 for s in first)
+    holds = all(s >= 0.705 for s in next(iter(by_tokens.values())).values())
     return Claim("71 % fewer training FLOPs", "holds" if holds else "does not hold", tuple(found))
 
 

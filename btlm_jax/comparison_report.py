@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from btlm_jax import comparison, plots
+from btlm_jax.columns import aligned
 from btlm_jax.comparison import CONTEXTS, Memory, Shape
 
 
@@ -15,12 +15,12 @@ def lines(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> list[str]:
     """What `btlm info --compare` prints: formulas, compute, memory, claims."""
     llama = comparison.peers()[0]
     out = ["formulas", *(f"  {f}" for f in comparison.FORMULAS), "", "compute"]
-    out += ["  " + line for line in _columns(_compute(ours, contexts))]
+    out += ["  " + line for line in aligned(_compute(ours, contexts))]
     if not comparison.is_released(ours):
         tokens = f"{ours.tokens / 1e9:,.1f}B"
         out.append(f"  {ours.name} is counted as if trained on BTLM-3B-8K's {tokens} tokens")
     out += ["", f"memory of one sequence, of {ours.name} and of {llama.name} (saving)"]
-    out += ["  " + line for line in _columns(_memories(ours, llama, contexts))]
+    out += ["  " + line for line in aligned(_memories(ours, llama, contexts))]
     out += ["", "claims of the model card"]
     if comparison.is_released(ours):
         for claim in comparison.claims(ours):
@@ -75,15 +75,6 @@ def _memories(ours: Shape, peer: Shape, contexts: tuple[int, ...]) -> list[tuple
 def _show(memory: Memory) -> str:
     small = memory.bytes < 5e7
     return f"{memory.bytes / 1e6:.2f} MB" if small else f"{memory.bytes / 1e9:.2f} GB"
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]),
-                   *(x.rjust(n) for x, n in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in rows
-    ]  # fmt: skip
 
 
 def draw(path: Path, ours: Shape) -> None:

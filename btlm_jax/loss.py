@@ -225,7 +225,7 @@ def _local_losses(spec: Spec, vocab_axes, w, h, targets) -> jax.Array:
         normaliser, chosen, _ = _log_softmax(logits, labels, ids, vocab_axes)
         return normaliser - chosen
 
-    found = jax.lax.map(of_chunk, (_chunks(h), _chunks(targets)))
+    found = jax.lax.map(of_chunk, (chunks(h), chunks(targets)))
     return found.reshape(-1)[: targets.size].reshape(targets.shape)
 
 
@@ -324,7 +324,7 @@ def _local(
     # which the weight rests: 515 MB for V 50304 and D 2560.
     dw = zeros(w.shape, vocab_axes + row_axes) if gradients else None
     start = (zeros((), row_axes), zeros((), row_axes)), dw
-    scanned: Any = jax.lax.scan(add, start, tuple(map(_chunks, (h, targets, weights))))
+    scanned: Any = jax.lax.scan(add, start, tuple(map(chunks, (h, targets, weights))))
     ((nll, penalty), dw), dh = scanned
     penalty = _psum(penalty, row_axes)
     sums = _psum(nll, row_axes) + penalty, penalty
@@ -342,8 +342,8 @@ def _ids(w: jax.Array, vocab_axes: tuple[str, ...]) -> jax.Array:
     return ids + jax.lax.axis_index(vocab_axes) * w.shape[0] if vocab_axes else ids
 
 
-def _chunks(x: jax.Array) -> jax.Array:
-    """[b, t, ...] as [n, rows, ...], of at most `ROWS` rows each, filled up with zeros."""
+def chunks(x: jax.Array) -> jax.Array:
+    """[B, T, ...] as [n, rows, ...], of at most `ROWS` rows each, filled up with zeros."""
     count = x.shape[0] * x.shape[1]
     n = -(-count // ROWS)
     size = -(-count // n)

@@ -356,21 +356,28 @@ def param_groups(
     weight_decay: float,
     decay: Decay = "original",
     optimizer: Optimizer = "adam",
+    adam_learning_rate: float | None = None,
 ) -> list[ParamGroup]:
     """The groups of the original's `get_mup_param_groups`, by default; those of any optimizer here.
 
     "original" is the original's default, "coupled" its `decoupled_wd=False`. CompleteP with
     alpha < 1 splits the vectors, Muon an untied head from "hidden". Errors are those of `adamw`.
+
+    Args:
+      adam_learning_rate: as of `muon`, whose matrices alone then learn at `learning_rate`.
     """
+    rest = learning_rate if adam_learning_rate is None else adam_learning_rate
     factors = _factors(config, optimizer, decay)
     members: dict[tuple, list[weights.DiskLeaf]] = {}
     for leaf in weights.disk_leaves(config):
-        members.setdefault((leaf.weight.role, *factors[leaf.weight.path]), []).append(leaf)
+        matrix = leaf.weight.role == "hidden" and leaf.weight.stacked
+        rate = learning_rate if matrix else rest
+        members.setdefault((leaf.weight.role, rate, *factors[leaf.weight.path]), []).append(leaf)
     groups = []
-    for (role, rate_factor, decay_factor), leaves in members.items():
+    for (role, rate, rate_factor, decay_factor), leaves in members.items():
         names = tuple(leaf.hf_name for leaf in leaves)
         count = sum(math.prod(leaf.weight.shape) for leaf in leaves)
-        lr, wd = learning_rate * rate_factor, weight_decay * decay_factor
+        lr, wd = rate * rate_factor, weight_decay * decay_factor
         groups.append(ParamGroup(role, lr, wd, names, count))
     return sorted(groups, key=lambda group: _ROLES.index(group.name))
 

@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -220,6 +221,15 @@ def _lock(work: epath.Path, target: epath.Path) -> Iterator[None]:
     with open(work / "lock", "w") as file:
         hold(file, target)
         yield
+
+
+def finite(found: Any) -> Any:
+    """Plain values for JSON, which has no numbers that are not finite: None stands for them."""
+    if isinstance(found, dict):
+        return {name: finite(x) for name, x in found.items()}
+    if isinstance(found, list | tuple):
+        return [finite(x) for x in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def hold(file: IO[Any], target: Any) -> None:

@@ -66,6 +66,12 @@ def test_dynamic_scale():
     assert [float(traced(n)) for n in (1, 16, 17, 64)] == [1.0, 1.0, 17 / 16, 4.0]
 
 
+def test_only_dynamic_scales_vary_and_only_beyond_the_training():
+    dynamic = AlibiScaling(train_seq_len=16)
+    assert [alibi.varies(dynamic, n) for n in (1, 16, 17)] == [False, False, True]
+    assert not alibi.varies(None, 17) and not alibi.varies(AlibiScaling(factor=4.0), 17)
+
+
 def bf16_exact(x) -> bool:
     return bool(np.all(np.asarray(x, np.float64).astype(jnp.bfloat16).astype(np.float64) == x))
 

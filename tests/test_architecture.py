@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from those before it; `cli` may import anything when a command runs.
 ORDER = [
     "byte_size",
+    "columns",
     "chips",
     "hlo",
     "compilation",

@@ -414,7 +414,7 @@ def test_the_command(capsys, of_bytes, bytes_checkpoint, tmp_path):
     code, out, _ = run(capsys, *argv, "--json", files[0], "--plot", files[1])
     assert code == 0 and "6 windows of 64 tokens from 3 documents; 1 shorter documents" in out
     found = json.loads(files[0].read_text())
-    assert (found["length"], found["trained"], found["count"]) == (64, 16, 6)
+    assert (found["length"], found["trained"], found["windows"]) == (64, 16, 6)
     assert files[1].stat().st_size > 10_000
     texts = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     ids = [Document(np.array(tokenizer.encode(x).ids), len(x)) for x in texts]

@@ -72,11 +72,13 @@ metric_list:
 COMMON = """
 task: {name}
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {home}/test.jsonl, train: {home}/train.jsonl}}, cache_dir: {home}/cache}}
+dataset_kwargs:
+  data_files: {{test: {home}/test.jsonl, train: {home}/train.jsonl}}
+  cache_dir: {home}/cache
 training_split: train
 fewshot_split: train
 test_split: test
-"""  # noqa: E501
+"""
 
 
 def letters(r: Random, n: int) -> str:

@@ -58,7 +58,10 @@ def test_a_wrong_scale_of_attention_shows_there_only(found):
 def test_models_that_do_not_know_their_width_fail(corpus, monkeypatch):
     """Not by factors put in from outside: by their own configuration."""
     at = Family.at
-    blind = lambda self, width: dataclasses.replace(at(self, width), mup_width_scale=1.0)  # noqa: E731
+
+    def blind(self, width):
+        return dataclasses.replace(at(self, width), mup_width_scale=1.0)
+
     monkeypatch.setattr(Family, "at", blind)
     family = Family(parametrisation.shape(256), (64, 128))
     found = coord_check.coord_check(family, corpus, parametrisations=["muP"], seeds=1)
@@ -86,6 +89,14 @@ def test_slopes_are_those_of_powers():
     assert not made.passes("muP") and not made.found("SP")
     verdicts = dict.fromkeys(good for good, _ in coord_check.verdicts(made))
     assert list(verdicts) == [False]
+
+
+def test_divergence_is_a_slope_without_end():
+    """Of muP a failure, of a broken rule a finding."""
+    sizes = {c: np.ones((1, 2, 3)) for c in LIMITS}
+    sizes["MLP"] = np.full((1, 2, 3), np.nan)
+    made = CoordCheck(WIDTHS, {"muP": sizes, "init unscaled": sizes}, {})
+    assert not made.passes("muP") and made.found("init unscaled")
 
 
 def test_the_command(tmp_path, capsys):

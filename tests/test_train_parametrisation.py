@@ -32,7 +32,7 @@ def params(model=MODEL):
 
 def loss_and_gradient(model, rules=ONES):
     def loss(p):
-        return target_loss(model, reparametrised(p, rules), TOKENS)[0]
+        return target_loss(model, reparametrised(model, p, rules), TOKENS)[0]
 
     return jax.value_and_grad(loss)(params(model))
 

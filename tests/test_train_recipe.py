@@ -157,6 +157,23 @@ def test_muon_has_rates_of_its_own():
     assert np.sqrt(np.mean(rms[kernel] ** 2)) == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.parametrize(
+    "overrides, hidden_lr",
+    [
+        ((), 6e-3 / 4),  # m = 4
+        (("optimizer.name=lion",), 6e-3 / 4),
+        (("optimizer.name=muon",), 6e-3),
+        (("optimizer.name=muon", "optimizer.muon_lr=12e-3"), 12e-3),
+        (("optimizer.name=muon", "optimizer.muon_rms=0.2"), 6e-3 / np.sqrt(4)),
+    ],
+)
+def test_groups_are_those_of_the_optimizer(overrides, hidden_lr):
+    r = recipes.load("tiny", overrides)
+    hidden, embedding, vector = r.param_groups(r.model_config())
+    assert hidden.lr == pytest.approx(hidden_lr)
+    assert embedding.lr == vector.lr == 6e-3
+
+
 def test_overrides():
     r = recipes.load(
         "tiny",

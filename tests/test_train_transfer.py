@@ -54,7 +54,10 @@ def test_optima_of_parabolas_are_exact():
 def test_verdicts_can_fail():
     same = (-6.0, -6.0, -6.0)
     moving = (-6.0, -7.5, -9.0)
-    good = lambda mup, sp: [g for g, _ in transfer.verdicts(sweep(mup, sp))]  # noqa: E731
+
+    def good(mup, sp):
+        return [good for good, _ in transfer.verdicts(sweep(mup, sp))]
+
     assert good(moving, moving) == [False, True]
     assert good(same, same) == [True, False]
     assert "DOES NOT TRANSFER" in "\n".join(transfer.table(sweep(moving, moving)))
@@ -101,7 +104,7 @@ def complete(corpus, tmp_path_factory):
 
 def test_the_search_ends_at_a_bracketed_optimum(complete):
     _, found = complete
-    for name in transfer.PARAMETRISATIONS:
+    for name in transfer.COMPARED:
         for width in FAMILY.widths:
             curve = found.curve(name, width)
             best = min(curve, key=curve.__getitem__)

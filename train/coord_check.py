@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from btlm_jax.weights import Params
 
 from .corpora import Corpus
 from .parametrisation import PARAMETRISATIONS, Family, Rules, reparametrised, start, step
-
-logger = logging.getLogger(__name__)
 
 ALL = tuple(PARAMETRISATIONS)
 # About the best one of `transfer`, for the default family.
@@ -69,8 +67,11 @@ class CoordCheck:
     losses: dict[str, np.ndarray]
 
     def slope(self, parametrisation: str, curve: str, at: int = -1) -> float:
-        """Of log2(size) against log2(width) after a step (0: at the start), mean over seeds."""
+        """Of log2(size) against log2(width) after a step (0: at the start), mean over seeds; inf
+        where some width has diverged."""
         size = self.sizes[parametrisation][curve][:, at].mean(0)
+        if not np.isfinite(size).all():
+            return math.inf
         return float(np.polyfit(np.log2(self.widths), np.log2(size), 1)[0])
 
     def passes(self, parametrisation: str) -> bool:
@@ -136,7 +137,7 @@ def coord_check(
 @functools.partial(jax.jit, static_argnames="model")
 def activations(model: BTLM, params: Params, tokens: jax.Array, rules: Rules) -> dict[str, Any]:
     """What the check looks at, by the names of `LIMITS`."""
-    got = model.intermediates(reparametrised(params, rules), tokens)
+    got = model.intermediates(reparametrised(model, params, rules), tokens)
     logits = jnp.einsum("lbhtk,lbhsk->lbhts", got.queries, got.keys)
     last = got.hidden_states[-2] + got.attention_outputs[-1] + got.mlp_outputs[-1]
     return {
@@ -198,7 +199,7 @@ def to_json(found: CoordCheck) -> dict[str, Any]:
     return {
         "widths": list(found.widths),
         "verdicts": curves,
-        "faults": {p: {"least": n, "in": list(curves)} for p, (n, curves) in FAULTS.items()},
+        "faults": {p: {"least": n, "in": list(shown)} for p, (n, shown) in FAULTS.items()},
         "slopes_at_start": {p: {c: found.slope(p, c, 0) for c in LIMITS} for p in found.sizes},
         "as_it_must": dict(zip(found.sizes, (good for good, _ in verdicts(found)), strict=True)),
         "sizes": {p: {c: x.tolist() for c, x in s.items()} for p, s in found.sizes.items()},

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm_jax import mup, weights
+from btlm_jax import weights
 from btlm_jax.scaling import collapse
 from btlm_jax.scaling.timescale import timescale
 
@@ -112,16 +112,9 @@ def read(directory: str | Path) -> Run:
 
 
 def _timescale(recipe: Recipe) -> float | None:
-    o = recipe.optimizer
-    if not o.weight_decay:
+    if not recipe.optimizer.weight_decay:
         return None
-    kind: mup.Optimizer = "adam"
-    if o.name == "lion":
-        kind = "lion"
-    elif o.name == "muon":
-        kind = "muon" if o.muon_rms is None else "muon_rms"
-    rate = (o.muon_lr or o.peak_lr) if o.name == "muon" else o.peak_lr
-    groups = mup.param_groups(recipe.model_config(), rate, o.weight_decay, o.decay, kind)
+    groups = recipe.param_groups(recipe.model_config())
     hidden = next(g for g in groups if g.name == "hidden")
     return timescale(hidden.lr, hidden.weight_decay, recipe.steps)
 

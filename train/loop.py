@@ -115,12 +115,8 @@ def train(
         logger.info(
             "%s parameters in muP groups:\n%s",
             f"{weights.count(model.config):,}",
-            mup.format_groups(mup.param_groups(
-                model.config, recipe.optimizer.peak_lr, recipe.optimizer.weight_decay,
-                recipe.optimizer.decay,
-                optimizer="adam" if recipe.optimizer.name == "adamw" else recipe.optimizer.name,
-            )),
-        )  # fmt: skip
+            mup.format_groups(recipe.param_groups(model.config)),
+        )
         for name, epochs in read.epochs.items():
             logger.info("data: %.3g epochs of %s", epochs, name)
 

@@ -115,18 +115,19 @@ def shape(vocab_size: int, layers: int = 2, heads: int = 4, base: BTLMConfig | N
     )  # fmt: skip
 
 
-def reparametrised(params: Params, rules: Rules) -> Params:
+def reparametrised(model: BTLM, params: Params, rules: Rules) -> Params:
     """The weights with which the model computes what `rules` say with `params`.
 
     The factor on queries goes into their projection, that on logits into ln_f, which only they
     read; gradients come back through the factors, as if the model itself had them.
     """
     flat = weights.flatten(params)
-    attn, third = ("blocks", "attn", "c_attn"), jnp.stack([rules.queries, 1.0, 1.0])
-    flat[(*attn, "kernel")] = flat[(*attn, "kernel")] * third[:, None, None]
-    flat[(*attn, "bias")] = flat[(*attn, "bias")] * third[:, None, None]
-    for name in ("scale", "bias"):
-        flat[("ln_f", name)] = flat[("ln_f", name)] * rules.logits
+    for w in weights.table(model.config):
+        if "qkv" in w.axes:  # their projection and its bias, [..., qkv, heads, head_dim]
+            queries_first = jnp.stack([rules.queries, 1.0, 1.0])[:, None, None]
+            flat[w.path] = flat[w.path] * queries_first
+        elif w.role == "vector" and not w.stacked:  # ln_f
+            flat[w.path] = flat[w.path] * rules.logits
     return weights.unflatten(flat)
 
 
@@ -157,7 +158,7 @@ def step(
     """One step of AdamW on tokens [B, T + 1]. Returns the loss before it too, nats per token."""
 
     def loss(params):
-        objective, found = target_loss(model, reparametrised(params, rules), tokens)
+        objective, found = target_loss(model, reparametrised(model, params, rules), tokens)
         return objective / found.tokens, found.mean
 
     grads, mean = jax.grad(loss, has_aux=True)(trial.params)
@@ -180,6 +181,6 @@ def _optimizer(model: BTLM) -> optax.GradientTransformationExtraArgs:
 @functools.partial(jax.jit, static_argnames="model")
 def loss(model: BTLM, params: Params, tokens: jax.Array, rules: Rules) -> jax.Array:
     """Nats per token of windows [N, B, T + 1]."""
-    one = functools.partial(target_loss, model, reparametrised(params, rules))
+    one = functools.partial(target_loss, model, reparametrised(model, params, rules))
     sums = jax.lax.map(lambda x: one(x)[1], tokens)
     return sums.nll.sum() / sums.tokens.sum()

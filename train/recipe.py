@@ -292,6 +292,17 @@ class Recipe:
         decayed = o.peak_lr + (o.final_lr - o.peak_lr) * (0.0 if o.schedule == "constant" else done)
         return jnp.where(seen < o.warmup_tokens, o.peak_lr * warm, decayed)
 
+    def param_groups(self, config: BTLMConfig) -> list[mup.ParamGroup]:
+        """The groups of `transformation`, with the peaks of their learning rates."""
+        o = self.optimizer
+        kind: mup.Optimizer = "adam"
+        if o.name == "lion":
+            kind = "lion"
+        elif o.name == "muon":
+            kind = "muon" if o.muon_rms is None else "muon_rms"
+        peak = (o.muon_lr or o.peak_lr) if o.name == "muon" else o.peak_lr
+        return mup.param_groups(config, peak, o.weight_decay, o.decay, kind, o.peak_lr)
+
     def transformation(self, config: BTLMConfig) -> optax.GradientTransformation:
         """The optimizer, in muP groups.
 

@@ -30,7 +30,7 @@ from .parametrisation import Family, loss, start, step
 
 logger = logging.getLogger(__name__)
 
-PARAMETRISATIONS = ("muP", "SP")
+COMPARED = ("muP", "SP")
 # What is asked of muP, at most, and of SP, at least: otherwise the sweep could not tell them apart.
 MUP_OCTAVES, MUP_REGRET = 0.35, 0.03
 SP_OCTAVES, SP_REGRET = 0.7, 0.2
@@ -140,7 +140,7 @@ def transfer(
         return run._replace(loss=found if math.isfinite(found) else math.inf)
 
     # Three learning rates for each; more are found on the way.
-    points = {(_name(p, w, family.widths), w) for p in PARAMETRISATIONS for w in family.widths}
+    points = {(_name(p, w, family.widths), w) for p in COMPARED for w in family.widths}
     expected = sum(3 * seeds * steps * family.cost(w) for _, w in points)
     with (directory / _RUNS).open("a+", encoding="utf-8") as log:
         staging.hold(log, directory)
@@ -157,8 +157,7 @@ def transfer(
                     key = (name, width, exponent, seed)
                     if key not in done:
                         run = done[key] = train(Run(*key, math.nan))
-                        line = run._asdict() | {"loss": _plain(run.loss)}
-                        log.write(json.dumps(line) + "\n")
+                        log.write(json.dumps(staging.finite(run._asdict())) + "\n")
                         log.flush()
                         note = f"{name}, width {width}, rate 2^{exponent}: loss {run.loss:.3f}"
                         progress.update(cost, note)
@@ -167,8 +166,8 @@ def transfer(
 
             _search(family.widths, first, measured)
     found = Transfer(family.widths, tuple(done.values()))
-    text = json.dumps({"settings": settings, **to_json(found)}, indent=2) + "\n"
-    staging.write_text(epath.Path(directory / "transfer.json"), text)
+    report = staging.finite({"settings": settings, **to_json(found)})
+    staging.write_text(epath.Path(directory / "transfer.json"), json.dumps(report, indent=2) + "\n")
     draw(directory / "transfer.png", found)
     return found
 
@@ -180,7 +179,7 @@ def _search(widths: tuple[int, ...], first: int, measured: Callable[..., float])
       measured: the loss of a parametrisation, width and exponent; `more` if it is one beyond three.
     """
     base = first
-    for name in PARAMETRISATIONS:
+    for name in COMPARED:
         centre = base
         for width in widths:
             if name != _name(name, width, widths):  # muP's, and known
@@ -243,11 +242,6 @@ def _ended(log: IO[str]) -> list[Run]:
     return runs
 
 
-def _plain(x: float) -> float | None:
-    """JSON has no infinity."""
-    return x if math.isfinite(x) else None
-
-
 def schedule(steps: int, warmup: float = 0.1) -> Sequence[float]:
     """Factors on the learning rate: linear up within a tenth of the steps, then linear to zero."""
     up = max(1, round(warmup * steps))
@@ -257,7 +251,7 @@ def schedule(steps: int, warmup: float = 0.1) -> Sequence[float]:
 def table(found: Transfer) -> Iterator[str]:
     """Optima, best losses and regrets, and the verdicts, as lines of text."""
     yield f"{'':<16}" + "".join(f"{w:>10}" for w in found.widths)
-    for name in PARAMETRISATIONS:
+    for name in COMPARED:
         optima, best = zip(*(found.optimum(name, w) for w in found.widths), strict=True)
         regrets = [found.regret(name, w) for w in found.widths]
         yield f"{name + ': log2 rate':<16}" + "".join(f"{x:>10.2f}" for x in optima)
@@ -302,13 +296,13 @@ def to_json(found: Transfer) -> dict[str, Any]:
                 str(w): {
                     "log2_optimum": found.optimum(name, w)[0],
                     "best_loss": found.optimum(name, w)[1],
-                    "regret": _plain(found.regret(name, w)),
-                    "loss": {str(e): _plain(x) for e, x in found.curve(name, w).items()},
+                    "regret": found.regret(name, w),
+                    "loss": {str(e): x for e, x in found.curve(name, w).items()},
                 }
                 for w in found.widths
             },
         }
-        for name in PARAMETRISATIONS
+        for name in COMPARED
     }
 
 
@@ -318,7 +312,7 @@ def draw(path: Path, found: Transfer) -> None:
 
     made, panels = plots.figure(3, 1, size=(4.6, 3.8))
     count = len(found.widths)
-    for axes, name in zip(panels[0], PARAMETRISATIONS, strict=False):
+    for axes, name in zip(panels[0], COMPARED, strict=False):
         for i, width in enumerate(found.widths):
             curve, color = found.curve(name, width), colormaps["viridis"](i / count)
             rates = [2.0**e for e in curve]
@@ -333,7 +327,7 @@ def draw(path: Path, found: Transfer) -> None:
         for axes in panels[0][:2]:
             getattr(axes, f"set_{limits}")(min(x[0] for x in both), max(x[1] for x in both))
     axes = panels[0][2]
-    for name in PARAMETRISATIONS:
+    for name in COMPARED:
         optima = [2.0 ** found.optimum(name, w)[0] for w in found.widths]
         label = f"{name}: {found.octaves(name):+.2f} octaves per doubling"
         axes.plot(found.widths, optima, "o-", label=label)

@@ -67,17 +67,10 @@ def write_json(file: Path | None, found: Any) -> None:
     JSON has no numbers that are not finite: null stands for them.
     """
     if file is not None:
+        from btlm_jax import staging
+
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(_finite(found), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(found: Any) -> Any:
-    """The same with None for numbers that are not finite."""
-    if isinstance(found, dict):
-        return {name: _finite(x) for name, x in found.items()}
-    if isinstance(found, list | tuple):
-        return [_finite(x) for x in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found
+        file.write_text(json.dumps(staging.finite(found), indent=2, allow_nan=False) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

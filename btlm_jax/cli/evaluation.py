@@ -53,6 +53,14 @@ class _Texts:
         return (Document(ids[:-1], len(document.text.encode())) for document, ids in found)
 
 
+def _loaded(checkpoint: str, dtype: str | None, mesh: Any, *, by_layer: bool = False) -> Any:
+    """Model and weights, which compute in `--dtype` if that is given."""
+    import btlm_jax as btlm
+
+    model, params = btlm.load(checkpoint, dtype=dtype, mesh=mesh, by_layer=by_layer)
+    return (dataclasses.replace(model, compute_dtype=dtype) if dtype else model), params
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalPerplexity(_Texts):
     """Cross-entropy of texts: nats and bits per token, bits per byte, perplexity per token.
@@ -77,10 +85,10 @@ class EvalPerplexity(_Texts):
     """A file for the numbers."""
 
     def run(self) -> None:
-        import btlm_jax as btlm
         from btlm_jax import manifest
         from btlm_jax.evaluation import quantised, windows
-        from btlm_jax.evaluation.perplexity import check_batch_size, cross_entropy
+        from btlm_jax.evaluation.batches import check_batch_size
+        from btlm_jax.evaluation.perplexity import cross_entropy
         from btlm_jax.quantization import Quantization
         from btlm_jax.train.tokenize_text import Coder
 
@@ -107,9 +115,7 @@ class EvalPerplexity(_Texts):
         print(f"text: {len(cut.documents):,} documents, {cut.tokens:,} tokens, {cut.text_bytes:,} "
               f"bytes; {len(cut):,} windows of {cut.length} tokens, stride {cut.stride}",
               flush=True)  # fmt: skip
-        model, params = btlm.load(self.checkpoint, dtype=self.dtype, mesh=mesh)
-        if self.dtype:
-            model = dataclasses.replace(model, compute_dtype=self.dtype)
+        model, params = _loaded(self.checkpoint, self.dtype, mesh)
         dtype = str(model.spec(params).dtype)
         report: dict[str, Any] = {
             "checkpoint": self.checkpoint, "documents": len(cut.documents), "tokens": cut.tokens,
@@ -168,9 +174,9 @@ class EvalLossByPosition(_Texts):
         from btlm_jax import manifest, plots
         from btlm_jax.evaluation import by_position_report as report
         from btlm_jax.evaluation import extension
+        from btlm_jax.evaluation.batches import check_batch_size
         from btlm_jax.evaluation.by_position import check_length, loss_by_position
         from btlm_jax.evaluation.long_windows import LongWindows
-        from btlm_jax.evaluation.perplexity import check_batch_size
         from btlm_jax.train.tokenize_text import Coder
 
         # Whatever can be refused is, before the weights, which may be large.
@@ -193,9 +199,7 @@ class EvalLossByPosition(_Texts):
         windows = LongWindows(
             self._documents(coder), coder.eos_id, length, concatenate=self.concatenate, **options
         )
-        model, params = btlm.load(self.checkpoint, dtype=self.dtype, mesh=mesh)
-        if self.dtype:
-            model = dataclasses.replace(model, compute_dtype=self.dtype)
+        model, params = _loaded(self.checkpoint, self.dtype, mesh)
         dtype = str(model.spec(params).dtype)
         options = dict(trained=trained, kinds=kinds, batch_size=self.batch_size)
         found = loss_by_position(model, params, windows, **options)
@@ -277,9 +281,7 @@ class EvalRetrieval:
         asked = {n: retrieval.prompts(self.task, tokenizer, n, self.samples, **options)
                  for n in lengths}  # fmt: skip
         mesh = self.mesh.made()
-        model, params = btlm.load(self.checkpoint, dtype=self.dtype, mesh=mesh, by_layer=True)
-        if self.dtype:
-            model = dataclasses.replace(model, compute_dtype=self.dtype)
+        model, params = _loaded(self.checkpoint, self.dtype, mesh, by_layer=True)
         options = dict(new=self.max_new_tokens, batch_size=self.batch_size)
         outcomes = []
         for kind, n in pairs:

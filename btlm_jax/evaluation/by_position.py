@@ -21,9 +21,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from btlm_jax.evaluation import extension
+from btlm_jax.evaluation.batches import batch_shape
 from btlm_jax.evaluation.extension import Kind
 from btlm_jax.evaluation.long_windows import LongWindows
-from btlm_jax.evaluation.perplexity import batch_shape
 from btlm_jax.loss import token_losses
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress

@@ -64,7 +64,7 @@ def to_json(report: ByPosition) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "trained": report.trained, "length": report.length, "windows": report.count,
-        "groups": len(report.windows), "short_documents": report.short, "count": report.count,
+        "groups": len(report.windows), "short_documents": report.short,
         "curves": curves,
     }  # fmt: skip
 

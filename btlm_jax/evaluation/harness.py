@@ -20,7 +20,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from btlm_jax import staging
 from btlm_jax.config import BTLMConfig
+from btlm_jax.evaluation.batches import check_batch_size
 from btlm_jax.evaluation.likelihood import Pair, likelihoods, rows
 from btlm_jax.evaluation.tasks import Tasks, lm_eval
 from btlm_jax.evaluation.until import Prompt, Rules, continuations, rules
@@ -97,8 +99,7 @@ class Requests:
                 "max_length: %d tokens exceed the trained context of %d and alibi_scaling is not "
                 "set: quality falls off beyond it", found, c.n_positions,
             )  # fmt: skip
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size: found {self.batch_size}, expected at least 1")
+        check_batch_size(self.batch_size, None)
         if not end_tokens("config", c):
             raise ValueError(
                 "eos_token_id: found none in the configuration, expected one: texts start after it"
@@ -249,7 +250,8 @@ def evaluate(
 def to_json(report: Mapping[str, Any]) -> bytes:
     """A report as a file; what JSON cannot hold (functions of tasks) as the harness shows it."""
     shown = lm_eval("utils").handle_non_serializable
-    return json.dumps(report, indent=2, default=shown).encode() + b"\n"
+    text = json.dumps(staging.finite(report), indent=2, default=shown, allow_nan=False)
+    return text.encode() + b"\n"
 
 
 def table(results: Mapping[str, Any]) -> str:

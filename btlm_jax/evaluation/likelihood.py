@@ -17,16 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax import alibi, sharding
-from btlm_jax.config import BTLMConfig
+from btlm_jax.evaluation.batches import TOKENS, check_batch_size
 from btlm_jax.generation import decode
 from btlm_jax.generation.scoring import filled_width, predicted
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
 logger = logging.getLogger(__name__)
-
-# A device's share of a batch, in tokens, where the caller does not say.
-_TOKENS = 8192
 
 
 class Pair(NamedTuple):
@@ -102,8 +99,7 @@ def likelihoods(
     Raises:
       ValueError: the size of the batch.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size: found {batch_size}, expected at least 1")
+    check_batch_size(batch_size, None)
     return _likelihoods(model, params, rows, batch_size)
 
 
@@ -111,13 +107,13 @@ def _likelihoods(
     model: BTLM, params: Params, rows: Rows, batch_size: int | None
 ) -> Iterator[tuple[Any, Likelihood]]:
     parts = decode.ways(model, params)
-    exact = _depends_on_length(model.config, max(map(len, rows), default=1))
+    exact = alibi.varies(model.config.alibi_scaling, max(map(len, rows), default=1))
     widths: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for inputs in sorted(rows, key=len, reverse=True):
         width = filled_width(model, params, len(inputs))
         widths.setdefault((width, len(inputs) if exact else 0), []).append(inputs)
     for (width, _), same in widths.items():
-        most = batch_size or max(1, _TOKENS // width) * parts
+        most = batch_size or max(1, TOKENS // width) * parts
         # Powers of two, so that few of anything need no large batch and no program of their own.
         full = sharding.round_up(min(most, 1 << (len(same) - 1).bit_length()), parts)
         for start in range(0, len(same), full):
@@ -168,8 +164,3 @@ def _read(model: BTLM, params: Params, ids: jax.Array, lengths: jax.Array, lasts
         last = jnp.take_along_axis(h, lengths[:, None, None] - 1, 1)[:, 0]
         log_p = jax.nn.log_softmax(model.logits(params, last), -1)
         return logprobs, greedy, jnp.take_along_axis(log_p, lasts, -1), log_p.argmax(-1)
-
-
-def _depends_on_length(config: BTLMConfig, longest: int) -> bool:
-    scales = {alibi.scale(config.alibi_scaling, n) for n in (1, longest)}
-    return len(scales) > 1

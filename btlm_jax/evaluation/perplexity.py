@@ -8,20 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
 
-from btlm_jax import sharding
+from btlm_jax.evaluation.batches import batch_shape
 from btlm_jax.evaluation.windows import Windows
 from btlm_jax.loss import head_loss
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
-from btlm_jax.spec import Spec
 from btlm_jax.weights import Params
-
-# A device's share of a batch, where the caller does not say.
-_TOKENS = 8192
-# Widths are multiples of it, which fused attention asks for; the filling costs little.
-_TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,47 +57,6 @@ class CrossEntropy:
         """What is told, by name."""
         names = ("nats_per_token", "bits_per_token", "bits_per_byte", "perplexity")
         return {name: getattr(self, name) for name in names}
-
-
-def check_batch_size(
-    batch_size: int | None,
-    mesh: Mesh | AbstractMesh | None,
-    rules: sharding.Rules = sharding.RULES,
-) -> None:
-    """Raises ValueError if batches are asked for that are empty, or do not divide over the mesh."""
-    if batch_size is None:
-        return
-    if batch_size < 1:
-        raise ValueError(f"batch_size: found {batch_size}, expected at least 1")
-    if mesh is not None:
-        sharding.check_batch(batch_size, mesh, rules)
-
-
-def batch_shape(
-    spec: Spec, length: int, count: int | None, batch_size: int | None
-) -> tuple[int, int]:
-    """Rows and width of the batches in which windows are read.
-
-    Args:
-      spec: of the model on its mesh.
-      length: of the windows, in tokens.
-      count: how many there are, if that is known.
-      batch_size: rows; default about 8192 tokens on each device.
-
-    Raises:
-      ValueError: a batch that does not divide over the mesh.
-    """
-    parts = splits = 1
-    if spec.mesh is not None:
-        parts = sharding.ways(spec.mesh, spec.rules, "batch")
-        splits = sharding.stripes(sharding.ways(spec.mesh, spec.rules, "sequence"))
-    width = sharding.round_up(length, math.lcm(_TILE, splits))
-    rows = batch_size
-    if rows is None:
-        rows = max(1, _TOKENS // width) * parts
-        rows = rows if count is None else min(rows, sharding.round_up(count, parts))
-    check_batch_size(rows, spec.mesh, spec.rules)
-    return rows, width
 
 
 def cross_entropy(

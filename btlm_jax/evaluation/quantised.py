@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from btlm_jax import byte_size, quantization, weights
+from btlm_jax.columns import aligned
 from btlm_jax.config import BTLMConfig
 from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
 from btlm_jax.evaluation.windows import Windows
@@ -77,11 +78,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             f"{nats - own.nats_per_token:+.5f}", f"{perplexity:.4f}",
             f"{perplexity / own.perplexity - 1:+.3%}",
         ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *others in cells:
-        right = (f"{x:>{n}}" for x, n in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([f"{first:<{widths[0]}}", *right]))
+    lines = aligned(cells)
     if jax.default_backend() == "cpu" and any(row.kind == "int8" for row in rows):
         lines.append("int8 on a CPU: the inputs of the layers' products are rounded to int8 too")
     return lines

@@ -13,11 +13,10 @@ from jax.typing import ArrayLike
 
 from btlm_jax import sharding
 from btlm_jax.generation import decode, prompts
+from btlm_jax.loss import chunks
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
-# Tokens whose logits are held at once: 206 MB of V 50257.
-_CHUNK = 1024
 # Widths of more are multiples of it.
 _TILE = 128
 
@@ -82,7 +81,7 @@ def filled_width(model: BTLM, params: Params, length: int) -> int:
 
 
 def predicted(model: BTLM, params: Params, hidden: jax.Array, targets: jax.Array) -> Any:
-    """What a model says of given tokens, in chunks of them; to be traced, on the model's mesh.
+    """What a model says of given tokens, in the loss's chunks; to be traced, on the model's mesh.
 
     Args:
       hidden: final states [B, T, D], on every device.
@@ -99,13 +98,5 @@ def predicted(model: BTLM, params: Params, hidden: jax.Array, targets: jax.Array
         found = jnp.take_along_axis(log_p, target[..., None], -1)[..., 0]
         return found, log_p.argmax(-1) == target
 
-    count = targets.size
-    size = -(-count // -(-count // _CHUNK))
-
-    def chunks(x):  # [n, size, ...], filled up with zeros
-        x = x.reshape(count, *x.shape[2:])
-        x = jnp.pad(x, ((0, -count % size), *((0, 0),) * (x.ndim - 1)))
-        return x.reshape(-1, size, *x.shape[1:])
-
     found = jax.lax.map(of_chunk, (chunks(hidden), chunks(targets)))
-    return jax.tree.map(lambda x: x.reshape(-1)[:count].reshape(targets.shape), found)
+    return jax.tree.map(lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape), found)
