@@ -59,7 +59,7 @@ def scale(scaling: AlibiScaling | None, key_length: int | jax.Array) -> float | 
 
 def varies(scaling: AlibiScaling | None, longest: int) -> bool:
     """Whether `scale` depends on the length, up to `longest` keys: batches must then be alike."""
-    return scale(scaling, 1) != scale(scaling, longest)
+    return bool(scale(scaling, 1) != scale(scaling, longest))
 
 
 def bias(slopes_H: jax.Array, query_T: jax.Array, key_S: jax.Array) -> jax.Array:
