@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, subcommand
 
 from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.remat import Remat
@@ -80,6 +80,8 @@ class BenchTrain:
     """Of the computation; default bfloat16 on accelerators, float32 on CPU."""
     remat: Remat = "dots"
     """What our forward pass keeps for the backward pass."""
+    torch: bool | None = None
+    """Whether to measure PyTorch; default where it is installed and there is one device."""
     json: Path | None = None
     """A file for the measurements and their conditions."""
 
@@ -93,6 +95,7 @@ class BenchTrain:
             rounds=self.rounds,
             dtype=self.dtype,
             remat=self.remat,
+            torch=self.torch,
         )
         write_json(self.json, report)
 
@@ -234,18 +237,23 @@ class BenchAttention:
 
 @dataclasses.dataclass(frozen=True)
 class BenchAll:
-    """Attention, loss and training step as this machine can hold them, written as Markdown: on an
-    accelerator also btlm-3b-8k at 2k and 8k tokens, beside the rates published for MPT-3B."""
+    """Measure this machine: runs the other commands, each in a process of its own, and writes what
+    they print, and with what, as Markdown. Hours on two cores; on an accelerator also btlm-3b-8k at
+    2k and 8k tokens, beside the rates published for MPT-3B."""
 
     file: Positional[Path]
-    """Where to; a file of this name is replaced."""
-    rounds: int = 5
-    """How often everything is measured; medians are reported."""
+    """Where to, one file per machine; sections are replaced as they are measured. Pictures go to
+    docs/ beside it."""
+    only: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A section to measure, by the beginning of its title; may be repeated. Default all."""
+    work: Path | None = None
+    """A folder that keeps what the commands write; what is found there is gone on with. Default a
+    temporary one."""
 
     def run(self) -> None:
         from btlm_jax.train.bench_all import bench_all
 
-        bench_all(self.file, rounds=self.rounds)
+        bench_all(self.file, only=self.only, work=self.work)
 
 
 @dataclasses.dataclass(frozen=True)
