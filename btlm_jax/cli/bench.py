@@ -12,7 +12,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, subcommand
 from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.remat import Remat
 
-from .arguments import Bytes, write_json
+from .arguments import Bytes, check_output, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,7 @@ class BenchTrain:
     def run(self) -> None:
         from btlm_jax.train.bench import bench_train
 
+        check_output(self.json)
         report = bench_train(
             preset=self.preset,
             length=self.length,
@@ -121,6 +122,7 @@ class BenchLoss:
     def run(self) -> None:
         from btlm_jax.train.loss_bench import bench_loss
 
+        check_output(self.json)
         report = bench_loss(
             preset=self.preset, rows=self.rows, rounds=self.rounds, dtype=self.dtype
         )
@@ -156,6 +158,7 @@ class BenchDecode:
     def run(self) -> None:
         from btlm_jax.train.generation_bench import bench_decode
 
+        check_output(self.json)
         report = bench_decode(
             preset=self.preset,
             layers=self.layers,
@@ -193,6 +196,7 @@ class BenchPrefill:
     def run(self) -> None:
         from btlm_jax.train.generation_bench import bench_prefill
 
+        check_output(self.json)
         report = bench_prefill(
             preset=self.preset,
             layers=self.layers,
@@ -225,6 +229,7 @@ class BenchAttention:
     def run(self) -> None:
         from btlm_jax.train.attention_bench import bench_attention
 
+        check_output(self.json)
         report = bench_attention(
             preset=self.preset,
             length=self.length,
