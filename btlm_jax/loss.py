@@ -192,9 +192,18 @@ def head_loss(
         return objective, LossSum(objective - jax.lax.stop_gradient(penalty), counted.sum())
 
 
+class Predictions(NamedTuple):
+    """What a model says of given tokens."""
+
+    nll: jax.Array  # fp32 [B, T], -log p in nats
+    likeliest: jax.Array  # bool [B, T], whether no token is likelier, nor as likely and of lower id
+
+
 @functools.partial(jax.jit, static_argnames="spec")
-def token_losses(spec: Spec, params: Params, h_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log p of every target, fp32 [B, T] in nats, in chunks as `head_loss`, which sums them.
+def token_predictions(
+    spec: Spec, params: Params, h_BTD: jax.Array, targets_BT: jax.Array
+) -> Predictions:
+    """The loss of every target on its own, in chunks as `head_loss`, which sums them.
 
     0 where the target is `IGNORE`, NaN where it is outside the vocabulary. Arguments as there.
     """
@@ -202,31 +211,38 @@ def token_losses(spec: Spec, params: Params, h_BTD: jax.Array, targets_BT: jax.A
         targets = spec.place(targets_BT, "batch", "sequence")
         w = spec.place(_head(spec, params).astype(spec.dtype), "vocab", None)
         if spec.mesh is None:
-            found = _local_losses(spec, (), w, h_BTD, targets)
+            nll, likeliest = _local_predictions(spec, (), w, h_BTD, targets)
         else:
             axes = functools.partial(sharding.spec, spec.rules)
             of_h, of_rows = axes("batch", "sequence", None), axes("batch", "sequence")
-            found = jax.shard_map(
-                functools.partial(_local_losses, spec, sharding.mesh_axes(spec.rules, "vocab")),
+            vocab_axes = sharding.mesh_axes(spec.rules, "vocab")
+            nll, likeliest = jax.shard_map(
+                functools.partial(_local_predictions, spec, vocab_axes),
                 in_specs=(axes("vocab", None), of_h, of_rows),
                 out_specs=of_rows,
             )(w, h_BTD, targets)
         known = (targets >= 0) & (targets < spec.config.vocab_size)
-        return jnp.where(targets == IGNORE, 0.0, jnp.where(known, found, jnp.nan))
+        nll = jnp.where(targets == IGNORE, 0.0, jnp.where(known, nll, jnp.nan))
+        return Predictions(nll, likeliest)
 
 
-def _local_losses(spec: Spec, vocab_axes, w, h, targets) -> jax.Array:
-    """`token_losses` on a shard: [v, D] of the vocabulary and [b, t, D] of the states."""
+def _local_predictions(spec: Spec, vocab_axes, w, h, targets) -> tuple[jax.Array, jax.Array]:
+    """`token_predictions` on a shard: [v, D] of the vocabulary and [b, t, D] of the states."""
     ids = _ids(w, vocab_axes)
 
     def of_chunk(chunk):
         x, labels = chunk
         logits = head_logits(spec, products.einsum("nd,vd->nv", x, w, spec.precision), ids)
         normaliser, chosen, _ = _log_softmax(logits, labels, ids, vocab_axes)
-        return normaliser - chosen
+        best, top = ids[logits.argmax(-1)], logits.max(-1)
+        if vocab_axes:  # as argmax has it: of the shards with the largest logit the lowest id
+            first = top == jax.lax.pmax(top, vocab_axes)
+            best = jax.lax.pmin(jnp.where(first, best, jnp.iinfo(best.dtype).max), vocab_axes)
+        return normaliser - chosen, best == labels
 
-    found = jax.lax.map(of_chunk, (chunks(h), chunks(targets)))
-    return found.reshape(-1)[: targets.size].reshape(targets.shape)
+    found = jax.lax.map(of_chunk, (_chunks(h), _chunks(targets)))
+    nll, likeliest = (x.reshape(-1)[: targets.size].reshape(targets.shape) for x in found)
+    return nll, likeliest
 
 
 def _head(spec: Spec, params: Params) -> jax.Array:
@@ -324,7 +340,7 @@ def _local(
     # which the weight rests: 515 MB for V 50304 and D 2560.
     dw = zeros(w.shape, vocab_axes + row_axes) if gradients else None
     start = (zeros((), row_axes), zeros((), row_axes)), dw
-    scanned: Any = jax.lax.scan(add, start, tuple(map(chunks, (h, targets, weights))))
+    scanned: Any = jax.lax.scan(add, start, tuple(map(_chunks, (h, targets, weights))))
     ((nll, penalty), dw), dh = scanned
     penalty = _psum(penalty, row_axes)
     sums = _psum(nll, row_axes) + penalty, penalty
@@ -342,7 +358,7 @@ def _ids(w: jax.Array, vocab_axes: tuple[str, ...]) -> jax.Array:
     return ids + jax.lax.axis_index(vocab_axes) * w.shape[0] if vocab_axes else ids
 
 
-def chunks(x: jax.Array) -> jax.Array:
+def _chunks(x: jax.Array) -> jax.Array:
     """[B, T, ...] as [n, rows, ...], of at most `ROWS` rows each, filled up with zeros."""
     count = x.shape[0] * x.shape[1]
     n = -(-count // ROWS)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss, sharding
 from btlm_jax import loss as loss_module
 from btlm_jax.layers import project_logits
-from btlm_jax.loss import IGNORE, cross_entropy, head_loss, target_loss, token_losses
+from btlm_jax.loss import IGNORE, cross_entropy, head_loss, target_loss, token_predictions
 from btlm_jax.spec import Spec
 
 
@@ -179,7 +179,7 @@ def test_head_loss_against_float64(monkeypatch, sizes, weighted, z_loss):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_token_losses_against_float64(monkeypatch, sizes):
+def test_token_predictions_against_float64(monkeypatch, sizes):
     """With rows left out, unknown ids, a padded vocabulary, and a last chunk that is not full."""
     monkeypatch.setattr(loss_module, "ROWS", 7)
     jax.clear_caches()  # ROWS is no argument
@@ -187,14 +187,34 @@ def test_token_losses_against_float64(monkeypatch, sizes):
     h, targets, _ = states(spec, sharding.concrete_mesh_of(*params.values()), (8, 10))
     logits = np.asarray(h, np.float64) @ w.T.astype(np.float64) * spec.config.logits_scale
     expected = exact(logits, np.asarray(targets))
-    found = token_losses(spec, params, h, targets)
+    found, _ = token_predictions(spec, params, h, targets)
     assert found.dtype == jnp.float32
     # fp32 sums of 509 terms, and differences of logits of up to 60; measured: 8e-6.
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert (np.asarray(found)[0, 3:6] == 0).all()
     strange = jnp.where(targets == int(np.asarray(targets)[1, 1]), 509, targets)
-    found = np.asarray(token_losses(spec, params, h, strange))
+    found = np.asarray(token_predictions(spec, params, h, strange).nll)
     assert (np.isnan(found) == (np.asarray(strange) == 509)).all() and np.isnan(found[1, 1])
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_the_likeliest_token(sizes):
+    """As argmax of all: of equal ones the first, on whichever shard of the vocabulary it is."""
+    spec, params, w = head(sizes=sizes)
+    mesh = sharding.concrete_mesh_of(*params.values())
+    h, targets, _ = states(spec, mesh, (8, 16))
+    w[300] = w[17]
+    ((name, placed),) = params.items()
+    rows = np.pad(w, ((0, placed.shape[0] - len(w)), (0, 0)))
+    params = {name: jax.device_put(rows, placed.sharding)}
+    states_, labels = np.array(h), np.array(targets)
+    states_[:, :8] = 3 * w[17]
+    best = (states_ @ w.T).argmax(-1)
+    labels[:, :4], labels[:, 4:8], labels[:, 8:12] = 17, 300, best[:, 8:12]
+    h, targets = (jax.device_put(x, y.sharding) for x, y in ((states_, h), (labels, targets)))
+    likeliest = np.asarray(token_predictions(spec, params, h, targets).likeliest)
+    assert likeliest[:, :4].all() and not likeliest[:, 4:8].any()
+    assert likeliest[:, 8:12].all() and (likeliest == (best == labels)).all()
 
 
 @pytest.mark.parametrize("sizes", [None, dict(fsdp=2, context=2, tensor=2)], ids=str)

@@ -24,7 +24,7 @@ from btlm_jax.evaluation import extension
 from btlm_jax.evaluation.batches import batch_shape
 from btlm_jax.evaluation.extension import Kind
 from btlm_jax.evaluation.long_windows import LongWindows
-from btlm_jax.loss import token_losses
+from btlm_jax.loss import token_predictions
 from btlm_jax.model import BTLM
 from btlm_jax.progress import Progress
 from btlm_jax.weights import Params
@@ -120,7 +120,7 @@ def read(
       ids, targets: int32 [B, W], of which only `length` are meant.
     """
     h, _ = model.hidden(params, ids, length=length)
-    return token_losses(model.spec(params), params, h, targets)
+    return token_predictions(model.spec(params), params, h, targets).nll
 
 
 def losses(

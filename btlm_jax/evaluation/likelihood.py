@@ -19,7 +19,8 @@ import numpy as np
 from btlm_jax import alibi, sharding
 from btlm_jax.evaluation.batches import TOKENS, check_batch_size
 from btlm_jax.generation import decode
-from btlm_jax.generation.scoring import filled_width, predicted
+from btlm_jax.generation.scoring import filled_width
+from btlm_jax.loss import token_predictions
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
@@ -158,9 +159,11 @@ def _read(model: BTLM, params: Params, ids: jax.Array, lengths: jax.Array, lasts
         positions = jnp.minimum(jnp.arange(ids.shape[1]), lengths[:, None] - 1)
     with sharding.on_mesh(spec.mesh):
         h, _ = model.hidden(params, ids, positions=positions, length=lengths.max())
-        h = spec.place(h, None, None, None)
         targets = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
-        logprobs, greedy = predicted(model, params, h, targets)
-        last = jnp.take_along_axis(h, lengths[:, None, None] - 1, 1)[:, 0]
-        log_p = jax.nn.log_softmax(model.logits(params, last), -1)
-        return logprobs, greedy, jnp.take_along_axis(log_p, lasts, -1), log_p.argmax(-1)
+        nll, greedy = token_predictions(spec, params, h, targets)
+        # A row's last state, without gathering the others' devices.
+        here = jnp.arange(ids.shape[1]) == lengths[:, None] - 1
+        last = jnp.where(spec.place(here, "batch", "sequence")[..., None], h, 0).sum(1)
+        log_p = jax.nn.log_softmax(spec.place(model.logits(params, last), "batch", None), -1)
+        lasts = spec.place(lasts, "batch", None)
+        return -nll, greedy, jnp.take_along_axis(log_p, lasts, -1), log_p.argmax(-1)

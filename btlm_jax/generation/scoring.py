@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.typing import ArrayLike
 
 from btlm_jax import sharding
 from btlm_jax.generation import decode, prompts
-from btlm_jax.loss import chunks
+from btlm_jax.loss import token_predictions
 from btlm_jax.model import BTLM
 from btlm_jax.weights import Params
 
@@ -66,9 +65,9 @@ def _score(model: BTLM, params: Params, ids, mask, length):
         at = None if model.config.alibi else jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
         h, _ = model.hidden(params, ids, attention_mask=mask, positions=at, length=length)
         after = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
-        found, _ = predicted(model, params, spec.place(h, None, None, None), after)
-    # Of the token at a place, from the state before it.
-    return jnp.concatenate([found[:, -1:], found[:, :-1]], 1)
+        found = spec.place(-token_predictions(spec, params, h, after).nll, "batch", None)
+        # Of the token at a place, from the state before it.
+        return jnp.concatenate([found[:, -1:], found[:, :-1]], 1)
 
 
 def filled_width(model: BTLM, params: Params, length: int) -> int:
@@ -78,25 +77,3 @@ def filled_width(model: BTLM, params: Params, length: int) -> int:
         parts = sharding.stripes(sharding.ways(mesh, model.rules, "sequence"))
     width = prompts.bucket(length)
     return sharding.round_up(width, math.lcm(min(width, _TILE), parts))
-
-
-def predicted(model: BTLM, params: Params, hidden: jax.Array, targets: jax.Array) -> Any:
-    """What a model says of given tokens, in the loss's chunks; to be traced, on the model's mesh.
-
-    Args:
-      hidden: final states [B, T, D], on every device.
-      targets: int [B, T], the token after each.
-
-    Returns:
-      Log-probabilities of the targets, fp32 [B, T], and whether each is the likeliest token, the
-      first of equals, bool [B, T].
-    """
-
-    def of_chunk(chunk):
-        states, target = chunk
-        log_p = jax.nn.log_softmax(model.logits(params, states), -1)
-        found = jnp.take_along_axis(log_p, target[..., None], -1)[..., 0]
-        return found, log_p.argmax(-1) == target
-
-    found = jax.lax.map(of_chunk, (chunks(hidden), chunks(targets)))
-    return jax.tree.map(lambda x: x.reshape(-1)[: targets.size].reshape(targets.shape), found)
