@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 
 import pytest
+from btlm_jax.train import corpora, measure, topologies
 
+from btlm_jax import BTLM, cli
 from btlm_jax.cli.arguments import check_output, write_json
 
 
@@ -33,6 +35,34 @@ def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="may not be written to"):
         check_output(tmp_path / "deep" / "a.json")
     assert asked == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            f"bench {what} --json DIR"
+            for what in ("train", "loss", "attention", "decode", "prefill")
+        ),
+        "compile btlm-3b-8k --topology v5e:2x2 --json DIR",
+        "compile btlm-3b-8k --table DIR",
+        "coord-check TAKEN",
+        "transfer TAKEN",
+    ],
+)
+def test_long_work_tries_its_outputs_first(command, tmp_path, monkeypatch, capsys):
+    def too_late(*args, **options):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(measure, "matmul_rate", too_late)
+    monkeypatch.setattr(BTLM, "init", too_late)
+    monkeypatch.setattr(topologies, "prepare", too_late)
+    monkeypatch.setattr(corpora, "read", too_late)
+    for name in ("coord_check.json", "transfer.png"):
+        (tmp_path / "taken" / name).mkdir(parents=True)
+    command = command.replace("DIR", str(tmp_path)).replace("TAKEN", str(tmp_path / "taken"))
+    assert cli.main(command.split()) == 2
+    assert "is a directory: choose another name" in capsys.readouterr().err
 
 
 def test_json_has_null_for_what_is_not_finite(tmp_path):

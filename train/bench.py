@@ -23,12 +23,17 @@ from btlm_jax.progress import Progress
 from btlm_jax.remat import Remat
 
 from . import data, measure, token_shards, torch_peer
+from .metrics import utilisation
 from .peer import Peer
 from .step import init_state, make_step
 
 _LEARNING_RATE = 1e-3
 _RATES = ("matmul", "loader")  # measured as rates; the others as seconds per step
 Show = Callable[[object], None]
+
+# MPT-3B, a model of the same shape, in llm-foundry on 8 H100 80GB, bf16:
+# github.com/mosaicml/llm-foundry, scripts/train/benchmarking: length -> (tokens/s/GPU, MFU in %).
+MPT_3B = {2048: (24_100, 43.7), 8192: (16_600, 40.3)}
 
 
 def bench_train(
@@ -292,3 +297,17 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
         yield f"step: {ratio:.2f} x {name}"
     yield f"loader: {rates['loader']:,.0f} tokens/s, {r['loader_over_step']:,.0f} x the step's"
     yield f"compiled in {r['compile_seconds']:.1f} s"
+    yield from _beside_mpt(r)
+
+
+def _beside_mpt(r: Mapping[str, Any]) -> Iterator[str]:
+    if r["preset"] != "btlm-3b-8k" or r["length"] not in MPT_3B:
+        return
+    rate, mfu = MPT_3B[r["length"]]
+    here = r["rates"]["step"]
+    used = utilisation(BTLMConfig.preset(r["preset"]), r["length"], here)
+    yield (
+        f"published for MPT-3B in llm-foundry on H100: {rate:,} tokens/s/GPU, MFU {mfu} % of the "
+        f"data sheet's peak; here {here / rate:.2f} x its tokens/s"
+        + (f", MFU {used['mfu']:.1%}" if used else "")
+    )

@@ -112,8 +112,9 @@ def check_sizes(**sizes: int) -> None:
 
 
 def conditions() -> dict[str, Any]:
-    """Of a measurement: the devices and the versions."""
+    """Of a measurement: the devices, their platform ("cpu", "gpu", "tpu"), and the versions."""
     return {
+        "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "cores": os.cpu_count(),

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, subcommand
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, subcommand
 
 from btlm_jax.byte_size import DEFAULT_MEMORY
 from btlm_jax.remat import Remat
 
-from .arguments import Bytes, write_json
+from .arguments import Bytes, check_output, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,12 +80,15 @@ class BenchTrain:
     """Of the computation; default bfloat16 on accelerators, float32 on CPU."""
     remat: Remat = "dots"
     """What our forward pass keeps for the backward pass."""
+    torch: bool | None = None
+    """Whether to measure PyTorch; default where it is installed and there is one device."""
     json: Path | None = None
     """A file for the measurements and their conditions."""
 
     def run(self) -> None:
         from btlm_jax.train.bench import bench_train
 
+        check_output(self.json)
         report = bench_train(
             preset=self.preset,
             length=self.length,
@@ -93,6 +96,7 @@ class BenchTrain:
             rounds=self.rounds,
             dtype=self.dtype,
             remat=self.remat,
+            torch=self.torch,
         )
         write_json(self.json, report)
 
@@ -118,6 +122,7 @@ class BenchLoss:
     def run(self) -> None:
         from btlm_jax.train.loss_bench import bench_loss
 
+        check_output(self.json)
         report = bench_loss(
             preset=self.preset, rows=self.rows, rounds=self.rounds, dtype=self.dtype
         )
@@ -153,6 +158,7 @@ class BenchDecode:
     def run(self) -> None:
         from btlm_jax.train.generation_bench import bench_decode
 
+        check_output(self.json)
         report = bench_decode(
             preset=self.preset,
             layers=self.layers,
@@ -190,6 +196,7 @@ class BenchPrefill:
     def run(self) -> None:
         from btlm_jax.train.generation_bench import bench_prefill
 
+        check_output(self.json)
         report = bench_prefill(
             preset=self.preset,
             layers=self.layers,
@@ -222,6 +229,7 @@ class BenchAttention:
     def run(self) -> None:
         from btlm_jax.train.attention_bench import bench_attention
 
+        check_output(self.json)
         report = bench_attention(
             preset=self.preset,
             length=self.length,
@@ -234,18 +242,23 @@ class BenchAttention:
 
 @dataclasses.dataclass(frozen=True)
 class BenchAll:
-    """Attention, loss and training step as this machine can hold them, written as Markdown: on an
-    accelerator also btlm-3b-8k at 2k and 8k tokens, beside the rates published for MPT-3B."""
+    """Measure this machine: runs the other commands, each in a process of its own, and writes what
+    they print, and with what, as Markdown. Hours on two cores; on an accelerator also btlm-3b-8k at
+    2k and 8k tokens, beside the rates published for MPT-3B."""
 
     file: Positional[Path]
-    """Where to; a file of this name is replaced."""
-    rounds: int = 5
-    """How often everything is measured; medians are reported."""
+    """Where to, one file per machine; sections are replaced as they are measured. Pictures go to
+    docs/ beside it."""
+    only: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """A section to measure, by the beginning of its title; may be repeated. Default all."""
+    work: Path | None = None
+    """A folder that keeps what the commands write; what is found there is gone on with. Default a
+    temporary one."""
 
     def run(self) -> None:
         from btlm_jax.train.bench_all import bench_all
 
-        bench_all(self.file, rounds=self.rounds)
+        bench_all(self.file, only=self.only, work=self.work)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from .arguments import write_json
+from .arguments import check_output, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Compile:
         from btlm_jax.train import recipe_file, topologies
 
         self._refuse_what_would_be_ignored()
+        check_output(self.json)
+        check_output(self.table)
         topologies.prepare()
         recipe = recipe_file.load(self.recipe, self.set)
         if self.table is not None:

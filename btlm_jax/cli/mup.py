@@ -126,6 +126,8 @@ class Transfer:
 
         if self.steps < 2:
             raise ValueError(f"--steps: found {self.steps}, expected at least 2")
+        check_output(self.directory / "transfer.json")
+        check_output(self.directory / "transfer.png")
         family, corpus = self.models.made()
         found = transfer.transfer(
             self.directory,
