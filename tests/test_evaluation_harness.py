@@ -1,8 +1,8 @@
-"""lm-evaluation-harness over our checkpoints: offline tasks, resumption, refusals, and the numbers
-of its Hugging Face backend on the same exported snapshot.
+"""lm-evaluation-harness over our checkpoints: offline tasks, resumption, refusals.
 
-What needs lm-eval (extra `eval`) or transformers is skipped where they are not installed; what is
-asked of the model in the end is tested in test_evaluation_likelihood and test_evaluation_until.
+What needs lm-eval (extra `eval`) is skipped where it is not installed. Its numbers are tested in
+test_evaluation_harness_parity, what is asked of the model in the end in test_evaluation_likelihood
+and test_evaluation_until.
 """
 
 from __future__ import annotations
@@ -11,98 +11,19 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from random import Random
 
-import cases
 import gpt2_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_numpy
-from btlm_jax.convert import convert, export
-from safetensors.numpy import load_file
+from harness_cases import TASKS, write_tasks
 
 import btlm_jax as btlm
 from btlm_jax import checkpoint, cli
 from btlm_jax.cli.harness import Harness
 from btlm_jax.evaluation import harness
 from btlm_jax.generation import jsonl
-
-# Tasks -------------------------------------------------------------------------------------------
-
-TASKS = {
-    "local_choice": """
-output_type: multiple_choice
-doc_to_text: "{{question}} "
-doc_to_choice: choices
-doc_to_target: answer
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-""",
-    "local_greedy": """
-output_type: loglikelihood
-doc_to_text: "{{question}}"
-doc_to_target: "{{greedy}}"
-target_delimiter: ""
-num_fewshot: 0
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
-""",
-    "local_text": """
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-num_fewshot: 0
-metric_list:
-  - {metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}
-  - {metric: bits_per_byte, aggregation: bits_per_byte, higher_is_better: false}
-""",
-    "local_continue": """
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{continued}}"
-generation_kwargs: {until: ["\\n", "e"], max_gen_toks: 16, do_sample: false}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-""",
-}
-COMMON = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {home}/test.jsonl, train: {home}/train.jsonl}}
-  cache_dir: {home}/cache
-training_split: train
-fewshot_split: train
-test_split: test
-"""
-
-
-def letters(r: Random, n: int) -> str:
-    """Text of n characters that ends with a letter."""
-    before = "".join(r.choice("abcdefghij klmnopqrst.\nuvwxyz") for _ in range(n - 1))
-    return before + r.choice("abcdfghijklmnopqrstuvwxyz")
-
-
-def write_tasks(home: Path, greedy=None) -> Path:
-    """Task files and documents; `greedy` continues a question as the model would."""
-    home.mkdir()
-    for seed, split in enumerate(("test", "train")):
-        r, lines = Random(seed), []
-        for i in range(6):
-            question = letters(r, r.choice([6, 20, 45]))
-            choices = [letters(r, n) for n in ([1, 1, 1] if i % 2 else [3, 1, 12])]
-            said = greedy(question) if greedy and split == "test" else letters(r, 3)
-            doc = {"question": question, "choices": choices, "answer": i % 3}
-            doc |= {"greedy": said if i % 2 else letters(r, 5), "continued": said.split("e")[0]}
-            lines.append(doc | {"text": letters(r, r.choice([5, 60, 200]))})
-        (home / f"{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    for name, text in TASKS.items():
-        (home / f"{name}.yaml").write_text(COMMON.format(name=name, home=home) + text)
-    return home
 
 
 @pytest.fixture
@@ -376,165 +297,6 @@ def test_lm_eval_is_not_installed(bytes_checkpoint, folder, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ValueError, match=r"pip install 'btlm-jax\[eval\]'"):
         run(bytes_checkpoint, folder, tmp_path / "out.json")
-
-
-# Beside the Hugging Face backend -----------------------------------------------------------------
-
-
-@pytest.fixture
-def hflm():
-    for name in ("torch", "transformers", "accelerate"):
-        pytest.importorskip(name)
-    return pytest.importorskip("lm_eval.models.huggingface").HFLM
-
-
-def write_tokenizer(home: Path) -> None:
-    """Of 96 characters; EOS is 96, as in the golden cases."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-
-    tokens = [chr(c) for c in range(32, 127)] + ["\n"]
-    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, []))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-    assert tokenizer.token_to_id("<|endoftext|>") == 96
-    tokenizer.save(str(home / "tokenizer.json"))
-
-
-def gpt2_snapshot(home: Path) -> None:
-    """A GPT-2, which is a BTLM with learned positions, gelu_new and without muP."""
-    sizes = gpt2_cases.SIZES | dict(vocab_size=97)
-    ends = dict(bos_token_id=96, eos_token_id=96)
-    from btlm_jax import BTLMConfig, weights
-
-    config = BTLMConfig.from_hf(
-        {"model_type": "btlm", "position_embedding_type": "learned",
-         "activation_function": "gelu_new", **sizes, **gpt2_cases.DROPOUT, **ends}
-    )  # fmt: skip
-    rng = np.random.RandomState(3)
-    flat = {
-        w.path: rng.normal(0, 0.35, weights.stacked_shape(w, config, {})).astype(np.float32)
-        for w in weights.table(config)
-    }
-    write_tokenizer(home)
-    assets = [home / "tokenizer.json"]
-    btlm.save(home / "checkpoint", config, weights.unflatten(flat), assets=assets)
-
-
-def btlm_snapshot(home: Path) -> None:
-    """A golden model of the original code, converted."""
-    source = cases.write_hf(home / "source", cases.load("a2_btlm_mup_h32"))
-    write_tokenizer(source)
-    convert(source, home / "checkpoint")
-
-
-def as_gpt2(exported: Path):
-    import torch
-    import transformers
-
-    config = json.loads((exported / "config.json").read_text())
-    known = [*gpt2_cases.SIZES, *gpt2_cases.DROPOUT, "bos_token_id", "eos_token_id"]
-    own = transformers.GPT2Config(**{name: config[name] for name in known})
-    model = transformers.GPT2LMHeadModel(own).eval()
-    named = load_file(exported / "model.safetensors")
-    loaded = model.load_state_dict({k: torch.tensor(v) for k, v in named.items()}, strict=False)
-    assert loaded.missing_keys == ["lm_head.weight"] and not loaded.unexpected_keys  # it is tied
-    return model
-
-
-def as_witness(exported: Path):
-    """The float64 witness in transformers' clothes: the original's code is on the Hub only."""
-    import torch
-    import transformers
-    from transformers.modeling_outputs import CausalLMOutput
-
-    config = json.loads((exported / "config.json").read_text())
-    named = {
-        name: x.astype(np.float64) for name, x in load_file(exported / "model.safetensors").items()
-    }
-
-    class Witness(transformers.PreTrainedModel, transformers.GenerationMixin):
-        config_class = transformers.PretrainedConfig
-
-        def __init__(self, config):
-            super().__init__(config)
-            self.place = torch.nn.Parameter(torch.zeros(1))
-            self.post_init()
-
-        def forward(self, input_ids, attention_mask=None, **_):
-            mask = None if attention_mask is None else attention_mask.numpy()
-            ids = input_ids.numpy()
-            found = reference_numpy.forward(named, config, ids, attention_mask=mask)
-            return CausalLMOutput(logits=torch.tensor(found["logits"]))
-
-        def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
-            return dict(input_ids=input_ids, attention_mask=attention_mask)
-
-    ends = dict(bos_token_id=96, eos_token_id=96)
-    sizes = {k: config[k] for k in ("vocab_size", "n_positions")}
-    sizes["num_hidden_layers"] = config["n_layer"]  # for a cache, which is never used
-    return Witness(transformers.PretrainedConfig(**sizes, **ends)).eval()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "snapshot, theirs", [(gpt2_snapshot, as_gpt2), (btlm_snapshot, as_witness)]
-)
-@pytest.mark.parametrize("num_fewshot", [None, 2])
-def test_the_numbers_of_the_hugging_face_backend(
-    lm_eval, hflm, tmp_path, snapshot, theirs, num_fewshot
-):
-    import transformers
-    from lm_eval.tasks import TaskManager
-
-    snapshot(tmp_path)
-    export(tmp_path / "checkpoint", tmp_path / "exported")
-    model, params = btlm.load(tmp_path / "checkpoint", dtype="float32")
-    tokenizer = btlm.load_tokenizer(tmp_path / "checkpoint")
-
-    def greedy(question: str) -> str:
-        ids = tokenizer.encode(question).ids
-        found = btlm.generate(model, params, np.array([ids]), max_new_tokens=4, eos_token_id=None)
-        return tokenizer.decode(found[0, len(ids) :].tolist()) or "a"
-
-    folder = write_tasks(tmp_path / "tasks", greedy)
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tmp_path / "exported" / "tokenizer.json"),
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
-    )
-    # Of GPT-2 they pad on the left, and give positions that leave the padding out.
-    other = hflm(pretrained=theirs(tmp_path / "exported"), tokenizer=wrapped, batch_size=1)
-    own = harness.language_model(model.config, tokenizer, lambda: (model, params), batch_size=4)
-    assert (own.eot_token_id, own.prefix_token_id) == (other.eot_token_id, other.prefix_token_id)
-    assert own._length == other.max_length
-    found = []
-    for lm in (own, other):
-        manager = TaskManager(include_path=str(folder), include_defaults=False)
-        how = dict(task_manager=manager, num_fewshot=num_fewshot, bootstrap_iters=0)
-        found.append(lm_eval.simple_evaluate(model=lm, tasks=list(TASKS), **how))
-    ours, expected = found
-    flags = set()
-    for name in TASKS:
-        for got, wanted in zip(ours["samples"][name], expected["samples"][name], strict=True):
-            assert got["arguments"] == wanted["arguments"]
-            for mine, yours in zip(got["resps"], wanted["resps"], strict=True):
-                check(name, mine[0], yours[0], flags)
-        for metric, value in expected["results"][name].items():
-            if isinstance(value, float):
-                assert ours["results"][name][metric] == pytest.approx(value, rel=1e-4), metric
-    assert flags == {True, False}
-
-
-def check(name: str, got, expected, flags: set[bool]) -> None:
-    if name == "local_continue":
-        assert got == expected
-        return
-    if name != "local_text":
-        assert got[1] == expected[1]
-        flags.add(got[1])
-        got, expected = got[0], expected[0]
-    # fp32 logits of both are off by up to 5e-5, a term of the sum by twice that, and there are
-    # up to 200; errors of other signs cancel.
-    assert abs(got - expected) < 2e-3
 
 
 def test_the_command_says_what_is_wrong(own_tasks_only, bytes_checkpoint, folder, tmp_path, capsys):
