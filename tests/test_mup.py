@@ -31,8 +31,6 @@ SMALL = dataclasses.replace(
 M1 = dataclasses.replace(SMALL, mup_width_scale=1.0)
 DECAYS = ("original", "coupled", "independent")
 MAKES = (mup.adamw, mup.lion, mup.muon)
-# Compiling dwarfs everything here: half the time at the same results.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 # The groups ---------------------------------------------------------------------------------------
@@ -104,7 +102,7 @@ def test_three_steps_of_the_original(case):
         clip_norm=None,
     )
 
-    @fast_jit
+    @jax.jit
     def step(params, state, ids):
         def loss_fn(p):
             return next_token_loss(case.model, p, ids).mean
@@ -161,7 +159,7 @@ def run(tx, params, steps, grads=descend):
         updates, state = tx.update(grads(params, i), state, params)
         return optax.apply_updates(params, updates), state
 
-    return fast_jit(lambda p: jax.lax.fori_loop(0, steps, step, (p, tx.init(p))))(params)
+    return jax.jit(lambda p: jax.lax.fori_loop(0, steps, step, (p, tx.init(p))))(params)
 
 
 def assert_equal(a, b, tolerance=0.0):
@@ -277,7 +275,7 @@ def test_muon_against_numpy_layer_by_layer(rms):
     tx = mup.muon(1.0, SMALL, consistent_rms=rms, weight_decay=0.0, clip_norm=None)
     params = start(SMALL)
 
-    @fast_jit
+    @jax.jit
     def two_steps(params):
         grads = [descend(params, i) for i in range(2)]
         _, state = tx.update(grads[0], tx.init(params), params)
@@ -354,7 +352,7 @@ def test_clipping_is_of_the_global_norm():
         tx = mup.adamw(1.0, SMALL, eps=1.0, clip_norm=clip_norm)  # eps makes the size matter
         return tx.update(grads, tx.init(params), params)[0]
 
-    @fast_jit
+    @jax.jit
     def updates(params):
         grads = descend(params, 0)
         norm = optax.tree.norm(grads)
@@ -398,7 +396,7 @@ def test_under_multi_steps_and_inject_hyperparams(make):
 def test_injected_learning_rate_is_used():
     tx = optax.inject_hyperparams(mup.adamw)(learning_rate=1e-2, config=SMALL)
 
-    @fast_jit
+    @jax.jit
     def steps(params):
         state = tx.init(params)
         grads = descend(params, 0)
@@ -587,7 +585,7 @@ def test_completep_slows_what_is_in_layers(make):
         for alpha in (0.5, 1.0)
     )
 
-    @fast_jit
+    @jax.jit
     def updates(params):
         grads = descend(params, 0)
         return [tx.update(grads, tx.init(params), params)[0] for tx in (slow, full)]
@@ -623,7 +621,7 @@ def movement(n_layer, base_layers):
     model, ids = BTLM(config), np.random.default_rng(0).integers(64, size=(4, 32))
     tx = mup.adamw(2.0**-5, config, decay="coupled")
 
-    @fast_jit
+    @jax.jit
     def after(params, steps):
         def step(_, carry):
             params, state = carry
@@ -677,7 +675,7 @@ def on_mesh():
     mesh = make_mesh(fsdp=2, tensor=4)
     model = BTLM(PADDED, compute_dtype=jnp.float32)
     ids = jax.random.randint(jax.random.key(1), (4, 16), 0, 509)
-    grads = fast_jit(jax.grad(lambda params: next_token_loss(model, params, ids).mean))
+    grads = jax.jit(jax.grad(lambda params: next_token_loss(model, params, ids).mean))
     return mesh, model.init(jax.random.key(0), mesh=mesh), grads
 
 
@@ -697,13 +695,13 @@ def test_padding_stays_zero(make):
     assert weights.check(params, PADDED) == {"vocab": 512, "mlp": 172}
     tx = make(1e-2, PADDED)
 
-    @fast_jit
+    @jax.jit
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     with jax.set_mesh(mesh):
-        after, state = params, fast_jit(tx.init)(params)
+        after, state = params, jax.jit(tx.init)(params)
         for _ in range(2):
             after, state = step(after, state, grads(after))
     for (inside, padding), (before, _) in zip(split(after), split(params), strict=True):
@@ -726,7 +724,7 @@ def test_sharded_is_single_device(make):
 
 def test_group_norms():
     mesh, params, grads = on_mesh()
-    norms = fast_jit(lambda tree: mup.group_norms(tree, PADDED))
+    norms = jax.jit(lambda tree: mup.group_norms(tree, PADDED))
     with jax.set_mesh(mesh):
         tree = grads(params)
         got = norms(tree)
