@@ -68,7 +68,9 @@ class Part:
 
 def parts(platform: str) -> list[Part]:
     """What `benchmarks.toml` holds for a platform ("cpu", "gpu", "tpu"), in its order."""
-    text = importlib.resources.files(__package__).joinpath("benchmarks.toml").read_text("utf-8")
+    text = (
+        importlib.resources.files("btlm_jax.train").joinpath("benchmarks.toml").read_text("utf-8")
+    )
     here = "cpu" if platform == "cpu" else "accelerator"
     found = [
         Part(**(part | {name: tuple(part.get(name, ())) for name in ("commands", "pictures")}))
