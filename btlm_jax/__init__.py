@@ -13,49 +13,49 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from btlm_jax import convert as convert
-    from btlm_jax import mup as mup
-    from btlm_jax.checkpoint import load as load
-    from btlm_jax.checkpoint import save as save
+    from btlm_jax.checkpoint.checkpoint import load as load
+    from btlm_jax.checkpoint.checkpoint import save as save
     from btlm_jax.config import AlibiScaling as AlibiScaling
     from btlm_jax.config import BTLMConfig as BTLMConfig
-    from btlm_jax.generation.api import generate as generate
+    from btlm_jax.data.tokenizer import load_tokenizer as load_tokenizer
     from btlm_jax.generation.batch import generate_batch as generate_batch
+    from btlm_jax.generation.generate import generate as generate
     from btlm_jax.generation.pipeline import pipeline as pipeline
     from btlm_jax.generation.prompt_cache import PromptCache as PromptCache
     from btlm_jax.generation.scoring import score as score
     from btlm_jax.generation.streaming import stream as stream
-    from btlm_jax.kv_cache import KVCache as KVCache
-    from btlm_jax.loss import next_token_loss as next_token_loss
-    from btlm_jax.model import BTLM as BTLM
-    from btlm_jax.sharding import make_mesh as make_mesh
-    from btlm_jax.tokenizer import load_tokenizer as load_tokenizer
-    from btlm_jax.weights import fold_completep as fold_completep
+    from btlm_jax.model import mup as mup
+    from btlm_jax.model.btlm import BTLM as BTLM
+    from btlm_jax.model.kv_cache import KVCache as KVCache
+    from btlm_jax.model.loss import next_token_loss as next_token_loss
+    from btlm_jax.model.sharding import make_mesh as make_mesh
+    from btlm_jax.model.weights import fold_completep as fold_completep
 
 _HOME = {
     "AlibiScaling": "config",
-    "BTLM": "model",
+    "BTLM": "model.btlm",
     "BTLMConfig": "config",
-    "KVCache": "kv_cache",
+    "KVCache": "model.kv_cache",
     "PromptCache": "generation.prompt_cache",
-    "fold_completep": "weights",
-    "generate": "generation.api",
+    "fold_completep": "model.weights",
+    "generate": "generation.generate",
     "generate_batch": "generation.batch",
-    "load": "checkpoint",
-    "load_tokenizer": "tokenizer",
-    "make_mesh": "sharding",
-    "next_token_loss": "loss",
+    "load": "checkpoint.checkpoint",
+    "load_tokenizer": "data.tokenizer",
+    "make_mesh": "model.sharding",
+    "next_token_loss": "model.loss",
     "pipeline": "generation.pipeline",
-    "save": "checkpoint",
+    "save": "checkpoint.checkpoint",
     "score": "generation.scoring",
     "stream": "generation.streaming",
 }
-_MODULES = ("convert", "mup")
+_MODULES = {"convert": "convert", "mup": "model.mup"}
 __all__ = ["__version__", *_MODULES, *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return importlib.import_module(f"btlm_jax.{name}")
+        return importlib.import_module(f"btlm_jax.{_MODULES[name]}")
     if name in _HOME:
         return getattr(importlib.import_module(f"btlm_jax.{_HOME[name]}"), name)
     raise AttributeError(f"module 'btlm_jax' has no attribute {name!r}")

@@ -6,17 +6,18 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from btlm_jax import checkpoint, manifest, paths, weights
+from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import BTLM
-from btlm_jax.tokenizer import home_of, load_tokenizer
+from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.convert.to_mesh import load_hf
+from btlm_jax.convert.to_orbax import read_config
+from btlm_jax.data.tokenizer import home_of, load_tokenizer
+from btlm_jax.model import weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.utils import paths
 
-from .hf_source import open_hf
-from .onto_mesh import load_hf
-from .to_orbax import read_config
 
-
-def is_hf(source: manifest.PathLike) -> bool:
+def is_hf(source: metadata.PathLike) -> bool:
     """Whether a source is to be opened as Hugging Face files, not as an Orbax checkpoint.
 
     It is if it is a local directory with a config.json, or if there is nothing of this name: then
@@ -29,16 +30,16 @@ def is_hf(source: manifest.PathLike) -> bool:
     return not paths.is_remote(place) and (not place.exists() or (place / "config.json").is_file())
 
 
-def config_of(source: manifest.PathLike) -> BTLMConfig:
+def config_of(source: metadata.PathLike) -> BTLMConfig:
     """The configuration of a checkpoint of either format, with its stored ALiBi slopes.
 
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `open_hf`, `read_config`, `manifest.read`.
     """
-    return read_config(open_hf(source)) if is_hf(source) else manifest.read(source).config
+    return read_config(open_hf(source)) if is_hf(source) else metadata.read(source).config
 
 
-def tokenizer_of(source: manifest.PathLike) -> Tokenizer | None:
+def tokenizer_of(source: metadata.PathLike) -> Tokenizer | None:
     """The tokenizer that a checkpoint of either format carries; None if it carries none.
 
     Raises:
@@ -52,7 +53,7 @@ def tokenizer_of(source: manifest.PathLike) -> Tokenizer | None:
 
 
 def load(
-    source: manifest.PathLike,
+    source: metadata.PathLike,
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,

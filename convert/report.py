@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from btlm_jax import byte_size, weights
+from btlm_jax.model import weights
+from btlm_jax.utils import byte_size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
-from btlm_jax import array_files, byte_size
+from btlm_jax.checkpoint import zarr
+from btlm_jax.utils import byte_size
 
 # What a thread holds: a block in hand and one on its way to or from the disk, each with the copies
 # that coding and writing make of it.
@@ -16,7 +17,7 @@ _BLOCKS_PER_WORKER = 5
 _MOST = 2 + (os.cpu_count() or 1)
 
 
-def workers(max_memory: int, largest_block: int = array_files.BLOCK_BYTES) -> int:
+def workers(max_memory: int, largest_block: int = zarr.BLOCK_BYTES) -> int:
     """How many threads may work on blocks at once.
 
     Args:

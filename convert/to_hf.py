@@ -17,15 +17,17 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from btlm_jax import __version__, alibi, manifest, paths, staging, weights
-from btlm_jax.byte_size import DEFAULT_MEMORY
-from btlm_jax.progress import Progress
-
-from .hf_config import config_json, generation_config
-from .parallel import for_each, workers
-from .report import Report, digest, peak_rss
-from .safetensors_file import WRITER, SafetensorsFile, Tensor, plan
-from .to_orbax import SLOPES
+from btlm_jax import __version__
+from btlm_jax.checkpoint import metadata
+from btlm_jax.convert.hf.export_config import config_json, generation_config
+from btlm_jax.convert.hf.safetensors_writer import WRITER, SafetensorsFile, Tensor, plan
+from btlm_jax.convert.report import Report, digest, peak_rss
+from btlm_jax.convert.threads import for_each, workers
+from btlm_jax.convert.to_orbax import SLOPES
+from btlm_jax.model import alibi, weights
+from btlm_jax.utils import atomic, paths
+from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def export(
-    source: manifest.PathLike,
+    source: metadata.PathLike,
     target: str | os.PathLike[str],
     *,
     max_shard_bytes: int = DEFAULT_SHARD,
@@ -72,8 +74,8 @@ def export(
         )
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
-    staging.refuse_existing(target, overwrite=overwrite, ours=is_ours)
-    meta = manifest.read(source)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=is_ours)
+    meta = metadata.read(source)
     if meta.quantization is not None:
         raise ValueError(
             f"{source} is quantised ({meta.quantization}), which the original code cannot read: "
@@ -92,11 +94,11 @@ def export(
     shards = plan(tensors, max_shard_bytes)
     names = _names(len(shards))
     key = _key(meta, names, shards)
-    with staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
+    with atomic.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
         content = Path(stage.content)
         todo = [t for t in tensors if t.name not in stage.finished]
         total, left = (sum(t.nbytes for t in ts) for ts in (tensors, todo))
-        staging.require_space(target, left)
+        atomic.require_space(target, left)
         files = {
             name: SafetensorsFile(content / name, shard, __version__)
             for name, shard in zip(names, shards, strict=True)
@@ -119,7 +121,7 @@ def export(
                 sha256 = file_of[name].write(name, blocks()).sha256
                 recorded = meta.sha256.get(leaves[name].path) if name in leaves else None
                 if recorded is not None and sha256 != recorded:
-                    raise manifest.damaged(
+                    raise metadata.damaged(
                         meta.path, f"{name}: its bytes do not match the recorded SHA-256"
                     )
                 stage.record(name, {"sha256": sha256})
@@ -141,7 +143,7 @@ def export(
     )
 
 
-def is_ours(path: manifest.PathLike) -> bool:
+def is_ours(path: metadata.PathLike) -> bool:
     """Whether a directory is an export we wrote: every weight file says so."""
     files = list(Path(path).glob("*.safetensors"))
     try:
@@ -156,9 +158,9 @@ def _names(count: int) -> list[str]:
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def _key(meta: manifest.Metadata, names: list[str], shards: list[list[Tensor]]) -> dict[str, Any]:
+def _key(meta: metadata.Metadata, names: list[str], shards: list[list[Tensor]]) -> dict[str, Any]:
     """What must be the same for an interrupted export to be continued."""
-    mark = (meta.path / manifest.MARK).read_bytes()
+    mark = (meta.path / metadata.MARK).read_bytes()
     return {
         "by": f"export {__version__}",
         "checkpoint": hashlib.sha256(mark).hexdigest(),
@@ -167,7 +169,7 @@ def _key(meta: manifest.Metadata, names: list[str], shards: list[list[Tensor]]) 
 
 
 def _small_files(
-    meta: manifest.Metadata,
+    meta: metadata.Metadata,
     config: dict[str, Any],
     content: epath.Path,
     names: list[str],
@@ -175,12 +177,12 @@ def _small_files(
 ) -> None:
     _write_json(content / "config.json", config)
     _write_json(content / "generation_config.json", generation_config(meta.config))
-    for file in manifest.assets_of(meta.path):
+    for file in metadata.assets_of(meta.path):
         data = file.read_bytes()
         recorded = meta.asset_sha256.get(file.name)
         if recorded is not None and hashlib.sha256(data).hexdigest() != recorded:
-            raise manifest.damaged(meta.path, f"{file.name} does not match the recorded SHA-256")
-        staging.write_bytes(content / file.name, data)
+            raise metadata.damaged(meta.path, f"{file.name} does not match the recorded SHA-256")
+        atomic.write_bytes(content / file.name, data)
     _mention_missing_code(content)
     if len(names) > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
@@ -190,7 +192,7 @@ def _small_files(
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-    staging.write_text(path, json.dumps(value, indent=2) + "\n")
+    atomic.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _mention_missing_code(stage: epath.Path) -> None:
@@ -206,7 +208,7 @@ def _mention_missing_code(stage: epath.Path) -> None:
         )
 
 
-def slopes_tensor(meta: manifest.Metadata) -> np.ndarray:
+def slopes_tensor(meta: metadata.Metadata) -> np.ndarray:
     """The slopes [H, 1], in the dtype they were read in, else the narrowest that holds them.
 
     Fresh models have exact slopes, written as fp32, in which the model uses them.

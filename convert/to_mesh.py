@@ -12,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from btlm_jax import layerwise, sharding, weights
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-
-from .hf_source import HFSource, open_hf
-from .to_orbax import read_config
+from btlm_jax.checkpoint import unstacked
+from btlm_jax.convert.hf.source import HFSource, open_hf
+from btlm_jax.convert.to_orbax import read_config
+from btlm_jax.model import sharding, weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.utils.progress import Progress
 
 Index = tuple[slice, ...]
 
@@ -68,7 +68,7 @@ def load_hf(
 
             all_leaves = weights.disk_leaves(config)
             dtypes = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in all_leaves}
-            return model, layerwise.load(
+            return model, unstacked.load(
                 config, read, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
             )
         for w in weights.table(config):

@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from btlm_jax import __version__, array_files, checkpoint, manifest, staging, weights
-from btlm_jax.byte_size import DEFAULT_MEMORY
+from btlm_jax import __version__
+from btlm_jax.checkpoint import checkpoint, metadata, zarr
 from btlm_jax.config import BTLMConfig
-from btlm_jax.progress import Progress
-from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
-
-from .hf_source import HFSource, open_hf
-from .parallel import for_each, workers
-from .report import Report, digest, peak_rss
+from btlm_jax.convert.hf.source import HFSource, open_hf
+from btlm_jax.convert.report import Report, digest, peak_rss
+from btlm_jax.convert.threads import for_each, workers
+from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
+from btlm_jax.model import weights
+from btlm_jax.utils import atomic
+from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ IGNORED = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 
 def convert(
     source: str | os.PathLike[str],
-    target: manifest.PathLike,
+    target: metadata.PathLike,
     *,
     revision: str | None = None,
     max_memory: int = DEFAULT_MEMORY,
@@ -64,7 +66,7 @@ def convert(
       OSError: the disk is full or fails.
     """
     began = time.monotonic()
-    staging.refuse_existing(target, overwrite=overwrite, ours=manifest.is_ours)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_ours)
     threads = workers(max_memory)
     hf = open_hf(source, revision=revision)
     config = read_config(hf)
@@ -80,12 +82,12 @@ def convert(
         todo = [leaf for leaf in leaves if not writer.finished(leaf)]
         total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in leaves)
         left = sum(hf.tensors[leaf.hf_name].nbytes for leaf in todo)
-        staging.require_space(target, left)
+        atomic.require_space(target, left)
         with Progress(total, "B", "convert", done=total - left) as progress:
 
             def one(leaf: weights.DiskLeaf) -> None:
                 info = hf.tensors[leaf.hf_name]
-                size = array_files.block_size(leaf.weight.shape, info.dtype.itemsize)
+                size = zarr.block_size(leaf.weight.shape, info.dtype.itemsize)
 
                 def blocks():
                     for block in hf.blocks(leaf.hf_name, size):
@@ -124,7 +126,7 @@ def origin_of(hf: HFSource, source: str | os.PathLike[str], names: list[str]) ->
 def key_of(hf: HFSource) -> dict[str, Any]:
     """What must be the same for an interrupted conversion to be continued."""
     return {
-        "by": f"convert {__version__}, format {manifest.FORMAT}",
+        "by": f"convert {__version__}, format {metadata.FORMAT}",
         "config": hf.config,
         "files": {file.name: list(facts) for file, facts in hf.identities.items()},
     }
@@ -213,6 +215,6 @@ def _same_bits(hf: HFSource, a: str, b: str) -> bool:
         return False
     if one.offset is not None and (one.file, one.offset) == (two.file, two.offset):
         return True  # torch saves tied weights once, under both names
-    size = array_files.BLOCK_BYTES // one.dtype.itemsize
+    size = zarr.BLOCK_BYTES // one.dtype.itemsize
     pairs = zip(hf.blocks(a, size), hf.blocks(b, size), strict=True)
     return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in pairs)

@@ -14,17 +14,19 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from btlm_jax import __version__, array_files, checkpoint, manifest, staging, weights
-from btlm_jax import quantization as q
-from btlm_jax.byte_size import DEFAULT_MEMORY
+from btlm_jax import __version__
+from btlm_jax.checkpoint import checkpoint, metadata, zarr
+from btlm_jax.checkpoint import quantize as q
 from btlm_jax.config import BTLMConfig
-from btlm_jax.progress import Progress
-
-from . import formats
-from .hf_source import open_hf
-from .parallel import for_each, workers_on
-from .report import Report, digest, peak_rss
-from .to_orbax import check_finite, key_of, origin_of, read_config
+from btlm_jax.convert import auto
+from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.convert.report import Report, digest, peak_rss
+from btlm_jax.convert.threads import for_each, workers_on
+from btlm_jax.convert.to_orbax import check_finite, key_of, origin_of, read_config
+from btlm_jax.model import weights
+from btlm_jax.utils import atomic
+from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class _Floats:
 
 def quantise(
     source: str | os.PathLike[str],
-    target: manifest.PathLike,
+    target: metadata.PathLike,
     to: q.Quantization | str,
     *,
     revision: str | None = None,
@@ -85,7 +87,7 @@ def quantise(
     """
     began = time.monotonic()
     to = q.Quantization.parse(to) if isinstance(to, str) else to
-    staging.refuse_existing(target, overwrite=overwrite, ours=manifest.is_ours)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_ours)
     floats = _open(source, revision)
     config = floats.config
     leaves = list(weights.disk_leaves(config))
@@ -104,13 +106,13 @@ def quantise(
     ) as writer:
         done = {x.path for x in stored if writer.finished(x)}
         todo = [x for x in leaves if any(p.path not in done for p in q.parts(x, to))]
-        staging.require_space(target, sum(n for path, n in nbytes.items() if path not in done))
+        atomic.require_space(target, sum(n for path, n in nbytes.items() if path not in done))
         total, left = (sum(map(floats.nbytes, some)) for some in (leaves, todo))
         with Progress(total, "B", "quantise", done=total - left) as progress:
             for_each(todo, lambda leaf: _write(writer, floats, leaf, to, progress), threads)
         records = {x.hf_name: writer.finished(x) or {} for x in stored}
         check_finite(os.fspath(source), records, False)
-    errors = manifest.read(target).errors
+    errors = metadata.read(target).errors
     return Report(
         tensors=len(stored),
         resumed=len(done),
@@ -125,13 +127,13 @@ def quantise(
 
 
 def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
-    if formats.is_hf(source):
+    if auto.is_hf(source):
         hf = open_hf(source, revision=revision)
         config = read_config(hf)
         names = {leaf.path: leaf.hf_name for leaf in weights.disk_leaves(config)}
 
         def from_hf(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
-            return hf.blocks(leaf.hf_name, array_files.block_size(leaf.weight.shape, width))
+            return hf.blocks(leaf.hf_name, zarr.block_size(leaf.weight.shape, width))
 
         return _Floats(
             config,
@@ -146,7 +148,7 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
             f"revision={revision!r} was given with {source}, an Orbax checkpoint, which has none: "
             "drop it"
         )
-    meta = manifest.read(source)
+    meta = metadata.read(source)
     if meta.quantization is not None:
         raise ValueError(
             f"{source} is quantised already ({meta.quantization}): quantise the checkpoint it was "
@@ -160,17 +162,17 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
             yield block
         if hashed.hexdigest() != meta.sha256.get(leaf.path, hashed.hexdigest()):
             why = f"{'/'.join(leaf.path)}: its bytes do not match the recorded SHA-256"
-            raise manifest.damaged(meta.path, why)
+            raise metadata.damaged(meta.path, why)
 
-    mark = (meta.path / manifest.MARK).read_bytes()
+    mark = (meta.path / metadata.MARK).read_bytes()
     return _Floats(
         meta.config,
         {path: np.dtype(leaf.dtype) for path, leaf in meta.leaves.items()},
         from_orbax,
-        manifest.assets_of(meta.path),
+        metadata.assets_of(meta.path),
         {**meta.origin, "source": os.fspath(source)},
         {
-            "by": f"quantise {__version__}, format {manifest.FORMAT}",
+            "by": f"quantise {__version__}, format {metadata.FORMAT}",
             "checkpoint": hashlib.sha256(mark).hexdigest(),
         },
     )
@@ -183,7 +185,7 @@ def _stored_nbytes(leaf: weights.DiskLeaf, floats: _Floats) -> int:
 
 def _held(leaf: weights.DiskLeaf, floats: _Floats, to: q.Quantization) -> int:
     """The bytes that a thread holds at most, to quantise a weight."""
-    block = array_files.BLOCK_BYTES
+    block = zarr.BLOCK_BYTES
     first, *scales = q.parts(leaf, to)
     whole, result = floats.nbytes(leaf), _stored_nbytes(first, floats)
     if leaf.weight.stacked and scales:  # blocks that are read; then the result in two layouts
@@ -245,5 +247,5 @@ def _whole(blocks: Iterator[np.ndarray], leaf: weights.DiskLeaf, floats: _Floats
 
 def _cut(x: np.ndarray, leaf: weights.DiskLeaf) -> Iterator[np.ndarray]:
     """An array in the blocks that `checkpoint.Writer.write` takes."""
-    flat, size = x.reshape(-1), array_files.block_size(leaf.shape, x.dtype.itemsize)
+    flat, size = x.reshape(-1), zarr.block_size(leaf.shape, x.dtype.itemsize)
     yield from (flat[i : i + size] for i in range(0, len(flat), size))

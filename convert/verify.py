@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from btlm_jax import alibi, array_files, manifest, quantization, weights
-from btlm_jax.byte_size import DEFAULT_MEMORY
+from btlm_jax.checkpoint import metadata, quantize, zarr
+from btlm_jax.checkpoint.quantize import Quantization
 from btlm_jax.config import BTLMConfig
-from btlm_jax.progress import Progress
-from btlm_jax.quantization import Quantization
-
-from . import formats
-from .hf_source import HFSource, open_hf
-from .parallel import for_each, workers
-from .report import digest
-from .safetensors_file import SHA256
-from .to_orbax import SLOPES, read_config
+from btlm_jax.convert import auto
+from btlm_jax.convert.hf.safetensors_writer import SHA256
+from btlm_jax.convert.hf.source import HFSource, open_hf
+from btlm_jax.convert.report import digest
+from btlm_jax.convert.threads import for_each, workers
+from btlm_jax.convert.to_orbax import SLOPES, read_config
+from btlm_jax.model import alibi, weights
+from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Opened:
     assets: Mapping[str, bytes]
     asset_sha256: Mapping[str, str]
     rest: Mapping[str, tuple[str | None, Callable[[], str | None]]]
-    largest_block: int = array_files.BLOCK_BYTES
+    largest_block: int = zarr.BLOCK_BYTES
 
     @property
     def disk_leaves(self) -> list[weights.DiskLeaf]:
         """Every tensor."""
-        return list(quantization.disk_leaves(self.config, self.to))
+        return list(quantize.disk_leaves(self.config, self.to))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Verification:
 
 
 def verify(
-    a: manifest.PathLike,
-    b: manifest.PathLike | None = None,
+    a: metadata.PathLike,
+    b: metadata.PathLike | None = None,
     *,
     atol: float | None = None,
     logits: bool = False,
@@ -205,16 +205,16 @@ def _difference(x: np.ndarray, y: np.ndarray) -> tuple[int, float]:
     return unequal, worst
 
 
-def open_any(source: manifest.PathLike) -> Opened:
+def open_any(source: metadata.PathLike) -> Opened:
     """Opens a checkpoint of either format; see `verify`."""
     text = os.fspath(source)
-    if formats.is_hf(source):
+    if auto.is_hf(source):
         return _open_hf(text, open_hf(source))
-    meta = manifest.read(source)
+    meta = metadata.read(source)
     leaves = {leaf.hf_name: leaf for leaf in meta.disk_leaves}
 
     def structure() -> str | None:
-        return manifest.structure_sha256(meta.path, meta.leaves)
+        return metadata.structure_sha256(meta.path, meta.leaves)
 
     return Opened(
         name=text,
@@ -223,7 +223,7 @@ def open_any(source: manifest.PathLike) -> Opened:
         dtypes={name: np.dtype(meta.leaves[leaf.path].dtype) for name, leaf in leaves.items()},
         blocks=meta.blocks,
         sha256={n: meta.sha256[x.path] for n, x in leaves.items() if x.path in meta.sha256},
-        assets={file.name: file.read_bytes() for file in manifest.assets_of(meta.path)},
+        assets={file.name: file.read_bytes() for file in metadata.assets_of(meta.path)},
         asset_sha256=meta.asset_sha256,
         rest={"zarr.json, _METADATA": (meta.structure_sha256, structure)},
         largest_block=meta.largest_block,
@@ -232,7 +232,7 @@ def open_any(source: manifest.PathLike) -> Opened:
 
 def _open_hf(name: str, hf: HFSource) -> Opened:
     def blocks(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
-        return hf.blocks(leaf.hf_name, array_files.block_size(leaf.weight.shape, width))
+        return hf.blocks(leaf.hf_name, zarr.block_size(leaf.weight.shape, width))
 
     recorded: dict[str, str] = {}
     for file in {info.file for info in hf.tensors.values()}:
@@ -316,7 +316,7 @@ def _asset_rows(one: Opened, two: Opened) -> Iterable[tuple[str, str]]:
 
 
 def _logits_rows(
-    a: manifest.PathLike, b: manifest.PathLike, opened: Opened, atol: float | None
+    a: metadata.PathLike, b: metadata.PathLike, opened: Opened, atol: float | None
 ) -> Iterable[tuple[str, str]]:
     """Runs both models, one after the other, on the same random tokens, computing in fp32."""
     length = min(64, opened.config.n_positions)
@@ -335,8 +335,8 @@ def _logits_rows(
     )
 
 
-def _logits(source: manifest.PathLike, tokens: np.ndarray) -> np.ndarray:
+def _logits(source: metadata.PathLike, tokens: np.ndarray) -> np.ndarray:
     # In fp32, because layers of mixed dtypes cannot be stacked otherwise.
-    model, params = formats.load(source, dtype=jnp.float32)
+    model, params = auto.load(source, dtype=jnp.float32)
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     return np.asarray(model.apply(params, tokens))

@@ -9,9 +9,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # `btlm` would otherwise keep programs in the home directory.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
-import cases
 import pytest
 from hypothesis import settings
+
+from support import golden
 
 # JAX reads these when its first device is asked for, which no import does. On a busy machine the
 # threads of 8 devices may wait long for each other; XLA's limit is 40 s.
@@ -20,8 +21,8 @@ _FLAGS = [
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 ]
 # Another level that is asked for stays: `.ci/run` compiles some tests as users do.
-if cases.QUICK_TO_COMPILE.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-    _FLAGS.append(cases.QUICK_TO_COMPILE)
+if golden.QUICK_TO_COMPILE.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+    _FLAGS.append(golden.QUICK_TO_COMPILE)
 for _flag in _FLAGS:
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
@@ -40,10 +41,10 @@ def _forget_programs():
         sys.modules["jax"].clear_caches()
 
 
-@pytest.fixture(params=cases.NAMES)
-def case(request) -> cases.Case:
+@pytest.fixture(params=golden.NAMES)
+def case(request) -> golden.Case:
     """Each golden case in turn."""
-    return cases.load(request.param)
+    return golden.load(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +63,7 @@ def checkpoint_dir(tmp_path):
     """A small checkpoint with a tokenizer, as the converter makes it."""
     from btlm_jax.convert import convert
 
-    source = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"), tokenizer=True)
+    source = golden.write_hf(tmp_path / "hf", golden.load("a2_btlm_mup_h32"), tokenizer=True)
     convert(source, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 

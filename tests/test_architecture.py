@@ -7,64 +7,37 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-# A module imports only from those before it; `cli` may import anything when a command runs.
-ORDER = [
-    "byte_size",
-    "columns",
-    "chips",
-    "hlo",
-    "compilation",
-    "paths",
-    "progress",
-    "plots",
-    "scaling",
-    "staging",
-    "array_files",
-    "presets",
+# A folder imports only from itself and from folders before it; `cli` may import anything when a
+# command runs. `config` stands for the modules that lie directly in `btlm_jax`.
+FOLDERS = [
+    "utils",
     "config",
-    "alibi",
-    "kernels",
-    "weights",
-    "quantization",
-    "tokenizer",
-    "mup",
-    "sharding",
-    "layerwise",
-    "products",
-    "context",
-    "remat",
-    "attention_xla",
-    "attention_fused",
-    "attention",
-    "kv_cache",
-    "spec",
-    "layers",
+    "scaling",
     "model",
-    "loss",
-    "manifest",
+    "data",
     "checkpoint",
     "generation",
     "evaluation",
-    "accounting",
-    "comparison",
-    "comparison_report",
-    "roofline",
+    "perf",
+    "mup_study",
     "convert",
     "train",
+    "cli",
 ]
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "matplotlib", "huggingface_hub"}
 
 
-def modules():
+def modules() -> list[tuple[str, Path]]:
+    """Returns (folder, path) of every module of the package but its `__init__`."""
+    found = []
     for path in sorted((ROOT / "btlm_jax").rglob("*.py")):
-        name = path.relative_to(ROOT / "btlm_jax").parts[0].removesuffix(".py")
-        if name not in ("__init__", "cli"):
-            yield name, path
+        parts = path.relative_to(ROOT / "btlm_jax").parts
+        if parts != ("__init__.py",):
+            found.append((parts[0] if len(parts) > 1 else "config", path))
     for folder in ("convert", "train"):
-        yield from ((folder, path) for path in sorted((ROOT / folder).glob("*.py")))
+        found += [(folder, path) for path in sorted((ROOT / folder).rglob("*.py"))]
+    return found
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:
@@ -82,17 +55,39 @@ def imported(path: Path, top_level_only: bool = False) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name, path", list(modules()), ids=lambda x: str(x).split("/")[-1])
-def test_imports_point_upwards(name, path):
-    ours = {n.split(".")[1] for n in imported(path) if n.startswith("btlm_jax.")} - {"__version__"}
-    later = ORDER[ORDER.index(name) + 1 :]
-    assert not ours & set(later), f"{path} imports from below itself"
-    assert ours <= set(ORDER), f"{path} imports a module the map does not know"
+def folder_of(name: str) -> str | None:
+    """Returns the folder of an imported module; None for other packages and public names."""
+    parts = name.split(".")
+    if parts[0] != "btlm_jax" or len(parts) < 2:
+        return None
+    if (ROOT / "btlm_jax" / f"{parts[1]}.py").exists():
+        return "config"
+    return parts[1] if parts[1] in FOLDERS else None
 
 
-@pytest.mark.parametrize("name, path", list(modules()), ids=lambda x: str(x).split("/")[-1])
-def test_heavy_packages_are_imported_lazily(name, path):
-    assert not {n.split(".")[0] for n in imported(path, top_level_only=True)} & HEAVY
+def test_folders_import_only_from_folders_below_them():
+    for folder, path in modules():
+        if folder != "cli":
+            allowed = FOLDERS[: FOLDERS.index(folder) + 1]
+            used = {found for name in imported(path) if (found := folder_of(name))}
+            assert used <= set(allowed), f"{path} imports from {used - set(allowed)}"
+
+
+def test_imports_are_absolute():
+    for _, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}:{node.lineno}"
+
+
+def test_no_two_modules_share_a_base_name():
+    stems = [path.stem for _, path in modules() if not path.stem.startswith("__")]
+    assert len(stems) == len(set(stems)), sorted({s for s in stems if stems.count(s) > 1})
+
+
+def test_heavy_packages_are_imported_lazily():
+    for _, path in modules():
+        heavy = {n.split(".")[0] for n in imported(path, top_level_only=True)} & HEAVY
+        assert not heavy, f"{path} imports {heavy} at the top"
 
 
 def test_only_layers_imports_flax():

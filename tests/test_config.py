@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import cases
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from btlm_jax import AlibiScaling, BTLMConfig
 from btlm_jax.config import PRESETS
+from support import golden
 
-LEGACY = json.loads((cases.GOLDEN / "legacy_configs.json").read_text())
+LEGACY = json.loads((golden.GOLDEN / "legacy_configs.json").read_text())
 FLAVOURS = [k for k in LEGACY if not k.startswith("_")]
 
 
@@ -58,9 +58,9 @@ def test_presets_round_trip(name):
     assert BTLMConfig.from_hf(json.loads(json.dumps(c.to_hf()))) == c
 
 
-@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize("name", golden.NAMES)
 def test_golden_configs_round_trip(name, tmp_path):
-    raw = cases.load(name).hf_config
+    raw = golden.load(name).hf_config
     c = BTLMConfig.from_hf(raw)
     (tmp_path / "config.json").write_text(json.dumps(c.to_hf()))
     assert BTLMConfig.from_hf(tmp_path) == BTLMConfig.from_hf(tmp_path / "config.json") == c

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from btlm_jax.train import recipe_file
 from nbclient import NotebookClient
+
+from btlm_jax.train import recipe_file
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("01_convert_generate_stream", "02_finetune", "03_mup", "04_long_context")

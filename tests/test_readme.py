@@ -12,10 +12,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from btlm_jax.train import manual
-from btlm_jax.train.metrics import read_lines
 
 from btlm_jax import cli
+from btlm_jax.data import sample_text
+from btlm_jax.train.metrics import read_lines
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,7 +53,7 @@ def test_own_text(tmp_path):
     (block,) = [text for lang, text in BLOCKS if "--new-tokenizer" in text]
     tokenize, train, generate = (shlex.split(line) for line in block.splitlines())
     (stated,) = re.findall(r"held-out loss of ([\d.]+) ± ([\d.]+) nats", README)
-    (tmp_path / "text.txt").write_text(manual.text())
+    (tmp_path / "text.txt").write_text(sample_text.text())
 
     def start(command: list[str]) -> subprocess.Popen:
         module = [sys.executable, "-m", "btlm_jax.cli", *command[1:]]

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .permutation import mix, permute
-from .token_shards import TokenShards
+from btlm_jax.data.token_shards import TokenShards
+from btlm_jax.train.permutation import mix, permute
 
 Rows = Callable[[int], Sequence[int] | np.ndarray]
 

@@ -22,12 +22,13 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax import checkpoint, manifest, sharding, staging, weights
+from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import BTLM
-
-from .distributed import anywhere, barrier
-from .step import TrainState, abstract_state
+from btlm_jax.model import sharding, weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.train.distributed import anywhere, barrier
+from btlm_jax.train.step import TrainState, abstract_state
+from btlm_jax.utils import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +65,12 @@ class Checkpoints:
         A save that is still being written is waited for. An error of an earlier one is raised here.
         """
         items: dict[str, Any] = {
-            manifest.ITEM: weights.unflatten(
+            metadata.ITEM: weights.unflatten(
                 checkpoint.unstack(config, weights.flatten(state.params))
             ),
             _OPTIMIZER: _stored(config, state),
         }
-        notes: Any = manifest.notes(config, {**origin, "step": step}, {}, {}, None)
+        notes: Any = metadata.notes(config, {**origin, "step": step}, {}, {}, None)
         self._writer.save_checkpointables_async(step, items, force=True, custom_metadata=notes)
 
     def require_space(self, state: TrainState, to_come: Iterable[int]) -> None:
@@ -82,7 +83,7 @@ class Checkpoints:
         passing = len(steps) - len(staying)
         more = max(self._keep_last + 1 - len(self.steps()), 1)
         size = sum(x.nbytes for x in jax.tree.leaves(state))
-        staging.require_space(self.directory, size * (len(staying) + min(passing, more)))
+        atomic.require_space(self.directory, size * (len(staying) + min(passing, more)))
 
     def steps(self) -> list[int]:
         """Of the complete checkpoints, ascending."""
@@ -102,7 +103,7 @@ class Checkpoints:
 
     def restore_newest(
         self, model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None
-    ) -> tuple[TrainState, manifest.Metadata] | None:
+    ) -> tuple[TrainState, metadata.Metadata] | None:
         """The state of the newest checkpoint that can be read; None if there is none.
 
         A damaged one is reported and the one before is taken; only then is the damaged one renamed
@@ -117,7 +118,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 found, why = restore(self.path(step), model, tx, mesh), None
-            except (manifest.Damaged, FileNotFoundError) as e:
+            except (metadata.Damaged, FileNotFoundError) as e:
                 found, why = None, e
             # Each process reads its own parts: damage may show in one and not in another.
             if not anywhere(why is not None):
@@ -151,14 +152,14 @@ class Checkpoints:
 
 def restore(
     path: Path, model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None
-) -> tuple[TrainState, manifest.Metadata]:
+) -> tuple[TrainState, metadata.Metadata]:
     """Reads a training checkpoint onto a device or mesh.
 
     Raises:
       FileNotFoundError, ValueError: no checkpoint, a damaged one, or one of another model or
         optimizer.
     """
-    meta = manifest.read(path)
+    meta = metadata.read(path)
     if meta.config != model.config:
         raise ValueError(f"{path} is of another model: {meta.config}, expected {model.config}")
     config = model.config
@@ -168,7 +169,7 @@ def restore(
 
     stored = {leaf_path: leaf.dtype for leaf_path, leaf in meta.leaves.items()}
     wanted: dict[str, Any] = {
-        manifest.ITEM: checkpoint.request(config, stored, placed, pad),
+        metadata.ITEM: checkpoint.request(config, stored, placed, pad),
         _OPTIMIZER: {},
     }
     for name, part in parts.items():
@@ -187,7 +188,7 @@ def restore(
     _check_optimizer(path, wanted[_OPTIMIZER])
     found = checkpoint.restore(meta.path, wanted)
 
-    params = checkpoint.stack(config, weights.flatten(found[manifest.ITEM]), placed)
+    params = checkpoint.stack(config, weights.flatten(found[metadata.ITEM]), placed)
     optimizer = found[_OPTIMIZER]
     for name, part in parts.items():
         if isinstance(part, Mapping):
@@ -259,12 +260,12 @@ def _check_optimizer(path: Path, wanted: Mapping[str, Any]) -> None:
     """Raises ValueError if the stored optimizer state is not what the recipe's optimizer has."""
     try:
         found: Any = ocp.checkpointables_metadata(os.fspath(path)).metadata[_OPTIMIZER]
-    except manifest.NOT_DAMAGE:
+    except metadata.NOT_DAMAGE:
         raise
     except Exception as e:
-        raise manifest.damaged(epath.Path(path), f"its optimizer state cannot be read: {e}") from e
+        raise metadata.damaged(epath.Path(path), f"its optimizer state cannot be read: {e}") from e
     if found is None:
-        raise manifest.Damaged(
+        raise metadata.Damaged(
             f"{path} holds no optimizer state: start from it with model.checkpoint"
         )
     have = {p: tuple(x.shape) for p, x in weights.flatten(found).items()}

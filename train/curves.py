@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm_jax import weights
+from btlm_jax.model import weights
 from btlm_jax.scaling import collapse
 from btlm_jax.scaling.timescale import timescale
-
-from .metrics import FILE, read_lines
-from .recipe import Recipe
-from .recipe_file import parse
-from .run_directory import RECIPE
+from btlm_jax.train.metrics import FILE, read_lines
+from btlm_jax.train.recipe import Recipe
+from btlm_jax.train.recipe_file import parse
+from btlm_jax.train.run_directory import RECIPE
 
 logger = logging.getLogger(__name__)
 

@@ -9,21 +9,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from btlm_jax import sharding
+from btlm_jax.model import sharding
+from btlm_jax.train import batches as batches_lib
+from btlm_jax.train.recipe import Recipe
 
-from . import data
-from .recipe import Recipe
 
-
-def reader(recipe: Recipe, sources: list[data.Source]) -> data.Batches:
+def reader(recipe: Recipe, sources: list[batches_lib.Source]) -> batches_lib.Batches:
     """The batches of a recipe.
 
     Raises:
       FileNotFoundError, ValueError: as `data.Batches`.
     """
-    return data.Batches(
+    return batches_lib.Batches(
         sources,
-        [data.Phase(p.steps, p.batch_size, p.length) for p in recipe.phases],
+        [batches_lib.Phase(p.steps, p.batch_size, p.length) for p in recipe.phases],
         seed=recipe.run.seed,
         mask_documents=recipe.data.mask_documents,
         shuffle=recipe.data.shuffle,
@@ -31,7 +30,7 @@ def reader(recipe: Recipe, sources: list[data.Source]) -> data.Batches:
 
 
 def batches_on(
-    recipe: Recipe, batches: data.Batches, mesh: Mesh, start: int
+    recipe: Recipe, batches: batches_lib.Batches, mesh: Mesh, start: int
 ) -> Iterator[tuple[jax.Array, ...]]:
     """The global batches as device arrays [A, B, T + 1], each process reading its own rows.
 

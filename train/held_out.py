@@ -9,13 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from btlm_jax import sharding
-from btlm_jax.model import BTLM
-
-from .metrics import MetricsLog
-from .recipe import Recipe
-from .step import TrainState, make_eval_step
-from .token_shards import TokenShards
+from btlm_jax.data.token_shards import TokenShards
+from btlm_jax.model import sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.train.metrics import MetricsLog
+from btlm_jax.train.recipe import Recipe
+from btlm_jax.train.step import TrainState, make_eval_step
 
 logger = logging.getLogger(__name__)
 

@@ -17,29 +17,29 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from btlm_jax.convert import formats
 from jax.sharding import Mesh
 
-from btlm_jax import mup, plots, sharding, weights
-from btlm_jax.compilation import compilations
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-from btlm_jax.tokenizer import load_tokenizer, same_ids
-
-from . import data
-from .checkpoints import Checkpoints
-from .distributed import agreed
-from .evaluation import Evaluation
-from .feed import batches_on, prefetch, reader
-from .metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
-from .profiling import Profile
-from .recipe import Phase, Recipe
-from .recipe_file import to_dict
-from .run_directory import claim
-from .step import Metrics, TrainState, init_state, make_step, offloaded
-from .stopping import StopSignal
-from .token_shards import TokenShards
+from btlm_jax.convert import auto
+from btlm_jax.data.token_shards import TokenShards
+from btlm_jax.data.tokenizer import load_tokenizer, same_ids
+from btlm_jax.model import mup, sharding, weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.train import batches as batches_lib
+from btlm_jax.train.checkpoints import Checkpoints
+from btlm_jax.train.distributed import agreed
+from btlm_jax.train.feed import batches_on, prefetch, reader
+from btlm_jax.train.held_out import Evaluation
+from btlm_jax.train.metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
+from btlm_jax.train.preemption import StopSignal
+from btlm_jax.train.profiling import Profile
+from btlm_jax.train.recipe import Phase, Recipe
+from btlm_jax.train.recipe_file import to_dict
+from btlm_jax.train.run_directory import claim
+from btlm_jax.train.step import Metrics, TrainState, init_state, make_step, offloaded
+from btlm_jax.utils import plots
+from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -224,13 +224,13 @@ def _open_data(recipe: Recipe) -> tuple[list[TokenShards], TokenShards | None]:
     return [TokenShards(d) for d in folders], TokenShards(Path(held)) if held else None
 
 
-def _sources(recipe: Recipe) -> list[data.Source]:
+def _sources(recipe: Recipe) -> list[batches_lib.Source]:
     parent = Path(recipe.data.train)
     if recipe.data.mixture is not None:
-        return data.mixture_sources(parent, recipe.data.mixture)
+        return batches_lib.mixture_sources(parent, recipe.data.mixture)
     if recipe.data.weights:
-        return [data.Source(parent / name, w) for name, w in recipe.data.weights.items()]
-    return [data.Source(parent)]
+        return [batches_lib.Source(parent / name, w) for name, w in recipe.data.weights.items()]
+    return [batches_lib.Source(parent)]
 
 
 def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
@@ -239,7 +239,7 @@ def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
     if source is None:
         key = jax.random.key(recipe.run.seed)
         return model.init(key, mesh=mesh, truncation=recipe.model.init_truncation)
-    _, params = formats.load(source, mesh=mesh, dtype=jnp.float32)
+    _, params = auto.load(source, mesh=mesh, dtype=jnp.float32)
     if weights.is_by_layer(params):
         raise ValueError(
             f"model.checkpoint: {source} is quantised, and only floats can be trained: name the "
@@ -287,7 +287,7 @@ def _check(
     if len({t.manifest.tokenizer_sha256 for t in [*sources, *([held] if held else [])]}) > 1:
         problems.append("data: the directories were made with different tokenizers")
     start = recipe.model.checkpoint
-    known = formats.tokenizer_of(start) if start is not None else None
+    known = auto.tokenizer_of(start) if start is not None else None
     if known is not None and not same_ids(known, load_tokenizer(sources[0].directory)):
         problems.append(
             f"data.train: {sources[0].directory} was made with another tokenizer than that of "
@@ -352,7 +352,7 @@ def _stop_if_bad(recipe: Recipe, done: tuple[int, Phase, Metrics], keeper: Check
 
 
 def _sample(recipe: Recipe, model: BTLM, state: TrainState, directory: Path, step: int) -> None:
-    from btlm_jax.generation.api import generate
+    from btlm_jax.generation.generate import generate
 
     tokenizer = load_tokenizer(directory)
     ids = np.array([tokenizer.encode(recipe.run.prompt).ids])

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from btlm_jax import accounting, chips
 from btlm_jax.config import BTLMConfig
+from btlm_jax.perf import accounting, chips
 
 logger = logging.getLogger(__name__)
 

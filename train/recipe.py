@@ -10,13 +10,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from btlm_jax.convert import formats
 
 from btlm_jax import config as config_lib
-from btlm_jax import mup, sharding
 from btlm_jax.config import AlibiScaling, BTLMConfig
-from btlm_jax.model import BTLM
-from btlm_jax.remat import Remat
+from btlm_jax.convert import auto
+from btlm_jax.model import mup, sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Recipe:
         else:
             assert self.model.checkpoint is not None  # exactly one of the three is set
             try:
-                base = formats.config_of(self.model.checkpoint)
+                base = auto.config_of(self.model.checkpoint)
             except FileNotFoundError as e:
                 raise FileNotFoundError(f"model.checkpoint: {e}") from None
         known = {f.name for f in dataclasses.fields(BTLMConfig)}

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from .recipe import Recipe, nearest
+from btlm_jax.train.recipe import Recipe, nearest
 
 FOLDER = Path(__file__).parent / "recipes"
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from btlm_jax import manifest, staging
-
-from .distributed import agreed, gather
+from btlm_jax.checkpoint import metadata
+from btlm_jax.train.distributed import agreed, gather
+from btlm_jax.utils import atomic
 
 RECIPE = "recipe.json"
 
@@ -52,10 +52,10 @@ def claim(directory: Path, identity: Mapping[str, Any], held_out: str | None, to
     with agreed():
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            staging.write_text(epath.Path(file), json.dumps(identity, indent=2))
+            atomic.write_text(epath.Path(file), json.dumps(identity, indent=2))
             (directory / "tokenizer").mkdir(exist_ok=True)
-            for asset in manifest.assets_of(tokens):
-                staging.write_bytes(
+            for asset in metadata.assets_of(tokens):
+                atomic.write_bytes(
                     epath.Path(directory / "tokenizer" / asset.name), asset.read_bytes()
                 )
     _require_shared(file)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from btlm_jax import mup, sharding, weights
-from btlm_jax.loss import LossSum, target_loss
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import mup, sharding, weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.loss import LossSum, target_loss
+from btlm_jax.model.weights import Params
 
 
 class TrainState(NamedTuple):

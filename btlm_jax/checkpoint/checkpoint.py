@@ -26,25 +26,18 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax import (
-    array_files,
-    layerwise,
-    manifest,
-    paths,
-    quantization,
-    sharding,
-    staging,
-    weights,
-)
+from btlm_jax.checkpoint import metadata, quantize, unstacked, zarr
+from btlm_jax.checkpoint.quantize import Quantization
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import BTLM
-from btlm_jax.quantization import Quantization
+from btlm_jax.model import sharding, weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.utils import atomic, paths
 
 
 class Writer:
     """Writes the arrays of a checkpoint, in any order and from several threads; see `writer`."""
 
-    def __init__(self, stage: staging.Stage) -> None:
+    def __init__(self, stage: atomic.Stage) -> None:
         self._stage = stage
 
     def finished(self, leaf: weights.DiskLeaf) -> Mapping[str, Any] | None:
@@ -73,8 +66,8 @@ class Writer:
           OSError: the disk is full or fails.
         """
         name = ".".join(leaf.path)
-        folder = self._stage.content / manifest.ITEM / name
-        digest = array_files.write(folder, leaf.shape, dtype, blocks)
+        folder = self._stage.content / metadata.ITEM / name
+        digest = zarr.write(folder, leaf.shape, dtype, blocks)
         record: dict[str, Any] = {"sha256": digest.sha256, "nonfinite": digest.nonfinite}
         if errors is not None:
             record["errors"] = dict(errors)
@@ -83,11 +76,11 @@ class Writer:
 
 
 def save(
-    path: manifest.PathLike,
+    path: metadata.PathLike,
     config: BTLMConfig,
     params: Mapping[str, Any],
     *,
-    assets: Iterable[manifest.PathLike] = (),
+    assets: Iterable[metadata.PathLike] = (),
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -125,16 +118,16 @@ def save(
     with writer(path, config, assets=assets, origin=origin, overwrite=overwrite) as out:
         for leaf in weights.disk_leaves(config):
             one = np.asarray(_unstack(flat[leaf.weight.path], leaf)).reshape(-1)
-            size = array_files.block_size(leaf.weight.shape, one.dtype.itemsize)
+            size = zarr.block_size(leaf.weight.shape, one.dtype.itemsize)
             out.write(leaf, one.dtype, (one[i : i + size] for i in range(0, len(one), size)))
 
 
 @contextlib.contextmanager
 def writer(
-    path: manifest.PathLike,
+    path: metadata.PathLike,
     config: BTLMConfig,
     *,
-    assets: Iterable[manifest.PathLike] = (),
+    assets: Iterable[metadata.PathLike] = (),
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     key: Mapping[str, Any] | None = None,
@@ -154,57 +147,57 @@ def writer(
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
     """
-    with staging.new_directory(path, overwrite=overwrite, ours=manifest.is_ours, key=key) as stage:
+    with atomic.new_directory(path, overwrite=overwrite, ours=metadata.is_ours, key=key) as stage:
         out = Writer(stage)
         yield out
         _finish(stage, config, to, [epath.Path(a) for a in assets], origin or {})
 
 
 def _finish(
-    stage: staging.Stage,
+    stage: atomic.Stage,
     config: BTLMConfig,
     to: Quantization | None,
     assets: list[epath.Path],
     origin: Mapping[str, Any],
 ) -> None:
     """Adds all that makes arrays a checkpoint; the file that marks it complete comes last."""
-    names = {".".join(x.path): x.path for x in quantization.disk_leaves(config, to)}
+    names = {".".join(x.path): x.path for x in quantize.disk_leaves(config, to)}
     if missing := [name for name in names if name not in stage.finished]:
         raise ValueError(f"{stage.content}: not written: {', '.join(missing)}")
     asset_sha256 = {}
     if not paths.is_remote(stage.content):  # what an interrupted run carried may be gone since
         (stage.content / "tokenizer").rmtree(missing_ok=True)
     for file in assets:
-        staging.make_folder(stage.content / "tokenizer")
+        atomic.make_folder(stage.content / "tokenizer")
         data = file.read_bytes()
-        staging.write_bytes(stage.content / "tokenizer" / file.name, data)
+        atomic.write_bytes(stage.content / "tokenizer" / file.name, data)
         asset_sha256[file.name] = hashlib.sha256(data).hexdigest()
     records = {path: stage.finished[name] for name, path in names.items()}
     sha256 = {path: record["sha256"] for path, record in records.items()}
-    item = manifest.list_of_arrays(names.values())
-    staging.write_text(stage.content / manifest.ITEM / "_METADATA", item)
+    item = metadata.list_of_arrays(names.values())
+    atomic.write_text(stage.content / metadata.ITEM / "_METADATA", item)
     # Orbax knows arrays by a .zarray file in some folder, and would warn that it finds none: Zarr 3
     # names it zarr.json.
-    marker = stage.content / manifest.ITEM / ".zarr3"
-    staging.make_folder(marker)
-    staging.write_text(marker / ".zarray", "The arrays are Zarr 3: see zarr.json in each folder.\n")
-    structure = manifest.structure_sha256(stage.content, names.values())
+    marker = stage.content / metadata.ITEM / ".zarr3"
+    atomic.make_folder(marker)
+    atomic.write_text(marker / ".zarray", "The arrays are Zarr 3: see zarr.json in each folder.\n")
+    structure = metadata.structure_sha256(stage.content, names.values())
     errors = {path[:-1]: r["errors"] for path, r in records.items() if "errors" in r}
-    notes = manifest.notes(config, origin, sha256, asset_sha256, structure, to, errors)
-    mark = manifest.mark(notes)
+    notes = metadata.notes(config, origin, sha256, asset_sha256, structure, to, errors)
+    mark = metadata.mark(notes)
     if paths.is_remote(stage.content):  # what Orbax looks for in object stores
-        staging.write_text(stage.content / "commit_success.txt", "written by btlm-jax\n")
-    staging.write_text(stage.content / manifest.MARK, mark)
+        atomic.write_text(stage.content / "commit_success.txt", "written by btlm-jax\n")
+    atomic.write_text(stage.content / metadata.MARK, mark)
     # Checks that the arrays are where the Orbax of this environment looks for them.
     try:
-        manifest.read_finished(stage.content)
+        metadata.read_finished(stage.content)
     except BaseException:
-        (stage.content / manifest.MARK).unlink(missing_ok=True)  # in an object store it is in place
+        (stage.content / metadata.MARK).unlink(missing_ok=True)  # in an object store it is in place
         raise
 
 
 def load(
-    path: manifest.PathLike,
+    path: metadata.PathLike,
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
@@ -232,27 +225,27 @@ def load(
       ValueError: not a checkpoint of ours, an unknown format, or arrays that are missing,
         unexpected or of the wrong shape (all listed).
     """
-    meta = manifest.read(path)
+    meta = metadata.read(path)
     model = BTLM(meta.config, rules=rules or sharding.RULES)
     if by_layer or meta.quantization is not None:
         to, stored = meta.quantization, {path: leaf.dtype for path, leaf in meta.leaves.items()}
         model = dataclasses.replace(model, compute_dtype=decoding_dtype(meta, dtype, mesh))
-        params = layerwise.load(
+        params = unstacked.load(
             meta.config, meta.part, stored, to=to, dtype=dtype, mesh=mesh, rules=model.rules
         )
         return model, params
     pad, placed = sharding.placement(meta.config, mesh, model.rules)
     stored = {path: leaf.dtype if dtype is None else dtype for path, leaf in meta.leaves.items()}
-    arrays = restore(meta.path, {manifest.ITEM: request(meta.config, stored, placed, pad)})
+    arrays = restore(meta.path, {metadata.ITEM: request(meta.config, stored, placed, pad)})
     try:
-        params = stack(meta.config, weights.flatten(arrays[manifest.ITEM]), placed)
+        params = stack(meta.config, weights.flatten(arrays[metadata.ITEM]), placed)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     return model, weights.unflatten(params)
 
 
 def decoding_dtype(
-    meta: manifest.Metadata, dtype: DTypeLike | None, mesh: Mesh | None
+    meta: metadata.Metadata, dtype: DTypeLike | None, mesh: Mesh | None
 ) -> np.dtype | None:
     """What `load` has a model compute in whose weights are by layer; None is the platform's.
 
@@ -394,15 +387,15 @@ def restore(path: epath.Path, wanted: Mapping[str, weights.Params]) -> dict[str,
     try:
         with context:
             items: Any = ocp.load_checkpointables(os.fspath(path), dict(wanted))
-    except manifest.NOT_DAMAGE:
+    except metadata.NOT_DAMAGE:
         raise
     except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
-        raise manifest.damaged(path, e) from e
+        raise metadata.damaged(path, e) from e
     for item, tree in wanted.items():
         arrays = weights.flatten(items[item])
         # Orbax hands back the request itself for an array that is missing on disk.
         asked = weights.flatten(tree)
         missing = ["/".join(p) for p in asked if not isinstance(arrays.get(p), jax.Array)]
         if missing:
-            raise manifest.damaged(path, f"not restored: {', '.join(missing)}")
+            raise metadata.damaged(path, f"not restored: {', '.join(missing)}")
     return items

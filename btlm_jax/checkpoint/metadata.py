@@ -18,10 +18,13 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax import __version__, array_files, paths, quantization, staging, weights
+from btlm_jax import __version__
+from btlm_jax.checkpoint import quantize, zarr
+from btlm_jax.checkpoint.quantize import Quantization
 from btlm_jax.config import AlibiScaling, BTLMConfig
-from btlm_jax.quantization import Quantization
-from btlm_jax.tokenizer import home_of
+from btlm_jax.data.tokenizer import home_of
+from btlm_jax.model import weights
+from btlm_jax.utils import atomic, paths
 
 FORMAT = 2
 ITEM = "state"  # Orbax's name for the item that `ocp.load(path)` reads: the weights
@@ -59,13 +62,13 @@ class Metadata:
     asset_sha256: Mapping[str, str]
     structure_sha256: str | None
     ocdbt: bool
-    quantization: Quantization | None
+    quantize: Quantization | None
     errors: Mapping[weights.Path, Mapping[str, float]]
 
     @property
     def disk_leaves(self) -> list[weights.DiskLeaf]:
         """Every stored array."""
-        return list(quantization.disk_leaves(self.config, self.quantization))
+        return list(quantize.disk_leaves(self.config, self.quantization))
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +82,7 @@ class Metadata:
         Orbax's own layout is read by whole arrays, ours by blocks.
         """
         whole = max(math.prod(x.shape) * x.dtype.itemsize for x in self.leaves.values())
-        return whole if self.ocdbt else min(whole, array_files.BLOCK_BYTES)
+        return whole if self.ocdbt else min(whole, zarr.BLOCK_BYTES)
 
     def blocks(self, leaf: weights.DiskLeaf, width: int | None = None) -> Iterator[np.ndarray]:
         """Yields a stored array as 1-D blocks, as stored.
@@ -93,9 +96,9 @@ class Metadata:
           ValueError: its files are damaged or missing.
         """
         stored = self.leaves[leaf.path]
-        rows = array_files.block_rows(stored.shape, width or stored.dtype.itemsize)
+        rows = zarr.block_rows(stored.shape, width or stored.dtype.itemsize)
         with self._damage_explained(leaf):
-            yield from array_files.read(self._kvstore(leaf), rows)
+            yield from zarr.read(self._kvstore(leaf), rows)
 
     def part(self, leaf: weights.DiskLeaf, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a stored array, of slices with bounds.
@@ -104,7 +107,7 @@ class Metadata:
           ValueError: its files are damaged or missing.
         """
         with self._damage_explained(leaf):
-            return array_files.read_part(self._kvstore(leaf), index)
+            return zarr.read_part(self._kvstore(leaf), index)
 
     def _kvstore(self, leaf: weights.DiskLeaf) -> Any:
         item, name = self.path / ITEM, ".".join(leaf.path)
@@ -133,7 +136,7 @@ def read(path: PathLike) -> Metadata:
     place = paths.location(path)
     paths.forget_listings(place)
     place = _newest(place)
-    left = ", ".join(map(str, staging.leftovers(place)))
+    left = ", ".join(map(str, atomic.leftovers(place)))
     if not place.exists():
         hint = f"; an interrupted run left {left}: the same command continues it" if left else ""
         raise FileNotFoundError(f"{place}: no such checkpoint{hint}")
@@ -180,7 +183,7 @@ def read_finished(place: epath.Path) -> Metadata:
         for p, x in weights.flatten(found.metadata).items()
     }
     to, errors = _quantization(notes.get("quantization"))
-    if problems := list(_misfits(leaves, quantization.disk_leaves(config, to))):
+    if problems := list(_misfits(leaves, quantize.disk_leaves(config, to))):
         raise Damaged(f"{place} does not match its configuration:\n  " + "\n  ".join(problems))
     sha256 = {tuple(name.split(".")): value for name, value in notes["sha256"].items()}
     return Metadata(

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from btlm_jax import weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.kernels import BLOCK, Kernel, inputs_last, unpack
+from btlm_jax.model import weights
+from btlm_jax.model.packed import BLOCK, Kernel, inputs_last, unpack
 
 GROUPS = (32, 64, 128)
 EMBEDDINGS = ("int8", "bfloat16")

@@ -22,7 +22,7 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from btlm_jax import paths
+from btlm_jax.utils import paths
 
 # A block is what is read, hashed and written at once, and the size of a file. It is a constant, so
 # that the bytes on disk do not depend on a memory budget.

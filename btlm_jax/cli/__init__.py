@@ -13,16 +13,15 @@ from typing import Annotated
 import tyro
 from tyro.conf import subcommand
 
-from btlm_jax import compilation
-
-from .bench import Bench
-from .checkpoints import Convert, Export, Info, Verify
-from .compile import Compile
-from .evaluation import Eval
-from .generation import Generate
-from .mup import CoordCheck, Transfer
-from .scaling import Collapse
-from .training import Quickstart, Tokenize, Train
+from btlm_jax.cli.bench_commands import Bench
+from btlm_jax.cli.checkpoint_commands import Convert, Export, Info, Verify
+from btlm_jax.cli.collapse_command import Collapse
+from btlm_jax.cli.compile_command import Compile
+from btlm_jax.cli.eval_commands import Eval
+from btlm_jax.cli.generate_command import Generate
+from btlm_jax.cli.mup_commands import CoordCheck, Transfer
+from btlm_jax.cli.train_commands import Quickstart, Tokenize, Train
+from btlm_jax.utils import compile_cache
 
 Command = (
     Annotated[Quickstart, subcommand("quickstart")]
@@ -60,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             args=[a for a in argv if a not in ("--debug", "--no-compilation-cache")],
         )
         if caching:
-            compilation.keep_between_processes()
+            compile_cache.keep_between_processes()
         _log_to_stderr()
         code = command.run()
         sys.stdout.flush()

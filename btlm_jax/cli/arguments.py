@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from btlm_jax import byte_size
+from btlm_jax.utils import byte_size
 
 Bytes = Annotated[
     int,
@@ -67,10 +67,10 @@ def write_json(file: Path | None, found: Any) -> None:
     JSON has no numbers that are not finite: null stands for them.
     """
     if file is not None:
-        from btlm_jax import staging
+        from btlm_jax.utils import atomic
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(staging.finite(found), indent=2, allow_nan=False) + "\n")
+        file.write_text(json.dumps(atomic.finite(found), indent=2, allow_nan=False) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Mesh:
             return None
         import jax
 
-        from btlm_jax import sharding
+        from btlm_jax.model import sharding
 
         wanted = None if -1 in sizes.values() else max(1, math.prod(sizes.values()))
         return sharding.make_mesh(**sizes, devices=jax.devices()[:wanted])

@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, subcommand
 
-from btlm_jax.byte_size import DEFAULT_MEMORY
-from btlm_jax.remat import Remat
-
-from .arguments import Bytes, check_output, write_json
+from btlm_jax.cli.arguments import Bytes, check_output, write_json
+from btlm_jax.model.remat import Remat
+from btlm_jax.utils.byte_size import DEFAULT_MEMORY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class BenchConvert:
     """Keep the files."""
 
     def run(self) -> None:
-        from btlm_jax.convert.bench import bench_convert
+        from btlm_jax.train.bench.convert_bench import bench_convert
 
         bench_convert(
             self.directory,
@@ -58,7 +57,7 @@ class BenchLoad:
     """Keep the files."""
 
     def run(self) -> None:
-        from btlm_jax.convert.bench import bench_load
+        from btlm_jax.train.bench.convert_bench import bench_load
 
         bench_load(self.directory, layers=self.layers, keep=self.keep)
 
@@ -86,7 +85,7 @@ class BenchTrain:
     """A file for the measurements and their conditions."""
 
     def run(self) -> None:
-        from btlm_jax.train.bench import bench_train
+        from btlm_jax.train.bench.step_bench import bench_train
 
         check_output(self.json)
         report = bench_train(
@@ -120,7 +119,7 @@ class BenchLoss:
     """A file for the measurements and their conditions."""
 
     def run(self) -> None:
-        from btlm_jax.train.loss_bench import bench_loss
+        from btlm_jax.train.bench.loss_bench import bench_loss
 
         check_output(self.json)
         report = bench_loss(
@@ -156,7 +155,7 @@ class BenchDecode:
     """A file for the measurements and their conditions."""
 
     def run(self) -> None:
-        from btlm_jax.train.generation_bench import bench_decode
+        from btlm_jax.train.bench.generation_bench import bench_decode
 
         check_output(self.json)
         report = bench_decode(
@@ -194,7 +193,7 @@ class BenchPrefill:
     """A file for the measurements and their conditions."""
 
     def run(self) -> None:
-        from btlm_jax.train.generation_bench import bench_prefill
+        from btlm_jax.train.bench.generation_bench import bench_prefill
 
         check_output(self.json)
         report = bench_prefill(
@@ -227,7 +226,7 @@ class BenchAttention:
     """A file for the measurements and their conditions."""
 
     def run(self) -> None:
-        from btlm_jax.train.attention_bench import bench_attention
+        from btlm_jax.train.bench.attention_bench import bench_attention
 
         check_output(self.json)
         report = bench_attention(
@@ -256,7 +255,7 @@ class BenchAll:
     temporary one."""
 
     def run(self) -> None:
-        from btlm_jax.train.bench_all import bench_all
+        from btlm_jax.train.bench.bench_all import bench_all
 
         bench_all(self.file, only=self.only, work=self.work)
 

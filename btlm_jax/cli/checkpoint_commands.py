@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from btlm_jax.byte_size import DEFAULT_MEMORY
-
-from .arguments import Bytes, check_output, write_json
+from btlm_jax.cli.arguments import Bytes, check_output, write_json
+from btlm_jax.utils.byte_size import DEFAULT_MEMORY
 
 if TYPE_CHECKING:
     from btlm_jax.config import BTLMConfig
@@ -43,8 +42,8 @@ class Convert:
     """With --quantize: of embedding and untied head."""
 
     def run(self) -> None:
+        from btlm_jax.checkpoint.quantize import Quantization
         from btlm_jax.convert import convert, quantise
-        from btlm_jax.quantization import Quantization
 
         options: Any = dict(
             revision=self.revision, max_memory=self.max_memory, overwrite=self.overwrite
@@ -142,8 +141,9 @@ class Info:
     """With --compare: a file for the numbers."""
 
     def run(self) -> None:
-        from btlm_jax import accounting, paths, plots
         from btlm_jax.config import PRESETS, BTLMConfig
+        from btlm_jax.perf import accounting
+        from btlm_jax.utils import paths, plots
 
         for name in ("png", "json"):
             if getattr(self, name) is not None and not self.compare:
@@ -169,7 +169,7 @@ class Info:
             print(f"{what:<{width}}  {value}")
 
     def _compare(self, config: BTLMConfig) -> None:
-        from btlm_jax import comparison, comparison_report
+        from btlm_jax.perf import comparison, comparison_report
 
         name = Path(self.source).name
         shape = comparison.of_config(config, name)
@@ -183,14 +183,16 @@ class Info:
 
 def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     """The configuration of a checkpoint of either format, and what an Orbax one says besides."""
-    from btlm_jax import byte_size, manifest, paths, weights
+    from btlm_jax.checkpoint import metadata
     from btlm_jax.config import BTLMConfig
-    from btlm_jax.convert import formats
+    from btlm_jax.convert import auto
     from btlm_jax.convert.report import digest, error_lines
+    from btlm_jax.model import weights
+    from btlm_jax.utils import byte_size, paths
 
-    if formats.is_hf(source):
+    if auto.is_hf(source):
         return BTLMConfig.from_hf(Path(paths.location(source))), []
-    meta = manifest.read(source)
+    meta = metadata.read(source)
     stored: Counter[str] = Counter()
     for leaf in meta.leaves.values():
         stored[str(leaf.dtype)] += leaf.size * leaf.dtype.itemsize

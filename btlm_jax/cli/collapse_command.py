@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from .arguments import check_output, write_json
+from btlm_jax.cli.arguments import check_output, write_json
 
 if TYPE_CHECKING:
-    from btlm_jax.scaling.report import Judged, Report
-    from btlm_jax.train.family import Run
+    from btlm_jax.scaling.collapse_report import Judged, Report
+    from btlm_jax.train.curves import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +32,27 @@ class Collapse:
     """A file for the numbers."""
 
     def run(self) -> None:
-        from btlm_jax import plots
-        from btlm_jax.scaling import report
-        from btlm_jax.train import family
+        from btlm_jax.scaling import collapse_report
+        from btlm_jax.train import curves
+        from btlm_jax.utils import plots
 
         plots.require_matplotlib()
         check_output(self.json)
         check_output(self.png, ".png")
         if not self.runs:
             raise ValueError("runs: found none, expected directories of `btlm train`")
-        runs = {run.name: run for run in map(family.read, dict.fromkeys(self.runs))}
+        runs = {run.name: run for run in map(curves.read, dict.fromkeys(self.runs))}
         finished = {name: run.curve for name, run in runs.items() if run.finished}
         running = {name: run.curve for name, run in runs.items() if not run.finished}
-        found = report.judge(finished, running)
+        found = collapse_report.judge(finished, running)
         ordered = [runs[name] for name in found.runs]
         print("\n".join(_table(ordered, found)))
         for line in _notes(found):
             print(line)
-        for line in family.differences(ordered):
+        for line in curves.differences(ordered):
             print(f"warning: {line}: curves collapse only if these are equal")
         write_json(self.json, _numbers(ordered, found))
-        report.draw(self.png, found, {name: run.curve for name, run in runs.items()})
+        collapse_report.draw(self.png, found, {name: run.curve for name, run in runs.items()})
         print(f"picture: {self.png}")
 
 
@@ -112,7 +112,7 @@ def _notes(found: Report) -> list[str]:
 
 
 def _numbers(runs: list[Run], found: Report) -> dict[str, Any]:
-    from btlm_jax.scaling.report import to_json
+    from btlm_jax.scaling.collapse_report import to_json
 
     numbers = to_json(found)
     for run in runs:

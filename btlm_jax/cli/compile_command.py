@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from .arguments import check_output, write_json
+from btlm_jax.cli.arguments import check_output, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Compile:
     jobs: int = max(1, (os.cpu_count() or 2) // 2)
     """With --fit and --table: how many are compiled at a time."""
     save: Path | None = None
-    """A new file for the executable, which `btlm_jax.train.executables.load` loads."""
+    """A new file for the executable, which `btlm_jax.train.aot.executables.load` loads."""
     json: Path | None = None
     """A file for the reports."""
     table: Path | None = None
@@ -60,7 +60,8 @@ class Compile:
     file."""
 
     def run(self) -> None:
-        from btlm_jax.train import recipe_file, topologies
+        from btlm_jax.train import recipe_file
+        from btlm_jax.train.aot import topologies
 
         self._refuse_what_would_be_ignored()
         check_output(self.json)
@@ -68,7 +69,7 @@ class Compile:
         topologies.prepare()
         recipe = recipe_file.load(self.recipe, self.set)
         if self.table is not None:
-            from btlm_jax.train import fit_table
+            from btlm_jax.train.aot import fit_table
 
             table = fit_table.write(self.table, recipe, attempts=self.attempts, jobs=self.jobs)
             print("\n".join(table))
@@ -91,9 +92,9 @@ class Compile:
                 )
 
     def _reports(self, recipe: Any, topology: Any) -> list[dict[str, Any]]:
-        from btlm_jax.quantization import Quantization
-        from btlm_jax.train import compile, compile_report, executables
-        from btlm_jax.train.fit import fit
+        from btlm_jax.checkpoint.quantize import Quantization
+        from btlm_jax.train.aot import compile, compile_report, executables
+        from btlm_jax.train.aot.fit import fit
 
         phases = range(len(recipe.phases)) if self.phase is None else [self.phase]
         if self.save is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
-from .arguments import Lengths, LongMesh, Mesh, check_output, write_json
-from .harness import Harness
+from btlm_jax.cli.arguments import Lengths, LongMesh, Mesh, check_output, write_json
+from btlm_jax.cli.harness_command import Harness
 
 if TYPE_CHECKING:
     from btlm_jax.evaluation.windows import Document
@@ -35,9 +35,9 @@ class _Texts:
     """The token that documents start after; default the tokenizer's own EOS."""
 
     def _documents(self, coder: Any) -> Iterator[Document]:
+        from btlm_jax.data.text_files import Reader, expand
+        from btlm_jax.data.tokenize import encode_all
         from btlm_jax.evaluation.windows import Document
-        from btlm_jax.train.text_files import Reader, expand
-        from btlm_jax.train.tokenize_text import encode_all
 
         given = {".txt": self.text, ".jsonl": self.jsonl}
         files = [
@@ -85,16 +85,16 @@ class EvalPerplexity(_Texts):
     """A file for the numbers."""
 
     def run(self) -> None:
-        from btlm_jax import manifest
-        from btlm_jax.evaluation import quantised, windows
-        from btlm_jax.evaluation.batches import check_batch_size
+        from btlm_jax.checkpoint import metadata
+        from btlm_jax.checkpoint.quantize import Quantization
+        from btlm_jax.data.tokenize import Coder
+        from btlm_jax.evaluation import quantization_cost, windows
+        from btlm_jax.evaluation.batch_shapes import check_batch_size
         from btlm_jax.evaluation.perplexity import cross_entropy
-        from btlm_jax.quantization import Quantization
-        from btlm_jax.train.tokenize_text import Coder
 
         # Whatever can be refused is, before the weights, which may be large.
         check_output(self.json)
-        meta = manifest.read(self.checkpoint)
+        meta = metadata.read(self.checkpoint)
         kinds = [Quantization.parse(kind.strip()) for kind in (self.quantize or "").split(",")
                  if self.quantize is not None]  # fmt: skip
         if kinds and meta.quantization is not None:
@@ -123,8 +123,8 @@ class EvalPerplexity(_Texts):
             "compute_dtype": dtype,
         }  # fmt: skip
         if kinds:
-            rows = quantised.compare(model, params, cut, kinds, batch_size=self.batch_size)
-            found, report["compared"] = rows[0].found, quantised.to_json(rows)
+            rows = quantization_cost.compare(model, params, cut, kinds, batch_size=self.batch_size)
+            found, report["compared"] = rows[0].found, quantization_cost.to_json(rows)
         else:
             found = cross_entropy(model, params, cut, batch_size=self.batch_size)
             rows = []
@@ -132,7 +132,7 @@ class EvalPerplexity(_Texts):
               f"{found.bits_per_token:.5f} bits per token, {found.bits_per_byte:.5f} bits per byte"
               f"\nperplexity: {found.perplexity:.4f} per token (computed in {dtype})")  # fmt: skip
         if rows:
-            print("\n".join(["", *quantised.table(rows)]))
+            print("\n".join(["", *quantization_cost.table(rows)]))
         write_json(self.json, report | found.numbers())
 
 
@@ -171,27 +171,28 @@ class EvalLossByPosition(_Texts):
 
     def run(self) -> None:
         import btlm_jax as btlm
-        from btlm_jax import manifest, plots
+        from btlm_jax.checkpoint import metadata
+        from btlm_jax.data.tokenize import Coder
         from btlm_jax.evaluation import by_position_report as report
-        from btlm_jax.evaluation import extension
-        from btlm_jax.evaluation.batches import check_batch_size
+        from btlm_jax.evaluation import context_extension
+        from btlm_jax.evaluation.batch_shapes import check_batch_size
         from btlm_jax.evaluation.by_position import check_length, loss_by_position
         from btlm_jax.evaluation.long_windows import LongWindows
-        from btlm_jax.train.tokenize_text import Coder
+        from btlm_jax.utils import plots
 
         # Whatever can be refused is, before the weights, which may be large.
         check_output(self.json)
         check_output(self.plot, ".png")
         if self.plot is not None:
             plots.require_matplotlib()
-        meta = manifest.read(self.checkpoint)
+        meta = metadata.read(self.checkpoint)
         model = btlm.BTLM(meta.config, compute_dtype=self.dtype)
-        trained = extension.trained_length(model, self.trained_length)
+        trained = context_extension.trained_length(model, self.trained_length)
         length = 4 * trained if self.length is None else self.length
         check_length(length, trained)
-        kinds = tuple(dict.fromkeys(self.scaling)) or extension.kinds(model)
+        kinds = tuple(dict.fromkeys(self.scaling)) or context_extension.kinds(model)
         for kind in kinds:
-            extension.scaled(model, kind, trained, length)
+            context_extension.scaled(model, kind, trained, length)
         mesh = self.mesh.made()
         check_batch_size(self.batch_size, mesh)
         coder = Coder(self.checkpoint, self.eos, meta.config.vocab_size)
@@ -255,9 +256,10 @@ class EvalRetrieval:
 
     def run(self) -> None:
         import btlm_jax as btlm
-        from btlm_jax import manifest, plots
-        from btlm_jax.evaluation import extension, retrieval
-        from btlm_jax.tokenizer import check_vocabulary
+        from btlm_jax.checkpoint import metadata
+        from btlm_jax.data.tokenizer import check_vocabulary
+        from btlm_jax.evaluation import context_extension, retrieval
+        from btlm_jax.utils import plots
 
         # Whatever can be refused is, before the weights, which may be large.
         check_output(self.json)
@@ -267,16 +269,16 @@ class EvalRetrieval:
         for name in ("max_new_tokens", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: found {value}, expected at least 1")
-        meta = manifest.read(self.checkpoint)
+        meta = metadata.read(self.checkpoint)
         tokenizer = btlm.load_tokenizer(self.checkpoint)
         check_vocabulary(tokenizer, meta.config.vocab_size)
         model = btlm.BTLM(meta.config, compute_dtype=self.dtype)
-        trained = extension.trained_length(model, self.trained_length)
+        trained = context_extension.trained_length(model, self.trained_length)
         lengths = self.lengths or tuple(trained * n // 4 for n in (1, 2, 4, 8, 16))
         kinds = tuple(dict.fromkeys(self.scaling))
         pairs = [(kind, n) for n in lengths for kind in kinds]
         for kind, n in pairs:
-            extension.scaled(model, kind, trained, n, new=self.max_new_tokens)
+            context_extension.scaled(model, kind, trained, n, new=self.max_new_tokens)
         options: dict[str, Any] = dict(seed=self.seed, lead=self.lead)
         asked = {n: retrieval.prompts(self.task, tokenizer, n, self.samples, **options)
                  for n in lengths}  # fmt: skip
@@ -285,7 +287,7 @@ class EvalRetrieval:
         options = dict(new=self.max_new_tokens, batch_size=self.batch_size)
         outcomes = []
         for kind, n in pairs:
-            used = extension.scaled(model, kind, trained, n, new=self.max_new_tokens)
+            used = context_extension.scaled(model, kind, trained, n, new=self.max_new_tokens)
             continued = retrieval.continuation(used, params, tokenizer, **options)
             found = retrieval.evaluate(self.task, kind, n, asked[n], continued)
             outcomes.append(found)

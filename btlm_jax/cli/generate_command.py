@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from .arguments import Mesh
+from btlm_jax.cli.arguments import Mesh
 
 # Fields that say where and how fast, not what is generated.
 _AROUND = (
@@ -102,12 +102,12 @@ class Generate:
 
     def run(self) -> None:
         import btlm_jax as btlm
-        from btlm_jax import manifest
-        from btlm_jax.tokenizer import check_vocabulary
+        from btlm_jax.checkpoint import metadata
+        from btlm_jax.data.tokenizer import check_vocabulary
 
         self._check()
         # The tokenizer first: the weights may be large.
-        meta = manifest.read(self.checkpoint)
+        meta = metadata.read(self.checkpoint)
         tokenizer = btlm.load_tokenizer(self.checkpoint)
         check_vocabulary(tokenizer, meta.config.vocab_size)
         if self.input is not None:
@@ -183,7 +183,7 @@ class Generate:
         import btlm_jax as btlm
         from btlm_jax.generation import batch, jsonl
         from btlm_jax.generation.request import request
-        from btlm_jax.progress import Progress
+        from btlm_jax.utils.progress import Progress
 
         assert self.input is not None and self.output is not None
         copies = self.num_return_sequences

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from .arguments import Mesh
+from btlm_jax.cli.arguments import Mesh
 
 # Of what lm-eval returns, what does not depend on the machine.
 _KEPT = (
@@ -55,13 +55,13 @@ class Harness:
         import logging
 
         import btlm_jax as btlm
-        from btlm_jax import checkpoint, manifest
+        from btlm_jax.checkpoint import checkpoint, metadata
+        from btlm_jax.data.tokenizer import check_vocabulary
         from btlm_jax.evaluation import harness, tasks
         from btlm_jax.generation import jsonl
-        from btlm_jax.tokenizer import check_vocabulary
 
         # Whatever can be refused is, before the weights, which may be large.
-        meta = manifest.read(self.checkpoint)
+        meta = metadata.read(self.checkpoint)
         tokenizer = btlm.load_tokenizer(self.checkpoint)
         check_vocabulary(tokenizer, meta.config.vocab_size)
         mesh = self.mesh.made()

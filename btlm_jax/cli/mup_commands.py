@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from tyro.conf import OmitArgPrefixes, Positional
 
-from .arguments import check_output, write_json
+from btlm_jax.cli.arguments import check_output, write_json
 
 if TYPE_CHECKING:
-    from btlm_jax.train.corpora import Corpus
-    from btlm_jax.train.parametrisation import Family
+    from btlm_jax.mup_study.corpus import Corpus
+    from btlm_jax.mup_study.parametrization import Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Models:
     def made(self) -> tuple[Family, Corpus]:
         """The models' family, and what they are trained on."""
         from btlm_jax.config import BTLMConfig
+        from btlm_jax.mup_study import corpus as corpus_lib
+        from btlm_jax.mup_study import parametrization
         from btlm_jax.presets import PRESETS
-        from btlm_jax.train import corpora, parametrisation
 
         for name in ("heads", "layers", "batch_size", "length", "seeds"):
             if getattr(self, name) < 1:
@@ -50,9 +51,9 @@ class Models:
         if self.model is not None:
             known = self.model in PRESETS
             base = BTLMConfig.preset(self.model) if known else BTLMConfig.from_hf(self.model)
-        corpus = corpora.read(self.data, self.length)
-        shape = parametrisation.shape(corpus.vocab_size, self.layers, self.heads, base)
-        family = parametrisation.Family(shape, self.widths)
+        corpus = corpus_lib.read(self.data, self.length)
+        shape = parametrization.shape(corpus.vocab_size, self.layers, self.heads, base)
+        family = parametrization.Family(shape, self.widths)
         print(f"training on {corpus.name}: batches of {self.batch_size} x {self.length} tokens, "
               f"seeds: {self.seeds}", flush=True)  # fmt: skip
         return family, corpus
@@ -77,8 +78,8 @@ class CoordCheck:
     """Also break every rule of muP on its own; without, only the standard parametrisation."""
 
     def run(self) -> int:
-        from btlm_jax import plots
-        from btlm_jax.train import coord_check
+        from btlm_jax.mup_study import coord_check
+        from btlm_jax.utils import plots
 
         plots.require_matplotlib()
         numbers, picture = (self.directory / f"coord_check.{kind}" for kind in ("json", "png"))
@@ -122,7 +123,7 @@ class Transfer:
     """Of every run: a tenth of warmup, then linearly to zero."""
 
     def run(self) -> int:
-        from btlm_jax.train import transfer
+        from btlm_jax.mup_study import transfer
 
         if self.steps < 2:
             raise ValueError(f"--steps: found {self.steps}, expected at least 2")

@@ -28,7 +28,7 @@ class Quickstart:
     """Of the initial weights and the order of the data."""
 
     def run(self) -> None:
-        from btlm_jax.train import quickstart
+        from btlm_jax.train.demo import quickstart
 
         if self.hf is not None:
             quickstart.from_hf(self.directory, self.hf)
@@ -135,7 +135,7 @@ class Tokenize:
     """Replace an existing directory of tokens."""
 
     def run(self) -> None:
-        from btlm_jax.train.prepare import prepare
+        from btlm_jax.data.prepare import prepare
 
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         made = prepare(options.pop("inputs"), options.pop("target"), **options)

@@ -12,13 +12,12 @@ from typing import Any
 
 from etils import epath
 
-from btlm_jax import staging
-
-from . import split, token_shards
-from .new_tokenizer import sample, train_bpe
-from .split import Part
-from .text_files import OnError, TextFile, expand
-from .tokenize_text import Coder, Report, check_target, key_of, tokenize
+from btlm_jax.data import split, token_shards
+from btlm_jax.data.split import Part
+from btlm_jax.data.text_files import OnError, TextFile, expand
+from btlm_jax.data.tokenize import Coder, Report, check_target, key_of, tokenize
+from btlm_jax.data.train_tokenizer import sample, train_bpe
+from btlm_jax.utils import atomic
 
 TRAIN, HELD_OUT = "train", "held_out"
 
@@ -83,7 +82,7 @@ def prepare(
             return {Path(target): tokenize(inputs, target, home, overwrite=overwrite, **options)}
         coder = Coder(home, options.get("eos"), options.get("vocab_size"))
         key = key_of(files, coder, [field, options.get("shard_tokens"), part])
-        with staging.new_directory(target, overwrite=overwrite, ours=ours, key=key) as stage:
+        with atomic.new_directory(target, overwrite=overwrite, ours=ours, key=key) as stage:
             reports = {}
             # The smaller part first: that there is nothing in it is then known at once.
             for name, one in ((HELD_OUT, part._replace(held_out=True)), (TRAIN, part)):

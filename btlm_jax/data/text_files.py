@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from .split import Part
-from .token_shards import TextSource
-from .zstd_file import ZstdFile
+from btlm_jax.data.split import Part
+from btlm_jax.data.token_shards import TextSource
+from btlm_jax.data.zstd_file import ZstdFile
 
 logger = logging.getLogger(__name__)
 

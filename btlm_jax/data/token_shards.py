@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from btlm_jax import __version__, staging
-from btlm_jax.progress import Progress
+from btlm_jax import __version__
+from btlm_jax.utils import atomic
+from btlm_jax.utils.progress import Progress
 
 FORMAT = 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
@@ -333,7 +334,7 @@ def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
     """The manifest, and its file's bytes."""
     file = directory / MANIFEST
     if not file.is_file():
-        left = ", ".join(map(str, staging.leftovers(directory)))
+        left = ", ".join(map(str, atomic.leftovers(directory)))
         hint = f"; an interrupted run left {left}: the same command continues it" if left else ""
         what = "no manifest.json in it" if directory.is_dir() else "no such directory"
         if inside := sorted(str(p.parent) for p in directory.glob(f"*/{MANIFEST}")):

@@ -22,13 +22,9 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from btlm_jax import paths, staging
-from btlm_jax.progress import Progress
-from btlm_jax.tokenizer import END_OF_TEXT, check_vocabulary, home_of, load_tokenizer
-
-from .split import Part
-from .text_files import Counts, Document, OnError, Position, Reader, TextFile, expand
-from .token_shards import (
+from btlm_jax.data.split import Part
+from btlm_jax.data.text_files import Counts, Document, OnError, Position, Reader, TextFile, expand
+from btlm_jax.data.token_shards import (
     FORMAT,
     MANIFEST,
     TOKENIZER,
@@ -38,6 +34,9 @@ from .token_shards import (
     fingerprint_of,
     is_ours,
 )
+from btlm_jax.data.tokenizer import END_OF_TEXT, check_vocabulary, home_of, load_tokenizer
+from btlm_jax.utils import atomic, paths
+from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ def tokenize(
     if any(f.path is None for f in files):
         logger.warning("standard input cannot be read twice: if interrupted, this starts over")
         key = None
-    with staging.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
+    with atomic.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
         done = _finished(stage, coder.dtype)
         resumed = len(done)
         begin = Position(*done[-1]["position"]) if done else Position()
@@ -170,7 +169,7 @@ def tokenize(
             raise ValueError(f"{', '.join(f.name for f in files)}: {what}")
         (stage.content / TOKENIZER).mkdir(exist_ok=True)
         for name, data in coder.assets.items():
-            staging.write_bytes(stage.content / TOKENIZER / name, data)
+            atomic.write_bytes(stage.content / TOKENIZER / name, data)
         manifest = Manifest(
             vocab_size=coder.vocab_size,
             eos_id=coder.eos_id,
@@ -178,7 +177,7 @@ def tokenize(
             shards=tuple(Shard(**record["shard"]) for record in done),
             sources=reader.sources(),
         )
-        staging.write_text(stage.content / MANIFEST, manifest.to_json())
+        atomic.write_text(stage.content / MANIFEST, manifest.to_json())
     if skipped := reader.total.skipped:
         logger.warning("%d UNUSABLE RECORDS SKIPPED; the manifest says in which files", skipped)
     return Report(
@@ -200,7 +199,7 @@ def check_target(
     """Raises ValueError if tokens cannot lie there; else as `staging.refuse_existing`."""
     if paths.is_remote(paths.location(target)):
         raise ValueError(f"{target}: expected a local directory, which can be memory-mapped")
-    staging.refuse_existing(target, overwrite=overwrite, ours=ours)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=ours)
 
 
 def key_of(files: Sequence[TextFile], coder: Coder, options: Sequence[Any]) -> dict[str, Any]:
@@ -318,7 +317,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _finished(stage: staging.Stage, dtype: np.dtype) -> list[dict[str, Any]]:
+def _finished(stage: atomic.Stage, dtype: np.dtype) -> list[dict[str, Any]]:
     """The records of an interrupted run's shards, up to the first that is missing or cut short."""
     done: list[dict[str, Any]] = []
     while record := stage.finished.get(_shard_name(len(done))):
@@ -335,7 +334,7 @@ def _shard_name(index: int) -> str:
 
 
 def _write_shard(
-    stage: staging.Stage,
+    stage: atomic.Stage,
     index: int,
     encoded: Iterator[tuple[Document, np.ndarray]],
     shard_tokens: int,

@@ -10,7 +10,7 @@ from pathlib import Path
 from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from btlm_jax import paths
+from btlm_jax.utils import paths
 
 # Files that travel with a checkpoint in both directions.
 ASSETS = (

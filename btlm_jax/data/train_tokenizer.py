@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from btlm_jax.tokenizer import END_OF_TEXT
-
-from .split import Part
-from .text_files import OnError, Reader, TextFile
+from btlm_jax.data.split import Part
+from btlm_jax.data.text_files import OnError, Reader, TextFile
+from btlm_jax.data.tokenizer import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import math
 
 from jax.sharding import AbstractMesh, Mesh
 
-from btlm_jax import sharding
-from btlm_jax.spec import Spec
+from btlm_jax.model import sharding
+from btlm_jax.model.runtime import Spec
 
 # A device's share of a batch, where the caller does not say.
 TOKENS = 8192

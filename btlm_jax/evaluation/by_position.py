@@ -20,14 +20,14 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax.evaluation import extension
-from btlm_jax.evaluation.batches import batch_shape
-from btlm_jax.evaluation.extension import Kind
+from btlm_jax.evaluation import context_extension
+from btlm_jax.evaluation.batch_shapes import batch_shape
+from btlm_jax.evaluation.context_extension import Kind
 from btlm_jax.evaluation.long_windows import LongWindows
-from btlm_jax.loss import token_predictions
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-from btlm_jax.weights import Params
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.loss import token_predictions
+from btlm_jax.model.weights import Params
+from btlm_jax.utils.progress import Progress
 
 # Of the curve that is drawn: bins for each doubling of the position.
 _PER_OCTAVE = 8
@@ -169,7 +169,7 @@ def loss_by_position(
     T = windows.length
     check_length(T, trained)
     edges = bin_edges(trained, T)
-    models = {kind: extension.scaled(model, kind, trained, T) for kind in kinds}
+    models = {kind: context_extension.scaled(model, kind, trained, T) for kind in kinds}
     rows, _ = batch_shape(model.spec(params), T, windows.most, batch_size)
     nll, squares = ({kind: np.zeros(T) for kind in kinds} for _ in range(2))
     of_groups: dict[Kind, dict[int, np.ndarray]] = {kind: {} for kind in kinds}

@@ -9,14 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from btlm_jax import plots
-from btlm_jax.evaluation.by_position import (
-    ByPosition,
-    Curve,
-    binned,
-    difference,
-    summary_edges,
-)
+from btlm_jax.evaluation.by_position import ByPosition, Curve, binned, difference, summary_edges
+from btlm_jax.utils import plots
 
 # Standard errors on either side of a mean that cover 95 % of a normal distribution.
 _Z = 1.96

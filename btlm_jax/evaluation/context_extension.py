@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from btlm_jax.config import AlibiScaling
-from btlm_jax.model import BTLM
+from btlm_jax.model.btlm import BTLM
 
 Kind = Literal["none", "fixed", "dynamic"]
 

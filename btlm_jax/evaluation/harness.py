@@ -20,17 +20,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from btlm_jax import staging
 from btlm_jax.config import BTLMConfig
-from btlm_jax.evaluation.batches import check_batch_size
+from btlm_jax.evaluation.batch_shapes import check_batch_size
+from btlm_jax.evaluation.generate_until import Prompt, Rules, continuations, rules
 from btlm_jax.evaluation.likelihood import Pair, likelihoods, rows
 from btlm_jax.evaluation.tasks import Tasks, lm_eval
-from btlm_jax.evaluation.until import Prompt, Rules, continuations, rules
 from btlm_jax.generation.jsonl import Journal
 from btlm_jax.generation.prompts import end_tokens
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-from btlm_jax.weights import Params
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.weights import Params
+from btlm_jax.utils import atomic
+from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ def evaluate(
 def to_json(report: Mapping[str, Any]) -> bytes:
     """A report as a file; what JSON cannot hold (functions of tasks) as the harness shows it."""
     shown = lm_eval("utils").handle_non_serializable
-    text = json.dumps(staging.finite(report), indent=2, default=shown, allow_nan=False)
+    text = json.dumps(atomic.finite(report), indent=2, default=shown, allow_nan=False)
     return text.encode() + b"\n"
 
 

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax import alibi, sharding
-from btlm_jax.evaluation.batches import TOKENS, check_batch_size
+from btlm_jax.evaluation.batch_shapes import TOKENS, check_batch_size
 from btlm_jax.generation import decode
 from btlm_jax.generation.scoring import filled_width
-from btlm_jax.loss import token_predictions
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import alibi, sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.loss import token_predictions
+from btlm_jax.model.weights import Params
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from btlm_jax.evaluation.batches import batch_shape
+from btlm_jax.evaluation.batch_shapes import batch_shape
 from btlm_jax.evaluation.windows import Windows
-from btlm_jax.loss import head_loss
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-from btlm_jax.weights import Params
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.loss import head_loss
+from btlm_jax.model.weights import Params
+from btlm_jax.utils.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)

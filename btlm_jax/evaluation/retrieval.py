@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from btlm_jax import plots
-from btlm_jax.evaluation.extension import Kind
+from btlm_jax.evaluation.context_extension import Kind
 from btlm_jax.evaluation.retrieval_texts import MOST, Record, Task, Text
 from btlm_jax.generation.batch import generate_batch
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.weights import Params
+from btlm_jax.utils import plots
 
 # From prompts, as ids, to the texts that follow.
 Continue = Callable[[Sequence[list[int]]], list[str]]

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm_jax import alibi
 from btlm_jax.config import BTLMConfig
-from btlm_jax.loss import IGNORE
+from btlm_jax.model import alibi
+from btlm_jax.model.loss import IGNORE
 
 logger = logging.getLogger(__name__)
 

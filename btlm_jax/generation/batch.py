@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax import kv_cache, sharding
-from btlm_jax.generation import api, decode, prompts, sample
+from btlm_jax.generation import decode, generate, prompts, sample
 from btlm_jax.generation.request import (
     Request,
     Row,
@@ -29,9 +28,10 @@ from btlm_jax.generation.request import (
     tell_of_stacked,
 )
 from btlm_jax.generation.sample import State
-from btlm_jax.kv_cache import KVCache
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import kv_cache, sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.weights import Params
 
 # Of its rows, a batch waits for one in so many to end before it reads prompts.
 _WAIT = 8
@@ -279,7 +279,7 @@ def _searched(
             seeds = [(row.seed, row.stream) for row in filled]
             own: dict[str, Any] = dict(seed=seeds, return_dict_in_generate=True)
             ids = np.stack([row.ids for row in filled])
-            out = api.generate(asked.program.model, params, ids, **{**asked.arguments, **own})
+            out = generate.generate(asked.program.model, params, ids, **{**asked.arguments, **own})
             for i, row in enumerate(rows):
                 for n in range(asked.copies):
                     at = i * asked.copies + n

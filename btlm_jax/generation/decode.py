@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from btlm_jax import kv_cache, sharding
 from btlm_jax.generation import stopping
 from btlm_jax.generation.options import Options
 from btlm_jax.generation.processors import Context, Processor, process
 from btlm_jax.generation.sampling import warp
-from btlm_jax.kv_cache import KVCache
-from btlm_jax.model import BTLM
+from btlm_jax.model import kv_cache, sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.kv_cache import KVCache
 
 
 @dataclasses.dataclass(frozen=True)

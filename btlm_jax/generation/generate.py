@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from btlm_jax import kv_cache
 from btlm_jax.generation import decode, prompts, request, sample, search, stopping
 from btlm_jax.generation.processors import Processor, listed
 from btlm_jax.generation.prompt_cache import PromptCache, prompt_of
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import kv_cache
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.weights import Params
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO
 
 from tokenizers import Tokenizer
 
-from btlm_jax import paths, staging
+from btlm_jax.checkpoint.metadata import Metadata
 from btlm_jax.generation import text
 from btlm_jax.generation.batch import Result
-from btlm_jax.manifest import Metadata
+from btlm_jax.utils import atomic, paths
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def journal(target: Path, key: Mapping[str, Any], *, overwrite: bool) -> Iterato
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}: make it first")
     partial = _partial(target)
     with open(partial, "ab+") as file:
-        staging.hold(file, target)
+        atomic.hold(file, target)
         file.seek(0)
         data = file.read()
         whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line short
@@ -218,7 +218,7 @@ def finish(target: Path, lines: Lines, known: Mapping[int, Mapping[str, Any]], c
 
 def complete(target: Path, data: bytes) -> None:
     """Writes the target, and removes what `journal` kept."""
-    staging.write_bytes(paths.location(target), data)
+    atomic.write_bytes(paths.location(target), data)
     _partial(target).unlink()
 
 

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
-from btlm_jax import checkpoint, manifest
+from btlm_jax.checkpoint import checkpoint, metadata
+from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from btlm_jax.generation import batch, text
-from btlm_jax.model import BTLM
-from btlm_jax.tokenizer import check_vocabulary, load_tokenizer
-from btlm_jax.weights import Params
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.weights import Params
 
 TASK = "text-generation"
 
@@ -100,7 +100,7 @@ def pipeline(
     """
     if task != TASK:
         raise ValueError(f"task: found {task!r}, expected {TASK!r}")
-    config = manifest.read(path).config
+    config = metadata.read(path).config
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, config.vocab_size)
     model, params = checkpoint.load(path, dtype=dtype, mesh=mesh, by_layer=True)

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from btlm_jax import sharding
 from btlm_jax.generation import decode, prompts
 from btlm_jax.generation.decode import Prompt
-from btlm_jax.kv_cache import KVCache
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.weights import Params
 
 _FORMAT = 1
 

@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from btlm_jax import sharding, weights
 from btlm_jax.config import BTLMConfig
 from btlm_jax.generation import decode, options, prompts, sample, stopping
 from btlm_jax.generation.processors import Processor, listed
-from btlm_jax.kv_cache import KVCache
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import sharding, weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.weights import Params
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax import sharding
 from btlm_jax.generation import decode
 from btlm_jax.generation.decode import Program, Prompt, Result, Rows
 from btlm_jax.generation.sampling import draw
-from btlm_jax.kv_cache import KVCache
+from btlm_jax.model import sharding
+from btlm_jax.model.kv_cache import KVCache
 
 
 class State(NamedTuple):

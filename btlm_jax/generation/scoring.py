@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax import sharding
 from btlm_jax.generation import decode, prompts
-from btlm_jax.loss import token_predictions
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.loss import token_predictions
+from btlm_jax.model.weights import Params
 
 # Widths of more are multiples of it.
 _TILE = 128

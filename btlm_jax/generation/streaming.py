@@ -11,18 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax import kv_cache
 from btlm_jax.generation import decode, prompts, sample, text
-from btlm_jax.generation.request import (
-    Request,
-    begin,
-    request,
-    slots_at_first,
-    tell_of_stacked,
-)
+from btlm_jax.generation.request import Request, begin, request, slots_at_first, tell_of_stacked
 from btlm_jax.generation.sample import State
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import kv_cache
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.weights import Params
 
 
 def stream(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
-from btlm_jax import alibi, attention_fused, attention_xla, context, remat, sharding
+from btlm_jax.model import alibi, attention_fused, attention_xla, context_parallel, remat, sharding
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +87,10 @@ def _attend(chosen, precision, sequence, q, k, v, slopes, segments, kernel) -> j
     positions = None
     if sequence is not None:
         # The gradients of k and v are scattered back by the transpose of the gather.
-        positions = context.positions(q.shape[2], sequence)
-        k, v = (context.gathered(x, sequence, 2) for x in (k, v))
+        positions = context_parallel.positions(q.shape[2], sequence)
+        k, v = (context_parallel.gathered(x, sequence, 2) for x in (k, v))
         if segments is not None:
-            segments = segments[0], context.gathered(segments[1], sequence, 1)
+            segments = segments[0], context_parallel.gathered(segments[1], sequence, 1)
     inputs = dict(slopes=slopes, segments=segments)
     if chosen == "splash":
         return attention_fused.splash(q, k, v, **inputs, kernel=kernel)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 
-from btlm_jax import alibi, context, remat
+from btlm_jax.model import alibi, context_parallel, remat
 
 _LANES, _SUBLANES = 128, 8  # of a TPU: multiples of lengths and of widths
 _BLOCK, _BLOCK_COMPUTE = 1024, 512  # of queries and keys at a time; the largest that fit every TPU
@@ -84,7 +84,7 @@ class _Causal(mask_lib.Mask):
     def __init__(self, length: int, parts: int) -> None:
         self._length, self._key = length, (length, parts)
         # Read by splash, which then computes the mask within its kernel.
-        self.q_sequence = context.rows(length, parts).reshape(-1)
+        self.q_sequence = context_parallel.rows(length, parts).reshape(-1)
         self.mask_function = _not_later
 
     @property

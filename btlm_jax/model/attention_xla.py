@@ -12,8 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from btlm_jax import alibi
-from btlm_jax.products import einsum
+from btlm_jax.model import alibi
+from btlm_jax.model.einsum import einsum
 
 QUERY_CHUNK = 512
 # Of n equal stripes, (n + 1) / 2n of the keys are visited: 9/16 with 8. Each is compiled of its

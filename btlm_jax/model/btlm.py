@@ -17,12 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
-from btlm_jax import attention, sharding, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.kv_cache import KVCache, Part, Slots, branch
-from btlm_jax.layers import Transformer, project_logits
-from btlm_jax.remat import KEPT, Remat
-from btlm_jax.spec import Spec
+from btlm_jax.model import attention, sharding, weights
+from btlm_jax.model.kv_cache import KVCache, Part, Slots, branch
+from btlm_jax.model.layers import Transformer, project_logits
+from btlm_jax.model.remat import KEPT, Remat
+from btlm_jax.model.runtime import Spec
 
 
 class Intermediates(NamedTuple):

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from btlm_jax.attention_xla import over_queries
-from btlm_jax.products import einsum
+from btlm_jax.model.attention_xla import over_queries
+from btlm_jax.model.einsum import einsum
 
 _MASKED = np.finfo(np.float32).min  # finite, so that a row with no key at all is not NaN
 

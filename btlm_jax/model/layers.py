@@ -22,20 +22,20 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from btlm_jax import (
+from btlm_jax.model import (
     alibi,
     attention,
     attention_xla,
-    context,
-    kernels,
+    context_parallel,
+    einsum,
     kv_cache,
-    products,
+    packed,
     remat,
     weights,
 )
-from btlm_jax.kernels import Kernel
-from btlm_jax.kv_cache import KVCache, Part
-from btlm_jax.spec import Spec
+from btlm_jax.model.kv_cache import KVCache, Part
+from btlm_jax.model.packed import Kernel
+from btlm_jax.model.runtime import Spec
 
 
 class Shared(NamedTuple):
@@ -66,9 +66,7 @@ class Layer(nn.Module):
         w, value, used = self._stored(name)
         if not isinstance(value, Kernel):
             y = value.astype(spec.dtype)
-            return products.einsum(
-                equation, x, y, spec.precision, spec.axes(*axes), spec.axes(*used)
-            )
+            return einsum.einsum(equation, x, y, spec.precision, spec.axes(*axes), spec.axes(*used))
         n = len(w.inputs)  # the last dimensions of x, in order; of several, the first is sharded
         if n > 1:
             of_input = spec.axes("batch", "sequence", used[w.inputs[0]])
@@ -97,8 +95,8 @@ def kernel_product(
         outputs = (a for i, a in enumerate(used) if i not in w.inputs)
         own = spec.axes(*outputs, used[w.inputs[0]])
         assert own is not None
-        kernel = kernels.place(kernel, own)
-    return kernels.product(
+        kernel = packed.place(kernel, own)
+    return packed.product(
         x, kernel, on_cpu=spec.on_cpu, precision=spec.precision, out_sharding=spec.axes(*axes)
     )
 
@@ -252,7 +250,7 @@ class Transformer(Layer):
         if not c.alibi and "positions" not in inputs:
             slots = jnp.broadcast_to(jnp.atleast_1d(start)[:, None] + jnp.arange(T), (B, T))
             inputs = {**inputs, "positions": spec.place(slots, "batch", "sequence")}
-        inputs = {k: spec.reordered(x, context.balanced) for k, x in inputs.items()}
+        inputs = {k: spec.reordered(x, context_parallel.balanced) for k, x in inputs.items()}
 
         h = self._embed(inputs)
         slopes = None
@@ -274,7 +272,7 @@ class Transformer(Layer):
         else:
             assert cache is None  # `model` takes the layers apart
             h, result = _scanned(spec, capture)(h, shared)
-        h = spec.reordered(LayerNorm(spec, name="ln_f")(h), context.natural)
+        h = spec.reordered(LayerNorm(spec, name="ln_f")(h), context_parallel.natural)
         if cache is None:
             return h, None, result
         if segments is None:
@@ -349,7 +347,7 @@ def _look_up(spec: Spec, table: jax.Array | Kernel, index: jax.Array, size: int)
     """Rows of an embedding, fp32 [B, T, D]; NaN where the index is out of range."""
     out = spec.axes("batch", "sequence", None)
     if isinstance(table, Kernel):
-        rows = kernels.rows(table, index, out)
+        rows = packed.rows(table, index, out)
     else:
         rows = table.at[index].get(mode="clip", out_sharding=out)
     inside = (index >= 0) & (index < size)

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, reshard
 from jax.typing import ArrayLike
 
-from btlm_jax import kernels, products, sharding
-from btlm_jax.kernels import Kernel
-from btlm_jax.layers import head_logits, head_weight
-from btlm_jax.model import BTLM
-from btlm_jax.spec import Spec
-from btlm_jax.weights import Params
+from btlm_jax.model import einsum, packed, sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.layers import head_logits, head_weight
+from btlm_jax.model.packed import Kernel
+from btlm_jax.model.runtime import Spec
+from btlm_jax.model.weights import Params
 
 # Positions with this label are left out of the loss, as in PyTorch and transformers.
 IGNORE = -100
@@ -232,7 +232,7 @@ def _local_predictions(spec: Spec, vocab_axes, w, h, targets) -> tuple[jax.Array
 
     def of_chunk(chunk):
         x, labels = chunk
-        logits = head_logits(spec, products.einsum("nd,vd->nv", x, w, spec.precision), ids)
+        logits = head_logits(spec, einsum.einsum("nd,vd->nv", x, w, spec.precision), ids)
         normaliser, chosen, _ = _log_softmax(logits, labels, ids, vocab_axes)
         best, top = ids[logits.argmax(-1)], logits.max(-1)
         if vocab_axes:  # as argmax has it: of the shards with the largest logit the lowest id
@@ -248,7 +248,7 @@ def _local_predictions(spec: Spec, vocab_axes, w, h, targets) -> tuple[jax.Array
 def _head(spec: Spec, params: Params) -> jax.Array:
     """The head's weight [V, D], as floats."""
     w = head_weight(spec, params)
-    return kernels.dequantised(w, spec.dtype) if isinstance(w, Kernel) else w
+    return packed.dequantised(w, spec.dtype) if isinstance(w, Kernel) else w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -310,7 +310,7 @@ def _local(
     ids = _ids(w, vocab_axes)
 
     def product(equation, x, y):
-        return products.einsum(equation, x, y, spec.precision)
+        return einsum.einsum(equation, x, y, spec.precision)
 
     def weighted(x, weight):
         return jnp.where(weight == 0.0, 0.0, x * weight).sum()  # rows left out may hold anything

@@ -34,8 +34,8 @@ import optax
 from jax.typing import DTypeLike
 from optax.contrib import MuonDimensionNumbers, ScheduleFreeState, scale_by_muon
 
-from btlm_jax import weights
 from btlm_jax.config import BTLMConfig
+from btlm_jax.model import weights
 
 Decay = Literal["original", "coupled", "independent"]
 """What a hidden matrix loses per step, relative to itself; r is its factor on the learning rate.

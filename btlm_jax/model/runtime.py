@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec, reshard
 
-from btlm_jax import attention, products, sharding
 from btlm_jax.config import BTLMConfig
-from btlm_jax.kv_cache import KVCache
-from btlm_jax.remat import Remat
+from btlm_jax.model import attention, sharding
+from btlm_jax.model import einsum as einsum_lib
+from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Spec:
 
     def einsum(self, equation: str, x: jax.Array, y: jax.Array, *axes: str | None) -> jax.Array:
         """`products.einsum`, fp32, sharded by the logical axes of the result."""
-        return products.einsum(equation, x, y, self.precision, self.axes(*axes))
+        return einsum_lib.einsum(equation, x, y, self.precision, self.axes(*axes))
 
     def check_batch(self, batch_size: int, length: int | None = None) -> None:
         """Raises ValueError if a batch, or its sequences, do not divide over the mesh."""

@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from btlm_jax import weights
 from btlm_jax.config import BTLMConfig
+from btlm_jax.model import weights
 
 logger = logging.getLogger(__name__)
 

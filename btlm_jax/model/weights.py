@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from btlm_jax.config import BTLMConfig
-from btlm_jax.kernels import Kernel
+from btlm_jax.model.packed import Kernel
 
 Path = tuple[str, ...]
 Params = dict[str, Any]

@@ -19,13 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax import plots
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-from btlm_jax.weights import Params
-
-from .corpora import Corpus
-from .parametrisation import PARAMETRISATIONS, Family, Rules, reparametrised, start, step
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.weights import Params
+from btlm_jax.mup_study.corpus import Corpus
+from btlm_jax.mup_study.parametrization import (
+    PARAMETRISATIONS,
+    Family,
+    Rules,
+    reparametrised,
+    start,
+    step,
+)
+from btlm_jax.utils import plots
+from btlm_jax.utils.progress import Progress
 
 ALL = tuple(PARAMETRISATIONS)
 # About the best one of `transfer`, for the default family.

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import manual
-from .token_shards import TokenShards
+from btlm_jax.data import sample_text
+from btlm_jax.data.token_shards import TokenShards
 
 _MOST_TOKENS = 20_000_000
 _HELD_OUT = 0.1
@@ -52,7 +52,7 @@ def read(directory: Path | None, length: int) -> Corpus:
       FileNotFoundError: there is none.
     """
     if directory is None:
-        tokens = np.frombuffer(manual.text().encode(), np.uint8).astype(np.int32)
+        tokens = np.frombuffer(sample_text.text().encode(), np.uint8).astype(np.int32)
         vocab_size, name = 256, "bytes of Python's language reference"
     else:
         shards = TokenShards(directory)

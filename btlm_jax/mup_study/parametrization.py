@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from btlm_jax import mup, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.loss import target_loss
-from btlm_jax.model import BTLM
-from btlm_jax.weights import Params
+from btlm_jax.model import mup, weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.loss import target_loss
+from btlm_jax.model.weights import Params
 
 
 class Rules(NamedTuple):

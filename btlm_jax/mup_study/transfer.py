@@ -21,12 +21,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from btlm_jax import plots, staging
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-
-from .corpora import Corpus
-from .parametrisation import Family, loss, start, step
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.mup_study.corpus import Corpus
+from btlm_jax.mup_study.parametrization import Family, loss, start, step
+from btlm_jax.utils import atomic, plots
+from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +142,7 @@ def transfer(
     points = {(_name(p, w, family.widths), w) for p in COMPARED for w in family.widths}
     expected = sum(3 * seeds * steps * family.cost(w) for _, w in points)
     with (directory / _RUNS).open("a+", encoding="utf-8") as log:
-        staging.hold(log, directory)
+        atomic.hold(log, directory)
         done = {run[:4]: run for run in _ended(log)}
         if done:
             logger.info("%s: going on after %d runs", directory, len(done))
@@ -157,7 +156,7 @@ def transfer(
                     key = (name, width, exponent, seed)
                     if key not in done:
                         run = done[key] = train(Run(*key, math.nan))
-                        log.write(json.dumps(staging.finite(run._asdict())) + "\n")
+                        log.write(json.dumps(atomic.finite(run._asdict())) + "\n")
                         log.flush()
                         note = f"{name}, width {width}, rate 2^{exponent}: loss {run.loss:.3f}"
                         progress.update(cost, note)
@@ -166,8 +165,8 @@ def transfer(
 
             _search(family.widths, first, measured)
     found = Transfer(family.widths, tuple(done.values()))
-    report = staging.finite({"settings": settings, **to_json(found)})
-    staging.write_text(epath.Path(directory / "transfer.json"), json.dumps(report, indent=2) + "\n")
+    report = atomic.finite({"settings": settings, **to_json(found)})
+    atomic.write_text(epath.Path(directory / "transfer.json"), json.dumps(report, indent=2) + "\n")
     draw(directory / "transfer.png", found)
     return found
 
@@ -219,7 +218,7 @@ def _claim(directory: Path, settings: dict[str, Any]) -> None:
         raise FileExistsError(f"{directory} exists and is not a sweep: name another directory")
     else:
         directory.mkdir(parents=True, exist_ok=True)
-        staging.write_text(epath.Path(directory / _SETTINGS), json.dumps(settings, indent=2) + "\n")
+        atomic.write_text(epath.Path(directory / _SETTINGS), json.dumps(settings, indent=2) + "\n")
 
 
 def _ended(log: IO[str]) -> list[Run]:

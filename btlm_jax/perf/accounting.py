@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from btlm_jax import byte_size, weights
 from btlm_jax.config import BTLMConfig
+from btlm_jax.model import weights
+from btlm_jax.utils import byte_size
 
 
 class Flops(NamedTuple):

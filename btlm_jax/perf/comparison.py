@@ -12,8 +12,8 @@ import tomllib
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
+from btlm_jax.checkpoint.quantize import filled_inputs
 from btlm_jax.config import BTLMConfig
-from btlm_jax.quantization import filled_inputs
 
 Precision = Literal["bf16", "int8", "int4"]
 Cache = Literal["bf16", "int8"]
@@ -168,7 +168,7 @@ def memory(shape: Shape, precision: Precision, context: int, cache: Cache) -> Me
 @functools.cache
 def peers() -> tuple[Shape, ...]:
     """The 7B models of `peers.toml`."""
-    text = resources.files("btlm_jax").joinpath("peers.toml").read_text(encoding="utf-8")
+    text = resources.files("btlm_jax.perf").joinpath("peers.toml").read_text(encoding="utf-8")
     found = []
     for raw in tomllib.loads(text)["model"]:
         sources = raw.pop("shape"), raw.pop("training")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax import comparison, plots
-from btlm_jax.columns import aligned
-from btlm_jax.comparison import CONTEXTS, Memory, Shape
+from btlm_jax.perf import comparison
+from btlm_jax.perf.comparison import CONTEXTS, Memory, Shape
+from btlm_jax.utils import plots
+from btlm_jax.utils.table import aligned
 
 
 def lines(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> list[str]:

@@ -16,10 +16,11 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from btlm_jax import accounting, weights
-from btlm_jax.chips import Rates
 from btlm_jax.config import BTLMConfig
-from btlm_jax.remat import Remat
+from btlm_jax.model import weights
+from btlm_jax.model.remat import Remat
+from btlm_jax.perf import accounting
+from btlm_jax.perf.chips import Rates
 
 _BF16, _FP32 = 2, 4
 

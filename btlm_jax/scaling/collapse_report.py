@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from btlm_jax import plots
 from btlm_jax.scaling import collapse
 from btlm_jax.scaling.collapse import Curve, Family, Value, Verdict
+from btlm_jax.utils import plots
 
 _SMOOTH = 5  # bins, of the residuals that are drawn
 

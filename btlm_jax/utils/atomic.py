@@ -22,7 +22,7 @@ from typing import IO, Any
 import jax
 from etils import epath
 
-from btlm_jax import byte_size, paths
+from btlm_jax.utils import byte_size, paths
 
 logger = logging.getLogger(__name__)
 

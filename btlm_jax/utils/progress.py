@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from btlm_jax import byte_size
+from btlm_jax.utils import byte_size
 
 logger = logging.getLogger(__name__)
 

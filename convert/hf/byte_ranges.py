@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .torch_zip import REDOWNLOAD
+from btlm_jax.convert.hf.torch_zip import REDOWNLOAD
 
 
 def runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterator[tuple[int, int]]:

@@ -6,9 +6,9 @@ import dataclasses
 import logging
 from typing import Any
 
-from btlm_jax import weights
+from btlm_jax.checkpoint.metadata import Metadata
 from btlm_jax.config import BTLMConfig
-from btlm_jax.manifest import Metadata
+from btlm_jax.model import weights
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .torch_pickle import TorchFile
+from btlm_jax.convert.hf.torch_pickle import TorchFile
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),

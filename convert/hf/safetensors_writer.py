@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm_jax import array_files
-
-from .weight_files import SAFETENSORS_DTYPES
+from btlm_jax.checkpoint import zarr
+from btlm_jax.convert.hf.headers import SAFETENSORS_DTYPES
 
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 WRITER = "btlm_jax"  # an entry of `__metadata__` by which we know our own files
@@ -74,13 +73,13 @@ class SafetensorsFile:
             with path.open("wb") as file:
                 file.truncate(position)
 
-    def write(self, name: str, blocks: Iterable[np.ndarray]) -> array_files.Digest:
+    def write(self, name: str, blocks: Iterable[np.ndarray]) -> zarr.Digest:
         """Writes a tensor from consecutive blocks, and waits until the disk has it.
 
         Raises:
             OSError: the disk is full or fails.
         """
-        digest, position = array_files.Digest(), self._start[name]
+        digest, position = zarr.Digest(), self._start[name]
         with self.path.open("r+b", buffering=0) as file:
             file.seek(position)
             for block in blocks:

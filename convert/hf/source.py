@@ -19,13 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm_jax import array_files, paths
-from btlm_jax.tokenizer import ASSETS
-
-from .hf_hub import fetch, is_hub_id
-from .ranged import identity, read_into, runs
-from .torch_pickle import TorchFile
-from .weight_files import (
+from btlm_jax.checkpoint import zarr
+from btlm_jax.convert.hf.byte_ranges import identity, read_into, runs
+from btlm_jax.convert.hf.headers import (
     REDOWNLOAD,
     TensorInfo,
     check_index,
@@ -34,6 +30,10 @@ from .weight_files import (
     torch_header,
     weight_map_of,
 )
+from btlm_jax.convert.hf.hub import fetch, is_hub_id
+from btlm_jax.convert.hf.torch_pickle import TorchFile
+from btlm_jax.data.tokenizer import ASSETS
+from btlm_jax.utils import paths
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class HFSource:
         if index is None or whole:  # block by block, which looks at the checksum
             flat = np.empty(info.size, info.dtype)
             start = 0
-            for block in self.blocks(name, array_files.BLOCK_BYTES // info.dtype.itemsize):
+            for block in self.blocks(name, zarr.BLOCK_BYTES // info.dtype.itemsize):
                 flat[start : start + len(block)] = block
                 start += len(block)
             return flat.reshape(shape)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .torch_zip import REDOWNLOAD, RESAVE
+from btlm_jax.convert.hf.torch_zip import REDOWNLOAD, RESAVE
 
 _STORAGES = {
     "torch FloatStorage": np.dtype(np.float32),

@@ -14,8 +14,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from .torch_opcodes import TensorView, describe, evaluate
-from .torch_zip import (
+from btlm_jax.convert.hf.torch_opcodes import TensorView, describe, evaluate
+from btlm_jax.convert.hf.torch_zip import (
     REDOWNLOAD,
     RESAVE,
     Member,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 
 import jax
@@ -14,7 +12,11 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
-from btlm_jax import AlibiScaling, BTLMConfig, layerwise, make_mesh, manifest, staging, weights
+from btlm_jax import AlibiScaling, BTLMConfig, make_mesh
+from btlm_jax.checkpoint import metadata, unstacked
+from btlm_jax.model import weights
+from btlm_jax.utils import atomic
+from support.checkpoint_metadata import edit_metadata
 
 # Sizes that force padding on a tensor axis of 4: V 509 -> 512, F 170 -> 172.
 CONFIG = dataclasses.replace(
@@ -64,7 +66,7 @@ def test_onto_a_mesh_and_back(saved, params, sizes, tmp_path):
     assert "tensor" not in sizes or not loaded["wte"].is_fully_replicated
     # Saving from the mesh strips the padding: the same bits as the original.
     btlm.save(tmp_path / "again", model.config, loaded)
-    assert manifest.read(tmp_path / "again").leaves == manifest.read(saved).leaves
+    assert metadata.read(tmp_path / "again").leaves == metadata.read(saved).leaves
     assert same_bits(params, btlm.load(tmp_path / "again")[1])
 
 
@@ -89,8 +91,8 @@ def test_numpy_weights_and_assets(tmp_path, params):
     file.write_text("{}")
     host = jax.tree.map(np.asarray, params)
     btlm.save(tmp_path / "c", CONFIG, host, assets=[file], origin={"note": "x"})
-    assert [p.name for p in manifest.assets_of(tmp_path / "c")] == ["tokenizer.json"]
-    meta = manifest.read(tmp_path / "c")
+    assert [p.name for p in metadata.assets_of(tmp_path / "c")] == ["tokenizer.json"]
+    meta = metadata.read(tmp_path / "c")
     assert meta.origin == {"note": "x"}
     assert meta.nbytes == 4 * weights.count(CONFIG)
     assert same_bits(params, btlm.load(tmp_path / "c")[1])
@@ -119,7 +121,7 @@ def test_nothing_is_left_of_a_failed_save(tmp_path, saved, params, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(manifest, "mark", fail)
+    monkeypatch.setattr(metadata, "mark", fail)
     for target, overwrite in ((tmp_path / "new", False), (saved, True)):
         with pytest.raises(OSError, match=f"no space left while writing {target}; nothing"):
             btlm.save(target, CONFIG, params, overwrite=overwrite)
@@ -135,7 +137,7 @@ def test_failed_replacement_keeps_the_old(tmp_path, saved, params, monkeypatch):
             raise OSError("disk gone")
         rename(a, b)
 
-    monkeypatch.setattr(staging.os, "rename", fail_at_the_end)
+    monkeypatch.setattr(atomic.os, "rename", fail_at_the_end)
     with pytest.raises(OSError, match="disk gone"):
         btlm.save(saved, CONFIG, jax.tree.map(lambda x: x + 1, params), overwrite=True)
     assert os.listdir(tmp_path) == ["c"]
@@ -177,7 +179,7 @@ def test_what_weights_by_layer_are_computed_in(tmp_path, params, monkeypatch):
     for stored, asked in (("float32", None), ("bfloat16", None), ("float16", "bfloat16")):
         model, found = btlm.load(tmp_path / stored, dtype=asked, by_layer=True)
         assert model.compute_dtype == model.spec(found).dtype == jnp.dtype(asked or stored)
-    monkeypatch.setattr(layerwise, "load", lambda *_, **__: pytest.fail("the weights were read"))
+    monkeypatch.setattr(unstacked, "load", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match="weights in float16: CPUs decode in bfloat16 or float32"):
         btlm.load(tmp_path / "float16", by_layer=True)
 
@@ -217,16 +219,6 @@ def test_what_is_not_a_checkpoint(tmp_path):
     ocp.save(tmp_path / "foreign", {"x": np.zeros(3)})
     with pytest.raises(ValueError, match="without BTLM metadata"):
         btlm.load(tmp_path / "foreign")
-
-
-def edit_metadata(path, change):
-    file = path / "_CHECKPOINT_METADATA"
-    meta = json.loads(file.read_text())
-    notes = meta["custom_metadata"]["btlm_jax"]
-    change(notes)
-    notes.pop("seal")
-    notes["seal"] = hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
-    file.write_text(json.dumps(meta))
 
 
 def test_unknown_format(saved):

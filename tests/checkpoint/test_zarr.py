@@ -22,9 +22,12 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
-from btlm_jax import BTLMConfig, array_files, make_mesh, manifest, paths, weights
+from btlm_jax import BTLMConfig, make_mesh
+from btlm_jax.checkpoint import metadata, zarr
+from btlm_jax.model import weights
+from btlm_jax.utils import paths
 
-DTYPES = [np.dtype(np.float32), np.dtype(np.float16), array_files.BF16]
+DTYPES = [np.dtype(np.float32), np.dtype(np.float16), zarr.BF16]
 BITS = {2: np.uint16, 4: np.uint32}
 SIZES = [1, 2, 3, 4, 5, 7, 8, 12, 13, 29, 31, 61]  # primes have no fitting divisor
 KINDS = ["random bits", "zeros", "negative zeros", "NaN payloads"]
@@ -35,10 +38,10 @@ def small(block: int, chunk: int):
     """Blocks and chunks of at most so many bytes, written without waiting for the disk."""
     quick = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     with (
-        mock.patch.object(array_files, "_context", lambda: quick),
-        mock.patch.object(array_files, "BLOCK_BYTES", block),
-        mock.patch.object(array_files.block_rows, "__defaults__", (block,)),  # bound early
-        mock.patch.object(array_files, "_CHUNK_BYTES", chunk),
+        mock.patch.object(zarr, "_context", lambda: quick),
+        mock.patch.object(zarr, "BLOCK_BYTES", block),
+        mock.patch.object(zarr.block_rows, "__defaults__", (block,)),  # bound early
+        mock.patch.object(zarr, "_CHUNK_BYTES", chunk),
     ):
         yield
 
@@ -65,16 +68,16 @@ def arrays(draw):
 
 
 def blocks_of(array: np.ndarray) -> list[np.ndarray]:
-    flat, size = array.reshape(-1), array_files.block_size(array.shape, array.dtype.itemsize)
+    flat, size = array.reshape(-1), zarr.block_size(array.shape, array.dtype.itemsize)
     return [flat[i : i + size] for i in range(0, len(flat), size)]
 
 
-def write(folder: Path, array: np.ndarray) -> array_files.Digest:
-    return array_files.write(epath.Path(folder), array.shape, array.dtype, blocks_of(array))
+def write(folder: Path, array: np.ndarray) -> zarr.Digest:
+    return zarr.write(epath.Path(folder), array.shape, array.dtype, blocks_of(array))
 
 
 def read(folder: Path, rows: int = 3) -> list[np.ndarray]:
-    return list(array_files.read(paths.kvstore(epath.Path(folder)), rows))
+    return list(zarr.read(paths.kvstore(epath.Path(folder)), rows))
 
 
 def joined(blocks) -> bytes:
@@ -96,7 +99,7 @@ def test_round_trip(drawn, rows):
     array, block, chunk = drawn
     itemsize, row = array.dtype.itemsize, array.nbytes // array.shape[0]
     with tempfile.TemporaryDirectory() as folder, small(block, chunk):
-        own = array_files.block_rows(array.shape, itemsize)
+        own = zarr.block_rows(array.shape, itemsize)
         digest = write(Path(folder), array)
         # In blocks as written, and in blocks of any other height.
         for height in (own, rows):
@@ -127,26 +130,26 @@ def test_round_trip(drawn, rows):
 @example((50257, 2560), 2, 16 << 20)
 def test_block_rows(shape, itemsize, limit):
     """Within the limit, or one row; the largest divisor, unless that is far below the limit."""
-    rows, row = array_files.block_rows(shape, itemsize, limit), math.prod(shape[1:]) * itemsize
+    rows, row = zarr.block_rows(shape, itemsize, limit), math.prod(shape[1:]) * itemsize
     assert 1 <= rows <= shape[0]
     assert rows * row <= limit or rows == 1
     most = max(1, min(shape[0], limit // row))
     divisor = next(n for n in range(most, 0, -1) if shape[0] % n == 0)
     assert rows == (divisor if divisor >= most / 8 else most)
-    assert array_files.block_size(shape, itemsize) % math.prod(shape[1:]) == 0
+    assert zarr.block_size(shape, itemsize) % math.prod(shape[1:]) == 0
 
 
 def test_blocks_of_the_released_model():
-    assert array_files.block_rows((50257, 2560), 2) == 1733  # of 29 · 1733: nothing is padded
-    assert array_files.block_rows((50257, 2560), 4) == 1638  # 1733 rows do not fit
-    assert array_files.block_rows((2560, 3, 32, 80), 2) == 640
-    assert array_files.block_rows((2560,), 4) == 2560
-    assert array_files.block_rows((0, 3), 4) == 1
+    assert zarr.block_rows((50257, 2560), 2) == 1733  # of 29 · 1733: nothing is padded
+    assert zarr.block_rows((50257, 2560), 4) == 1638  # 1733 rows do not fit
+    assert zarr.block_rows((2560, 3, 32, 80), 2) == 640
+    assert zarr.block_rows((2560,), 4) == 2560
+    assert zarr.block_rows((0, 3), 4) == 1
     config = BTLMConfig.preset("btlm-3b-8k")
     for w in weights.table(config):
         for itemsize in (2, 4):
-            nbytes = array_files.block_size(w.shape, itemsize) * itemsize
-            assert nbytes <= array_files.BLOCK_BYTES
+            nbytes = zarr.block_size(w.shape, itemsize) * itemsize
+            assert nbytes <= zarr.BLOCK_BYTES
             # Small files would be slow: a block is the whole array or at least 2 MiB.
             assert nbytes >= min(math.prod(w.shape) * itemsize, 2 << 20)
 
@@ -161,7 +164,7 @@ def test_nonfinite(raw, dtype, infinities):
     """Counts what NumPy does not call finite, NaN with any payload and sign included."""
     block = np.frombuffer(raw[: len(raw) // 4 * 4], dtype).copy()
     block[:infinities] = -np.inf
-    assert array_files.nonfinite(block) == nonfinite(block)
+    assert zarr.nonfinite(block) == nonfinite(block)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -171,11 +174,11 @@ def test_nonfinite_of_every_pattern(dtype):
     top = np.arange(1 << 16).astype(unsigned)
     bits = top if width == 16 else np.concatenate([(top << 16) | low for low in (0, 1, 0xFFFF)])
     block = bits.view(dtype)
-    assert array_files.nonfinite(block) == nonfinite(block) > 100
+    assert zarr.nonfinite(block) == nonfinite(block) > 100
     # Also past the end of the scratch memory.
     long = np.resize(block, (1 << 17) + 5)
     long[-1] = np.nan
-    assert array_files.nonfinite(long) == nonfinite(long)
+    assert zarr.nonfinite(long) == nonfinite(long)
 
 
 @pytest.fixture(params=["random", "zeros"])
@@ -269,13 +272,13 @@ def test_same_bytes_however_often(tmp_path):
 def test_blocks_that_do_not_fit(tmp_path, lengths, said):
     with small(40, 40), pytest.raises(ValueError, match=said):
         parts = [np.ones(n, np.float32) for n in lengths]
-        array_files.write(epath.Path(tmp_path / "a"), (61,), np.dtype(np.float32), parts)
+        zarr.write(epath.Path(tmp_path / "a"), (61,), np.dtype(np.float32), parts)
 
 
 def test_blocks_of_another_dtype(tmp_path):
     parts = [np.ones(4, np.float16)]
     with pytest.raises(ValueError, match="found a block of float16, expected float32"):
-        array_files.write(epath.Path(tmp_path / "a"), (4,), np.dtype(np.float32), parts)
+        zarr.write(epath.Path(tmp_path / "a"), (4,), np.dtype(np.float32), parts)
 
 
 # What Orbax makes of it ------------------------------------------------------------------------
@@ -321,12 +324,12 @@ def test_orbax_reads_many_blocks(many_blocks):
 
 def test_our_reader_and_orbax_agree(many_blocks):
     path, _ = many_blocks
-    meta, tree = manifest.read(path), weights.flatten(ocp.load(path))
+    meta, tree = metadata.read(path), weights.flatten(ocp.load(path))
     for leaf in weights.disk_leaves(CONFIG):
         for width in (None, 4):  # larger blocks than were written
             blocks = list(meta.blocks(leaf, width))
             assert joined(blocks) == np.asarray(tree[leaf.path]).tobytes(), leaf.path
-            assert max(x.nbytes for x in blocks) <= array_files.BLOCK_BYTES
+            assert max(x.nbytes for x in blocks) <= zarr.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)

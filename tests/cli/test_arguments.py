@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 
 import pytest
-from btlm_jax.train import corpora, measure, topologies
 
 from btlm_jax import BTLM, cli
 from btlm_jax.cli.arguments import check_output, write_json
+from btlm_jax.mup_study import corpus
+from btlm_jax.train.aot import topologies
+from btlm_jax.train.bench.step_bench import measure
 
 
 def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
@@ -57,7 +59,7 @@ def test_long_work_tries_its_outputs_first(command, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(measure, "matmul_rate", too_late)
     monkeypatch.setattr(BTLM, "init", too_late)
     monkeypatch.setattr(topologies, "prepare", too_late)
-    monkeypatch.setattr(corpora, "read", too_late)
+    monkeypatch.setattr(corpus, "read", too_late)
     for name in ("coord_check.json", "transfer.png"):
         (tmp_path / "taken" / name).mkdir(parents=True)
     command = command.replace("DIR", str(tmp_path)).replace("TAKEN", str(tmp_path / "taken"))

@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 
-import cases
 import numpy as np
 import pytest
 
 import btlm_jax
-from btlm_jax import byte_size, cli
+from btlm_jax import cli
+from btlm_jax.utils import byte_size
+from support import golden
 
 COMMANDS = ("quickstart", "convert", "export", "info", "eval", "generate", "collapse")
 
@@ -65,13 +66,13 @@ def test_programs_are_kept_between_processes(tmp_path, checkpoint_dir, flag):
 
 
 def test_convert_info_generate_export(capsys, tmp_path):
-    source = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"), tokenizer=True)
+    source = golden.write_hf(tmp_path / "hf", golden.load("a2_btlm_mup_h32"), tokenizer=True)
     code, out, _ = run(capsys, "convert", source, tmp_path / "c")
     assert code == 0 and "31 tensors (31 float32)" in out and "tokenizer.json" in out
     code, out, _ = run(capsys, "info", tmp_path / "c", "--length", "64")
     assert code == 0 and "2 layers, n_embd 96" in out and str(source) in out
-    weights = cases.load("a2_btlm_mup_h32").weights
-    nbytes = sum(x.nbytes for name, x in weights.items() if name != cases.SLOPES)
+    weights = golden.load("a2_btlm_mup_h32").weights
+    nbytes = sum(x.nbytes for name, x in weights.items() if name != golden.SLOPES)
     assert ["stored", "float32", *byte_size.show(nbytes).split()] in map(str.split, out.split("\n"))
     assert (
         run(capsys, "info", source, "--length", "64")[1].split()
@@ -136,11 +137,11 @@ def test_warning_of_useless_options(capsys, checkpoint_dir):
 
 
 def bad_inputs(tmp_path):
-    hf = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"))
-    cut = cases.write_hf(tmp_path / "cut", cases.load("a2_btlm_mup_h32"))
+    hf = golden.write_hf(tmp_path / "hf", golden.load("a2_btlm_mup_h32"))
+    cut = golden.write_hf(tmp_path / "cut", golden.load("a2_btlm_mup_h32"))
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    odd = cases.write_hf(tmp_path / "odd", cases.load("a2_btlm_mup_h32"))
+    odd = golden.write_hf(tmp_path / "odd", golden.load("a2_btlm_mup_h32"))
     config = json.loads((odd / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps(config | {"activation_function": "relu"}))
     new = tmp_path / "new"
@@ -188,7 +189,7 @@ def test_bad_generation(capsys, checkpoint_dir, options, message):
 
 
 def test_checkpoint_without_tokenizer(capsys, tmp_path):
-    source = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"))
+    source = golden.write_hf(tmp_path / "hf", golden.load("a2_btlm_mup_h32"))
     code, _, err = run(capsys, "convert", source, tmp_path / "c")
     assert code == 0 and "no tokenizer files" in err
     code, _, err = run(capsys, "generate", tmp_path / "c", "--prompt", "x")

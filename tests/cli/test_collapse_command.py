@@ -9,10 +9,13 @@ import sys
 
 import numpy as np
 import pytest
-from btlm_jax.train import family, recipe_file
-from test_scaling_collapse import SHAPE
 
-from btlm_jax import BTLMConfig, cli, weights
+from btlm_jax import BTLMConfig, cli
+from btlm_jax.model import weights
+from btlm_jax.scaling import surrogate
+from btlm_jax.train import curves, recipe_file
+
+SHAPE = surrogate.Surrogate(b_c=0.1, b_e=0.0, q_c=0.5, q_e=0.0)
 
 
 def run_directory(path, *, seed=0, final=3.0, until=1.0, drift=None, steps=2000, overrides=()):
@@ -64,7 +67,7 @@ def runs(tmp_path):
 
 
 def test_what_a_run_says_of_itself(runs):
-    found = family.read(runs[-1])
+    found = curves.read(runs[-1])
     n = weights.count(BTLMConfig.preset("tiny"))
     tokens = 1000 * 8 * 128 + 1000 * 4 * 128
     assert found.parameters == n and found.tokens_per_parameter == pytest.approx(tokens / n)
@@ -73,7 +76,7 @@ def test_what_a_run_says_of_itself(runs):
     assert (found.step, found.steps, found.finished) == (750, 2000, False)
     assert found.curve.done[-1] == pytest.approx(0.5)
     assert found.timescale == pytest.approx(1 / (6e-3 * 0.5 * 0.1 * 2000))
-    assert family.read(runs[0]).finished
+    assert curves.read(runs[0]).finished
 
 
 def test_the_command(capsys, tmp_path, runs):
@@ -123,8 +126,8 @@ def test_losses_that_are_not_finite_are_left_out(caplog, tmp_path):
     lines = (path / "metrics.jsonl").read_text().splitlines()
     lines[7] = json.dumps(json.loads(lines[7]) | {"loss": float("nan")})
     (path / "metrics.jsonl").write_text("\n".join(lines))
-    with caplog.at_level("WARNING", logger="btlm_jax.train.family"):
-        assert len(family.read(path).curve.loss) == 1999
+    with caplog.at_level("WARNING", logger="btlm_jax.train.curves"):
+        assert len(curves.read(path).curve.loss) == 1999
     assert "1 losses that are not finite" in caplog.text
 
 
@@ -142,16 +145,16 @@ def test_errors(capsys, tmp_path, runs):
 
 
 def test_where_to_write_is_seen_to_first(capsys, tmp_path, runs, monkeypatch):
-    from btlm_jax.scaling import report
+    from btlm_jax.scaling import collapse_report
 
     def fails(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(report, "draw", fails)
+    monkeypatch.setattr(collapse_report, "draw", fails)
     numbers, png = tmp_path / "c.json", tmp_path / "c.png"
     code, _, err = run(capsys, "collapse", *runs, "--png", png, "--json", numbers)
     assert code == 2 and "disk is full" in err and numbers.exists()  # the numbers come first
-    monkeypatch.setattr(family, "read", lambda _: pytest.fail("runs were read"))
+    monkeypatch.setattr(curves, "read", lambda _: pytest.fail("runs were read"))
     for options, said in {
         ("--png", tmp_path / "c.jpg"): "found the suffix '.jpg', expected '.png'",
         ("--png", png, "--json", runs[0]): "is a directory",
@@ -172,6 +175,7 @@ assert not jax._src.xla_bridge._backends
 
 
 def test_scaling_needs_no_jax():
-    code = "import sys, btlm_jax.scaling.laws, btlm_jax.scaling.surrogate, btlm_jax.scaling.report"
+    names = ("laws", "surrogate", "collapse_report")
+    code = "import sys, " + ", ".join(f"btlm_jax.scaling.{name}" for name in names)
     code += "\nassert not {'jax', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

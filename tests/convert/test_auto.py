@@ -5,41 +5,42 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, formats, hf_source
 
-from btlm_jax import weights
+from btlm_jax.convert import auto, convert
+from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.model import weights
+from support import golden
 
 
 def test_which_it_is(tmp_path, monkeypatch):
-    hf = cases.write_hf(tmp_path / "hf", cases.load("b_sp_alibi"))
+    hf = golden.write_hf(tmp_path / "hf", golden.load("b_sp_alibi"))
     convert(hf, tmp_path / "orbax")
     monkeypatch.chdir(tmp_path)
     for source in (hf, str(hf), f"{hf}/", f"file://{hf}", "hf", Path("hf")):
-        assert formats.is_hf(source), source
+        assert auto.is_hf(source), source
     for source in (tmp_path / "orbax", f"file://{tmp_path}/orbax", "orbax", tmp_path):
-        assert not formats.is_hf(source), source
+        assert not auto.is_hf(source), source
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if gcsfs were there
-    assert not formats.is_hf("gs://bucket/hf")
+    assert not auto.is_hf("gs://bucket/hf")
     # What is not there can only be on the Hub; a file is no directory of either format.
-    assert formats.is_hf("org/name") and formats.is_hf(tmp_path / "nowhere")
-    assert not formats.is_hf(hf / "config.json")
+    assert auto.is_hf("org/name") and auto.is_hf(tmp_path / "nowhere")
+    assert not auto.is_hf(hf / "config.json")
     with pytest.raises(ValueError, match="s3://"):
-        formats.is_hf("s3://bucket/hf")
+        auto.is_hf("s3://bucket/hf")
 
 
 def test_both_give_the_same_model(tmp_path, monkeypatch):
     """Slopes that lost bits in bf16 included: 0.83984375 where the exact one is 0.84089..."""
-    case = cases.load("g_bf16")
-    hf = cases.write_hf(tmp_path / "hf", case)
+    case = golden.load("g_bf16")
+    hf = golden.write_hf(tmp_path / "hf", case)
     convert(hf, tmp_path / "orbax")
-    monkeypatch.setattr(hf_source, "fetch", lambda name, *_: {"org/name": hf}[name])
+    monkeypatch.setattr(source_lib, "fetch", lambda name, *_: {"org/name": hf}[name])
     for source in (hf, tmp_path / "orbax", "org/name"):
-        assert formats.config_of(source) == case.config
-        model, params = formats.load(source, dtype=jnp.float32)
+        assert auto.config_of(source) == case.config
+        model, params = auto.load(source, dtype=jnp.float32)
         assert model.config == case.config
         found, expected = weights.flatten(params), weights.flatten(case.params)
         assert found.keys() == expected.keys()
@@ -47,4 +48,4 @@ def test_both_give_the_same_model(tmp_path, monkeypatch):
             assert x.dtype == jnp.float32
             np.testing.assert_array_equal(x, expected[path])
     with pytest.raises(FileNotFoundError, match="no directory"):
-        formats.config_of(tmp_path / "nowhere")
+        auto.config_of(tmp_path / "nowhere")

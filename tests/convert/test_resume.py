@@ -22,19 +22,20 @@ from collections import namedtuple
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import cases
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export
-from btlm_jax.convert.hf_source import open_hf
-from btlm_jax.convert.safetensors_file import SafetensorsFile
 from safetensors.numpy import save_file
 
 import btlm_jax as btlm
-from btlm_jax import array_files, checkpoint, manifest, staging
+from btlm_jax.checkpoint import checkpoint, metadata, zarr
+from btlm_jax.convert import convert, export
+from btlm_jax.convert.hf.safetensors_writer import SafetensorsFile
+from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.utils import atomic
+from support import golden
 
-ONE_THREAD = 5 * array_files.BLOCK_BYTES  # the least memory: tensors are written in order
+ONE_THREAD = 5 * zarr.BLOCK_BYTES  # the least memory: tensors are written in order
 SHARD = 20_000  # several files per export
 WORK = {"convert": convert, "export": export}
 SMALL = {"convert": "_METADATA", "export": "config.json"}  # files written after all tensors
@@ -43,16 +44,16 @@ OPTIONS = {"convert": {}, "export": {"max_shard_bytes": SHARD}}
 
 def write_source(path: Path, *, other: bool = False, dtype=ml_dtypes.bfloat16, change=None) -> Path:
     """A Hugging Face directory of one layer; `other` has other weights, of the same size."""
-    case = cases.load("g_bf16")
+    case = golden.load("g_bf16")
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(case.hf_config | {"n_layer": 1}))
     w = {k: x.astype(dtype) for k, x in case.weights.items() if ".h.1." not in k}
     if other:
-        w |= {k: -x for k, x in w.items() if k != cases.SLOPES}
+        w |= {k: -x for k, x in w.items() if k != golden.SLOPES}
     if change is not None:
         change(w)
     save_file(w, path / "model.safetensors", metadata={"format": "pt"})
-    cases.write_tokenizer(path, case.config.vocab_size)
+    golden.write_tokenizer(path, case.config.vocab_size)
     return path
 
 
@@ -122,7 +123,7 @@ def failing(after: int, error: BaseException):
     """Within, no more than so many tensors can be written."""
     calls = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
-        for owner in (array_files, SafetensorsFile):
+        for owner in (zarr, SafetensorsFile):
 
             def write(*args, real=owner.write):
                 if next(calls) >= after:
@@ -137,13 +138,13 @@ def failing(after: int, error: BaseException):
 def full_disk_for(name: str):
     """Within, the small file of this name does not fit the disk."""
 
-    def write(path, *args, real=staging.write_bytes):
+    def write(path, *args, real=atomic.write_bytes):
         if path.name == name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(path, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(staging, "write_bytes", write)
+        patch.setattr(atomic, "write_bytes", write)
         yield
 
 
@@ -285,7 +286,7 @@ def _child(job: dict) -> dict:
     if "at" in job:  # which change it is must not depend on threads
         options["max_memory"] = ONE_THREAD
         if job["what"] == "export":
-            options["max_memory"] = 5 * manifest.read(job["source"]).largest_block
+            options["max_memory"] = 5 * metadata.read(job["source"]).largest_block
     try:
         report = WORK[job["what"]](job["source"], job["target"], **options)
         out |= {"resumed": report.resumed, "tensors": report.tensors}
@@ -352,7 +353,7 @@ def test_killed_while_replacing(what, made, forks, tmp_path):
         if not target.exists():
             found.append("aside")
             with pytest.raises(FileNotFoundError, match=r"\.c\.replaced: the same command continu"):
-                manifest.read(target)
+                metadata.read(target)
             with full_disk_for(SMALL[what]), pytest.raises(OSError):  # the next run fails too
                 WORK[what](source, target, overwrite=True, **OPTIONS[what])
             assert_same(hidden(target, "replaced"), old)
@@ -528,7 +529,7 @@ def test_a_new_tokenizer_is_taken(tmp_path):
     """Small files are no part of what is continued."""
     source, target = write_source(tmp_path / "hf"), tmp_path / "c"
     begin("convert", source, target, 5)
-    cases.write_tokenizer(source, 50)
+    golden.write_tokenizer(source, 50)
     (source / "merges.txt").write_text("new")
     assert convert(source, target).resumed == 5
     convert(source, tmp_path / "expected")
@@ -591,7 +592,7 @@ def assert_says_what_to_do(error: OSError, target: Path) -> None:
 
 @pytest.mark.parametrize("at", ["opening", "writing"])
 def test_disk_full(at, made, tmp_path, monkeypatch):
-    create, calls = array_files.create, itertools.count()
+    create, calls = zarr.create, itertools.count()
 
     def full(*args):
         if next(calls) < 5:
@@ -599,7 +600,7 @@ def test_disk_full(at, made, tmp_path, monkeypatch):
         return FullDisk() if at == "writing" else FullDisk().result()
 
     with monkeypatch.context() as patch, pytest.raises(OSError) as error:
-        patch.setattr(array_files, "create", full)
+        patch.setattr(zarr, "create", full)
         convert(made.hf, tmp_path / "c", max_memory=ONE_THREAD)
     assert_says_what_to_do(error.value, tmp_path / "c")
     assert not (tmp_path / "c").exists()
@@ -630,7 +631,7 @@ def fill_disk(what: str, source: str, folder: str, below: str, out: str) -> None
     mount = ["mount", "-t", "tmpfs", "-o"]
     subprocess.run([*mount, "size=8k", "tmpfs", folder], check=True)
     target = Path(folder, below, "c")
-    staging.require_space = lambda *_: None  # it would refuse to begin
+    atomic.require_space = lambda *_: None  # it would refuse to begin
     failures, report = [], None
     for pages in range(2, 1000, 4):
         subprocess.run([*mount, f"remount,size={4 * pages}k", "tmpfs", folder], check=True)
@@ -693,7 +694,7 @@ def test_disk_really_full(what, below, made, small_disk):
 @pytest.mark.parametrize("what", ["convert", "export"])
 def test_too_little_space_is_seen_at_once(what, made, tmp_path, monkeypatch):
     source, expected, *_ = sources(what, made)
-    size = sum(x.size * x.dtype.itemsize for x in manifest.read(made.checkpoint).leaves.values())
+    size = sum(x.size * x.dtype.itemsize for x in metadata.read(made.checkpoint).leaves.values())
     begin(what, source, tmp_path / "c", 3)
     Usage = namedtuple("Usage", "total used free")
     with monkeypatch.context() as patch:

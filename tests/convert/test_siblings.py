@@ -13,19 +13,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import reference_numpy as ref
-from btlm_jax.convert import convert, export, load_hf, verify
-from btlm_jax.convert.hf_source import open_hf
 from safetensors.numpy import save_file
 
 import btlm_jax as btlm
-from btlm_jax import weights
+from btlm_jax.convert import convert, export, load_hf, verify
+from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.model import weights
+from support import golden
+from support import reference_numpy as ref
 
 MASKS = (".attn.bias", ".attn.masked_bias")
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -139,7 +139,7 @@ def tensors(sibling: Sibling) -> dict[str, np.ndarray]:
         out[HEAD] = out[EMBEDDING].copy()
     if sibling.slopes is not None:
         exact = ref.alibi_slopes(config.n_head)[:, None]
-        out[cases.SLOPES] = exact.astype(sibling.slopes)
+        out[golden.SLOPES] = exact.astype(sibling.slopes)
     if sibling.buffers:
         n = config.n_positions
         for i in range(config.n_layer):
@@ -185,7 +185,7 @@ def test_sibling(sibling, tmp_path, caplog):
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     logits = model.apply(params, ids)
     assert np.abs(expected).max() > 0.1  # measured 0.16 to 0.98
-    assert cases.max_error(logits, expected) < 3e-6  # measured 2.9e-7
+    assert golden.max_error(logits, expected) < 3e-6  # measured 2.9e-7
 
     # The direct way is the same way.
     direct, same = load_hf(source, dtype=jnp.float32)
@@ -199,7 +199,7 @@ def test_sibling(sibling, tmp_path, caplog):
     found = {n: exported.read(n) for n in exported.tensors}
     if sibling.slopes is None and sibling.raw["position_embedding_type"] == "alibi":
         # Exact slopes are added: 4 heads have 2**-2, 2**-4, ...
-        assert (found.pop(cases.SLOPES) == ref.alibi_slopes(4)[:, None]).all()
+        assert (found.pop(golden.SLOPES) == ref.alibi_slopes(4)[:, None]).all()
     original = kept(sibling, named)
     assert set(found) == set(original)
     for name, x in original.items():
@@ -212,9 +212,9 @@ def test_the_witness_notices_a_wrong_scale(tmp_path):
     july, jais = SIBLINGS["BTLM of July 2023"], SIBLINGS["Jais-13b"]
     named, ids = tensors(jais), np.arange(12)[None]
     right = ref.forward(named, jais.raw | jais.means, ids)["logits"]
-    assert cases.max_error(right, ref.forward(named, jais.raw | july.means, ids)["logits"]) > 0.1
+    assert golden.max_error(right, ref.forward(named, jais.raw | july.means, ids)["logits"]) > 0.1
     unscaled = jais.means | {"mup_scale_qk_dot_by_d": False}
-    assert cases.max_error(right, ref.forward(named, jais.raw | unscaled, ids)["logits"]) > 1e-4
+    assert golden.max_error(right, ref.forward(named, jais.raw | unscaled, ids)["logits"]) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -246,8 +246,8 @@ def test_any_other_key_is_an_error_that_names_it(name, tmp_path):
 
 def test_slopes_with_learned_positions_are_an_error(tmp_path):
     gpt = SIBLINGS["Cerebras-GPT muP"]
-    named = tensors(gpt) | {cases.SLOPES: np.ones((4, 1), np.float32)}
-    with pytest.raises(ValueError, match=f"unexpected: {cases.SLOPES}"):
+    named = tensors(gpt) | {golden.SLOPES: np.ones((4, 1), np.float32)}
+    with pytest.raises(ValueError, match=f"unexpected: {golden.SLOPES}"):
         convert(write(tmp_path / "hf", gpt.raw, named), tmp_path / "c")
 
 

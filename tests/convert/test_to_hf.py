@@ -9,13 +9,9 @@ import os
 import random
 from pathlib import Path
 
-import cases
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, verify
-from btlm_jax.convert.hf_source import open_hf
-from btlm_jax.convert.safetensors_file import SafetensorsFile, Tensor, plan
 from hypothesis import given
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
@@ -23,9 +19,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import btlm_jax as btlm
-from btlm_jax import AlibiScaling, BTLMConfig, alibi, manifest, weights
+from btlm_jax import AlibiScaling, BTLMConfig
+from btlm_jax.checkpoint import metadata
+from btlm_jax.convert import convert, export, verify
+from btlm_jax.convert.hf.safetensors_writer import SafetensorsFile, Tensor, plan
+from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.model import alibi, weights
+from support import golden
 
-BF16, UNTIED = cases.load("g_bf16"), cases.load("i_untied")
+BF16, UNTIED = golden.load("g_bf16"), golden.load("i_untied")
 INDEX = "model.safetensors.index.json"
 NAME = "transformer.h.1.attn.c_proj.weight"
 
@@ -64,7 +66,7 @@ def assert_same_bits(a: dict, b: dict) -> None:
 
 def test_names_shapes_and_dtypes_are_the_originals(case, tmp_path):
     """Those of the snapshot that the original PyTorch code gave, bit for bit."""
-    convert(cases.write_hf(tmp_path / "hf", case), tmp_path / "c")
+    convert(golden.write_hf(tmp_path / "hf", case), tmp_path / "c")
     report = export(tmp_path / "c", tmp_path / "back")
     written = load_file(tmp_path / "back/model.safetensors")
     prefix = "weights/"
@@ -72,7 +74,7 @@ def test_names_shapes_and_dtypes_are_the_originals(case, tmp_path):
     assert set(written) == keys
     assert_same_bits(written, case.weights)
     assert ("lm_head.weight" in written) == (not case.config.tie_word_embeddings)
-    assert (cases.SLOPES in written) == case.config.alibi
+    assert (golden.SLOPES in written) == case.config.alibi
     assert report.files == ("model.safetensors",) and report.tensors == len(keys)
     assert report.nbytes == sum(x.nbytes for x in written.values())
     assert sorted(os.listdir(tmp_path / "back")) == [
@@ -89,14 +91,14 @@ def test_of_a_training_checkpoint_the_weights(tmp_path):
     state = {x.path: tensors[x.hf_name].reshape(x.weight.shape) for x in leaves}
     tree = weights.unflatten(state)
     items = {"state": tree, "optimizer": {"mu": tree, "count": np.array(7)}}
-    notes = manifest.notes(UNTIED.config, {}, {}, {}, None)
+    notes = metadata.notes(UNTIED.config, {}, {}, {}, None)
     ocp.save_checkpointables(tmp_path / "t", items, custom_metadata=notes)
-    assert manifest.read(tmp_path / "t").ocdbt
+    assert metadata.read(tmp_path / "t").ocdbt
     report = export(tmp_path / "t", tmp_path / "hf")
     written = load_file(tmp_path / "hf/model.safetensors")
-    slopes = written.pop(cases.SLOPES)
+    slopes = written.pop(golden.SLOPES)
     np.testing.assert_array_equal(slopes.astype(np.float64).ravel(), UNTIED.config.alibi_slopes)
-    del tensors[cases.SLOPES]
+    del tensors[golden.SLOPES]
     assert_same_bits(written, tensors)
     assert report.tensors == len(tensors) + 1
     # A model that never had a config.json gets the released flavour.
@@ -107,7 +109,7 @@ def test_of_a_training_checkpoint_the_weights(tmp_path):
     convert(tmp_path / "hf", tmp_path / "c")
     export(tmp_path / "c", tmp_path / "again")
     assert_same_bits(
-        load_file(tmp_path / "again/model.safetensors"), written | {cases.SLOPES: slopes}
+        load_file(tmp_path / "again/model.safetensors"), written | {golden.SLOPES: slopes}
     )
 
 
@@ -139,7 +141,7 @@ def test_slopes_come_back_in_their_dtype(tmp_path, stored, dtype):
     config = dataclasses.replace(UNTIED.config, alibi_slopes=(0.5, 0.25, 0.125, 0.0625))
     btlm.save(tmp_path / "c", config, UNTIED.params, origin=origin)
     export(tmp_path / "c", tmp_path / "hf")
-    slopes = load_file(tmp_path / "hf/model.safetensors")[cases.SLOPES]
+    slopes = load_file(tmp_path / "hf/model.safetensors")[golden.SLOPES]
     assert slopes.dtype == dtype and slopes.shape == (4, 1)
     assert tuple(slopes.astype(np.float64).ravel()) == config.alibi_slopes
 
@@ -150,14 +152,14 @@ def test_slopes_that_their_dtype_cannot_hold(tmp_path):
     config = dataclasses.replace(UNTIED.config, alibi_slopes=slopes)
     btlm.save(tmp_path / "c", config, UNTIED.params, origin={"slopes_dtype": "bfloat16"})
     export(tmp_path / "c", tmp_path / "hf")
-    written = load_file(tmp_path / "hf/model.safetensors")[cases.SLOPES]
+    written = load_file(tmp_path / "hf/model.safetensors")[golden.SLOPES]
     assert written.dtype == np.float32 and tuple(map(float, written.ravel())) == slopes
     assert verify(tmp_path / "c", tmp_path / "hf")
 
 
 # config.json in the source's own flavour -------------------------------------------------------
 
-FLAVOURS = {k: v for k, v in json_of(cases.GOLDEN / "legacy_configs.json").items() if k[0] != "_"}
+FLAVOURS = {k: v for k, v in json_of(golden.GOLDEN / "legacy_configs.json").items() if k[0] != "_"}
 SIZES = dict(n_embd=32, n_head=2, n_inner=40, n_layer=1, n_positions=64, vocab_size=61)
 
 
@@ -191,7 +193,7 @@ def write_flavour(path: Path, raw: dict) -> dict[str, np.ndarray]:
         for leaf in weights.disk_leaves(config)
     }
     if config.alibi:
-        tensors[cases.SLOPES] = alibi.slopes(config.n_head).astype(np.float32)[:, None]
+        tensors[golden.SLOPES] = alibi.slopes(config.n_head).astype(np.float32)[:, None]
     path.mkdir()
     (path / "config.json").write_text(json.dumps(raw))
     save_file(tensors, path / "model.safetensors")
@@ -200,7 +202,7 @@ def write_flavour(path: Path, raw: dict) -> dict[str, np.ndarray]:
 
 def saved_again(checkpoint: Path, target: Path, **changes) -> BTLMConfig:
     """Saves a checkpoint with a changed configuration, as training would; returns that."""
-    meta = manifest.read(checkpoint)
+    meta = metadata.read(checkpoint)
     config = dataclasses.replace(meta.config, **changes)
     leaves = {
         leaf.weight.path: np.concatenate(list(meta.blocks(leaf))).reshape(leaf.weight.shape)
@@ -267,7 +269,7 @@ def test_changes_are_told_in_the_same_flavour(name, changes, tmp_path, notices):
     assert {k for k in raw if written[k] != raw[k]} <= {*changes, *told}
     assert set(written) - set(raw) <= {"alibi_scaling"}
     convert(tmp_path / "back", tmp_path / "c3")
-    assert manifest.read(tmp_path / "c3").config == config
+    assert metadata.read(tmp_path / "c3").config == config
 
 
 def test_what_jais_13b_cannot_express(tmp_path, notices):
@@ -286,7 +288,7 @@ def test_what_jais_13b_cannot_express(tmp_path, notices):
     assert written == plain.to_hf() | {"torch_dtype": "float32"}
     assert "width_scale" not in written and BTLMConfig.from_hf(written) == plain
     convert(tmp_path / "back", tmp_path / "c3")
-    assert manifest.read(tmp_path / "c3").config == config
+    assert metadata.read(tmp_path / "c3").config == config
 
 
 def test_old_keys_without_a_width_scale(tmp_path):
@@ -303,8 +305,8 @@ def test_old_keys_without_a_width_scale(tmp_path):
 
 def test_torch_dtype_of_weights_that_were_widened(tmp_path):
     """A bf16 model trained on in fp32; transformers 5 loads in the dtype that config.json names."""
-    convert(cases.write_hf(tmp_path / "hf", BF16), tmp_path / "c")
-    meta = manifest.read(tmp_path / "c")
+    convert(golden.write_hf(tmp_path / "hf", BF16), tmp_path / "c")
+    meta = metadata.read(tmp_path / "c")
     assert BF16.hf_config["torch_dtype"] == "bfloat16" and BF16.params["wte"].dtype == np.float32
     btlm.save(tmp_path / "c2", meta.config, BF16.params, origin=meta.origin)
     export(tmp_path / "c2", tmp_path / "back")
@@ -316,7 +318,7 @@ def test_torch_dtype_of_weights_that_were_widened(tmp_path):
 
 def test_generation_config_of_ones_own(tmp_path):
     """Verbatim, down to its white space."""
-    source = cases.write_hf(tmp_path / "hf", BF16, tokenizer=True)
+    source = golden.write_hf(tmp_path / "hf", BF16, tokenizer=True)
     text = '{"temperature":  0.7,\n\t"eos_token_id": 5, "note": "é"}'
     (source / "generation_config.json").write_text(text, encoding="utf-8")
     convert(source, tmp_path / "c")
@@ -353,7 +355,7 @@ def flip(file: Path, bit: int) -> bytes:
 
 def test_flipped_bits_are_named(tmp_path):
     """In values or in the index of the shard; nothing is exported, and the repaired source is."""
-    convert(cases.write_hf(tmp_path / "hf", UNTIED), tmp_path / "c")
+    convert(golden.write_hf(tmp_path / "hf", UNTIED), tmp_path / "c")
     rng = random.Random(0)
     for n, leaf in enumerate(rng.sample(list(weights.disk_leaves(UNTIED.config)), 6)):
         folder = tmp_path / "c/state" / ".".join(leaf.path) / "c"
@@ -374,7 +376,7 @@ def test_flipped_bits_are_named(tmp_path):
 
 
 def test_flipped_bit_in_a_carried_file(tmp_path):
-    convert(cases.write_hf(tmp_path / "hf", UNTIED, tokenizer=True), tmp_path / "c")
+    convert(golden.write_hf(tmp_path / "hf", UNTIED, tokenizer=True), tmp_path / "c")
     whole = flip(tmp_path / "c/tokenizer/tokenizer.json", 999)
     with pytest.raises(ValueError, match=r"tokenizer\.json does not match the recorded SHA-256"):
         export(tmp_path / "c", tmp_path / "back")
@@ -398,7 +400,7 @@ def mixed() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("most", [1, 3000, 70_000, 10**9])
 def test_mixed_dtypes_are_aligned(tmp_path, most):
-    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    source = golden.write_hf(tmp_path / "hf", UNTIED)
     tensors = mixed()
     save_file(tensors, source / "model.safetensors")
     convert(source, tmp_path / "c")
@@ -432,7 +434,7 @@ def test_mixed_dtypes_are_aligned(tmp_path, most):
 @pytest.mark.parametrize("most, count", [(1, 33), (10**9, 1), (322_440, 1), (322_439, 2)])
 def test_sizes_of_files(tmp_path, most, count):
     """From a file per tensor to all in one, which is exactly that large; and an index that fits."""
-    convert(cases.write_hf(tmp_path / "hf", UNTIED), tmp_path / "c")
+    convert(golden.write_hf(tmp_path / "hf", UNTIED), tmp_path / "c")
     total = sum(x.nbytes for x in UNTIED.weights.values())
     if count < 3:
         most += total - 322_440

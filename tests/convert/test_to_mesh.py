@@ -8,35 +8,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, hf_source, load_hf
 from safetensors.numpy import save_file
 
 import btlm_jax as btlm
-from btlm_jax import make_mesh, weights
+from btlm_jax import make_mesh
+from btlm_jax.convert import convert, load_hf
+from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.model import weights
+from support import golden
+from support.processes import free_port
 
 MESHES = [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)]
 # Sizes that no mesh divides: V 509 -> 512 on every one, F 171 -> 172 where tensor is 2.
 ODD = dataclasses.replace(btlm.BTLMConfig.preset("tiny"), vocab_size=509, n_inner=171)
-BIN = cases.GOLDEN / "btlm_bin"
+BIN = golden.GOLDEN / "btlm_bin"
 
 
 def random_tensors(config: btlm.BTLMConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     shapes = {leaf.hf_name: leaf.weight.hf_shape for leaf in weights.disk_leaves(config)}
-    shapes |= {cases.SLOPES: (config.n_head, 1)} if config.alibi else {}
+    shapes |= {golden.SLOPES: (config.n_head, 1)} if config.alibi else {}
     return {n: rng.standard_normal(shape).astype(dtype) for n, shape in shapes.items()}
 
 
@@ -76,20 +78,20 @@ def both(source: Path, target: Path, **kwargs):
     return direct
 
 
-def logits_error(case: cases.Case, model: btlm.BTLM, params: weights.Params) -> float:
+def logits_error(case: golden.Case, model: btlm.BTLM, params: weights.Params) -> float:
     """Of the golden prompts, repeated so that they divide over any mesh here."""
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     ids, rows = case["plain/input_ids"], case.exact_logits
     assert 8 % len(ids) == 0
     got = model.apply(params, np.tile(ids, (8 // len(ids), 1)))
-    return cases.max_error(got, np.tile(rows, (8 // len(ids), 1, 1)))
+    return golden.max_error(got, np.tile(rows, (8 // len(ids), 1, 1)))
 
 
 # Equal to convert and load.
 
 
 def test_one_device(case, tmp_path):
-    source = cases.write_hf(tmp_path / "hf", case)
+    source = golden.write_hf(tmp_path / "hf", case)
     model, params = both(source, tmp_path / "c")
     assert model.config == case.config
     dtype = jnp.bfloat16 if case.bf16 else jnp.float32
@@ -107,8 +109,8 @@ def test_one_device(case, tmp_path):
     ],
 )
 def test_meshes(name, sizes, tmp_path):
-    case, mesh = cases.load(name), make_mesh(**sizes)
-    source = cases.write_hf(tmp_path / "hf", case)
+    case, mesh = golden.load(name), make_mesh(**sizes)
+    source = golden.write_hf(tmp_path / "hf", case)
     model, params = both(source, tmp_path / "c", mesh=mesh, dtype=jnp.float32)
     assert params["wte"].shape[0] == (98 if "tensor" in sizes else 97)
     assert logits_error(case, model, params) < 5e-5
@@ -206,18 +208,18 @@ def test_a_damaged_bin_is_noticed_where_whole_tensors_are_read(tmp_path):
 @pytest.mark.parametrize("sizes", [None, *MESHES], ids=str)
 def test_every_byte_is_read_once(sizes, tmp_path, monkeypatch):
     source = write(tmp_path / "hf", ODD, random_tensors(ODD))
-    read, spans = hf_source.read_into, []
+    read, spans = source_lib.read_into, []
 
     def counting(file, offset, out):
         spans.append((offset, offset + out.nbytes))
         read(file, offset, out)
 
-    monkeypatch.setattr(hf_source, "read_into", counting)
+    monkeypatch.setattr(source_lib, "read_into", counting)
     load_hf(source, make_mesh(**sizes) if sizes else None)
     times = np.zeros((source / "model.safetensors").stat().st_size, np.int8)
     for start, stop in spans:
         times[start:stop] += 1
-    tensors = hf_source.open_hf(source).tensors
+    tensors = source_lib.open_hf(source).tensors
     for name, info in tensors.items():
         assert (times[info.offset : info.offset + info.nbytes] == 1).all(), name
     assert times.sum() == sum(info.nbytes for info in tensors.values())
@@ -258,12 +260,6 @@ for k, sizes in enumerate(json.loads(sys.argv[5])):
     np.savez(out / f"{rank}-{k}.npz", **arrays)
     (out / f"{rank}-{k}.json").write_text(json.dumps({"read": sum(counted), "places": places}))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run_two(source: Path, out: Path, meshes: list[dict]) -> None:

@@ -6,22 +6,23 @@ import dataclasses
 import json
 import os
 
-import cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, verify
-from btlm_jax.convert.hf_source import open_hf
-from btlm_jax.convert.random_checkpoint import write_bin
-from btlm_jax.convert.safetensors_file import Tensor
 from safetensors.numpy import load_file, save_file
 
 import btlm_jax as btlm
-from btlm_jax import make_mesh, manifest
+from btlm_jax import make_mesh
+from btlm_jax.checkpoint import metadata
+from btlm_jax.convert import convert, export, verify
+from btlm_jax.convert.hf.safetensors_writer import Tensor
+from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.train.bench.step_bench.random_checkpoint import write_bin
+from support import golden
 
-BF16, UNTIED = cases.load("g_bf16"), cases.load("i_untied")
+BF16, UNTIED = golden.load("g_bf16"), golden.load("i_untied")
 
 
 def tensors_of(path) -> dict[str, np.ndarray]:
@@ -37,9 +38,9 @@ def assert_same_bits(a: dict, b: dict) -> None:
 
 
 def test_round_trip(case, tmp_path):
-    cases.write_hf(tmp_path / "hf", case, tokenizer=True)
+    golden.write_hf(tmp_path / "hf", case, tokenizer=True)
     report = convert(tmp_path / "hf", tmp_path / "c")
-    assert manifest.read(tmp_path / "c").config == case.config  # stored slopes included, exactly
+    assert metadata.read(tmp_path / "c").config == case.config  # stored slopes included, exactly
     assert report.dtypes == {"bfloat16" if case.bf16 else "float32": report.tensors}
     export(tmp_path / "c", tmp_path / "back")
     assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
@@ -53,11 +54,11 @@ def test_round_trip(case, tmp_path):
     model, params = btlm.load(tmp_path / "c", dtype=jnp.float32)
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     got = model.apply(params, case["plain/input_ids"])
-    assert cases.max_error(got, case.exact_logits) < 5e-5
+    assert golden.max_error(got, case.exact_logits) < 5e-5
 
 
 def test_sharded_round_trip(tmp_path):
-    cases.write_hf(tmp_path / "hf", UNTIED)
+    golden.write_hf(tmp_path / "hf", UNTIED)
     convert(tmp_path / "hf", tmp_path / "c")
     report = export(tmp_path / "c", tmp_path / "back", max_shard_bytes=60_000)
     assert len(report.files) > 3
@@ -76,7 +77,7 @@ def test_sharded_round_trip(tmp_path):
 @pytest.mark.parametrize("form", ["safetensors-sharded", "bin", "bin-sharded"])
 def test_round_trip_of_every_form(case, form, tmp_path):
     """The forms that `test_round_trip` leaves out; a .bin holds the tied head as well."""
-    source, count = cases.write_hf(tmp_path / "hf", case), 3 if "sharded" in form else 1
+    source, count = golden.write_hf(tmp_path / "hf", case), 3 if "sharded" in form else 1
     (source / "model.safetensors").unlink()
     names = list(case.weights)
     suffix = ".bin" if form.startswith("bin") else ".safetensors"
@@ -108,7 +109,7 @@ def test_round_trip_of_every_form(case, form, tmp_path):
 @pytest.mark.parametrize("form", ["single", "sharded"])
 def test_bin_files(form, tmp_path):
     """Pickles made by torch, in the form the released model is published in."""
-    folder = cases.GOLDEN / "btlm_bin"
+    folder = golden.GOLDEN / "btlm_bin"
     convert(folder / form, tmp_path / "c")
     report = export(tmp_path / "c", tmp_path / "back")
     with np.load(folder / "weights.npz") as z:
@@ -122,11 +123,11 @@ def test_bin_files(form, tmp_path):
 
 def test_mixed_dtypes_survive(tmp_path):
     """Every tensor keeps its own dtype; loading it as it is says what to do."""
-    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    source = golden.write_hf(tmp_path / "hf", UNTIED)
     mixed = UNTIED.weights
     name = "transformer.h.1.mlp.c_fc.weight"
     mixed[name] = mixed[name].astype(ml_dtypes.bfloat16)
-    mixed[cases.SLOPES] = mixed[cases.SLOPES].astype(np.float16)
+    mixed[golden.SLOPES] = mixed[golden.SLOPES].astype(np.float16)
     save_file(mixed, source / "model.safetensors")
     convert(source, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back")
@@ -137,7 +138,7 @@ def test_mixed_dtypes_survive(tmp_path):
 
 
 def test_tied_head_of_bin_files_is_checked_and_left_out(tmp_path):
-    source = cases.write_hf(tmp_path / "hf", BF16)
+    source = golden.write_hf(tmp_path / "hf", BF16)
     whole = BF16.weights
     whole["lm_head.weight"] = whole["transformer.wte.weight"].copy()
     save_file(whole, source / "model.safetensors")
@@ -151,7 +152,7 @@ def test_tied_head_of_bin_files_is_checked_and_left_out(tmp_path):
 
 
 def test_mask_buffers_are_ignored_by_name(tmp_path, caplog):
-    source = cases.write_hf(tmp_path / "hf", BF16)
+    source = golden.write_hf(tmp_path / "hf", BF16)
     old = BF16.weights
     old["transformer.h.0.attn.bias"] = np.ones((1, 1, 8, 8), np.uint8)
     old["transformer.h.1.attn.masked_bias"] = np.array(-1e4, np.float32)
@@ -168,8 +169,8 @@ def test_fresh_model_exports_exact_slopes(tmp_path):
     btlm.save(tmp_path / "c", config, params)
     export(tmp_path / "c", tmp_path / "hf")
     written = tensors_of(tmp_path / "hf")
-    assert written[cases.SLOPES].shape == (4, 1)
-    np.testing.assert_array_equal(written[cases.SLOPES].ravel(), btlm.alibi.slopes(4))
+    assert written[golden.SLOPES].shape == (4, 1)
+    np.testing.assert_array_equal(written[golden.SLOPES].ravel(), btlm.alibi.slopes(4))
     assert written["transformer.h.0.mlp.c_fc.weight"].shape == (64, 170)  # no padding
     raw = json.loads((tmp_path / "hf/config.json").read_text())
     assert raw["torch_dtype"] == "float32" and btlm.BTLMConfig.from_hf(raw) == config
@@ -183,9 +184,9 @@ def test_fresh_model_exports_exact_slopes(tmp_path):
 
 def test_changed_model_gets_a_fresh_config(tmp_path):
     """A config.json that no longer describes the model is not carried along."""
-    cases.write_hf(tmp_path / "hf", BF16)
+    golden.write_hf(tmp_path / "hf", BF16)
     convert(tmp_path / "hf", tmp_path / "c")
-    meta = manifest.read(tmp_path / "c")
+    meta = metadata.read(tmp_path / "c")
     scaled = dataclasses.replace(meta.config, alibi_scaling=btlm.AlibiScaling(factor=4.0))
     _, params = btlm.load(tmp_path / "c")
     btlm.save(tmp_path / "c4", scaled, params, origin=meta.origin)
@@ -200,7 +201,7 @@ def test_changed_model_gets_a_fresh_config(tmp_path):
 
 def broken(tmp_path, change) -> list[str]:
     """Converts a model after `change(weights)`. Returns the lines of the error."""
-    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    source = golden.write_hf(tmp_path / "hf", UNTIED)
     w = UNTIED.weights
     change(w)
     save_file(w, source / "model.safetensors")
@@ -228,7 +229,7 @@ def test_missing_and_unexpected_keys_are_all_listed(tmp_path):
 
 
 def test_truncated_safetensors_of(tmp_path):
-    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    source = golden.write_hf(tmp_path / "hf", UNTIED)
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors"):
@@ -237,8 +238,8 @@ def test_truncated_safetensors_of(tmp_path):
 
 
 def test_vocabulary_mismatch(tmp_path):
-    source = cases.write_hf(tmp_path / "hf", UNTIED)
-    cases.write_tokenizer(source, 80)
+    source = golden.write_hf(tmp_path / "hf", UNTIED)
+    golden.write_tokenizer(source, 80)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["🙂"] = 500
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -247,7 +248,7 @@ def test_vocabulary_mismatch(tmp_path):
 
 
 def test_existing_targets(tmp_path):
-    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    source = golden.write_hf(tmp_path / "hf", UNTIED)
     convert(source, tmp_path / "c")
     with pytest.raises(FileExistsError):
         convert(source, tmp_path / "c")
@@ -262,7 +263,7 @@ def test_existing_targets(tmp_path):
 
 
 def test_overwrite_spares_a_downloaded_original(tmp_path):
-    original = cases.write_hf(tmp_path / "hf", UNTIED)
+    original = golden.write_hf(tmp_path / "hf", UNTIED)
     convert(original, tmp_path / "c")
     with pytest.raises(FileExistsError, match="was not written by this command"):
         export(tmp_path / "c", original, overwrite=True)
@@ -270,7 +271,7 @@ def test_overwrite_spares_a_downloaded_original(tmp_path):
 
 
 def test_modelling_code_is_carried_along(tmp_path, caplog):
-    source = cases.write_hf(tmp_path / "hf", UNTIED)
+    source = golden.write_hf(tmp_path / "hf", UNTIED)
     convert(source, tmp_path / "c")
     with caplog.at_level("INFO"):
         export(tmp_path / "c", tmp_path / "back")

@@ -11,22 +11,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, formats, quantise, verify
-from btlm_jax.train import loop, recipe_file
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
-from test_checkpoint import edit_metadata
 
 import btlm_jax as btlm
-from btlm_jax import BTLMConfig, array_files, cli, kernels, manifest, quantization, weights
-from btlm_jax.kernels import Kernel
-from btlm_jax.quantization import Quantization
+from btlm_jax import BTLMConfig, cli
+from btlm_jax.checkpoint import metadata, quantize, zarr
+from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.convert import auto, convert, export, quantise, verify
+from btlm_jax.model import packed, weights
+from btlm_jax.model.packed import Kernel
+from btlm_jax.train import loop, recipe_file
+from support import golden
+from support.checkpoint_metadata import edit_metadata
 
 INT4 = Quantization(4, 64)
 KINDS = [Quantization(8), INT4, Quantization(4, 128, "bfloat16")]
@@ -45,7 +47,7 @@ def dequantised(params) -> dict[weights.Path, np.ndarray]:
     """fp32, by path; kernels and embeddings with inputs last."""
 
     def one(x):
-        return np.asarray(kernels.dequantised(x, jnp.float32) if isinstance(x, Kernel) else x)
+        return np.asarray(packed.dequantised(x, jnp.float32) if isinstance(x, Kernel) else x)
 
     return {path: one(x) for path, x in weights.flatten(params).items()}
 
@@ -73,20 +75,20 @@ def path_of(made: Path, to: Quantization) -> Path:
 @pytest.mark.parametrize("name", ["b_sp_alibi", "f_learned_gelu_mup", "g_bf16", "i_untied"])
 def test_golden_models(name, to, tmp_path):
     """From Hugging Face files as from Orbax, bit for bit what `quantized` makes in memory."""
-    case = cases.load(name)
-    cases.write_hf(tmp_path / "hf", case, tokenizer=True)
+    case = golden.load(name)
+    golden.write_hf(tmp_path / "hf", case, tokenizer=True)
     report = quantise(tmp_path / "hf", tmp_path / "q", to)
     assert report.resumed == 0 and report.files == ("tokenizer.json",)
     model, params = btlm.load(tmp_path / "q")
     assert model.config == case.config
     dtype = jnp.bfloat16 if case.bf16 else jnp.float32
     source = jax.tree.map(lambda x: x.astype(dtype), case.params)
-    expected = quantization.quantized(source, case.config, to)
+    expected = quantize.quantized(source, case.config, to)
     assert same(params, expected) and weights.check(params, model.config) == {}
     convert(tmp_path / "hf", tmp_path / "c")
     quantise(tmp_path / "c", tmp_path / "again", to)
     assert verify(tmp_path / "q") and verify(tmp_path / "q", tmp_path / "again")
-    meta = manifest.read(tmp_path / "q")
+    meta = metadata.read(tmp_path / "q")
     assert meta.quantization == to and report.nbytes == meta.nbytes
     layers = 5 if case.config.gated else 4
     heads = {"int8": 1 + (not case.config.tie_word_embeddings), "bfloat16": 0}[to.embedding]
@@ -165,7 +167,7 @@ def test_floats_by_layer(made, sizes, dtype):
             with jax.set_mesh(mesh) if mesh else jax.numpy_dtype_promotion("standard"):
                 x = jax.jit(lambda x, i=leaf.layer: x[i])(x)
         if mesh is None and leaf.weight.inputs:
-            x = kernels.inputs_last(x, leaf.weight.inputs)
+            x = packed.inputs_last(x, leaf.weight.inputs)
         else:
             assert got.sharding.is_equivalent_to(x.sharding, x.ndim)
         assert same(got, x)
@@ -174,10 +176,10 @@ def test_floats_by_layer(made, sizes, dtype):
 @pytest.mark.parametrize("sizes", [None, MESHES[1]], ids=str)
 def test_hf_files_by_layer(sizes, tmp_path):
     mesh = btlm.make_mesh(**sizes) if sizes else None
-    cases.write_hf(tmp_path / "hf", cases.load("i_untied"))
+    golden.write_hf(tmp_path / "hf", golden.load("i_untied"))
     convert(tmp_path / "hf", tmp_path / "c")
-    _, found = formats.load(tmp_path / "hf", mesh=mesh, by_layer=True)
-    _, expected = formats.load(tmp_path / "c", mesh=mesh, by_layer=True)
+    _, found = auto.load(tmp_path / "hf", mesh=mesh, by_layer=True)
+    _, expected = auto.load(tmp_path / "c", mesh=mesh, by_layer=True)
     assert weights.is_by_layer(found) and same(found, expected)
 
 
@@ -223,7 +225,7 @@ def test_killed(made, tmp_path):
 
 
 def test_failed_at_any_array(made, tmp_path, monkeypatch):
-    expected, real = files(path_of(made, INT4)), array_files.write
+    expected, real = files(path_of(made, INT4)), zarr.write
     for after in (1, 2, 5, 8):
         calls = itertools.count()
 
@@ -232,10 +234,10 @@ def test_failed_at_any_array(made, tmp_path, monkeypatch):
                 raise OSError("gone")
             return real(*args)
 
-        monkeypatch.setattr(array_files, "write", write)
+        monkeypatch.setattr(zarr, "write", write)
         with pytest.raises(OSError, match="gone"):
             quantise(made / "floats", tmp_path / "q", INT4)
-        monkeypatch.setattr(array_files, "write", real)
+        monkeypatch.setattr(zarr, "write", real)
         # Another kind of work starts anew.
         if after == 2:
             assert quantise(made / "floats", tmp_path / "q", Quantization(8)).resumed == 0
@@ -283,8 +285,8 @@ def test_training_starts_from_floats(made):
 
 @pytest.mark.parametrize("name", ["h.1.mlp.c_fc.weight", "wte.weight", "ln_f.bias"])
 def test_nan_is_refused(name, tmp_path):
-    case = cases.load("b_sp_alibi")
-    source = cases.write_hf(tmp_path / "hf", case)
+    case = golden.load("b_sp_alibi")
+    source = golden.write_hf(tmp_path / "hf", case)
     tensors = load_file(source / "model.safetensors")
     tensors[f"transformer.{name}"].flat[7] = np.nan
     save_file(tensors, source / "model.safetensors")

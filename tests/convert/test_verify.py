@@ -13,20 +13,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import cases
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, hf_source, verify
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 
 import btlm_jax as btlm
-from btlm_jax import BTLMConfig, alibi, array_files, cli, manifest, weights
+from btlm_jax import BTLMConfig, cli
+from btlm_jax.checkpoint import metadata, zarr
+from btlm_jax.convert import convert, export, verify
+from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.model import alibi, weights
+from support import golden
 
-BF16, UNTIED = cases.load("g_bf16"), cases.load("i_untied")
-BIN = cases.GOLDEN / "btlm_bin"
+BF16, UNTIED = golden.load("g_bf16"), golden.load("i_untied")
+BIN = golden.GOLDEN / "btlm_bin"
 STRUCTURE = "zarr.json, _METADATA"
 NAME = "transformer.h.1.mlp.c_fc.weight"
 
@@ -40,7 +43,7 @@ def rows(a, b=None, **options) -> dict[str, str]:
     return found
 
 
-def write_hf(path: Path, case: cases.Case, tensors: dict, **changes) -> Path:
+def write_hf(path: Path, case: golden.Case, tensors: dict, **changes) -> Path:
     """A Hugging Face directory of these tensors, and of the case's config.json with changes."""
     path.mkdir()
     (path / "config.json").write_text(json.dumps(case.hf_config | changes))
@@ -52,7 +55,7 @@ def write_by_orbax(path: Path, config: BTLMConfig, tensors: dict, sha256=None, *
     """A checkpoint as training code may write one: by Orbax itself, with more than the weights."""
     leaves = list(weights.disk_leaves(config))
     state = {x.path: np.asarray(tensors[x.hf_name]).reshape(x.weight.shape) for x in leaves}
-    notes = manifest.notes(config, {}, sha256 or {}, {}, None)
+    notes = metadata.notes(config, {}, sha256 or {}, {}, None)
     context = ocp.Context()
     for option, value in saving.items():
         setattr(context.array_options.saving, option, value)
@@ -69,7 +72,7 @@ def write_by_orbax(path: Path, config: BTLMConfig, tensors: dict, sha256=None, *
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    convert(cases.write_hf(folder / "hf", BF16, tokenizer=True), folder / "c")
+    convert(golden.write_hf(folder / "hf", BF16, tokenizer=True), folder / "c")
     export(folder / "c", folder / "back")
     assert verify(folder / "c") and verify(folder / "back")
     return folder / "c"
@@ -161,24 +164,24 @@ def notes_at(file: Path) -> tuple[int, int]:
 
 def test_flips_in_our_notes(converted):
     """Every one is refused, unless JSON reads the same value: "1e-05" and "1E-05"."""
-    rng, file = random.Random(4), converted / manifest.MARK
+    rng, file = random.Random(4), converted / metadata.MARK
     start, stop = notes_at(file)
     exponent = 8 * (file.read_bytes().index(b"1e-05") + 1) + 5
     bits = [8 * start, 8 * stop - 1, *(rng.randrange(8 * start, 8 * stop) for _ in range(80))]
     for bit in bits:
         with flipped(file, bit), pytest.raises(ValueError, match=str(converted)):
             verify(converted)
-    before = manifest.read(converted)
+    before = metadata.read(converted)
     with flipped(file, exponent):
         assert b"1E-05" in file.read_bytes()
-        assert manifest.read(converted) == before and verify(converted)
+        assert metadata.read(converted) == before and verify(converted)
 
 
 def test_flips_beside_our_notes_do_no_harm(converted):
     """Orbax's own entries are sealed by nobody: refused, or without effect on what is loaded."""
-    rng, file = random.Random(5), converted / manifest.MARK
+    rng, file = random.Random(5), converted / metadata.MARK
     start, stop = notes_at(file)
-    before, expected = manifest.read(converted), weights.flatten(ocp.load(converted))
+    before, expected = metadata.read(converted), weights.flatten(ocp.load(converted))
     unseen = 0
     bits = [*range(8 * stop, 8 * file.stat().st_size)]
     for bit in bits + [rng.randrange(8 * start) for _ in range(60)]:
@@ -187,7 +190,7 @@ def test_flips_beside_our_notes_do_no_harm(converted):
                 continue
             assert not found
             unseen += 1
-            assert manifest.read(converted) == before
+            assert metadata.read(converted) == before
             got = weights.flatten(ocp.load(converted))
             assert got.keys() == expected.keys()
             assert all(got[p].tobytes() == expected[p].tobytes() for p in got)
@@ -219,7 +222,7 @@ def test_flips_in_an_export(converted):
     for name, info in header.items():
         begin, end = (8 * (data + n) for n in info["data_offsets"])
         for bit in (begin, end - 1, rng.randrange(begin, end)):
-            if name != cases.SLOPES:
+            if name != golden.SLOPES:
                 with flipped(file, bit):
                     assert found_in(file.parent) == [name]
     for bit in (rng.randrange(8 * data) for _ in range(40)):
@@ -235,8 +238,8 @@ def test_flips_in_the_slopes_of_an_export(converted):
     file = converted.parent / "back/model.safetensors"
     data = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     header = json.loads(file.read_bytes()[8:data])
-    with flipped(file, 8 * (data + header[cases.SLOPES]["data_offsets"][0])):
-        assert found_in(file.parent) == [cases.SLOPES]
+    with flipped(file, 8 * (data + header[golden.SLOPES]["data_offsets"][0])):
+        assert found_in(file.parent) == [golden.SLOPES]
 
 
 # (b) Two checkpoints ---------------------------------------------------------------------------
@@ -256,7 +259,7 @@ def forms(tmp_path_factory) -> dict[str, Path]:
     convert(made["bin"], made["orbax"])
     export(made["orbax"], made["export"])
     export(made["orbax"], made["sharded export"], max_shard_bytes=20_000)
-    config = manifest.read(made["orbax"]).config
+    config = metadata.read(made["orbax"]).config
     made["ocdbt"] = write_by_orbax(folder / "ocdbt", config, tensors)
     made["orbax's own"] = write_by_orbax(folder / "own", config, tensors, use_ocdbt=False)
     return made
@@ -269,7 +272,7 @@ FORMS += ["orbax's own"]
 def test_every_pairing_of_equal_ones(forms):
     """Nothing differs, and the digest is that of the weights, not of the format."""
     assert set(forms) == set(FORMS)
-    assert manifest.read(forms["ocdbt"]).ocdbt and not manifest.read(forms["orbax's own"]).ocdbt
+    assert metadata.read(forms["ocdbt"]).ocdbt and not metadata.read(forms["orbax's own"]).ocdbt
     digests = set()
     for a in FORMS:
         for b in FORMS:
@@ -304,7 +307,7 @@ def test_every_pairing_of_unequal_ones(forms, tmp_path):
     save_file(tensors | {NAME: changed}, hf / "model.safetensors")
     convert(hf, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "e")
-    config = manifest.read(tmp_path / "c").config
+    config = metadata.read(tmp_path / "c").config
     write_by_orbax(tmp_path / "t", config, load_file(hf / "model.safetensors"))
     said = f"1 of {changed.size:,} elements differ, max |difference| {difference:.6g}"
     for b in (hf, tmp_path / "c", tmp_path / "e", tmp_path / "t"):
@@ -324,7 +327,7 @@ def test_without_hashes(forms):
 
 def test_hashes_of_a_checkpoint_that_orbax_wrote(forms, tmp_path):
     """Training may record them; then they are checked, and exported from."""
-    meta = manifest.read(forms["orbax"])
+    meta = metadata.read(forms["orbax"])
     tensors = load_file(forms["safetensors"] / "model.safetensors")
     path = write_by_orbax(tmp_path / "t", meta.config, tensors, dict(meta.sha256))
     assert verify(path).digest == verify(forms["orbax"]).digest
@@ -441,8 +444,8 @@ def test_differences_in_several_blocks(tmp_path, monkeypatch, limit):
     c = write_hf(tmp_path / "three", UNTIED, narrow)
     size = UNTIED.weights[name].size
     expected = {name: f"3 of {size:,} elements differ, max |difference| 7"}
-    monkeypatch.setattr(array_files, "BLOCK_BYTES", limit)
-    monkeypatch.setattr(array_files.block_rows, "__defaults__", (limit,))
+    monkeypatch.setattr(zarr, "BLOCK_BYTES", limit)
+    monkeypatch.setattr(zarr.block_rows, "__defaults__", (limit,))
     for x, y in [*both(a, b), (a, c), (tmp_path / "one.c", c)]:
         found = rows(x, y)
         assert found.pop(NAME, None) == ("float32 and bfloat16, values equal" if y == c else None)
@@ -450,7 +453,7 @@ def test_differences_in_several_blocks(tmp_path, monkeypatch, limit):
     files = [p for p in (tmp_path / "one.c/state/wte/c").rglob("*") if p.is_file()]
     assert len(files) > 3
     # Blocks of another height than those that were written.
-    monkeypatch.setattr(array_files.block_rows, "__defaults__", (limit * 3,))
+    monkeypatch.setattr(zarr.block_rows, "__defaults__", (limit * 3,))
     assert rows(tmp_path / "one.c", b) == expected and verify(tmp_path / "one.c", a)
 
 
@@ -472,7 +475,7 @@ def test_differences_within_a_large_block():
 def test_dtypes(tmp_path, dtype):
     """fp32 beside a narrower type: of the same values, and rounded."""
     whole = {k: v * np.float32(1.0007) for k, v in UNTIED.weights.items()}
-    slopes = {cases.SLOPES: whole.pop(cases.SLOPES)}
+    slopes = {golden.SLOPES: whole.pop(golden.SLOPES)}
     rounded = {k: v.astype(dtype) for k, v in whole.items()}
     exact = {k: v.astype(np.float32) for k, v in rounded.items()}
     narrow = write_hf(tmp_path / "narrow", UNTIED, rounded | slopes)
@@ -542,16 +545,16 @@ def test_alibi_scaling(tmp_path):
 
 def test_slopes(tmp_path):
     def change(tensors):
-        tensors[cases.SLOPES][1] *= 1 + 2**-8  # an ulp of bf16
+        tensors[golden.SLOPES][1] *= 1 + 2**-8  # an ulp of bf16
 
     a, b = pair(tmp_path, change)
     for x, y in both(a, b):
         assert list(rows(x, y)) == ["config alibi_slopes"]
     # The exact ones are the same, stored or not.
     exact = UNTIED.weights
-    exact[cases.SLOPES] = alibi.slopes(UNTIED.config.n_head).astype(np.float32)[:, None]
+    exact[golden.SLOPES] = alibi.slopes(UNTIED.config.n_head).astype(np.float32)[:, None]
     stored = write_hf(tmp_path / "stored", UNTIED, exact)
-    del exact[cases.SLOPES]
+    del exact[golden.SLOPES]
     implied = write_hf(tmp_path / "implied", UNTIED, exact)
     for x, y in both(stored, implied):
         assert verify(x, y) and verify(y, x)
@@ -580,9 +583,9 @@ def test_tensors_and_shapes(tmp_path):
 
 
 def test_a_learned_beside_an_alibi_model(tmp_path):
-    learned = cases.load("f_learned_gelu_mup")
-    a = cases.write_hf(tmp_path / "a", learned)
-    b = cases.write_hf(tmp_path / "b", UNTIED)
+    learned = golden.load("f_learned_gelu_mup")
+    a = golden.write_hf(tmp_path / "a", learned)
+    b = golden.write_hf(tmp_path / "b", UNTIED)
     found = rows(a, b)
     assert found["transformer.wpe.weight"] == f"only in {a}"
     assert found["transformer.h.0.mlp.c_fc2.weight"] == f"only in {b}"
@@ -590,7 +593,7 @@ def test_a_learned_beside_an_alibi_model(tmp_path):
 
 
 def test_carried_files(tmp_path):
-    a, b = (cases.write_hf(tmp_path / n, BF16, tokenizer=True) for n in "ab")
+    a, b = (golden.write_hf(tmp_path / n, BF16, tokenizer=True) for n in "ab")
     convert(a, tmp_path / "c")
     assert verify(a, b) and verify(b, tmp_path / "c")
     (b / "tokenizer.json").write_text((b / "tokenizer.json").read_text() + " ")
@@ -612,7 +615,7 @@ def test_what_is_not_there(tmp_path, monkeypatch, forms):
         asked.append(repo_id)
         raise FileNotFoundError(f"no directory and no model on the Hub is named {repo_id!r}")
 
-    monkeypatch.setattr(hf_source, "fetch", fetch)
+    monkeypatch.setattr(source_lib, "fetch", fetch)
     for a, b in (("runs/checkpoint", None), (forms["orbax"], "runs/checkpoint")):
         with pytest.raises(
             FileNotFoundError, match="no model on the Hub is named 'runs/checkpoint'"
@@ -625,7 +628,7 @@ def test_the_structure_is_read_where_it_is_compared(forms, monkeypatch):
     def read(*_):
         raise AssertionError("read")
 
-    monkeypatch.setattr(manifest, "structure_sha256", read)
+    monkeypatch.setattr(metadata, "structure_sha256", read)
     assert verify(forms["orbax"], forms["export"])
     with pytest.raises(AssertionError, match="read"):
         verify(forms["orbax"])
@@ -670,7 +673,7 @@ def test_logits_catch_what_weights_do_not(tmp_path):
 
     def change(tensors):
         for name, x in tensors.items():
-            if name != cases.SLOPES:
+            if name != golden.SLOPES:
                 tensors[name] = x + np.float32(1e-3)
 
     a, b = pair(tmp_path, change)
@@ -738,7 +741,7 @@ def run(capsys):
 
 def test_command_equal(run, forms):
     digest = verify(forms["bin"], forms["bin"]).digest
-    nbytes = manifest.read(forms["orbax"]).nbytes
+    nbytes = metadata.read(forms["orbax"]).nbytes
     expected = f"31 tensors, {nbytes:,} bytes: no difference\nsha256 of the tensors' sha256: "
     for argv in (["orbax"], ["export"], ["bin", "orbax"], ["ocdbt", "sharded export"]):
         code, out, _ = run(*(forms[name] for name in argv))
@@ -770,7 +773,7 @@ def test_command_damage(run, converted):
     with flipped(file, -1):
         code, out, _ = run(converted)
         assert code == 1 and "transformer.ln_f.bias" in out and "damaged checkpoint" in out
-    with flipped(converted / manifest.MARK, 8 * notes_at(converted / manifest.MARK)[0] + 8 * 4):
+    with flipped(converted / metadata.MARK, 8 * notes_at(converted / metadata.MARK)[0] + 8 * 4):
         code, out, err = run(converted)
         assert code == 2 and not out and "btlm: error: " in err
     assert run(converted)[0] == 0

@@ -14,19 +14,20 @@ import sys
 import time
 from pathlib import Path
 
-import cases
 import pytest
-from btlm_jax.train import manual, recipe_file
-from btlm_jax.train.prepare import prepare
-from btlm_jax.train.split import Part
-from btlm_jax.train.token_shards import TokenShards
-from btlm_jax.train.tokenize_text import tokenize
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_tokenize_text import contents, jsonl, texts
 
 from btlm_jax import cli
-from btlm_jax.tokenizer import load_tokenizer
+from btlm_jax.data import sample_text
+from btlm_jax.data.prepare import prepare
+from btlm_jax.data.split import Part
+from btlm_jax.data.token_shards import TokenShards
+from btlm_jax.data.tokenize import tokenize
+from btlm_jax.data.tokenizer import load_tokenizer
+from btlm_jax.train import recipe_file
+from support import golden
+from support.texts import contents, jsonl, texts
 
 DOCUMENTS = [f"Document {i}: " + "words and more " * (i % 7) for i in range(100)]
 ascii_texts = st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126)), max_size=12)
@@ -36,7 +37,7 @@ ascii_texts = st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126
 def home(tmp_path_factory):
     """A tokenizer of printable ASCII: a token per character, and EOS."""
     home = tmp_path_factory.mktemp("tokenizer")
-    cases.write_tokenizer(home, 96)
+    golden.write_tokenizer(home, 96)
     return home
 
 
@@ -193,7 +194,7 @@ def test_changed_options_start_over(home, tmp_path, monkeypatch, changed):
             raise ValueError("killed")
         return tokenize(inputs, target, *args, **options)
 
-    monkeypatch.setattr("btlm_jax.train.prepare.tokenize", fails_at_train)
+    monkeypatch.setattr("btlm_jax.data.prepare.tokenize", fails_at_train)
     options = dict(tokenizer=home, held_out=0.2)
     with pytest.raises(ValueError, match="killed"):
         prepare(tmp_path / "a.jsonl", tmp_path / "t", **options)
@@ -279,7 +280,7 @@ def test_commands_of_the_recipe(tmp_path, monkeypatch, capsys):
     commands = re.findall(r"^#   btlm (.*)$", comment, re.MULTILINE)
     assert [c.split()[0] for c in commands] == ["tokenize", "train", "generate"]
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(manual.text())
+    Path("text.txt").write_text(sample_text.text())
     few = "--set phases.0.steps=2 --set optimizer.warmup_tokens=0 --set model.fields.n_layer=1"
     for command in commands:
         argv = shlex.split(command) + (few.split() if command.startswith("train") else [])

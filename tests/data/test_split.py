@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from btlm_jax.train.split import Part, check_fraction
 from hypothesis import given
 from hypothesis import strategies as st
+
+from btlm_jax.data.split import Part, check_fraction
 
 fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
 

@@ -15,20 +15,21 @@ import sys
 import time
 from pathlib import Path
 
-import cases
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from btlm_jax.train import text_files, tokenize_text
-from btlm_jax.train.token_shards import TokenShards
-from btlm_jax.train.tokenize_text import tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from btlm_jax.tokenizer import load_tokenizer
+from btlm_jax.data import text_files
+from btlm_jax.data import tokenize as tokenize_lib
+from btlm_jax.data.token_shards import TokenShards
+from btlm_jax.data.tokenize import tokenize
+from support import golden
+from support.texts import contents, jsonl, texts
 
 EOS = "<|endoftext|>"
 DOCUMENTS = [f"Document {i}: " + "words and more " * (i % 7) for i in range(30)]
@@ -39,27 +40,8 @@ ascii_texts = st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126
 def tokenizer(tmp_path_factory):
     """A tokenizer of printable ASCII: a token per character, and EOS."""
     home = tmp_path_factory.mktemp("tokenizer")
-    cases.write_tokenizer(home, 96)
+    golden.write_tokenizer(home, 96)
     return home
-
-
-def jsonl(documents, field="text") -> bytes:
-    return b"".join(json.dumps({field: d, "meta": 1}).encode() + b"\n" for d in documents)
-
-
-def texts(directory) -> list[str]:
-    """The documents that a directory of tokens holds."""
-    opened = TokenShards(directory)
-    tokens, eos = opened.read(0, len(opened)), opened.manifest.eos_id
-    assert tokens[-1] == eos
-    parts = np.split(tokens, np.flatnonzero(tokens == eos) + 1)[:-1]
-    tokenizer = load_tokenizer(directory)
-    return [tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False) for part in parts]
-
-
-def contents(directory) -> dict[str, bytes]:
-    files = [p for p in Path(directory).rglob("*") if p.is_file()]
-    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
 
 
 # What comes out ---------------------------------------------------------------------------------
@@ -214,8 +196,8 @@ def test_few_documents_are_held(tokenizer):
             position = text_files.Position(0, i)
             yield text_files.Document("word " * 20_000, position, text_files.Counts())
 
-    coder = tokenize_text.Coder(tokenizer, None, None)
-    encoded = tokenize_text.encode_all(documents(), coder, 2)
+    coder = tokenize_lib.Coder(tokenizer, None, None)
+    encoded = tokenize_lib.encode_all(documents(), coder, 2)
     for _ in range(10):
         next(encoded)
     encoded.close()
@@ -289,7 +271,7 @@ def test_killed_and_continued(tokenizer, tmp_path):
 
 def test_bad_record_can_be_skipped_later(tokenizer, tmp_path, caplog, monkeypatch):
     """What was finished before the bad record is kept."""
-    monkeypatch.setattr(tokenize_text, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(tokenize_lib, "_BATCH_BYTES", 1000)
     bad = b'{"text": "cut\n{"txt": "other"}\n'
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS * 100) + bad + jsonl(["last"]) + bad)
     arguments = tmp_path / "a.jsonl", tmp_path / "t", tokenizer
@@ -317,7 +299,7 @@ def test_full_disk(tokenizer, tmp_path, monkeypatch, source):
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
     with monkeypatch.context() as patch, pytest.raises(OSError) as error:
-        patch.setattr(tokenize_text, "open", full_after_three, raising=False)
+        patch.setattr(tokenize_lib, "open", full_after_three, raising=False)
         tokenize(*arguments, shard_tokens=5000)
     said, kept = ("nothing of it is kept", 0) if source == "-" else ("same command again", 3)
     assert error.value.errno == errno.ENOSPC and said in str(error.value)

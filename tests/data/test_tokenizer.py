@@ -7,7 +7,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from btlm_jax.tokenizer import check_vocabulary, load_tokenizer, same_ids
+from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer, same_ids
 
 TEXT = "The quick brown fox, the lazy dog. Ünïcode 🙂\n\tand tabs"
 

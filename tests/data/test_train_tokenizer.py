@@ -9,17 +9,18 @@ import subprocess
 import sys
 
 import pytest
-from btlm_jax.train import manual
-from btlm_jax.train.new_tokenizer import sample, train_bpe
-from btlm_jax.train.split import Part
-from btlm_jax.train.text_files import expand
 from hypothesis import given
 from hypothesis import strategies as st
+
+from btlm_jax.data import sample_text
+from btlm_jax.data.split import Part
+from btlm_jax.data.text_files import expand
+from btlm_jax.data.train_tokenizer import sample, train_bpe
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return train_bpe([manual.text()[:50_000]], 512)
+    return train_bpe([sample_text.text()[:50_000]], 512)
 
 
 @given(text=st.text())
@@ -29,7 +30,7 @@ def test_any_text_survives(trained, text):
 
 def test_vocabulary(trained, caplog):
     assert trained.get_vocab_size() == 512 and trained.token_to_id("<|endoftext|>") == 0
-    assert len(trained.encode(manual.text()[:50_000]).ids) < 50_000 / 2  # merges were learnt
+    assert len(trained.encode(sample_text.text()[:50_000]).ids) < 50_000 / 2  # merges were learnt
     assert train_bpe(["ab" * 9], 257).get_vocab_size() == 257  # bytes alone
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     few = train_bpe(["abab"], 300).get_vocab_size()
@@ -40,7 +41,7 @@ def test_vocabulary(trained, caplog):
 
 AGAIN = """
 from btlm_jax.train import manual
-from btlm_jax.train.new_tokenizer import train_bpe
+from btlm_jax.data.train_tokenizer import train_bpe
 print(train_bpe([manual.text()[:50_000]], 512).to_str())
 """
 

@@ -7,7 +7,8 @@ import io
 import numpy as np
 import pytest
 import zstandard
-from btlm_jax.train.zstd_file import ZstdFile
+
+from btlm_jax.data.zstd_file import ZstdFile
 
 DATA = np.random.default_rng(0).bytes(100_000)  # more, compressed, than is read at a time
 

@@ -10,24 +10,23 @@ import re
 import subprocess
 import sys
 
-import cases
 import jax
 import numpy as np
 import pytest
-import reference_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from btlm_jax import BTLM, BTLMConfig, cli, make_mesh, save
-from btlm_jax.attention_xla import QUERY_CHUNK
 from btlm_jax.config import AlibiScaling
-from btlm_jax.evaluation import by_position, by_position_report, extension
+from btlm_jax.evaluation import by_position, by_position_report, context_extension
 from btlm_jax.evaluation.by_position import ByPosition, Curve, binned, loss_by_position
 from btlm_jax.evaluation.long_windows import LongWindows
 from btlm_jax.evaluation.perplexity import cross_entropy
 from btlm_jax.evaluation.windows import Document, cut
-from btlm_jax.progress import Progress
+from btlm_jax.model.attention_xla import QUERY_CHUNK
+from btlm_jax.utils.progress import Progress
+from support import golden, reference_numpy
 
 KINDS = ("none", "fixed", "dynamic")
 
@@ -104,7 +103,7 @@ def test_windows_that_cannot_be(options, message):
 # The loss -----------------------------------------------------------------------------------------
 
 
-def by_witness(case: cases.Case, kind: str, inputs, targets, trained: int) -> np.ndarray:
+def by_witness(case: golden.Case, kind: str, inputs, targets, trained: int) -> np.ndarray:
     """Float64 [T]: each position from the shortest pass over a doubling that reaches it."""
     T = len(inputs)
     scaling = {
@@ -127,7 +126,7 @@ def by_witness(case: cases.Case, kind: str, inputs, targets, trained: int) -> np
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_float64_computation(kind):
-    case = cases.load("a2_btlm_mup_h32")
+    case = golden.load("a2_btlm_mup_h32")
     windows = list(LongWindows(documents(60, 21), 2, 20))
     found = loss_by_position(
         case.model, case.params, LongWindows(documents(60, 21), 2, 20), trained=6, kinds=[kind],
@@ -145,7 +144,7 @@ def test_is_the_float64_computation(kind):
 
 def test_kinds_are_not_alike():
     """Else the comparison above would hold of any of them."""
-    case = cases.load("a2_btlm_mup_h32")
+    case = golden.load("a2_btlm_mup_h32")
     window = next(iter(LongWindows(documents(21), 2, 20)))
     none, fixed, dynamic = (by_witness(case, k, *window[:2], trained=6) for k in KINDS)
     np.testing.assert_allclose(dynamic[:6], none[:6], atol=1e-12)
@@ -155,13 +154,13 @@ def test_kinds_are_not_alike():
 
 
 def test_its_mean_is_that_of_perplexity():
-    case = cases.load("a2_btlm_mup_h32")
+    case = golden.load("a2_btlm_mup_h32")
     texts = [d._replace(ids=d.ids[: len(d.ids) // 40 * 40]) for d in documents(90, 170, 45)]
     report = loss_by_position(
         case.model, case.params, LongWindows(texts, 2, 40), trained=10, kinds=("none", "fixed")
     )
     for curve in report.curves:
-        model = extension.scaled(case.model, curve.kind, 10, 40)
+        model = context_extension.scaled(case.model, curve.kind, 10, 40)
         expected = cross_entropy(model, case.params, cut(model.config, texts, 2, length=40))
         assert report.count * 40 == expected.tokens
         # fp32 sums, of another order.
@@ -189,7 +188,7 @@ def test_a_mesh_measures_alike():
 def test_neither_logits_nor_scores_are_whole():
     """[T, V] would be 512 MiB here and [H, T, T] 4 GiB; the scores of one chunk are 128 MiB."""
     T, config = 16_384, dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=8192)
-    model = BTLM(extension.scaled(BTLM(config), "dynamic", 4096, T).config)
+    model = BTLM(context_extension.scaled(BTLM(config), "dynamic", 4096, T).config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((1, T), np.int32)
     compiled = (
@@ -253,7 +252,7 @@ def test_scaling():
     model = BTLM(BTLMConfig.preset("tiny"))
 
     def scaling(kind, length, base=model, **options):
-        return extension.scaled(base, kind, 256, length, **options).config.alibi_scaling
+        return context_extension.scaled(base, kind, 256, length, **options).config.alibi_scaling
 
     assert [scaling(k, 1024) for k in KINDS] == [
         None, AlibiScaling(factor=4.0), AlibiScaling(train_seq_len=256)
@@ -271,7 +270,10 @@ def test_scaling():
     twice = having(AlibiScaling(factor=2.0))
     assert scaling("none", 1024, twice) == AlibiScaling(factor=2.0)
     assert scaling("fixed", 1024, twice) == AlibiScaling(factor=8.0)
-    assert extension.kinds(twice) == ("none", "fixed") and extension.kinds(model) == KINDS
+    assert (
+        context_extension.kinds(twice) == ("none", "fixed")
+        and context_extension.kinds(model) == KINDS
+    )
     with pytest.raises(ValueError, match=r"the fixed factor 2\.0"):
         scaling("dynamic", 1024, twice)
     assert scaling("none", 1024, having(AlibiScaling(train_seq_len=99))) is None
@@ -279,11 +281,14 @@ def test_scaling():
 
 def test_trained_length():
     model = BTLM(BTLMConfig.preset("tiny"))
-    assert extension.trained_length(model) == 256 and extension.trained_length(model, 64) == 64
+    assert (
+        context_extension.trained_length(model) == 256
+        and context_extension.trained_length(model, 64) == 64
+    )
     with pytest.raises(ValueError, match="trained length: found 1"):
-        extension.trained_length(model, 1)
+        context_extension.trained_length(model, 1)
     with pytest.raises(ValueError, match="found 'learned', expected 'alibi'"):
-        extension.trained_length(cases.load("f_learned_gelu_mup").model)
+        context_extension.trained_length(golden.load("f_learned_gelu_mup").model)
 
 
 def test_passes_and_bins():
@@ -435,7 +440,7 @@ def test_bad_input(capsys, of_bytes, bytes_checkpoint, tmp_path, monkeypatch):
     model, params, _ = of_bytes
     monkeypatch.setattr("btlm_jax.load", lambda *a, **k: pytest.fail("the weights were read"))
     save(tmp_path / "bare", model.config, params)
-    learned = cases.load("f_learned_gelu_mup")
+    learned = golden.load("f_learned_gelu_mup")
     save(tmp_path / "learned", learned.config, learned.params)
     text = ("--jsonl", write(tmp_path / "t.jsonl", 90, 70))
     short = (*text, "--trained-length", 16)

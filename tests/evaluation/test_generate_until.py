@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate
-from btlm_jax.evaluation.until import Prompt, continuations, rules
+from btlm_jax.evaluation.generate_until import Prompt, continuations, rules
 
 LENGTH = 128
 

@@ -12,18 +12,19 @@ import functools
 import json
 from pathlib import Path
 
-import gpt2_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness_cases import TASKS, write_tasks
 
 import btlm_jax as btlm
-from btlm_jax import checkpoint, cli
-from btlm_jax.cli.harness import Harness
+from btlm_jax import cli
+from btlm_jax.checkpoint import checkpoint
+from btlm_jax.cli.harness_command import Harness
 from btlm_jax.evaluation import harness
 from btlm_jax.generation import jsonl
+from support import gpt2
+from support.harness_tasks import TASKS, write_tasks
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_sizes_that_are_refused(of_bytes, named, expected):
     config = dataclasses.replace(model.config, eos_token_id=None)
     with pytest.raises(ValueError, match="eos_token_id: found none"):
         harness.Requests(config, tokenizer, lambda: (model, params))
-    config = dataclasses.replace(gpt2_cases.ours()[0].config, eos_token_id=1)
+    config = dataclasses.replace(gpt2.ours()[0].config, eos_token_id=1)
     with pytest.raises(ValueError, match="at most the 64 learned positions"):
         harness.Requests(config, tokenizer, lambda: (model, params), max_length=65)
 

@@ -15,23 +15,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import cases
-import gpt2_cases
 import numpy as np
 import pytest
-import reference_numpy
-from btlm_jax.convert import convert, export
-from harness_cases import TASKS, write_tasks
 from safetensors.numpy import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 import btlm_jax as btlm
-from btlm_jax import BTLM, BTLMConfig, weights
+from btlm_jax import BTLM, BTLMConfig
+from btlm_jax.convert import convert, export
 from btlm_jax.evaluation import harness
+from btlm_jax.model import weights
+from support import golden, gpt2, reference_numpy
+from support.harness_tasks import TASKS, write_tasks
 
 lm_eval = pytest.importorskip("lm_eval")
 
-RECORDED = cases.GOLDEN / "harness.json"
+RECORDED = golden.GOLDEN / "harness.json"
 SHOTS = (None, 2)
 
 # Two models --------------------------------------------------------------------------------------
@@ -49,11 +48,11 @@ def write_tokenizer(home: Path) -> None:
 
 def write_gpt2(home: Path) -> None:
     """A GPT-2, which is a BTLM with learned positions, gelu_new and without muP."""
-    sizes = gpt2_cases.SIZES | dict(vocab_size=97)
+    sizes = gpt2.SIZES | dict(vocab_size=97)
     ends = dict(bos_token_id=96, eos_token_id=96)
     config = BTLMConfig.from_hf(
         {"model_type": "btlm", "position_embedding_type": "learned",
-         "activation_function": "gelu_new", **sizes, **gpt2_cases.DROPOUT, **ends}
+         "activation_function": "gelu_new", **sizes, **gpt2.DROPOUT, **ends}
     )  # fmt: skip
     # Of this seed texts differ, and one is ended by a text; the stream never changes.
     rng = np.random.RandomState(17)
@@ -68,7 +67,7 @@ def write_gpt2(home: Path) -> None:
 
 def write_btlm(home: Path) -> None:
     """A golden model of the original code, converted."""
-    source = cases.write_hf(home / "source", cases.load("a2_btlm_mup_h32"))
+    source = golden.write_hf(home / "source", golden.load("a2_btlm_mup_h32"))
     write_tokenizer(source)
     convert(source, home / "checkpoint")
 
@@ -155,7 +154,7 @@ def as_gpt2(exported: Path):
     import transformers
 
     config = json.loads((exported / "config.json").read_text())
-    known = [*gpt2_cases.SIZES, *gpt2_cases.DROPOUT, "bos_token_id", "eos_token_id"]
+    known = [*gpt2.SIZES, *gpt2.DROPOUT, "bos_token_id", "eos_token_id"]
     own = transformers.GPT2Config(**{name: config[name] for name in known})
     model = transformers.GPT2LMHeadModel(own).eval()
     named = load_file(exported / "model.safetensors")

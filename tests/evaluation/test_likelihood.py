@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_numpy
 from scipy.special import log_softmax
 
-from btlm_jax import BTLM, BTLMConfig, make_mesh, weights
-from btlm_jax.compilation import compilations
+from btlm_jax import BTLM, BTLMConfig, make_mesh
 from btlm_jax.config import AlibiScaling
 from btlm_jax.evaluation import likelihood
 from btlm_jax.evaluation.likelihood import Pair, likelihoods, rows
+from btlm_jax.model import weights
+from btlm_jax.utils.compile_cache import compilations
+from support import golden, reference_numpy
 
 
-def exactly(case: cases.Case, pair: Pair, max_length: int) -> tuple[float, bool]:
+def exactly(case: golden.Case, pair: Pair, max_length: int) -> tuple[float, bool]:
     """One pair alone, in float64: (log-probability, whether greedy)."""
     inputs = np.array((pair.context + pair.continuation)[-(max_length + 1) :][:-1])
     named = {k: v.astype(np.float64) for k, v in case.weights.items()}
-    logits = reference_numpy.forward(named, cases.witness_config(case.config), inputs[None])
+    logits = reference_numpy.forward(named, golden.witness_config(case.config), inputs[None])
     log_p = log_softmax(logits["logits"][0], -1)[-len(pair.continuation) :]
     after = np.array(pair.continuation)
     total = np.take_along_axis(log_p, after[:, None], 1).sum()
@@ -46,14 +46,14 @@ def answers(model, params, pairs, max_length, **how):
 
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "e_alibi_dynamic16", "f_learned_gelu_mup"])
 def test_in_batches_as_one_at_a_time(name):
-    case, max_length = cases.load(name), 39  # shorter than some pairs, and no bucket
+    case, max_length = golden.load(name), 39  # shorter than some pairs, and no bucket
     pairs = random_pairs(np.random.default_rng(0), case.config.vocab_size)
     # Some continue as the model would.
     for i in range(0, 6):
         context, _ = pairs[i]
         named = {k: v.astype(np.float64) for k, v in case.weights.items()}
         inputs = np.array(context)[None, -max_length:]
-        config = cases.witness_config(case.config)
+        config = golden.witness_config(case.config)
         found = reference_numpy.forward(named, config, inputs)["logits"][0, -1]
         pairs[i] = Pair(context, (int(found.argmax()),))
     expected = {i: exactly(case, pair, max_length) for i, pair in pairs.items()}
@@ -67,7 +67,7 @@ def test_in_batches_as_one_at_a_time(name):
 
 
 def test_a_context_is_read_once_for_all_its_answers():
-    case = cases.load("a2_btlm_mup_h32")
+    case = golden.load("a2_btlm_mup_h32")
     context = tuple(range(30))
     pairs = {i: Pair(context, (i,)) for i in range(5)}
     pairs["longer"] = Pair(context, (1, 2, 3))

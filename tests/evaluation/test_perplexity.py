@@ -9,38 +9,29 @@ import json
 import math
 import re
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_numpy
-from btlm_jax.train import manual, quickstart
-from btlm_jax.train.step import init_state, make_step
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import log_softmax
 
-from btlm_jax import (
-    BTLM,
-    BTLMConfig,
-    cli,
-    kernels,
-    load_tokenizer,
-    make_mesh,
-    mup,
-    quantization,
-    save,
-    weights,
-)
-from btlm_jax.compilation import compilations
-from btlm_jax.evaluation import quantised
+from btlm_jax import BTLM, BTLMConfig, cli, load_tokenizer, make_mesh, save
+from btlm_jax.checkpoint import quantize
+from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.data import sample_text
+from btlm_jax.evaluation import quantization_cost
 from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
 from btlm_jax.evaluation.windows import Document, Windows, cut
-from btlm_jax.loss import IGNORE
-from btlm_jax.quantization import Quantization
+from btlm_jax.model import mup, packed, weights
+from btlm_jax.model.loss import IGNORE
+from btlm_jax.train.demo import quickstart
+from btlm_jax.train.step import init_state, make_step
+from btlm_jax.utils.compile_cache import compilations
+from support import golden, reference_numpy
 
-ALIBI = cases.load("a2_btlm_mup_h32").config
+ALIBI = golden.load("a2_btlm_mup_h32").config
 
 
 def documents(*lengths: int, vocab: int = 96) -> list[Document]:
@@ -121,7 +112,7 @@ def test_lengths_and_strides_by_default():
     ],
 )
 def test_windows_that_make_no_sense(options, message):
-    learned = cases.load("f_learned_gelu_mup").config
+    learned = golden.load("f_learned_gelu_mup").config
     with pytest.raises(ValueError, match=message):
         cut(learned, documents(20), 0, **options)
 
@@ -141,7 +132,7 @@ def test_longer_windows_than_were_trained(caplog):
 # The loss -----------------------------------------------------------------------------------------
 
 
-def by_witness(case: cases.Case, texts, prefix: int, length: int, stride: int) -> float:
+def by_witness(case: golden.Case, texts, prefix: int, length: int, stride: int) -> float:
     """The summed nats in float64: each token from a forward pass of its own context alone."""
     total = 0.0
     for document in texts:
@@ -162,7 +153,7 @@ def by_witness(case: cases.Case, texts, prefix: int, length: int, stride: int) -
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "f_learned_gelu_mup", "e_alibi_dynamic16"])
 def test_is_the_float64_computation(name, length, stride):
     """With learned positions, and with slopes that depend on the length of every window."""
-    case = cases.load(name)
+    case = golden.load(name)
     if not case.config.alibi:
         length, stride = min(length, case.config.n_positions), min(stride, case.config.n_positions)
     texts = documents(40, 7, 61, 1, vocab=case.config.vocab_size)
@@ -176,7 +167,7 @@ def test_is_the_float64_computation(name, length, stride):
 
 def test_overlap_helps_and_windows_matter():
     """Else the comparisons above would hold of windows that are all alike."""
-    case = cases.load("a2_btlm_mup_h32")
+    case = golden.load("a2_btlm_mup_h32")
     texts = documents(61)
     sums = {by_witness(case, texts, 2, 16, stride) for stride in (16, 8, 1)}
     sums.add(by_witness(case, texts, 3, 16, 16))
@@ -192,7 +183,7 @@ def test_units():
 
 
 def test_one_program_and_any_batch():
-    case = cases.load("a2_btlm_mup_h32")
+    case = golden.load("a2_btlm_mup_h32")
     windows = cut(case.config, documents(200, 31, 5), 2, length=32, stride=16)
     one = cross_entropy(case.model, case.params, windows, batch_size=4)
     with compilations() as found:
@@ -240,9 +231,9 @@ def trained(tmp_path_factory):
         n_layer=1, mup_width_scale=0.5,
     )  # fmt: skip
     home = tmp_path_factory.mktemp("trained")
-    cases.write_tokenizer(home, config.vocab_size)
+    golden.write_tokenizer(home, config.vocab_size)
     tokenizer = load_tokenizer(home)
-    text = " ".join(manual.text()[:2000].split())
+    text = " ".join(sample_text.text()[:2000].split())
     ids = np.array(tokenizer.encode(text).ids, np.int32)
     model, tx = BTLM(config), mup.adamw(1e-2, config)
     step, state = make_step(model, tx), init_state(model.init(jax.random.key(0)), tx)
@@ -261,7 +252,7 @@ def test_what_quantising_costs(trained):
     letters = quickstart.unigram_entropy(ids)
     windows = cut(model.config, [Document(ids, len(text))], 95)
     kinds = [Quantization.parse(kind) for kind in ("int8", "int4", "int4:128")]
-    rows = quantised.compare(model, params, windows, kinds)
+    rows = quantization_cost.compare(model, params, windows, kinds)
     own = rows[0].found.nats_per_token
     assert max(own, loss) < letters - 0.5, "the model has learned"
     int8, int4, int4_128 = (row.found.nats_per_token - own for row in rows[1:])
@@ -275,7 +266,7 @@ def test_what_quantising_costs(trained):
     assert 0 < 2 * sizes[0] < sizes[1]
     # Loss of what is stored, independently: dequantised weights in the original's layout.
     for to, row in zip(kinds[1:], rows[2:], strict=True):
-        found = quantization.quantized(params, model.config, to)
+        found = quantize.quantized(params, model.config, to)
         again = dequantised(params, found, model.config)
         plain = cross_entropy(model, again, windows).nats_per_token
         assert abs(row.found.nats_per_token - plain) < 1e-4  # fp32, in another order
@@ -283,7 +274,7 @@ def test_what_quantising_costs(trained):
 
 def changes(model, params, ids, to) -> float:
     """The root mean square, over texts of 60 tokens, of the changes of nats per token."""
-    used = params, quantization.quantized(params, model.config, to)
+    used = params, quantize.quantized(params, model.config, to)
     found = []
     for start in range(0, len(ids) - 60, 60):
         windows = cut(model.config, [Document(ids[start:][:60], 60)], 95, length=60)
@@ -299,8 +290,8 @@ def dequantised(params, quantised_params, config) -> weights.Params:
     flat = weights.flatten(quantised_params)
     for leaf in weights.disk_leaves(config):
         w, x = leaf.weight, flat[leaf.path]
-        if isinstance(x, kernels.Kernel):
-            x = kernels.dequantised(x, jnp.float32)
+        if isinstance(x, packed.Kernel):
+            x = packed.dequantised(x, jnp.float32)
             outputs = [i for i in range(len(w.shape)) if i not in w.inputs]
             order = [*outputs, *w.inputs]
             x = x.reshape([w.shape[i] for i in order]).transpose(np.argsort(order))
@@ -312,15 +303,15 @@ def dequantised(params, quantised_params, config) -> weights.Params:
 
 def test_the_table():
     rows = [
-        quantised.Row("float32", 4096, 32.0, CrossEntropy(200.0, 100, 300)),
-        quantised.Row("int8", 1024, 8.0, CrossEntropy(201.0, 100, 300)),
+        quantization_cost.Row("float32", 4096, 32.0, CrossEntropy(200.0, 100, 300)),
+        quantization_cost.Row("int8", 1024, 8.0, CrossEntropy(201.0, 100, 300)),
     ]
-    head, own, int8, note = quantised.table(rows)
+    head, own, int8, note = quantization_cost.table(rows)
     assert head.split()[0] == "weights" and len(head) == len(own) == len(int8)
     assert own.split()[-4:] == ["2.00000", "+0.00000", "7.3891", "+0.000%"]
     assert int8.split()[-4:] == ["2.01000", "+0.01000", "7.4633", "+1.005%"]
     assert "rounded to int8 too" in note
-    assert len(quantised.table(rows[:1])) == 2
+    assert len(quantization_cost.table(rows[:1])) == 2
 
 
 # The command --------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,9 @@ from scipy.stats import binomtest
 from btlm_jax import cli, load_tokenizer, save
 from btlm_jax.config import AlibiScaling
 from btlm_jax.evaluation import retrieval, retrieval_texts
-from btlm_jax.evaluation.extension import scaled
+from btlm_jax.evaluation.context_extension import scaled
 from btlm_jax.evaluation.retrieval_texts import MOST, Record, Text
+from support import golden
 
 TASKS = ("lines", "topics")
 # Of prompts, made on Python 3.11.
@@ -116,7 +116,7 @@ def test_lengths_that_cannot_be(tokenizer, monkeypatch):
 
 
 def test_a_tokenizer_without_digits(tmp_path):
-    cases.write_tokenizer(tmp_path, 20)
+    golden.write_tokenizer(tmp_path, 20)
     with pytest.raises(ValueError, match="a vocabulary of all its characters"):
         retrieval.prompts("lines", load_tokenizer(tmp_path), 5000, 1)
 
@@ -272,12 +272,12 @@ def test_dynamic_at_the_trained_length(capsys, bytes_checkpoint, monkeypatch):
 def test_bad_input(capsys, of_bytes, bytes_checkpoint, tmp_path, monkeypatch):
     model, params, _ = of_bytes
     save(tmp_path / "bare", model.config, params)
-    learned = cases.load("f_learned_gelu_mup")
-    cases.write_tokenizer(tmp_path, learned.config.vocab_size)
+    learned = golden.load("f_learned_gelu_mup")
+    golden.write_tokenizer(tmp_path, learned.config.vocab_size)
     assets = [tmp_path / "tokenizer.json"]
     save(tmp_path / "learned", learned.config, learned.params, assets=assets)
-    few = cases.load("a2_btlm_mup_h32")
-    cases.write_tokenizer(tmp_path, 20)
+    few = golden.load("a2_btlm_mup_h32")
+    golden.write_tokenizer(tmp_path, 20)
     save(tmp_path / "few", few.config, few.params, assets=assets)
     monkeypatch.setattr("btlm_jax.load", lambda *a, **k: pytest.fail("the weights were read"))
     for argv, message in {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import cases
 import jax
 import numpy as np
 import pytest
 
-from btlm_jax import generate, generate_batch, kv_cache, make_mesh, stream
-from btlm_jax.compilation import compilations
+from btlm_jax import generate, generate_batch, make_mesh, stream
 from btlm_jax.generation import batch, request, sample
+from btlm_jax.model import kv_cache
+from btlm_jax.utils.compile_cache import compilations
+from support import golden
 
 # More prompts than rows, of several widths of reading, in no order.
 PROMPTS = [
@@ -120,7 +121,7 @@ def test_long_prompts_have_a_group_of_their_own():
 
 def test_dynamic_scaling_reads_equal_lengths_at_once(monkeypatch):
     """It counts the length of the text, which must be the same for all that are read at once."""
-    c = cases.load("e_alibi_dynamic16")
+    c = golden.load("e_alibi_dynamic16")
     monkeypatch.setattr(batch, "_WAIT", 2)
     ids = [(c["gen/prompt"][0].tolist() * 8)[:n] for n in (31, 30, 18, 18)]  # beyond the trained
     how = dict(max_new_tokens=6, eos_token_id=None)
@@ -131,7 +132,7 @@ def test_dynamic_scaling_reads_equal_lengths_at_once(monkeypatch):
 
 
 def test_learned_positions():
-    c = cases.load("f_learned_gelu_mup")
+    c = golden.load("f_learned_gelu_mup")
     ids = [[5], [3, 1, 4, 1, 5], [9, 2, 6]]
     how = dict(max_new_tokens=6, eos_token_id=None)
     found = generate_batch(c.model, c.params, ids, batch_size=2, **how)

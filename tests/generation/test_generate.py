@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-import cases
-import gpt2_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from btlm_jax import BTLM, BTLMConfig, generate, load_tokenizer, make_mesh, score, sharding, weights
-from btlm_jax.compilation import compilations
+from btlm_jax import BTLM, BTLMConfig, generate, load_tokenizer, make_mesh, score
 from btlm_jax.generation import prompts
+from btlm_jax.model import sharding, weights
+from btlm_jax.utils.compile_cache import compilations
+from support import golden, gpt2
 
-FP32 = [n for n in cases.NAMES if n != "g_bf16"]
+FP32 = [n for n in golden.NAMES if n != "g_bf16"]
 
 
 @pytest.fixture(params=FP32)
 def fp32_case(request):
-    return cases.load(request.param)
+    return golden.load(request.param)
 
 
 def test_greedy_is_transformers(fp32_case):
@@ -77,7 +77,7 @@ def test_batches_of_beams_are_transformers(fp32_case):
 @pytest.fixture(scope="module")
 def on_a_mesh():
     """i_untied on a mesh: its vocabulary of 97 is padded to 98, a batch of three to four."""
-    case = cases.load("i_untied")
+    case = golden.load("i_untied")
     mesh, model = make_mesh(fsdp=4, tensor=2), case.model
     pad = sharding.padding(model.config, mesh)
     shardings = weights.flatten(sharding.param_shardings(model.config, mesh, pad=pad))
@@ -167,8 +167,8 @@ def test_several_eos_ids_and_padding(tiny):
 @pytest.mark.parametrize("number", range(24))
 def test_answers_recorded_from_transformers(number):
     """Greedy (even) and beams (odd), with random options: see gpt2_cases."""
-    case = gpt2_cases.recorded()[number]
-    got = gpt2_cases.answer(case)
+    case = gpt2.recorded()[number]
+    got = gpt2.answer(case)
     np.testing.assert_array_equal(got.sequences, case["sequences"])
     if number % 2:
         scores = case["sequences_scores"]
@@ -280,7 +280,7 @@ def test_user_processors(tiny):
 
 
 def test_stop_strings_end_rows(checkpoint_dir):
-    c = cases.load("a2_btlm_mup_h32")
+    c = golden.load("a2_btlm_mup_h32")
     tokenizer = load_tokenizer(checkpoint_dir)
     ids = c["gen/prompt_batch"][:2, 4:]
     mask = c["gen/prompt_batch_mask"][:2, 4:]
@@ -398,6 +398,6 @@ def test_beyond_the_trained_context(tiny, caplog):
     with caplog.at_level(logging.WARNING):
         generate(short, params, np.array([[1, 2]]), max_new_tokens=8)
     assert "10 tokens exceed the trained context of 8" in caplog.text
-    learned = cases.load("f_learned_gelu_mup")
+    learned = golden.load("f_learned_gelu_mup")
     with pytest.raises(ValueError, match="exceed the 64 learned positions"):
         generate(learned.model, learned.params, np.ones((1, 60), int), max_new_tokens=5)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from btlm_jax import BTLM, BTLMConfig, PromptCache, attention_fused, generate, make_mesh
+from btlm_jax import BTLM, BTLMConfig, PromptCache, generate, make_mesh
+from btlm_jax.model import attention_fused
 
 NEW = 6
 

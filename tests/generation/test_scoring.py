@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import cases
 import jax
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh, score
-from btlm_jax.compilation import compilations
+from btlm_jax.utils.compile_cache import compilations
+from support import golden
 
 
 @pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
 def test_is_the_log_softmax_of_the_original(name):
-    c = cases.load(name)
+    c = golden.load(name)
     logits = np.asarray(c["plain/logits_f64"], np.float64)
     ids = c["plain/input_ids"]
     got = score(c.model, c.params, ids)

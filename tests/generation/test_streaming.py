@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from btlm_jax import generate, kv_cache, stream
-from btlm_jax.compilation import compilations
+from btlm_jax import generate, stream
 from btlm_jax.generation import request, sample
+from btlm_jax.model import kv_cache
+from btlm_jax.utils.compile_cache import compilations
 
 PROMPT = np.array([72, 101, 108])
 

@@ -9,8 +9,6 @@ import functools
 import json
 from random import Random
 
-import cases
-import gpt2_cases
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,6 +17,8 @@ from btlm_jax import generate
 from btlm_jax.generation import processors
 from btlm_jax.generation.options import Options
 from btlm_jax.generation.sampling import warp
+from support import golden
+from support import gpt2 as gpt2_lib
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,10 +30,10 @@ VOCAB = 23
 @functools.cache
 def gpt2():
     """transformers' model with the weights of `gpt2_cases.ours`."""
-    model, params = gpt2_cases.ours()
-    config = transformers.GPT2Config(**gpt2_cases.SIZES, **gpt2_cases.DROPOUT, **gpt2_cases.TOKENS)
+    model, params = gpt2_lib.ours()
+    config = transformers.GPT2Config(**gpt2_lib.SIZES, **gpt2_lib.DROPOUT, **gpt2_lib.TOKENS)
     theirs = transformers.GPT2LMHeadModel(config).eval()
-    named = cases.by_hf_name(model.config, params)
+    named = golden.by_hf_name(model.config, params)
     loaded = theirs.load_state_dict({k: torch.tensor(v) for k, v in named.items()}, strict=False)
     assert loaded.missing_keys == ["lm_head.weight"] and not loaded.unexpected_keys  # it is tied
     return theirs
@@ -49,7 +49,7 @@ def answer(case: dict):
 
 
 def check(case: dict) -> None:
-    expected, got = answer(case), gpt2_cases.answer(case)
+    expected, got = answer(case), gpt2_lib.answer(case)
     np.testing.assert_array_equal(got.sequences, expected.sequences.numpy())
     scores = np.stack([s.numpy() for s in expected.scores])
     logits = np.stack([s.numpy() for s in expected.logits])
@@ -72,18 +72,18 @@ def check(case: dict) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("beams", [False, True])
 def test_random_cases(seed, beams):
-    check(gpt2_cases.random_case(2000 + seed, beams))
+    check(gpt2_lib.random_case(2000 + seed, beams))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("beams", [False, True])
 def test_many_random_cases(seed, beams):
-    check(gpt2_cases.random_case(1000 + seed, beams))
+    check(gpt2_lib.random_case(1000 + seed, beams))
 
 
 def test_the_recorded_answers():
-    for case in gpt2_cases.recorded():
+    for case in gpt2_lib.recorded():
         assert answer(case).sequences.tolist() == case["sequences"]
 
 
@@ -92,7 +92,7 @@ def record() -> None:
     found = []
     for seed in range(12):
         for beams in (False, True):
-            case = gpt2_cases.random_case(seed, beams)
+            case = gpt2_lib.random_case(seed, beams)
             out = answer(case)
             case["sequences"] = out.sequences.tolist()
             if beams:
@@ -100,7 +100,7 @@ def record() -> None:
                 case["beam_indices"] = out.beam_indices.tolist()
             found.append(case)
     lines = ",\n".join(map(json.dumps, found))
-    gpt2_cases.RECORDED.write_text(f"[\n{lines}\n]\n")
+    gpt2_lib.RECORDED.write_text(f"[\n{lines}\n]\n")
 
 
 # Rules one by one, on random scores ---------------------------------------------------------------
@@ -181,8 +181,8 @@ def test_stop_strings_end_where_theirs_do(seed):
     inner, wrapped = letters()
     stops = ["".join(r.choice("aabbc é\n") for _ in range(r.randint(1, 4))) for _ in range(3)]
     criterion = StopStringCriteria(wrapped, stops)
-    table = stopping.table(stops, inner if seed % 2 else wrapped, gpt2_cases.VOCAB)
-    ids = rng.integers(0, gpt2_cases.VOCAB, (20, 12))
+    table = stopping.table(stops, inner if seed % 2 else wrapped, gpt2_lib.VOCAB)
+    ids = rng.integers(0, gpt2_lib.VOCAB, (20, 12))
     state = stopping.after_prompt(table, ids[:, :4], np.ones((20, 4), int))
     for end in range(5, 13):
         state, hit = stopping.advance(table, state, ids[:, end - 1])
@@ -195,12 +195,12 @@ def test_stop_strings(beams):
     inner, wrapped = letters()
     rng = np.random.default_rng(beams)
     for stops in (["ca", "bb"], ["ab"]):
-        ids = rng.integers(1, gpt2_cases.VOCAB, (1, 4))
+        ids = rng.integers(1, gpt2_lib.VOCAB, (1, 4))
         how = dict(max_new_tokens=20, num_beams=beams, stop_strings=stops, repetition_penalty=1.5)
         how |= dict(eos_token_id=22, pad_token_id=22)
         with torch.no_grad():
             expected = gpt2().generate(torch.as_tensor(ids), tokenizer=wrapped, **how)
-        got = generate(*gpt2_cases.ours(), ids, tokenizer=inner, **how)
+        got = generate(*gpt2_lib.ours(), ids, tokenizer=inner, **how)
         np.testing.assert_array_equal(got, expected.numpy())
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import max_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btlm_jax import AlibiScaling, alibi
+from btlm_jax import AlibiScaling
+from btlm_jax.model import alibi
+from support import golden
+from support.golden import max_error
 
-BIAS = dict(np.load(cases.GOLDEN / "alibi_bias.npz"))
+BIAS = dict(np.load(golden.GOLDEN / "alibi_bias.npz"))
 SCALINGS = {
     "none": None,
     "factor4": AlibiScaling(factor=4.0),

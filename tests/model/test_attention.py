@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import max_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btlm_jax import alibi, attention, attention_xla
+from btlm_jax.model import alibi, attention, attention_xla
+from support.golden import max_error
 
 
 def exact(q, k, v, slopes, segments, offset):

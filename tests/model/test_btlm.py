@@ -9,26 +9,17 @@ import dataclasses
 import itertools
 import re
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference_numpy
-from cases import max_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from btlm_jax import (
-    BTLM,
-    BTLMConfig,
-    alibi,
-    fold_completep,
-    make_mesh,
-    next_token_loss,
-    sharding,
-    weights,
-)
+from btlm_jax import BTLM, BTLMConfig, fold_completep, make_mesh, next_token_loss
+from btlm_jax.model import alibi, sharding, weights
+from support import golden, reference_numpy
+from support.golden import max_error
 
 LOGITS_TOL = 5e-5  # measured: 6.3e-6 plain, 1.2e-5 over all cases and modes
 KV_TOL = 5e-5  # measured: 1.5e-5
@@ -134,24 +125,24 @@ def test_incremental_padded(case):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in cases.NAMES if n not in ("f_learned_gelu_mup", "g_bf16")]
+    "name", [n for n in golden.NAMES if n not in ("f_learned_gelu_mup", "g_bf16")]
 )
 def test_incremental_long(name):
     # With dynamic scaling this differs from the full forward: each step scales by its own length.
-    case = cases.load(name)
+    case = golden.load(name)
     got, _ = incremental(case, case["long/input_ids"], 8)
     assert max_error(got, case["long/logits_incremental"]) < LOGITS_TOL
 
 
 def test_dynamic_scaling_is_not_cache_consistent():
-    case = cases.load("e_alibi_dynamic16")
+    case = golden.load("e_alibi_dynamic16")
     assert max_error(case["long/logits"], case["long/logits_incremental"]) > 1
 
 
 @pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
 def test_filling_up_to_a_static_shape_changes_nothing(name):
     """`length` of the tokens are meant: the scale counts no others, later tokens replace them."""
-    case = cases.load(name)
+    case = golden.load(name)
     model, ids = case.model, np.random.default_rng(0).integers(0, case.config.vocab_size, (2, 20))
     filled = np.concatenate([ids[:, :17], np.full((len(ids), 15), 5)], 1)
     expected = model.apply(case.params, ids[:, :17])
@@ -177,7 +168,7 @@ def test_loss_and_gradients(case):
     value, grads = jax.jit(jax.value_and_grad(loss))(case.params)
     # The bf16 case's golden gradients were made in fp32 from its bf16 weights.
     assert abs(float(value) - float(case["train/loss"])) < 5e-6  # measured 9.6e-7
-    flat = cases.by_hf_name(case.config, grads)
+    flat = golden.by_hf_name(case.config, grads)
     expected_names = [k.removeprefix("train/norm/") for k in case.arrays if "train/norm/" in k]
     assert sorted(flat) == sorted(expected_names)
     total = float(case["train/grad_norm"])
@@ -186,7 +177,7 @@ def test_loss_and_gradients(case):
         # Key-bias gradients are zero but for rounding, so errors count against the total norm too.
         # Measured: 3.5e-6 of that scale, and 5e-7 for the norms.
         scale = max(np.abs(case[f"train/grad/{name}"]).max(), 1e-3 * total)
-        assert max_error(cases.sample(got), case[f"train/grad/{name}"]) < 2e-5 * scale, name
+        assert max_error(golden.sample(got), case[f"train/grad/{name}"]) < 2e-5 * scale, name
         assert abs(np.linalg.norm(got.astype(np.float64)) - norm) < 2e-5 * max(norm, 1e-3 * total)
 
 
@@ -204,7 +195,7 @@ def test_padded_loss(case):
 
 def test_bfloat16_compute():
     """Closer to the fp32 truth than, or as close as, the original in bf16."""
-    case = cases.load("g_bf16")
+    case = golden.load("g_bf16")
     model = BTLM(case.config, compute_dtype=jnp.bfloat16)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.params)
     got = model.apply(params, case["plain/input_ids"])
@@ -214,7 +205,7 @@ def test_bfloat16_compute():
 
 
 def test_stored_slopes_are_used():
-    case = cases.load("g_bf16")  # the only golden case whose stored slopes are rounded
+    case = golden.load("g_bf16")  # the only golden case whose stored slopes are rounded
     exact = BTLM(dataclasses.replace(case.config, alibi_slopes=None), compute_dtype=jnp.float32)
     got = exact.apply(case.params, case["plain/input_ids"])
     assert max_error(got, case.exact_logits) > 1e-3
@@ -270,7 +261,7 @@ def test_equals_float64_witness(config, depth, seed, packed):
         extra["segment_ids"] = np.sort(rng.integers(1, 4, ids.shape), 1)
         if not c.alibi:
             extra["positions"] = rng.integers(0, 64, ids.shape)
-    named = cases.by_hf_name(c, params)
+    named = golden.by_hf_name(c, params)
     theirs = {k.replace("positions", "position_ids"): v for k, v in extra.items()}
     expected = reference_numpy.forward(named, config | depth, ids, **theirs)["logits"]
     got = BTLM(c, compute_dtype=jnp.float32).apply(params, ids, **extra)
@@ -292,7 +283,7 @@ def deep(**changes):
 def test_completep_forward_and_backward():
     """Gradients by central differences of the witness, in a random direction for every array."""
     c, params, ids = deep()
-    model, raw, named = BTLM(c), cases.witness_config(c), cases.by_hf_name(c, params)
+    model, raw, named = BTLM(c), golden.witness_config(c), golden.by_hf_name(c, params)
     wide = {k: v.astype(np.float64) for k, v in named.items()}
 
     def loss(changed):
@@ -312,7 +303,7 @@ def test_completep_forward_and_backward():
     )
     assert abs(float(value) - loss({})) < 1e-5
     rng, step = np.random.default_rng(1), 1e-6
-    for name, got in cases.by_hf_name(c, grads).items():
+    for name, got in golden.by_hf_name(c, grads).items():
         u = rng.normal(size=got.shape)
         up, down = (loss({name: wide[name] + sign * step * u}) for sign in (1, -1))
         error = abs((got * u).sum() - (up - down) / (2 * step))
@@ -366,7 +357,7 @@ def test_completep_on_a_mesh():
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "f_learned_gelu_mup", "i_untied"])
 def test_causality_by_gradient(name):
     """d logits[t] / d input[t+1:] is exactly zero."""
-    case = cases.load(name)
+    case = golden.load(name)
     T = 10
     ids = np.arange(T)[None]  # every position has a row of wte to itself
     other = np.arange(T, case.config.vocab_size)  # logits that a tied head draws from other rows
@@ -383,7 +374,7 @@ def test_causality_by_gradient(name):
 
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "f_learned_gelu_mup"])
 def test_packed_equals_unpacked(name):
-    case = cases.load(name)
+    case = golden.load(name)
     rng = np.random.default_rng(0)
     lengths = (5, 1, 9)
     documents = [rng.integers(0, case.config.vocab_size, (1, n)) for n in lengths]
@@ -398,7 +389,7 @@ def test_packed_equals_unpacked(name):
 
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "d_alibi_factor4"])
 def test_left_padded_equals_unpadded(name):
-    case = cases.load(name)
+    case = golden.load(name)
     ids = np.random.default_rng(1).integers(0, case.config.vocab_size, (1, 9))
     padded = np.concatenate([np.zeros((1, 6), int), ids], 1)
     mask = np.arange(15)[None] >= 6
@@ -448,7 +439,7 @@ def test_mesh_equals_one_device(sizes):
 @pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
 def test_split_sequences(name):
     """What depends on the place in a sequence: segments, scaling, positions, query chunks."""
-    case = cases.load(name)
+    case = golden.load(name)
     model = BTLM(dataclasses.replace(case.config, n_positions=2048))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, case.config.vocab_size, (2, 2048))
@@ -602,7 +593,7 @@ def test_padding_off_a_mesh(tiny):
 
 
 def test_learned_positions_are_bounded():
-    case = cases.load("f_learned_gelu_mup")
+    case = golden.load("f_learned_gelu_mup")
     with pytest.raises(ValueError, match="65 tokens exceed n_positions = 64"):
         case.model.apply(case.params, np.ones((1, 65), int))
     with pytest.raises(ValueError, match="pass positions"):

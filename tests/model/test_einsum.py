@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from btlm_jax.train.step import init_state, make_step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from btlm_jax import BTLM, BTLMConfig, make_mesh, mup
-from btlm_jax.products import einsum
+from btlm_jax import BTLM, BTLMConfig, make_mesh
+from btlm_jax.model import mup
+from btlm_jax.model.einsum import einsum
+from btlm_jax.train.step import init_state, make_step
 
 SHAPES = {"b": 2, "t": 5, "s": 6, "d": 8, "f": 12, "h": 4, "k": 3, "c": 3, "v": 9}
 

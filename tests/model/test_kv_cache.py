@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btlm_jax import BTLM, BTLMConfig, kv_cache, make_mesh
-from btlm_jax.kv_cache import Part, Shared, Slots
+from btlm_jax import BTLM, BTLMConfig, make_mesh
+from btlm_jax.model import kv_cache
+from btlm_jax.model.kv_cache import Part, Shared, Slots
 
 R, B, H, K = 4, 2, 3, 8  # two prompts, two rows each
 P, S = 6, 5  # slots of the prefix and of the ring

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from btlm_jax.train.step import init_state, make_step
 from jax.sharding import NamedSharding
 
-from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss, sharding
-from btlm_jax import loss as loss_module
-from btlm_jax.layers import project_logits
-from btlm_jax.loss import IGNORE, cross_entropy, head_loss, target_loss, token_predictions
-from btlm_jax.spec import Spec
+from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss
+from btlm_jax.model import loss as loss_module
+from btlm_jax.model import sharding
+from btlm_jax.model.layers import project_logits
+from btlm_jax.model.loss import IGNORE, cross_entropy, head_loss, target_loss, token_predictions
+from btlm_jax.model.runtime import Spec
+from btlm_jax.train.step import init_state, make_step
 
 
 def exact(logits, labels):

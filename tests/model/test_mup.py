@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import json
 
-import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference_numpy
 from optax.contrib import schedule_free
 
-from btlm_jax import BTLM, BTLMConfig, make_mesh, mup, next_token_loss, weights
+from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss
+from btlm_jax.model import mup, weights
+from support import golden as golden_lib
+from support import reference_numpy
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 # One of every kind of weight, and awkward sizes; m = 10.
@@ -117,14 +118,14 @@ def test_three_steps_of_the_original(case):
         # fp32 losses of about 5 to 20; measured 1.9e-6.
         assert abs(float(loss) - case["train/adam/losses"][i]) < 2e-5
     compared = 0
-    for name, got in cases.by_hf_name(case.config, params).items():
+    for name, got in golden_lib.by_hf_name(case.config, params).items():
         expected = case[f"train/adam/param/{name}"]
         stable = case[f"train/adam/stable/{name}"].astype(bool)
         compared += stable.sum()
         # A step is at most lr = 2e-3; Adam turns rounding of small gradients into more than
         # rounding of the weights. Measured 4.8e-7.
         if stable.any():
-            assert cases.max_error(cases.sample(got), expected, stable) < 5e-6, name
+            assert golden_lib.max_error(golden_lib.sample(got), expected, stable) < 5e-6, name
     assert compared > 1000
 
 
@@ -165,7 +166,7 @@ def run(tx, params, steps, grads=descend):
 def assert_equal(a, b, tolerance=0.0):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         if tolerance:
-            assert cases.max_error(x, y) < tolerance
+            assert golden_lib.max_error(x, y) < tolerance
         else:
             np.testing.assert_array_equal(x, y)
 
@@ -257,7 +258,7 @@ def test_muon_has_adams_learning_rate_apart():
     both, apart, params = (weights.flatten(t) for t in (plain(mup.muon), apart, params))
     for w in weights.table(SMALL):
         wanted = both if is_matrix(w) else params
-        assert cases.max_error(apart[w.path], wanted[w.path]) < 1e-6
+        assert golden_lib.max_error(apart[w.path], wanted[w.path]) < 1e-6
 
 
 def newton_schulz(g):
@@ -300,7 +301,7 @@ def test_muon_against_numpy_layer_by_layer(rms):
                 if rms is not None:
                     scale = rms * np.sqrt(max(n_in, n_out)) * np.sqrt(0.1)
                 # Spectral norms of about 1; measured 6.7e-7.
-                assert cases.max_error(u, -scale * newton_schulz(g)) < 1e-5, w.name
+                assert golden_lib.max_error(u, -scale * newton_schulz(g)) < 1e-5, w.name
                 compared += 1
     assert compared == SMALL.n_layer * 7
 
@@ -419,7 +420,7 @@ def test_with_frozen_weights(make):
     got, before, trained = (weights.flatten(t) for t in (got, start(SMALL), plain(make)))
     assert sum(frozen.values()) == 3
     for path, is_frozen in frozen.items():
-        assert cases.max_error(got[path], (before if is_frozen else trained)[path]) < 1e-6
+        assert golden_lib.max_error(got[path], (before if is_frozen else trained)[path]) < 1e-6
 
 
 def test_schedule_free_wraps_and_is_a_partition():
@@ -446,7 +447,7 @@ def test_schedule_free_wraps_and_is_a_partition():
     around = optax.chain(schedule_free(inner, warmup), mup.scale_by_mup(SMALL))
     wrong, state = run(around, start(SMALL), 30)
     kernel = [t["blocks"]["mlp"]["c_fc"]["kernel"] for t in (wrong, theirs)]
-    assert cases.max_error(*kernel) > 5e-3
+    assert golden_lib.max_error(*kernel) > 5e-3
     with pytest.raises(ValueError, match="after schedule_free, expected"):
         mup.check(state)
 
@@ -593,7 +594,9 @@ def test_completep_slows_what_is_in_layers(make):
     a, b = (weights.flatten(x) for x in updates(start(DEEP)))
     for w in weights.table(DEEP):
         # Updates of about the learning rate; eps, which differs too, is 1e-8 of gradients of 0.1.
-        assert cases.max_error(a[w.path], (0.5 if w.stacked else 1.0) * b[w.path]) < 1e-7, w.name
+        assert golden_lib.max_error(a[w.path], (0.5 if w.stacked else 1.0) * b[w.path]) < 1e-7, (
+            w.name
+        )
 
 
 def test_completep_at_alpha_one_keeps_the_learning_rates():
@@ -632,8 +635,8 @@ def movement(n_layer, base_layers):
         return jax.lax.fori_loop(0, steps, step, (params, tx.init(params)))[0]
 
     def stream(params):
-        named = cases.by_hf_name(config, params)
-        return reference_numpy.forward(named, cases.witness_config(config), ids)["streams"][-1]
+        named = golden_lib.by_hf_name(config, params)
+        return reference_numpy.forward(named, golden_lib.witness_config(config), ids)["streams"][-1]
 
     # Drawn as the table says, without the compiling of `init`.
     rng = np.random.default_rng(1)
@@ -718,7 +721,7 @@ def test_sharded_is_single_device(make):
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, sharded, params))
     single, _ = run(tx, start(PADDED), 3, shrink)
     for w, (inside, padding) in zip(weights.table(PADDED), split(sharded), strict=True):
-        assert cases.max_error(inside, weights.flatten(single)[w.path]) < 1e-6, w.name
+        assert golden_lib.max_error(inside, weights.flatten(single)[w.path]) < 1e-6, w.name
         assert not padding.any()
 
 

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from btlm_jax import BTLMConfig, kernels, make_mesh, quantization, weights
-from btlm_jax.kernels import Kernel
-from btlm_jax.quantization import Quantization
+from btlm_jax import BTLMConfig, make_mesh
+from btlm_jax.checkpoint import quantize
+from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.model import packed, weights
+from btlm_jax.model.packed import Kernel
 
 # 171 inputs are filled up to 256; c_attn has outputs [3, H, K], attn/c_proj inputs [H, K].
 CONFIG = dataclasses.replace(BTLMConfig.preset("tiny"), n_inner=171)
@@ -30,11 +32,11 @@ def kernel_of(params, name: str, kind: str) -> Kernel:
     path = ("blocks", *name.split("/"), "kernel")
     if kind in ("float32", "bfloat16"):
         x = weights.flatten(params)[path][0].astype(kind)
-        return kernels.inputs_last(x, weights.by_path(CONFIG)[path].inputs)
+        return packed.inputs_last(x, weights.by_path(CONFIG)[path].inputs)
     to = Quantization.parse("int4" if kind == "jnp.int4" else kind)
-    kernel = weights.flatten(quantization.quantized(params, CONFIG, to))["blocks", "0", *path[1:]]
+    kernel = weights.flatten(quantize.quantized(params, CONFIG, to))["blocks", "0", *path[1:]]
     if kind == "jnp.int4":
-        values = kernels.unpack(kernel.values).astype(jnp.int4)
+        values = packed.unpack(kernel.values).astype(jnp.int4)
         kernel = dataclasses.replace(kernel, values=values)
     return kernel
 
@@ -42,7 +44,7 @@ def kernel_of(params, name: str, kind: str) -> Kernel:
 def exact(kernel: Kernel) -> np.ndarray:
     """float64 [*O, I], by the definition."""
     values = kernel.values
-    values = np.asarray(kernels.unpack(values) if kernel.packed else values).astype(np.float64)
+    values = np.asarray(packed.unpack(values) if kernel.packed else values).astype(np.float64)
     if kernel.scales is not None:
         scales = np.asarray(kernel.scales).astype(np.float64)
         values = values * np.repeat(scales, values.shape[-1] // scales.shape[-1], -1)
@@ -58,7 +60,7 @@ def test_dequantised(params, name, kind):
     assert kernel.shape == (*outputs, inputs) and kernel.packed == kind.startswith("int4")
     # fp32 rounds value times scale by half an ulp, bf16 that again, once.
     for dtype, half_ulp in ((jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)):
-        got = np.asarray(kernels.dequantised(kernel, dtype)).astype(np.float64)
+        got = np.asarray(packed.dequantised(kernel, dtype)).astype(np.float64)
         assert got.shape == kernel.shape
         np.testing.assert_allclose(got, exact(kernel), rtol=half_ulp * 1.01 + 2.0**-24)
 
@@ -72,7 +74,7 @@ def test_product(params, kind, dtype, on_cpu, rows):
         kernel = kernel_of(params, name, kind)
         x = jax.random.normal(jax.random.key(1), (*rows, kernel.inputs)).astype(dtype)
         y = jax.jit(
-            lambda x, kernel: kernels.product(
+            lambda x, kernel: packed.product(
                 x, kernel, on_cpu=on_cpu, precision=jax.lax.Precision.HIGHEST
             )
         )(x, kernel)
@@ -95,11 +97,11 @@ def test_products_with_int8_on_cpus_round_the_inputs_of_each_row(params):
     """Rows of very different size: one scale for all would lose the small one."""
     kernel = kernel_of(params, "mlp/c_proj", "int8")
     x = jax.random.normal(jax.random.key(1), (2, 171)) * jnp.array([[1.0], [1e-6]])
-    y = np.asarray(kernels.product(x, kernel, on_cpu=True))
+    y = np.asarray(packed.product(x, kernel, on_cpu=True))
     expected = np.asarray(x, np.float64) @ exact(kernel).T
     error = np.linalg.norm(y - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert (error < 0.02).all()  # 8 bits of inputs: 0.7 % measured
-    zero = kernels.product(jnp.zeros((1, 171)), kernel, on_cpu=True)
+    zero = packed.product(jnp.zeros((1, 171)), kernel, on_cpu=True)
     assert not zero.any()
 
 
@@ -107,9 +109,9 @@ def test_products_with_int8_on_cpus_round_the_inputs_of_each_row(params):
 def test_rows(params, embedding):
     wte: Kernel = Kernel(params["wte"], None, 64)
     if embedding == "int8":
-        wte = quantization.quantized(params, CONFIG, Quantization(8))["wte"]
+        wte = quantize.quantized(params, CONFIG, Quantization(8))["wte"]
     index = jnp.array([[0, 5], [CONFIG.vocab_size - 1, CONFIG.vocab_size + 7]])
-    found = kernels.rows(wte, index)
+    found = packed.rows(wte, index)
     assert found.dtype == jnp.float32 and found.shape == (2, 2, 64)
     clipped = np.minimum(index, CONFIG.vocab_size - 1)
     np.testing.assert_allclose(found, exact(wte)[clipped], rtol=2.0**-23)
@@ -124,11 +126,11 @@ def test_place(params, kind):
     if kind == "jnp.int4":
         finer = jnp.repeat(kernel.scales[..., :1], 4, -1)  # 64 = 4 * 16
         kernel = dataclasses.replace(kernel, scales=finer)
-    expected = np.asarray(kernels.dequantised(kernel, jnp.float32))
+    expected = np.asarray(packed.dequantised(kernel, jnp.float32))
     everywhere = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
-        placed = kernels.place(jax.device_put(kernel, everywhere), PartitionSpec("fsdp", "tensor"))
-        got = kernels.dequantised(placed, jnp.float32)
+        placed = packed.place(jax.device_put(kernel, everywhere), PartitionSpec("fsdp", "tensor"))
+        got = packed.dequantised(placed, jnp.float32)
     assert placed.values.sharding.spec == PartitionSpec("fsdp", "tensor")
     groups = "tensor" if kind == "jnp.int4" else None
     assert placed.scales.sharding.spec == PartitionSpec("fsdp", groups)

@@ -7,13 +7,14 @@ it is the rounding of the original, not of the witness (which meets the fp64 log
 import functools
 import json
 
-import cases
 import numpy as np
 import pytest
-import reference_numpy as ref
 
-GOLDEN = cases.GOLDEN
-CASES = cases.NAMES
+from support import golden as golden_lib
+from support import reference_numpy as ref
+
+GOLDEN = golden_lib.GOLDEN
+CASES = golden_lib.NAMES
 FP32 = [case for case in CASES if case != "g_bf16"]
 FP64_TOL = 1e-12  # measured 1.4e-14
 FP32_TOL = 5e-5  # measured 8.6e-6 (logits), 1.2e-5 (keys), 4.1e-6 (values)

@@ -9,7 +9,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from btlm_jax import BTLMConfig, sharding, weights
+from btlm_jax import BTLMConfig
+from btlm_jax.model import sharding, weights
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import cases
 import jax
 import numpy as np
 import pytest
 
-from btlm_jax import BTLM, BTLMConfig, make_mesh, weights
+from btlm_jax import BTLM, BTLMConfig, make_mesh
+from btlm_jax.model import weights
+from support import golden
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 
@@ -27,7 +28,7 @@ def test_released_model_has_its_parameters():
 
 def test_names_and_shapes_are_the_originals(case):
     got = {leaf.hf_name: leaf.weight.hf_shape for leaf in weights.disk_leaves(case.config)}
-    expected = {k: v.shape for k, v in case.weights.items() if k != cases.SLOPES}
+    expected = {k: v.shape for k, v in case.weights.items() if k != golden.SLOPES}
     assert got == expected
 
 

@@ -7,23 +7,24 @@ import json
 
 import numpy as np
 import pytest
-from btlm_jax.train import coord_check, corpora, parametrisation
-from btlm_jax.train.coord_check import ALL, FAULTS, LIMITS, CoordCheck
-from btlm_jax.train.parametrisation import Family
 
 from btlm_jax.cli import main
+from btlm_jax.mup_study import coord_check, parametrization
+from btlm_jax.mup_study import corpus as corpus_lib
+from btlm_jax.mup_study.coord_check import ALL, FAULTS, LIMITS, CoordCheck
+from btlm_jax.mup_study.parametrization import Family
 
 WIDTHS = (64, 128, 256)
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return corpora.read(None, 64)
+    return corpus_lib.read(None, 64)
 
 
 @pytest.fixture(scope="module")
 def found(corpus) -> CoordCheck:
-    return coord_check.coord_check(Family(parametrisation.shape(256), WIDTHS), corpus)
+    return coord_check.coord_check(Family(parametrization.shape(256), WIDTHS), corpus)
 
 
 def test_mup_passes(found):
@@ -63,7 +64,7 @@ def test_models_that_do_not_know_their_width_fail(corpus, monkeypatch):
         return dataclasses.replace(at(self, width), mup_width_scale=1.0)
 
     monkeypatch.setattr(Family, "at", blind)
-    family = Family(parametrisation.shape(256), (64, 128))
+    family = Family(parametrization.shape(256), (64, 128))
     found = coord_check.coord_check(family, corpus, parametrisations=["muP"], seeds=1)
     assert not found.passes("muP")
     assert found.slope("muP", "MLP") > 1

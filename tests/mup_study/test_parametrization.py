@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from btlm_jax.train import parametrisation, step
-from btlm_jax.train.parametrisation import PARAMETRISATIONS, Family, Rules, reparametrised
 
-from btlm_jax import BTLM, BTLMConfig, mup, weights
-from btlm_jax.loss import target_loss
+from btlm_jax import BTLM, BTLMConfig
+from btlm_jax.model import mup, weights
+from btlm_jax.model.loss import target_loss
+from btlm_jax.mup_study import parametrization
+from btlm_jax.mup_study.parametrization import PARAMETRISATIONS, Family, Rules, reparametrised
+from btlm_jax.train import step
 
-FAMILY = Family(parametrisation.shape(64), (16, 32))
+FAMILY = Family(parametrization.shape(64), (16, 32))
 MODEL = BTLM(FAMILY.at(32))
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)
 ONES = Rules(*np.ones(5, np.float32))
@@ -58,11 +60,11 @@ def test_forward_factors_are_those_of_another_configuration(rules, fields):
 
 def test_all_ones_is_the_step_of_training():
     tx = mup.adamw(0.01, MODEL.config)
-    mine = parametrisation.start(MODEL, np.int32(3), ONES)
+    mine = parametrization.start(MODEL, np.int32(3), ONES)
     theirs = step.init_state(jax.tree.map(jnp.copy, mine.params), tx)
     take = step.make_step(MODEL, tx)
     for _ in range(3):
-        mine, loss = parametrisation.step(MODEL, mine, TOKENS, np.float32(0.01), ONES)
+        mine, loss = parametrization.step(MODEL, mine, TOKENS, np.float32(0.01), ONES)
         theirs, metrics = take(theirs, TOKENS[None])
         assert float(loss) == pytest.approx(float(metrics.loss), rel=1e-6)
     # But for the biases of keys, which no softmax sees: Adam turns what rounding leaves into steps.
@@ -77,12 +79,12 @@ def test_all_ones_is_the_step_of_training():
 def test_rates_multiply_updates_of_their_group(name, role):
     rules = ONES._replace(**{name: np.float32(0.25)})
     (plain, other) = (
-        parametrisation.step(
-            MODEL, parametrisation.start(MODEL, np.int32(0), ONES), TOKENS, np.float32(0.1), r
+        parametrization.step(
+            MODEL, parametrization.start(MODEL, np.int32(0), ONES), TOKENS, np.float32(0.1), r
         )[0]
         for r in (ONES, rules)
     )
-    first = weights.flatten(parametrisation.start(MODEL, np.int32(0), ONES).params)
+    first = weights.flatten(parametrization.start(MODEL, np.int32(0), ONES).params)
     a, b = weights.flatten(plain.params), weights.flatten(other.params)
     for w in weights.table(MODEL.config):
         factor = 0.25 if w.role == role else 1.0
@@ -93,7 +95,7 @@ def test_rates_multiply_updates_of_their_group(name, role):
 def test_a_hidden_rate_of_m_is_adamw_that_knows_no_width():
     m = np.float32(2)
     rules = ONES._replace(hidden_rate=m)
-    trial = parametrisation.start(MODEL, np.int32(0), rules)
+    trial = parametrization.start(MODEL, np.int32(0), rules)
     before = jax.tree.map(jnp.copy, trial.params)
     blind = mup.adamw(0.05, dataclasses.replace(MODEL.config, mup_width_scale=1.0))
 
@@ -103,7 +105,7 @@ def test_a_hidden_rate_of_m_is_adamw_that_knows_no_width():
 
     updates, _ = blind.update(jax.grad(mean)(before), blind.init(before), before)
     expected = weights.flatten(optax.apply_updates(before, updates))
-    after, _ = parametrisation.step(MODEL, trial, TOKENS, np.float32(0.05), rules)
+    after, _ = parametrization.step(MODEL, trial, TOKENS, np.float32(0.05), rules)
     got = weights.flatten(after.params)
     for w in weights.table(MODEL.config):
         if w.role == "hidden":
@@ -114,8 +116,8 @@ def test_a_hidden_rate_of_m_is_adamw_that_knows_no_width():
 
 
 def test_the_start():
-    plain = parametrisation.start(MODEL, np.int32(5), ONES).params
-    wide = parametrisation.start(
+    plain = parametrization.start(MODEL, np.int32(5), ONES).params
+    wide = parametrization.start(
         MODEL, np.int32(5), ONES._replace(hidden_init=np.float32(3))
     ).params
     assert_close(plain, MODEL.init(jax.random.key(5)), 1e-6)
@@ -134,13 +136,13 @@ def test_at_the_base_all_parametrisations_are_one():
 
 
 def test_one_program_serves_all_rules_of_a_width():
-    before = parametrisation.step._cache_size()
+    before = parametrization.step._cache_size()
     model = BTLM(FAMILY.at(16))
     for name in PARAMETRISATIONS:
         rules = Family(FAMILY.shape, (8, 16)).rules(name, 16)
-        trial = parametrisation.start(model, np.int32(0), rules)
-        parametrisation.step(model, trial, TOKENS, np.float32(0.1), rules)
-    assert parametrisation.step._cache_size() == before + 1
+        trial = parametrization.start(model, np.int32(0), rules)
+        parametrization.step(model, trial, TOKENS, np.float32(0.1), rules)
+    assert parametrization.step._cache_size() == before + 1
 
 
 def test_widths():
@@ -162,8 +164,8 @@ def test_the_shape_is_that_of_the_base():
     """Whatever the number of heads, the MLP keeps its ratio."""
     for heads in (1, 4, 12, 24, 100):
         widths = (heads * 8, heads * 16)
-        made = Family(parametrisation.shape(64, heads=heads), widths).at(widths[1])
+        made = Family(parametrization.shape(64, heads=heads), widths).at(widths[1])
         assert made.n_inner / made.n_embd == pytest.approx(171 / 64, rel=0.02)
     base = BTLMConfig.preset("btlm-3b-8k")
-    made = Family(parametrisation.shape(64, heads=4, base=base), (64, 128)).at(128)
+    made = Family(parametrization.shape(64, heads=4, base=base), (64, 128)).at(128)
     assert (made.n_inner, made.mup_embeddings_scale) == (round(128 * 6826 / 2560), 14.6)

@@ -9,12 +9,13 @@ import shutil
 
 import numpy as np
 import pytest
-from btlm_jax.train import corpora, parametrisation, transfer
-from btlm_jax.train.parametrisation import Family
-from btlm_jax.train.transfer import Run, Transfer
 
-from btlm_jax import staging
 from btlm_jax.cli import main
+from btlm_jax.mup_study import corpus as corpus_lib
+from btlm_jax.mup_study import parametrization, transfer
+from btlm_jax.mup_study.parametrization import Family
+from btlm_jax.mup_study.transfer import Run, Transfer
+from btlm_jax.utils import atomic
 
 WIDTHS = (8, 16, 32)
 
@@ -89,10 +90,10 @@ def test_sp_is_judged_at_four_times_the_width():
 
 @pytest.fixture(scope="module")
 def corpus():
-    return corpora.read(None, 16)
+    return corpus_lib.read(None, 16)
 
 
-FAMILY = Family(parametrisation.shape(256, layers=1), (8, 16))
+FAMILY = Family(parametrization.shape(256, layers=1), (8, 16))
 SMALL = dict(steps=3, seeds=1, batch_size=2, length=16)
 
 
@@ -160,7 +161,7 @@ def test_a_damaged_line_is_named(complete, corpus, tmp_path):
 def test_one_process_at_a_time(complete, corpus):
     directory, _ = complete
     with (directory / "runs.jsonl").open("a") as other:
-        staging.hold(other, directory)
+        atomic.hold(other, directory)
         with pytest.raises(FileExistsError, match="is being written by another process"):
             transfer.transfer(directory, FAMILY, corpus, **SMALL)
 
@@ -197,7 +198,7 @@ def test_bad_input(tmp_path, capsys):
 @pytest.mark.slow
 def test_mup_transfers_and_sp_does_not(tmp_path):
     """The whole claim, at four times the base width."""
-    family = Family(parametrisation.shape(256), (64, 256))
-    corpus = corpora.read(None, 64)
+    family = Family(parametrization.shape(256), (64, 256))
+    corpus = corpus_lib.read(None, 64)
     found = transfer.transfer(tmp_path / "t", family, corpus, steps=100, seeds=1)
     assert [line for good, line in transfer.verdicts(found) if not good] == []

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from btlm_jax import BTLM, BTLMConfig, accounting
+from btlm_jax import BTLM, BTLMConfig
+from btlm_jax.perf import accounting
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from btlm_jax import chips
-from btlm_jax.chips import CHIPS, GiB
+from btlm_jax.perf import chips
+from btlm_jax.perf.chips import CHIPS, GiB
 
 
 def test_figures_are_per_chip_and_rates_per_device():

@@ -6,14 +6,16 @@ import dataclasses
 import json
 import math
 
-import cases
 import jax.numpy as jnp
 import pytest
 
-from btlm_jax import BTLMConfig, accounting, cli, comparison, comparison_report, quantization
-from btlm_jax import weights as weights_lib
+from btlm_jax import BTLMConfig, cli
+from btlm_jax.checkpoint import quantize
 from btlm_jax.config import PRESETS
-from btlm_jax.kv_cache import Slots
+from btlm_jax.model import weights as weights_lib
+from btlm_jax.model.kv_cache import Slots
+from btlm_jax.perf import accounting, comparison, comparison_report
+from support import golden
 
 B3 = comparison.of_config(BTLMConfig.preset("btlm-3b-8k"), "BTLM-3B-8K")
 PEERS = {p.name: p for p in comparison.peers()}
@@ -86,13 +88,13 @@ def test_inference():
 
 
 @pytest.mark.parametrize("name", ["btlm-3b-8k", "tiny"])
-@pytest.mark.parametrize("precision, to", [("int8", quantization.Quantization(8)),
-                                           ("int4", quantization.Quantization(4, 64))])  # fmt: skip
+@pytest.mark.parametrize("precision, to", [("int8", quantize.Quantization(8)),
+                                           ("int4", quantize.Quantization(4, 64))])  # fmt: skip
 def test_weights_are_the_bytes_we_write(name, precision, to):
     config = BTLMConfig.preset(name)
     stored = sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype or "bfloat16").itemsize
-        for leaf in quantization.disk_leaves(config, to)
+        for leaf in quantize.disk_leaves(config, to)
     )
     assert comparison.of_config(config, name).weight_bytes(precision) == stored
 
@@ -178,7 +180,7 @@ def test_command_of_the_released_model(capsys, tmp_path):
 
 def test_command_of_a_checkpoint(capsys, tmp_path):
     """Of another shape: numbers, but no verdict on claims that are not about it."""
-    source = cases.write_hf(tmp_path / "hf", cases.load("a2_btlm_mup_h32"), tokenizer=True)
+    source = golden.write_hf(tmp_path / "hf", golden.load("a2_btlm_mup_h32"), tokenizer=True)
     code, out, err = run(capsys, "info", source, "--compare", "--length", 3000)
     assert code == 0, err
     assert "as if trained on BTLM-3B-8K's 627.7B tokens" in out and "3,000" in out

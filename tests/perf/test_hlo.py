@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from btlm_jax import hlo
-from btlm_jax.hlo import Collective
+from btlm_jax.perf import hlo
+from btlm_jax.perf.hlo import Collective
 
 # From XLA:TPU, shortened: a loop whose length stands in its condition only; in its body an
 # all-gather that starts, goes on inside a product's fusion, and ends; a fused reduce-scatter.

@@ -6,9 +6,11 @@ import math
 
 import pytest
 
-from btlm_jax import BTLMConfig, accounting, roofline, weights
-from btlm_jax.chips import CHIPS, Rates
-from btlm_jax.roofline import Bound, Work
+from btlm_jax import BTLMConfig
+from btlm_jax.model import weights
+from btlm_jax.perf import accounting, roofline
+from btlm_jax.perf.chips import CHIPS, Rates
+from btlm_jax.perf.roofline import Bound, Work
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 P, D, F, L, V = 2_646_255_744, 2560, 6826, 32, 50257

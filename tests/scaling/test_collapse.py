@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from btlm_jax.scaling import collapse, surrogate
 from btlm_jax.scaling.collapse import Curve
-from btlm_jax.scaling.report import draw, judge, to_json
+from btlm_jax.scaling.collapse_report import draw, judge, to_json
 
 SHAPE = surrogate.Surrogate(b_c=0.1, b_e=0.0, q_c=0.5, q_e=0.0)
 FINALS = (2.6, 2.9, 3.2, 3.4)

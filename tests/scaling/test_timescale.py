@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from btlm_jax.train import recipe_file
-from btlm_jax.train.family import _timescale
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btlm_jax import BTLMConfig, mup, weights
+from btlm_jax import BTLMConfig
+from btlm_jax.model import mup, weights
 from btlm_jax.scaling.timescale import Budget, optimal_timescale, timescale, weight_decay
+from btlm_jax.train import recipe_file
+from btlm_jax.train.curves import _timescale
 
 numbers = st.floats(1e-9, 1e12)
 

@@ -13,9 +13,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from btlm_jax import BTLM, BTLMConfig, weights
+from btlm_jax import BTLM, BTLMConfig
+from btlm_jax.model import weights
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = (
     "a_btlm_mup_hd80",
     "a2_btlm_mup_h32",

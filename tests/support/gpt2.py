@@ -15,9 +15,10 @@ from random import Random
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax import BTLM, BTLMConfig, generate, weights
+from btlm_jax import BTLM, BTLMConfig, generate
+from btlm_jax.model import weights
 
-RECORDED = Path(__file__).parent / "golden" / "generate_gpt2.json"
+RECORDED = Path(__file__).parents[1] / "golden" / "generate_gpt2.json"
 VOCAB = 23
 SIZES = dict(vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=2, n_head=2)
 DROPOUT = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)

@@ -11,11 +11,12 @@ import time
 
 import numpy as np
 import pytest
-from btlm_jax.train import data
-from btlm_jax.train.data import Batches, Phase, Source, batches
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_token_shards import write_tokens
+
+from btlm_jax.train import batches as batches_lib
+from btlm_jax.train.batches import Batches, Phase, Source, batches
+from support.tokens import write_tokens
 
 VOCAB = 1 << 20
 
@@ -67,7 +68,7 @@ def test_each_token_once_per_epoch(tmp_path_factory, phases, size, seed, shuffle
     run = Batches(source, phases, seed=seed, shuffle=shuffle)
     tokens = predicted(run, range(run.steps))
     epoch = (size - 1) // 16 * 16
-    assert len(tokens) == data.tokens_needed(phases)
+    assert len(tokens) == batches_lib.tokens_needed(phases)
     for i in range(0, len(tokens), epoch):
         part = tokens[i : i + epoch]
         assert len(set(part)) == len(part)
@@ -171,40 +172,40 @@ def test_mixture(sources, phases, seed, shuffle):
 def test_taken_is_exact():
     for shares in ((1,), (3, 1), (522, 267, 52, 42, 46, 38, 33), (1, 1 << 24, 7)):
         total = sum(shares)
-        counts = data._taken(np.arange(5000), shares)
+        counts = batches_lib._taken(np.arange(5000), shares)
         assert (counts.sum(0) == np.arange(5000)).all()
         assert set(np.unique(np.diff(counts, axis=1))) <= {0, 1}
         exact = np.arange(5000) * np.array(shares)[:, None] / total
         assert np.abs(counts - exact).max() < len(shares)
-    far = data._taken(np.array([10**11]), (1 << 23, 1 << 23))  # 10^15 tokens do not overflow
+    far = batches_lib._taken(np.array([10**11]), (1 << 23, 1 << 23))  # 10^15 tokens do not overflow
     assert far.tolist() == [[5 * 10**10], [5 * 10**10]]
 
 
 def test_slimpajama(tmp_path):
-    weights = data.MIXTURES["slimpajama"]
+    weights = batches_lib.MIXTURES["slimpajama"]
     assert sum(weights.values()) == pytest.approx(100) and len(weights) == 7
     with pytest.raises(FileNotFoundError, match=r"needs directories commoncrawl, c4.*found none"):
-        data.mixture_sources(tmp_path / "nowhere", "slimpajama")
+        batches_lib.mixture_sources(tmp_path / "nowhere", "slimpajama")
     with pytest.raises(ValueError, match="mixture: found 'pile', expected one of slimpajama"):
-        data.mixture_sources(tmp_path, "pile")
+        batches_lib.mixture_sources(tmp_path, "pile")
     for name in weights:
         write_tokens(tmp_path / name, np.arange(33), eos_id=1)
-    found = data.mixture_sources(tmp_path, "slimpajama")
+    found = batches_lib.mixture_sources(tmp_path, "slimpajama")
     assert [(s.directory.name, s.weight) for s in found] == list(weights.items())
     run = Batches(found, [Phase(100, 10, 16)], seed=0)
     drawn = np.bincount(np.concatenate([run.windows_at(s)[0] for s in range(100)]))
     assert np.abs(drawn - np.array(list(weights.values())) * 10).max() <= 3
-    chosen = data.mixture_sources(tmp_path, {"c4": 2.0, "books": 1.0})
+    chosen = batches_lib.mixture_sources(tmp_path, {"c4": 2.0, "books": 1.0})
     assert [(s.directory.name, s.weight) for s in chosen] == [("c4", 2.0), ("books", 1.0)]
     with pytest.raises(FileNotFoundError, match=r"needs directories pes2o, found arxiv, books"):
-        data.mixture_sources(tmp_path, {"pes2o": 1.0})
+        batches_lib.mixture_sources(tmp_path, {"pes2o": 1.0})
 
 
 def test_the_published_run(tmp_path):
     """627.7B tokens: any of its batches is found at once."""
     source = [Source(write_tokens(tmp_path / "t", np.arange(8193 * 3) % 50_000))]
     phases = [Phase(119_727, 1920, 2048), Phase(39_909, 480, 8192)]
-    assert data.tokens_needed(phases) == 627_714_293_760
+    assert batches_lib.tokens_needed(phases) == 627_714_293_760
     run = Batches(source, phases, seed=0, vocab_size=50_257)
     assert run.steps == 159_636 and list(run.epochs.values()) == [627_714_293_760 / (8192 * 3)]
     for step in (0, 119_726, 119_727, 159_635):

@@ -7,9 +7,9 @@ import socket
 
 import jax
 import pytest
-from btlm_jax.train import distributed
 
 from btlm_jax import cli
+from btlm_jax.train import distributed
 
 VARIABLES = ("JAX_", "SLURM_", "OMPI_", "PMI_", "TPU_", "MEGASCALE_", "JOB_", "KUBERNETES_")
 

@@ -14,22 +14,26 @@ import time
 import types
 from pathlib import Path
 
-import cases
 import jax
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, hf_source, verify
+
+import btlm_jax as btlm
+from btlm_jax import cli
+from btlm_jax.checkpoint import metadata
+from btlm_jax.convert import convert, export, verify
+from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.model import weights
 from btlm_jax.train import loop
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
 from btlm_jax.train.metrics import read_lines
 from btlm_jax.train.recipe import Recipe
-from test_token_shards import write_tokens
-
-import btlm_jax as btlm
-from btlm_jax import cli, manifest, weights
-from btlm_jax.compilation import compilations
+from btlm_jax.utils.compile_cache import compilations
+from support import golden
+from support.runs import compiled_once, copy_of, final_weights, losses, same_bits  # noqa: F401
+from support.tokens import write_tokens
 
 TINY = """
 [model]
@@ -64,22 +68,6 @@ eval_every = 6
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run compiles the same step; once is enough."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield names["jax_compilation_cache_dir"]
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """A recipe in a file, and tokens in which every one follows from the two before."""
@@ -90,7 +78,7 @@ def files(tmp_path_factory):
         tokens[i] = (3 * tokens[i - 1] + tokens[i - 2]) % 61
     for name, part in (("train", tokens[:3000]), ("held", tokens[3000:])):
         write_tokens(root / name, part, vocab_size=61, eos_id=0)
-        cases.write_tokenizer(root / name / "tokenizer", 61)
+        golden.write_tokenizer(root / name / "tokenizer", 61)
     file = root / "recipe.toml"
     file.write_text(TINY.format(train=root / "train", held=root / "held"))
     return file
@@ -98,22 +86,6 @@ def files(tmp_path_factory):
 
 def load(files: Path, *overrides: str) -> Recipe:
     return recipes.load(files, overrides)
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {int(x["step"]): x["loss"] for x in read_lines(run / "metrics.jsonl") if "loss" in x}
-
-
-def final_weights(run: Path) -> dict:
-    return weights.flatten(btlm.load(run)[1])
-
-
-def copy_of(run: Path, to: Path) -> Path:
-    return Path(shutil.copytree(run, to))
-
-
-def same_bits(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +163,7 @@ def test_z_loss_reaches_the_step(files, tmp_path, monkeypatch):
 
 def test_optimizer_state_on_the_host(files, reference, tmp_path, monkeypatch):
     """Bitwise the same run, stopped and gone on with, and the state is where it should be."""
-    from btlm_jax.train import loop, stopping
+    from btlm_jax.train import loop, preemption
 
     kinds = set()
     make_step = loop.make_step
@@ -207,9 +179,9 @@ def test_optimizer_state_on_the_host(files, reference, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "make_step", spying)
     recipe = load(files, "run.offload_optimizer=true")
-    monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step: step == 5)
+    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: step == 5)
     train(recipe, tmp_path / "run")
-    monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step: False)
+    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: False)
     assert train(recipe, tmp_path / "run").finished
     assert kinds == {"pinned_host"}
     assert losses(tmp_path / "run") == losses(reference[0])
@@ -236,13 +208,13 @@ def test_masked_documents_change_the_loss(files, reference, tmp_path):
 
 def test_stopped_and_gone_on_with_is_bitwise_the_same(files, reference, tmp_path, monkeypatch):
     """A stop is asked for after every few steps, in phase one, at the change and in phase two."""
-    from btlm_jax.train import stopping
+    from btlm_jax.train import preemption
 
     for stop_at in (2, 3, 8, 11):
-        monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step, s=stop_at: step == s)
+        monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step, s=stop_at: step == s)
         outcome = train(load(files), tmp_path / "run")
         assert (outcome.step, outcome.finished) == (stop_at, False)
-    monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step: False)
+    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: False)
     assert train(load(files), tmp_path / "run").finished
     assert losses(tmp_path / "run") == losses(reference[0])
     assert same_bits(final_weights(tmp_path / "run"), final_weights(reference[0]))
@@ -251,9 +223,9 @@ def test_stopped_and_gone_on_with_is_bitwise_the_same(files, reference, tmp_path
 
 
 def test_gone_on_with_on_another_mesh(files, reference, tmp_path, monkeypatch):
-    from btlm_jax.train import stopping
+    from btlm_jax.train import preemption
 
-    monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step: step == 7)
+    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: step == 7)
     train(load(files), tmp_path / "run")
     monkeypatch.undo()
     train(load(files, "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"), tmp_path / "run")
@@ -486,10 +458,10 @@ def test_tokens_of_another_tokenizer_are_refused(files, reference, tmp_path):
 
 def test_stored_slopes_are_trained_with(files, tmp_path, monkeypatch):
     """Those of the released model lost bits in bf16: no format of it may lead to the exact ones."""
-    case = cases.load("g_bf16")
-    hf = cases.write_hf(tmp_path / "hf", case)
+    case = golden.load("g_bf16")
+    hf = golden.write_hf(tmp_path / "hf", case)
     convert(hf, tmp_path / "orbax")
-    monkeypatch.setattr(hf_source, "fetch", lambda name, *_: {"org/name": hf}[name])
+    monkeypatch.setattr(source_lib, "fetch", lambda name, *_: {"org/name": hf}[name])
     text = files.read_text()
     rest = text[text.rindex("[[phases]]") :]
     found = []
@@ -497,13 +469,13 @@ def test_stored_slopes_are_trained_with(files, tmp_path, monkeypatch):
         file, run = tmp_path / f"{i}.toml", tmp_path / f"run-{i}"
         file.write_text(f'[model]\ncheckpoint = "{source}"\n{rest}')
         train(load(file, "phases.0.steps=2"), run)
-        assert manifest.read(run).config == case.config, source
+        assert metadata.read(run).config == case.config, source
         found.append(losses(run))
     assert len(found[0]) == 2 and found[0] == found[1] == found[2]
 
 
 def test_training_checkpoints_are_checkpoints(reference):
-    meta = manifest.read(reference[0])
+    meta = metadata.read(reference[0])
     assert meta.ocdbt and meta.origin["step"] == 12
     assert json.loads(json.dumps(meta.origin))["recipe"]["phases"][0]["steps"] == 8
 

@@ -9,10 +9,11 @@ import types
 import jax
 import numpy as np
 import pytest
+
+from btlm_jax import BTLMConfig
+from btlm_jax.perf import accounting, chips
 from btlm_jax.train import metrics
 from btlm_jax.train.metrics import FILE, MetricsLog, read_lines, require_wandb, utilisation
-
-from btlm_jax import BTLMConfig, accounting, chips
 
 
 def write(directory, step, lines):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from btlm_jax.train.permutation import mix, permute
 from hypothesis import given
 from hypothesis import strategies as st
+
+from btlm_jax.train.permutation import mix, permute
 
 
 @given(size=st.integers(1, 300), key=st.integers(0, (1 << 64) - 1))

@@ -6,7 +6,8 @@ import signal
 
 import jax
 import pytest
-from btlm_jax.train.stopping import StopSignal
+
+from btlm_jax.train.preemption import StopSignal
 
 
 @pytest.fixture

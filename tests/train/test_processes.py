@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import cases
 import numpy as np
 import pytest
+
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.loop import train
 from btlm_jax.train.metrics import read_lines
-from test_convert_onto_mesh import free_port
-from test_token_shards import write_tokens
-from test_train_loop import compiled_once, final_weights, losses, same_bits  # noqa: F401
+from support import golden
+from support.processes import free_port
+from support.runs import compiled_once, final_weights, losses, same_bits  # noqa: F401
+from support.tokens import write_tokens
 
 RECIPE = """
 [model]
@@ -78,7 +79,7 @@ def recipe(tmp_path_factory) -> Path:
         tokens[i] = (3 * tokens[i - 1] + tokens[i - 2]) % 61
     for name, part in (("train", tokens[:16000]), ("held", tokens[16000:])):
         write_tokens(root / name, part, vocab_size=61, eos_id=0)
-        cases.write_tokenizer(root / name / "tokenizer", 61)
+        golden.write_tokenizer(root / name / "tokenizer", 61)
     file = root / "recipe.toml"
     file.write_text(RECIPE.format(train=root / "train", held=root / "held"))
     return file
@@ -93,7 +94,7 @@ class Pair:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "4",
             # Of what is compiled here little is run: quick to compile is what counts.
-            "XLA_FLAGS": cases.QUICK_TO_COMPILE,
+            "XLA_FLAGS": golden.QUICK_TO_COMPILE,
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -318,14 +319,14 @@ def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: 
     other = tmp_path / "other"
     write_tokens(other, np.arange(16000) % 61, vocab_size=61, eos_id=0)
     run = str(tmp_path / "run")
-    cases = [
+    golden = [
         ("recipe", [run, run], [[], ["optimizer.peak_lr=0.02", "run.eval_every=7"]]),
         ("data", [run, run], [[], [f"data.held_out={other}"]]),
         ("hidden", [run, run], [[], ["data.train=nowhere"]]),
         ("mesh", [run, run], [["mesh.fsdp=3"], ["mesh.fsdp=3"]]),
         ("directory", [run, str(tmp_path / "elsewhere")], [[], []]),
     ]
-    pair = Pair(tmp_path, compiled_once, REFUSED, [str(recipe), json.dumps(cases)])
+    pair = Pair(tmp_path, compiled_once, REFUSED, [str(recipe), json.dumps(golden)])
     try:
         assert pair.codes() == [0, 0], pair.said()
     finally:
@@ -333,7 +334,7 @@ def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: 
             process.kill()
     lines = [log.read_text().split("said ")[1].splitlines()[0] for log in pair.logs]
     first, second = map(json.loads, lines)
-    assert first.keys() == second.keys() == {*(name for name, *_ in cases), "agreed"}
+    assert first.keys() == second.keys() == {*(name for name, *_ in golden), "agreed"}
     for name in ("recipe", "data", "mesh"):
         assert first[name] == second[name]
     assert first["recipe"].startswith(

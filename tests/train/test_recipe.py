@@ -8,11 +8,12 @@ import json
 import jax
 import numpy as np
 import pytest
+
+from btlm_jax import BTLM, AlibiScaling, BTLMConfig, make_mesh
+from btlm_jax.model import weights
 from btlm_jax.train import recipe
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.recipe import Model, Optimizer, Phase, Recipe
-
-from btlm_jax import BTLM, AlibiScaling, BTLMConfig, make_mesh, weights
 
 B3 = recipes.load("btlm-3b-8k")
 

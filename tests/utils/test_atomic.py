@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from btlm_jax import manifest, staging
+from btlm_jax.checkpoint import metadata
+from btlm_jax.utils import atomic
 
 KEY = {"source": "a", "sizes": (1, 2)}
 
@@ -24,7 +25,7 @@ def ours(path) -> bool:
 
 
 def new(path, *, overwrite=False, key=None):
-    return staging.new_directory(path, overwrite=overwrite, ours=ours, key=key)
+    return atomic.new_directory(path, overwrite=overwrite, ours=ours, key=key)
 
 
 def write(path, text: str, **options) -> None:
@@ -79,7 +80,7 @@ def test_a_failure_with_key_keeps_the_pieces(c, caplog):
     interrupt(c, "a", "b")
     assert names(c.parent) == [".c.partial"]
     assert "unfinished: 2 finished pieces are kept" in caplog.text
-    assert staging.leftovers(c) == [c.parent / ".c.partial"]
+    assert atomic.leftovers(c) == [c.parent / ".c.partial"]
     with new(c, key=json.loads(json.dumps(KEY))) as stage:  # a tuple is a list in JSON
         assert stage.finished == {"a": {"name": "a"}, "b": {"name": "b"}}
         assert (stage.content / "a").read_text() == "a"
@@ -174,7 +175,7 @@ def test_what_is_not_ours_is_never_replaced(c, kind, overwrite):
         if kind == "folder":
             (c / "precious").write_text("precious")
     for refuse in (
-        lambda: staging.refuse_existing(c, overwrite=overwrite, ours=ours),
+        lambda: atomic.refuse_existing(c, overwrite=overwrite, ours=ours),
         lambda: write(c, "new", overwrite=overwrite),
     ):
         match = "was not written by this command" if overwrite else "exists: choose another name"
@@ -231,9 +232,9 @@ def test_interrupted_between_the_two_renames(c, monkeypatch):
 def test_what_a_killed_run_put_aside(c):
     """It is kept while it is the only one, and goes when the new one is there."""
     write(c.parent / ".c.replaced", "old")
-    assert staging.leftovers(c) == [c.parent / ".c.replaced"]
+    assert atomic.leftovers(c) == [c.parent / ".c.replaced"]
     with pytest.raises(FileNotFoundError, match=r"an interrupted run left .*\.c\.replaced"):
-        manifest.read(c)
+        metadata.read(c)
     interrupt(c, "a", key=None)
     assert (c.parent / ".c.replaced/mine").read_text() == "old"
     write(c, "new")
@@ -265,14 +266,14 @@ def test_a_link_stays_a_link(tmp_path):
     link.symlink_to("disk/c")
     interrupt(link, "a")
     assert names(tmp_path / "disk") == [".c.partial"]
-    assert staging.leftovers(link) == [tmp_path / "disk/.c.partial"]
+    assert atomic.leftovers(link) == [tmp_path / "disk/.c.partial"]
     write(link, "x", key=KEY)  # where the link led to nothing
     with pytest.raises(FileExistsError):
         write(link, "y")
     write(link, "y", overwrite=True)
     assert link.is_symlink() and names(tmp_path) == ["disk", "link"]
     assert (tmp_path / "disk/c/mine").read_text() == "y" and names(tmp_path / "disk") == ["c"]
-    assert staging.leftovers(link) == []
+    assert atomic.leftovers(link) == []
 
 
 def test_names(tmp_path, monkeypatch):
@@ -281,7 +282,7 @@ def test_names(tmp_path, monkeypatch):
     write(f"file://{tmp_path}/with%20space", "x")
     write(f"{tmp_path}/slash/", "x")
     assert names(tmp_path) == ["relative", "slash", "with space"]
-    assert staging.leftovers(tmp_path / "nothing") == []
+    assert atomic.leftovers(tmp_path / "nothing") == []
 
 
 # Space -----------------------------------------------------------------------------------------
@@ -296,9 +297,9 @@ def test_require_space(tmp_path, monkeypatch):
         return Usage(10_000, 9_000, 1_000)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    staging.require_space(tmp_path / "not/yet/there", 1_000)
+    atomic.require_space(tmp_path / "not/yet/there", 1_000)
     with pytest.raises(OSError, match="1001 B are to be written, 1000 B are free") as error:
-        staging.require_space(tmp_path / "not/yet/there", 1_001)
+        atomic.require_space(tmp_path / "not/yet/there", 1_001)
     assert error.value.errno == errno.ENOSPC
     assert asked == [tmp_path, tmp_path]
 
@@ -332,7 +333,7 @@ def test_too_full_to_begin(c, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(staging, "make_folder", full)
+    monkeypatch.setattr(atomic, "make_folder", full)
     with pytest.raises(OSError, match="no space left while writing"):
         write(c, "x", key=KEY)
 
@@ -344,7 +345,7 @@ def test_too_full_to_begin(c, monkeypatch):
 def test_write_text(tmp_path, text):
     path = epath.Path(tmp_path / "file")
     for _ in range(2):  # new, and over another
-        staging.write_text(path, text)
+        atomic.write_text(path, text)
         assert (tmp_path / "file").read_bytes() == text.encode()
         assert names(tmp_path) == ["file"]
         path.write_text("another")
@@ -366,8 +367,8 @@ def test_write_text_is_atomic(tmp_path, monkeypatch, at):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *a, n=name, real=real: record(n, *a, real=real))
     with pytest.raises(OSError, match="full"):
-        staging.write_text(path, "new")
+        atomic.write_text(path, "new")
     assert path.read_text() == "old" and calls == ["fsync", "rename"][: len(calls)]
     monkeypatch.undo()
-    staging.write_text(path, "new")
+    atomic.write_text(path, "new")
     assert path.read_text() == "new" and names(tmp_path) == ["file"]

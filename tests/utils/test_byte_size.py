@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btlm_jax import byte_size, cli
+from btlm_jax import cli
+from btlm_jax.utils import byte_size
 
 
 @pytest.mark.parametrize(

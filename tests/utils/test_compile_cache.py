@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.compilation import compilations
+from btlm_jax.utils.compile_cache import compilations
 
 
 def test_counts_new_programs_only():

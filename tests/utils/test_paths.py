@@ -7,14 +7,16 @@ import json
 import os
 from pathlib import Path
 
-import cases
 import jax
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, load_hf, verify
 
 import btlm_jax as btlm
-from btlm_jax import cli, manifest, paths
+from btlm_jax import cli
+from btlm_jax.checkpoint import metadata
+from btlm_jax.convert import convert, export, load_hf, verify
+from btlm_jax.utils import paths
+from support import golden
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_gs_without_its_driver(monkeypatch, url):
         paths.location(url)
     assert looked_for == ["gcsfs"]
     assert f"{url}: gs:// needs gcsfs: pip install 'btlm-jax[gcs]'" in str(error.value)
-    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'gcs = ["gcsfs"]' in pyproject
 
 
@@ -135,7 +137,7 @@ def test_small_files(tmp_path):
 
 def test_command_line_without_a_driver(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    source = cases.write_hf(tmp_path / "hf", cases.load("i_untied"))
+    source = golden.write_hf(tmp_path / "hf", golden.load("i_untied"))
     for argv in (["convert", str(source), "gs://b/c"], ["verify", "gs://b/c"], ["info", "gs://b"]):
         assert cli.main(argv) == 2
         assert "pip install 'btlm-jax[" in capsys.readouterr().err
@@ -157,8 +159,8 @@ def same_bits(a, b) -> bool:
 
 def test_a_full_pass_through_file_urls(tmp_path, monkeypatch):
     """The same directories as through plain paths, but for the note of where the source was."""
-    case = cases.load("g_bf16")
-    source = cases.write_hf(tmp_path / "hf 1", case, tokenizer=True)
+    case = golden.load("g_bf16")
+    source = golden.write_hf(tmp_path / "hf 1", case, tokenizer=True)
     home = tmp_path / "elsewhere"
     home.mkdir()
     monkeypatch.chdir(home)  # a URL taken for a relative path would show here
@@ -168,7 +170,7 @@ def test_a_full_pass_through_file_urls(tmp_path, monkeypatch):
     plain = convert(source, tmp_path / "plain")
     assert converted.digest == plain.digest and converted.files == plain.files
     ours, theirs = files(checkpoint), files(tmp_path / "plain")
-    marks = [json.loads(x.pop(manifest.MARK)) for x in (ours, theirs)]
+    marks = [json.loads(x.pop(metadata.MARK)) for x in (ours, theirs)]
     assert ours == theirs
     notes = [mark["custom_metadata"]["btlm_jax"] for mark in marks]
     assert [note["origin"].pop("source") for note in notes] == [source.as_uri(), str(source)]
@@ -210,5 +212,5 @@ def test_command_line_exports_to_a_file_url(checkpoint_dir, tmp_path, monkeypatc
 
 
 def test_schemes_in_upper_case(tmp_path):
-    source = cases.write_hf(tmp_path / "hf", cases.load("i_untied"))
+    source = golden.write_hf(tmp_path / "hf", golden.load("i_untied"))
     convert(source.as_uri().replace("file", "FILE"), tmp_path / "c")

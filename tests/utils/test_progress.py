@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from btlm_jax.progress import Progress
+from btlm_jax.utils.progress import Progress
 
 
 def test_lines_in_a_log(caplog):

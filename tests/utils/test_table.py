@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from btlm_jax.columns import aligned
+from btlm_jax.utils.table import aligned
 
 
 def test_aligned():

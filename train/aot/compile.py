@@ -14,16 +14,16 @@ from typing import Any
 
 import jax
 
-from btlm_jax import accounting, byte_size, hlo, roofline
-from btlm_jax.chips import Rates
-from btlm_jax.quantization import Quantization
-from btlm_jax.remat import Remat
-
-from .executables import save as save_executable
-from .lowering import Lowered, decode_step, mesh_of, train_step
-from .recipe import Phase, Recipe
-from .recipe_file import to_dict
-from .topologies import Topology, devices
+from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.model.remat import Remat
+from btlm_jax.perf import accounting, hlo, roofline
+from btlm_jax.perf.chips import Rates
+from btlm_jax.train.aot.executables import save as save_executable
+from btlm_jax.train.aot.lowering import Lowered, decode_step, mesh_of, train_step
+from btlm_jax.train.aot.topologies import Topology, devices
+from btlm_jax.train.recipe import Phase, Recipe
+from btlm_jax.train.recipe_file import to_dict
+from btlm_jax.utils import byte_size
 
 logger = logging.getLogger(__name__)
 

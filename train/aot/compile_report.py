@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btlm_jax import byte_size
+from btlm_jax.utils import byte_size
 
 Report = Mapping[str, Any]
 

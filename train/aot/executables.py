@@ -19,7 +19,7 @@ import jax
 from etils import epath
 from jax.experimental import serialize_executable
 
-from btlm_jax import staging
+from btlm_jax.utils import atomic
 
 _FORMAT = 1
 
@@ -58,7 +58,7 @@ def save(path: Path, compiled: jax.stages.Compiled, about: Mapping[str, Any]) ->
         file.writestr("program", program)
         file.writestr("trees", pickle.dumps((in_tree, out_tree)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging.write_bytes(epath.Path(path), buffer.getvalue())
+    atomic.write_bytes(epath.Path(path), buffer.getvalue())
 
 
 def about(path: Path) -> dict[str, Any]:

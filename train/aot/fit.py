@@ -18,16 +18,16 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
-from btlm_jax import byte_size, roofline
-from btlm_jax.chips import Rates
 from btlm_jax.config import BTLMConfig
-from btlm_jax.progress import Progress
-from btlm_jax.remat import KEPT, Remat
-from btlm_jax.sharding import AXES, stripes
-
-from .compile import DoesNotFit, compile_phase
-from .recipe import Mesh, Phase, Recipe
-from .topologies import Topology, devices, prepare
+from btlm_jax.model.remat import KEPT, Remat
+from btlm_jax.model.sharding import AXES, stripes
+from btlm_jax.perf import roofline
+from btlm_jax.perf.chips import Rates
+from btlm_jax.train.aot.compile import DoesNotFit, compile_phase
+from btlm_jax.train.aot.topologies import Topology, devices, prepare
+from btlm_jax.train.recipe import Mesh, Phase, Recipe
+from btlm_jax.utils import byte_size
+from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from etils import epath
 
-from btlm_jax import staging
-from btlm_jax.progress import Progress
-
-from .compile_report import table as as_table
-from .fit import fit
-from .recipe import Recipe
-from .topologies import parse
+from btlm_jax.train.aot.compile_report import table as as_table
+from btlm_jax.train.aot.fit import fit
+from btlm_jax.train.aot.topologies import parse
+from btlm_jax.train.recipe import Recipe
+from btlm_jax.utils import atomic
+from btlm_jax.utils.progress import Progress
 
 # As Google names them: v5p-8 and v4-8 are four chips.
 TOPOLOGIES = ("v5e-16", "v5e-256", "v5p-8", "v5p-128", "v6e-16", "v4-8", "v4-32")
@@ -53,5 +52,5 @@ def write(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
     table = as_table(reports, labels)
     table += ["", *(f"- {line}" for line in missing)] if missing else []
     body = "\n".join((BEGIN, "", *table, "", END))
-    staging.write_text(epath.Path(path), between.sub(lambda _: body, text))
+    atomic.write_text(epath.Path(path), between.sub(lambda _: body, text))
     return table

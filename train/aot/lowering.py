@@ -11,12 +11,13 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from btlm_jax import accounting, layerwise, sharding
-from btlm_jax.model import BTLM
-from btlm_jax.quantization import Quantization
-
-from .recipe import Phase, Recipe
-from .step import abstract_state, abstract_weights, make_step
+from btlm_jax.checkpoint import unstacked
+from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.model import sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.perf import accounting
+from btlm_jax.train.recipe import Phase, Recipe
+from btlm_jax.train.step import abstract_state, abstract_weights, make_step
 
 _HOST = "pinned_host"
 
@@ -98,7 +99,7 @@ def decode_step(
     """
     model = recipe.build()
     dtype = model.spec(abstract_weights(model, mesh)).dtype
-    params = layerwise.abstract(model.config, dtype, to, mesh, model.rules)
+    params = unstacked.abstract(model.config, dtype, to, mesh, model.rules)
     sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)
 
     def on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

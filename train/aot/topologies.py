@@ -18,9 +18,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from btlm_jax.chips import CHIPS, Chip
-
-from .recipe import nearest
+from btlm_jax.perf.chips import CHIPS, Chip
+from btlm_jax.train.recipe import nearest
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",

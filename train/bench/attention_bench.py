@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax import alibi, attention, sharding
 from btlm_jax.config import BTLMConfig
-
-from . import measure
+from btlm_jax.model import alibi, attention, sharding
+from btlm_jax.train.bench.step_bench import measure
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ class Peer:
         self._what = what
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"btlm_jax.train.{module}", argument],
+            [sys.executable, "-m", f"btlm_jax.train.bench.{module}", argument],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from btlm_jax import staging
+from btlm_jax.utils import atomic
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ class Part:
 def parts(platform: str) -> list[Part]:
     """What `benchmarks.toml` holds for a platform ("cpu", "gpu", "tpu"), in its order."""
     text = (
-        importlib.resources.files("btlm_jax.train").joinpath("benchmarks.toml").read_text("utf-8")
+        importlib.resources.files("btlm_jax.train.bench")
+        .joinpath("benchmarks.toml")
+        .read_text("utf-8")
     )
     here = "cpu" if platform == "cpu" else "accelerator"
     found = [
@@ -121,7 +123,7 @@ def bench_all(
             if not good:
                 failed.append(part.title)
             text = [sections[p.title] for p in known if p.title in sections]
-            staging.write_text(epath.Path(file), "\n".join([_HEADER, *text]))
+            atomic.write_text(epath.Path(file), "\n".join([_HEADER, *text]))
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}; the errors, and the rest, are in {file}")
 

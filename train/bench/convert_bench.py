@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from btlm_jax import byte_size, staging
-
-from .random_checkpoint import FORMS, make
+from btlm_jax.train.bench.random_checkpoint import FORMS, make
+from btlm_jax.utils import atomic, byte_size
 
 _BLOCK = 16 << 20
 # What the measured processes run. They time themselves, so that starting Python does not count.
@@ -136,7 +135,7 @@ def _table(
     try:
         source = directory / "hf"
         nbytes = make(source, layers=layers, form=form)
-        staging.require_space(directory, int(room * nbytes))
+        atomic.require_space(directory, int(room * nbytes))
         os.sync()
         show(f"{form}, {layers} layers, {nbytes:,} bytes of bf16 weights, in {directory}")
         show(f"{'':<34} {'time':>10} {'rate':>14} {'peak RSS':>10}")

@@ -16,19 +16,20 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from btlm_jax.convert.report import peak_rss
 
-from btlm_jax import accounting, layerwise, quantization, sharding
+from btlm_jax.checkpoint import quantize, unstacked
+from btlm_jax.checkpoint.quantize import Quantization
 from btlm_jax.config import BTLMConfig
+from btlm_jax.convert.report import peak_rss
 from btlm_jax.generation import decode, prompts, sample
 from btlm_jax.generation.decode import Program, Prompt, Rows
 from btlm_jax.generation.options import Options
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-from btlm_jax.quantization import Quantization
-
-from . import measure
-from .peer import Peer
+from btlm_jax.model import sharding
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.perf import accounting
+from btlm_jax.train.bench.baseline import Peer
+from btlm_jax.train.bench.step_bench import measure
+from btlm_jax.utils.progress import Progress
 
 _READ_BYTES = 256 << 20  # more than any cache holds
 Show = Callable[[object], None]
@@ -237,8 +238,8 @@ def _random_model(preset: str, layers: int | None, kind: str) -> tuple[BTLM, Any
             return np.full(shape, 0.02 / (64 if leaf.dtype == "float32" else 4), leaf.dtype)
         return np.resize(floating, shape)
 
-    dtypes = {x.path: dtype for x in quantization.disk_leaves(config, to)}
-    params = layerwise.load(config, read, dtypes, to=to)
+    dtypes = {x.path: dtype for x in quantize.disk_leaves(config, to)}
+    params = unstacked.load(config, read, dtypes, to=to)
     return BTLM(config, compute_dtype=dtype.name), params
 
 
@@ -273,7 +274,7 @@ def _peer(torch: bool | None, c: BTLMConfig, weights: str) -> Iterator[Peer | No
         dtype="float32" if weights == "float32" else "bfloat16",
         device="cuda" if jax.default_backend() == "gpu" else "cpu",
     )
-    peer = Peer("torch_generation_peer", json.dumps(problem), "PyTorch's generation")
+    peer = Peer("torch_generation", json.dumps(problem), "PyTorch's generation")
     try:
         yield peer
     finally:

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax import loss, sharding
 from btlm_jax.config import BTLMConfig
-from btlm_jax.layers import project_logits
-from btlm_jax.spec import Spec
-
-from . import measure
+from btlm_jax.model import loss, sharding
+from btlm_jax.model.layers import project_logits
+from btlm_jax.model.runtime import Spec
+from btlm_jax.train.bench.step_bench import measure
 
 OURS, WHOLE, REMAT = "chunked, one pass", "whole logits", "chunked, rematerialised"
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.progress import Progress
+from btlm_jax.utils.progress import Progress
 
 MATMUL = 4096  # a square matrix product of this size reaches what the hardware can do
 

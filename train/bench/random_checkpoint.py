@@ -13,17 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax import __version__, alibi, array_files, weights
+from btlm_jax import __version__
+from btlm_jax.checkpoint import zarr
 from btlm_jax.config import BTLMConfig
-from btlm_jax.progress import Progress
-
-from .safetensors_file import SafetensorsFile, Tensor
-from .to_orbax import EMBEDDING, HEAD, SLOPES
+from btlm_jax.convert.hf.safetensors_writer import SafetensorsFile, Tensor
+from btlm_jax.convert.to_orbax import EMBEDDING, HEAD, SLOPES
+from btlm_jax.model import alibi, weights
+from btlm_jax.utils.progress import Progress
 
 FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
 SHARDS = 3
 _STORAGES = {"bfloat16": b"ctorch\nBFloat16Storage\n", "float32": b"ctorch\nFloatStorage\n"}
-BF16 = array_files.BF16
+BF16 = zarr.BF16
 
 
 def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k") -> int:
@@ -74,7 +75,7 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
 
 def _random(tensor: Tensor) -> Iterator[np.ndarray]:
     """Blocks of a normal distribution, drawn once and rolled: no two rows of a tensor are alike."""
-    size, left = array_files.BLOCK_BYTES // 2, tensor.nbytes // 2
+    size, left = zarr.BLOCK_BYTES // 2, tensor.nbytes // 2
     rng = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     drawn = (rng.standard_normal(min(size, left), np.float32) * 0.02).astype(BF16)
     while left:

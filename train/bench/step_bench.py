@@ -16,16 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax import accounting, alibi, mup, sharding, weights
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import BTLM
-from btlm_jax.progress import Progress
-from btlm_jax.remat import Remat
-
-from . import data, measure, token_shards, torch_peer
-from .metrics import utilisation
-from .peer import Peer
-from .step import init_state, make_step
+from btlm_jax.data import token_shards
+from btlm_jax.model import alibi, mup, sharding, weights
+from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.remat import Remat
+from btlm_jax.perf import accounting
+from btlm_jax.train import batches as batches_lib
+from btlm_jax.train.bench.baseline import Peer
+from btlm_jax.train.bench.step_bench import measure, torch_step
+from btlm_jax.train.metrics import utilisation
+from btlm_jax.train.step import init_state, make_step
+from btlm_jax.utils.progress import Progress
 
 _LEARNING_RATE = 1e-3
 _RATES = ("matmul", "loader")  # measured as rates; the others as seconds per step
@@ -142,8 +144,8 @@ def _loader(config: BTLMConfig, batch_size: int, length: int) -> Iterator[Callab
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "tokens"
         _write_shards(directory, config, max(10_000_000, 2 * batch_size * length))
-        phase = data.Phase(10_000_000, batch_size, length)
-        batches: Any = data.batches([data.Source(directory)], [phase], seed=0)
+        phase = batches_lib.Phase(10_000_000, batch_size, length)
+        batches: Any = batches_lib.batches([batches_lib.Source(directory)], [phase], seed=0)
         with contextlib.closing(batches):
             for _ in range(20):  # more than are read ahead
                 next(batches)
@@ -223,8 +225,8 @@ def _peers(
             file = Path(folder) / f"{mode}.npz"
             # Its best: uncompiled, and in training on CPUs, flex_attention is no kernel.
             best = "flex" if (mode, problem["device"]) == ("compile", "cuda") else "bias"
-            torch_peer.write(file, {**problem, "mode": mode, "attention": best}, arrays)
-            peer = Peer("torch_peer", str(file), f"PyTorch's step ({mode})")
+            torch_step.write(file, {**problem, "mode": mode, "attention": best}, arrays)
+            peer = Peer("torch_step", str(file), f"PyTorch's step ({mode})")
             stack.callback(peer.close)
             try:
                 losses = [peer.ask()["loss"] for _ in range(2)]

@@ -1,6 +1,6 @@
 """Prefill and decoding in PyTorch, written for speed, for `generation_bench` to run beside ours.
 
-`python -m btlm_jax.train.torch_generation_peer PROBLEM` makes random weights of a problem's sizes
+`python -m btlm_jax.train.bench.torch_generation PROBLEM` makes random weights of a problem's sizes
 (JSON: layers, heads, D, F, V, dtype, device; with SwiGLU and a tied head), prints what it is, and
 for every line that it reads (JSON: batch_size, length, and for decoding steps) does that work and
 prints the seconds. It never imports JAX.

@@ -1,7 +1,7 @@
 """The same training step in PyTorch, written for speed, for `bench` to run beside ours.
 
-`python -m btlm_jax.train.torch_peer FILE` reads a problem (`write`), prints what it is, and takes a
-step for every line that it reads, printing loss and seconds as JSON. It never imports JAX.
+`python -m btlm_jax.train.bench.torch_step FILE` reads a problem (`write`), prints what it is, and
+takes a step for every line that it reads, printing loss and seconds as JSON. It never imports JAX.
 """
 
 from __future__ import annotations

@@ -16,21 +16,22 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from btlm_jax.convert import convert, export, verify
 from jax.sharding import Mesh
 
-from btlm_jax import checkpoint, manifest, plots, sharding, staging, weights
+from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.config import BTLMConfig
-from btlm_jax.generation.api import generate
-from btlm_jax.tokenizer import load_tokenizer
-
-from . import manual
-from .loop import train as train_by
-from .metrics import curves
-from .prepare import HELD_OUT, TRAIN, prepare
-from .recipe import Recipe
-from .recipe_file import load as load_recipe
-from .token_shards import TokenShards
+from btlm_jax.convert import convert, export, verify
+from btlm_jax.data import sample_text
+from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare
+from btlm_jax.data.token_shards import TokenShards
+from btlm_jax.data.tokenizer import load_tokenizer
+from btlm_jax.generation.generate import generate
+from btlm_jax.model import sharding, weights
+from btlm_jax.train.loop import train as train_by
+from btlm_jax.train.metrics import curves
+from btlm_jax.train.recipe import Recipe
+from btlm_jax.train.recipe_file import load as load_recipe
+from btlm_jax.utils import atomic, plots
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def train(
     settings += _fitting(load_recipe(RECIPE, settings), mesh)
     _make(directory)
 
-    (directory / "text.txt").write_text(manual.text(), encoding="utf-8")
+    (directory / "text.txt").write_text(sample_text.text(), encoding="utf-8")
     prepare(directory / "text.txt", tokens, new_tokenizer=config.vocab_size, held_out=FRACTION)
     taught, held = (TokenShards(tokens / name) for name in (TRAIN, HELD_OUT))
     unigram = unigram_entropy(held.read(0, len(held)))
@@ -123,9 +124,9 @@ def from_hf(directory: Path, source: str) -> None:
     started = time.monotonic()
     _virtual_devices()
     directory = Path(directory)
-    staging.refuse_existing(directory, overwrite=False, ours=manifest.is_ours)
+    atomic.refuse_existing(directory, overwrite=False, ours=metadata.is_ours)
     report = convert(source, directory / "checkpoint")
-    config = manifest.read(directory / "checkpoint").config
+    config = metadata.read(directory / "checkpoint").config
     print(f"converted {weights.count(config):,} parameters: {report}")
     _show(directory / "checkpoint", _mesh(config))
     _summary(directory, {"checkpoint/": "Orbax checkpoint"}, "checkpoint", started)

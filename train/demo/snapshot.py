@@ -10,16 +10,16 @@ import re
 from pathlib import Path
 
 import jax
-from btlm_jax.convert import export
-from btlm_jax.convert.hf_source import open_hf
 
-from btlm_jax import byte_size, weights
 from btlm_jax.config import BTLMConfig
-
-from . import manual
-from .loop import train
-from .prepare import HELD_OUT, TRAIN, prepare
-from .recipe_file import load
+from btlm_jax.convert import export
+from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.data import sample_text
+from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare
+from btlm_jax.model import weights
+from btlm_jax.train.loop import train
+from btlm_jax.train.recipe_file import load
+from btlm_jax.utils import byte_size
 
 HUB, PRESET = "cerebras/btlm-3b-8k-base", "btlm-3b-8k"
 # Set to anything, it asks for the small model.
@@ -72,7 +72,7 @@ def make(directory: Path, *, steps: int = _STEPS) -> Path:
     if files.exists():  # it appears when it is complete
         return files
     directory.mkdir(parents=True, exist_ok=True)
-    text.write_text(manual.text(), encoding="utf-8")
+    text.write_text(sample_text.text(), encoding="utf-8")
     prepare(text, tokens, new_tokenizer=_SHAPE["vocab_size"], held_out=0.1, overwrite=True)
     devices = jax.device_count()
     settings = [

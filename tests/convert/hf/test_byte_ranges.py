@@ -9,18 +9,19 @@ import os
 import shutil
 from pathlib import Path
 
-import cases
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import hf_source
-from btlm_jax.convert.hf_source import HFSource, open_hf
-from btlm_jax.convert.ranged import read_into, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-BIN = cases.GOLDEN / "torch_bin"
+from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.convert.hf.byte_ranges import read_into, runs
+from btlm_jax.convert.hf.source import HFSource, open_hf
+from support import golden
+
+BIN = golden.GOLDEN / "torch_bin"
 VIEWS = ("transposed", "shared.strided")  # not one run of the file in C order
 NUMBERS = np.random.default_rng(0).standard_normal(120).astype(np.float32)
 SAFETENSORS = {
@@ -161,7 +162,7 @@ def test_no_other_bytes_are_read(opened, monkeypatch):
         counted.append(out.nbytes)
         read_into(file, offset, out)
 
-    monkeypatch.setattr(hf_source, "read_into", counting)
+    monkeypatch.setattr(source_lib, "read_into", counting)
     for form, name in NAMES:
         if name in VIEWS:
             continue

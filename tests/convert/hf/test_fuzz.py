@@ -27,21 +27,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import cases
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, export, verify
-from btlm_jax.convert.hf_source import open_hf
-from btlm_jax.convert.weight_files import SAFETENSORS_DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
-from test_convert_torch_pickle import archive, numbers, pickled, storage, tensor, text
 
 import btlm_jax as btlm
+from btlm_jax.convert import convert, export, verify
+from btlm_jax.convert.hf.headers import SAFETENSORS_DTYPES
+from btlm_jax.convert.hf.source import open_hf
+from support import golden as golden_lib
+from support.torch_pickles import archive, numbers, pickled, storage, tensor, text
 
-BTLM_BIN, TORCH_BIN = cases.GOLDEN / "btlm_bin", cases.GOLDEN / "torch_bin"
+BTLM_BIN, TORCH_BIN = golden_lib.GOLDEN / "btlm_bin", golden_lib.GOLDEN / "torch_bin"
 SHARED = {"shared.head", "shared.tail", "shared.strided"}  # parts of a storage: no checksum
 MODEL = "model.safetensors"
 BIN = "pytorch_model.bin"
@@ -160,12 +160,12 @@ def mutated(draw, raw: bytes, hot: tuple[int, int] | None = None) -> bytes:
 
 # safetensors.
 
-CASE = cases.load("b_sp_alibi")
+CASE = golden_lib.load("b_sp_alibi")
 
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory) -> bytes:
-    return (cases.write_hf(tmp_path_factory.mktemp("hf") / "x", CASE) / MODEL).read_bytes()
+    return (golden_lib.write_hf(tmp_path_factory.mktemp("hf") / "x", CASE) / MODEL).read_bytes()
 
 
 def split(raw: bytes) -> tuple[dict[str, Any], bytes]:

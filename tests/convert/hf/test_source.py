@@ -13,12 +13,13 @@ import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import hf_hub
-from btlm_jax.convert.hf_source import ASSETS, WEIGHT_FORMS, TensorInfo, open_hf
 from huggingface_hub import errors as hub_errors
 from safetensors.numpy import save_file
 
-GOLDEN = Path(__file__).parent / "golden" / "torch_bin"
+from btlm_jax.convert.hf import hub as hub_lib
+from btlm_jax.convert.hf.source import ASSETS, WEIGHT_FORMS, TensorInfo, open_hf
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "torch_bin"
 EXPECTED = dict(np.load(GOLDEN / "state_dict.npz"))
 MAINS = [form.main for form in WEIGHT_FORMS]
 
@@ -373,7 +374,7 @@ def test_hub_sends_no_stored_token(tmp_path, monkeypatch):
 
 def test_select_files():
     def chosen(*listed):
-        return hf_hub.select_files(listed, ("config.json", *ASSETS), MAINS)
+        return hub_lib.select_files(listed, ("config.json", *ASSETS), MAINS)
 
     config = "config.json"
     assert chosen(config, "pytorch_model.bin", "training_args.bin") == [config, MAINS[3]]

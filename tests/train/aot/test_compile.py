@@ -10,12 +10,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from btlm_jax.train import compile, compile_report, executables, lowering, topologies
-from btlm_jax.train.compile import DoesNotFit, compile_decoding, compile_phase
+
+from btlm_jax import cli
+from btlm_jax.model import weights
+from btlm_jax.perf import accounting
+from btlm_jax.train.aot import compile, compile_report, executables, lowering, topologies
+from btlm_jax.train.aot.compile import DoesNotFit, compile_decoding, compile_phase
 from btlm_jax.train.recipe_file import load
 from btlm_jax.train.step import abstract_state, init_state, make_step
-
-from btlm_jax import accounting, cli, weights
 
 TOPOLOGY = topologies.parse("v5e:2x4")  # eight devices, as there are CPUs here
 SMALL = ("phases.0.batch_size=16", "phases.0.length=32", "phases.0.microbatch=8")

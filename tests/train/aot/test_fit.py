@@ -6,15 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from btlm_jax.train import fit as fit_lib
-from btlm_jax.train import fit_table, topologies
-from btlm_jax.train.fit import Candidate, candidates, search
-from btlm_jax.train.recipe import Phase
-from btlm_jax.train.recipe_file import load
 
 from btlm_jax import BTLMConfig
-from btlm_jax.chips import CHIPS
-from btlm_jax.roofline import Bound
+from btlm_jax.perf.chips import CHIPS
+from btlm_jax.perf.roofline import Bound
+from btlm_jax.train.aot import fit as fit_lib
+from btlm_jax.train.aot import fit_table, topologies
+from btlm_jax.train.aot.fit import Candidate, candidates, search
+from btlm_jax.train.recipe import Phase
+from btlm_jax.train.recipe_file import load
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 

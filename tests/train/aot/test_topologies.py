@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from btlm_jax.train import topologies
 
-from btlm_jax import sharding
+from btlm_jax.model import sharding
+from btlm_jax.train.aot import topologies
 
 
 @pytest.mark.parametrize(

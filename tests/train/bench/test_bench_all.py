@@ -8,10 +8,12 @@ import shlex
 
 import pytest
 import tyro
-from btlm_jax.train import bench_all, measure, recipe_file
-from btlm_jax.train.bench_all import Part
 
-from btlm_jax import BTLMConfig, chips, cli
+from btlm_jax import BTLMConfig, cli
+from btlm_jax.perf import chips
+from btlm_jax.train import recipe_file
+from btlm_jax.train.bench.step_bench import bench_all, measure
+from btlm_jax.train.bench.step_bench.bench_all import Part
 
 MACHINE = {"platform": "cpu", "device": "cpu", "devices": 1, "cores": 2, "python": "3", "jax": "0"}
 
@@ -150,17 +152,17 @@ def test_the_machine_is_asked_in_a_process_that_ends(monkeypatch):
 
 def test_beside_mpt(monkeypatch):
     """Of 48,200 tokens/s on an H200, by hand: 6 N and full attention, over 989 TFLOP/s."""
-    from btlm_jax.train import bench
+    from btlm_jax.train.bench.step_bench import step_bench
 
     found = {"preset": "btlm-3b-8k", "length": 2048, "rates": {"step": 48_200.0}}
-    (line,) = bench._beside_mpt(found)
+    (line,) = step_bench._beside_mpt(found)
     assert "24,100 tokens/s/GPU, MFU 43.7 % of the data sheet's peak; " in line
     assert line.endswith("here 2.00 x its tokens/s")
     monkeypatch.setattr(chips, "peak_flops", lambda kind: 989e12)
     c = BTLMConfig.preset("btlm-3b-8k")
     kernels = c.n_layer * (4 * c.n_embd**2 + 3 * c.n_embd * c.n_inner) + c.vocab_size * c.n_embd
     per_token = 6 * kernels + 12 * c.n_layer * 2048 * c.n_embd
-    (line,) = bench._beside_mpt(found)
+    (line,) = step_bench._beside_mpt(found)
     assert line.endswith(f"x its tokens/s, MFU {per_token * 48_200 / 989e12:.1%}")
-    assert not list(bench._beside_mpt(found | {"length": 512}))
-    assert not list(bench._beside_mpt(found | {"preset": "tiny"}))
+    assert not list(step_bench._beside_mpt(found | {"length": 512}))
+    assert not list(step_bench._beside_mpt(found | {"preset": "tiny"}))

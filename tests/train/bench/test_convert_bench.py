@@ -6,10 +6,11 @@ import os
 import re
 
 import pytest
-from btlm_jax.convert import bench
-from btlm_jax.convert.parallel import workers
 
-from btlm_jax import array_files, byte_size
+from btlm_jax.checkpoint import zarr
+from btlm_jax.convert.threads import workers
+from btlm_jax.train.bench.step_bench import convert_bench
+from btlm_jax.utils import byte_size
 
 
 def test_conversion_stays_within_its_budget(tmp_path):
@@ -19,7 +20,7 @@ def test_conversion_stays_within_its_budget(tmp_path):
     TensorStore is 240 MiB. Measured: 300 (convert), 330 (export), 290 (quantise).
     """
     lines: list[str] = []
-    bench.bench_convert(
+    convert_bench.bench_convert(
         tmp_path / "b",
         layers=1,
         form="bin",
@@ -47,7 +48,9 @@ def test_conversion_stays_within_its_budget(tmp_path):
 
 def test_load(tmp_path):
     lines: list[str] = []
-    bench.bench_load(tmp_path / "b", layers=1, keep=True, show=lambda line: lines.append(str(line)))
+    convert_bench.bench_load(
+        tmp_path / "b", layers=1, keep=True, show=lambda line: lines.append(str(line))
+    )
     assert sum("x the weights in memory" in line for line in lines) == 2
     assert (tmp_path / "b" / "orbax").is_dir()
 
@@ -59,13 +62,13 @@ def test_bad_arguments(tmp_path):
     ):
         options = dict(layers=1, form="bin", max_memory=1 << 29, keep=False) | arguments
         with pytest.raises(ValueError, match=said):
-            bench.bench_convert(tmp_path / "b", **options)
+            convert_bench.bench_convert(tmp_path / "b", **options)
     with pytest.raises(FileExistsError, match="delete it first"):
-        bench.bench_load(tmp_path, layers=1, keep=False)
+        convert_bench.bench_load(tmp_path, layers=1, keep=False)
 
 
 def test_workers_follow_the_budget():
-    block = array_files.BLOCK_BYTES
+    block = zarr.BLOCK_BYTES
     assert workers(5 * block) == 1
     assert workers(11 * block) == 2
     assert workers(1 << 40) <= 2 + (os.cpu_count() or 1)

@@ -8,9 +8,10 @@ import math
 
 import jax
 import pytest
-from btlm_jax.train import generation_bench, measure
 
-from btlm_jax import BTLMConfig, cli, weights
+from btlm_jax import BTLMConfig, cli
+from btlm_jax.model import weights
+from btlm_jax.train.bench.step_bench import generation_bench, measure
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from btlm_jax.train import loss_bench, measure
 
-from btlm_jax import cli, loss
+from btlm_jax import cli
+from btlm_jax.model import loss
+from btlm_jax.train.bench.step_bench import loss_bench, measure
 
 
 def test_report(monkeypatch, tmp_path, capsys):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from btlm_jax.train import measure
+
+from btlm_jax.train.bench.step_bench import measure
 
 
 def test_medians_are_of_the_rounds():

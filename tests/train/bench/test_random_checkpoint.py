@@ -7,18 +7,20 @@ import json
 import os
 from pathlib import Path
 
-import cases
 import ml_dtypes
 import numpy as np
 import pytest
-from btlm_jax.convert import convert, random_checkpoint, verify
-from btlm_jax.convert.hf_source import HFSource, open_hf
-from btlm_jax.convert.random_checkpoint import FORMS, make
-from btlm_jax.convert.to_orbax import EMBEDDING, HEAD
-from btlm_jax.convert.torch_pickle import TorchFile
 
 import btlm_jax as btlm
-from btlm_jax import alibi, array_files, weights
+from btlm_jax.checkpoint import zarr
+from btlm_jax.convert import convert, verify
+from btlm_jax.convert.hf.source import HFSource, open_hf
+from btlm_jax.convert.hf.torch_pickle import TorchFile
+from btlm_jax.convert.to_orbax import EMBEDDING, HEAD
+from btlm_jax.model import alibi, weights
+from btlm_jax.train.bench.step_bench import random_checkpoint
+from btlm_jax.train.bench.step_bench.random_checkpoint import FORMS, make
+from support import golden
 
 LAYERS = 3
 
@@ -56,7 +58,7 @@ def test_forms(opened, form, tmp_path):
     assert btlm.BTLMConfig.from_hf(source.config).n_layer == LAYERS
     shapes = {name: w.hf_shape for name, w in leaves(source).items()}
     shapes |= {HEAD: shapes[EMBEDDING]} if form.startswith("bin") else {}
-    assert {n: i.shape for n, i in source.tensors.items()} == shapes | {cases.SLOPES: (4, 1)}
+    assert {n: i.shape for n, i in source.tensors.items()} == shapes | {golden.SLOPES: (4, 1)}
     assert {str(info.dtype) for info in source.tensors.values()} == {"bfloat16"}
     total = sum(info.nbytes for name, info in source.tensors.items() if name != HEAD)
     assert make(tmp_path / "again", layers=LAYERS, form=form, preset="tiny") == total
@@ -84,7 +86,7 @@ def test_values(opened):
             assert values.std() == pytest.approx(0.02, rel=0.05) and abs(values.mean()) < 2e-3
         if len(w.hf_shape) == 2:
             assert len({row.tobytes() for row in values}) == len(values)
-    slopes = source.read(cases.SLOPES)
+    slopes = source.read(golden.SLOPES)
     assert (slopes[:, 0] == alibi.slopes(4).astype(ml_dtypes.bfloat16)).all()
     for form in FORMS:
         for name in source.tensors:
@@ -100,8 +102,8 @@ def test_no_two_tensors_are_alike(opened):
 
 def test_many_blocks(monkeypatch):
     """A tensor of more than one block is as long as it should be, and no two blocks are alike."""
-    monkeypatch.setattr(array_files, "BLOCK_BYTES", 1 << 10)
-    tensor = random_checkpoint.Tensor("x", array_files.BF16, (50, 33))
+    monkeypatch.setattr(zarr, "BLOCK_BYTES", 1 << 10)
+    tensor = random_checkpoint.Tensor("x", zarr.BF16, (50, 33))
     blocks = list(random_checkpoint._random(tensor))
     assert [len(b) for b in blocks] == [512, 512, 512, 114]
     assert len({b[:100].tobytes() for b in blocks}) == 4

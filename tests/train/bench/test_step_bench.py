@@ -6,10 +6,11 @@ import importlib.util
 import json
 
 import pytest
-from btlm_jax.train import bench, measure
-from btlm_jax.train.peer import Peer
 
-from btlm_jax import BTLMConfig, accounting, cli
+from btlm_jax import BTLMConfig, cli
+from btlm_jax.perf import accounting
+from btlm_jax.train.bench.step_bench import measure, step_bench
+from btlm_jax.train.bench.step_bench.baseline import Peer
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_medians_are_of_the_rounds():
         "matmul": [3e9, 1e9, 2e9],
         "loader": [8.0, 8.0, 8.0],
     }
-    r = bench._report(BTLMConfig.preset("tiny"), 16, 2, found)
+    r = step_bench._report(BTLMConfig.preset("tiny"), 16, 2, found)
     assert r["rates"]["step"] == 8.0 and r["best"]["step"] == 32.0
     assert r["step_over_torch"] == {"torch eager": 2.0}
     assert r["rates"]["matmul"] == 2e9
@@ -49,22 +50,22 @@ def test_medians_are_of_the_rounds():
 
 def test_another_step_is_no_peer():
     peer = {"eager": [6.2, 6.1]}
-    bench._check_losses([6.2001, 6.0999], peer, "float32")
+    step_bench._check_losses([6.2001, 6.0999], peer, "float32")
     with pytest.raises(ValueError, match=r"\(eager\) is not ours: its first losses are \[6\.2, 6"):
-        bench._check_losses([6.2, 6.11], peer, "float32")
+        step_bench._check_losses([6.2, 6.11], peer, "float32")
 
 
 @pytest.mark.parametrize("name", ["length", "batch_size", "rounds"])
 def test_bad_sizes(name):
     sizes = dict(length=16, batch_size=2, rounds=1) | {name: 0}
     with pytest.raises(ValueError, match=f"{name}: found 0, expected at least 1"):
-        bench.bench_train(preset="tiny", dtype=None, **sizes)
+        step_bench.bench_train(preset="tiny", dtype=None, **sizes)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_pytorch_takes_the_same_steps(small):
     """The losses of two steps agree to 2e-4, or it is an error."""
-    found = bench.bench_train(
+    found = step_bench.bench_train(
         preset="tiny", length=16, batch_size=2, rounds=1, dtype="float32", torch=True
     )
     assert found["step_over_torch"]["torch eager"] > 0
@@ -73,4 +74,4 @@ def test_pytorch_takes_the_same_steps(small):
 def test_a_peer_that_fails_says_why(tmp_path):
     (tmp_path / "problem.npz").write_text("nonsense")
     with pytest.raises(ValueError, match=r"PyTorch's step failed:\n[\s\S]*Error"):
-        Peer("torch_peer", str(tmp_path / "problem.npz"), "PyTorch's step")
+        Peer("torch_step", str(tmp_path / "problem.npz"), "PyTorch's step")

@@ -11,20 +11,24 @@ import subprocess
 import sys
 from pydoc_data.topics import topics
 
-import cases
 import jax
 import numpy as np
 import pytest
-from btlm_jax.train import manual, quickstart, stopping
+
+from btlm_jax import BTLM, BTLMConfig, cli, make_mesh
+from btlm_jax.data import sample_text
+from btlm_jax.model import mup
+from btlm_jax.train import preemption
+from btlm_jax.train.demo import quickstart
 from btlm_jax.train.metrics import read_lines
 from btlm_jax.train.step import init_state, make_step
-
-from btlm_jax import BTLM, BTLMConfig, cli, make_mesh, mup, plots
+from btlm_jax.utils import plots
+from support import golden
 
 
 def test_text_has_every_paragraph_once():
     """So that nothing of it is held out that was trained on, wherever it is cut."""
-    text = manual.text()
+    text = sample_text.text()
     paragraphs = text.removesuffix("\n").split("\n\n")
     assert len(text) > 300_000 and len(paragraphs) == len(set(paragraphs)) > 1000
     pages = [page.strip() for page in topics.values()]
@@ -115,7 +119,7 @@ def test_small_run_end_to_end(tmp_path, capsys):
     listed = re.findall(r"^  (\S+) ", done.stdout.rsplit("\nmade in ", 1)[1], re.MULTILINE)
     assert {"text.txt", "run/", "hf/", "converted/"} < set(listed)
     assert all((tmp_path / "q" / name).exists() for name in listed)
-    assert (tmp_path / "q/text.txt").read_text() == manual.text()
+    assert (tmp_path / "q/text.txt").read_text() == sample_text.text()
     # On one device, whatever the run was sharded over.
     (then,) = re.findall(r"^next: btlm (.*)$", done.stdout, re.MULTILINE)
     assert cli.main(shlex.split(then)) == 0
@@ -125,7 +129,7 @@ def test_small_run_end_to_end(tmp_path, capsys):
 def test_stopped_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     sizes = ("n_embd=64", "n_head=1", "n_inner=8", "n_layer=1", "mup_width_scale=1.0")
     overrides = [f"model.fields.{x}" for x in sizes]
-    monkeypatch.setattr(stopping.StopSignal, "asked", lambda self, step: step == 1)
+    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: step == 1)
     quickstart.train(tmp_path / "it's", steps=2, overrides=overrides)
     out = capsys.readouterr().out
     assert "stopped after step 1; go on with: btlm train tiny" in out
@@ -145,7 +149,7 @@ def test_steps_must_be_positive(capsys, tmp_path):
 
 def test_from_hf(tmp_path):
     """In a process of its own, without devices set up for it."""
-    source = cases.write_hf(tmp_path / "hf", cases.load("i_untied"), tokenizer=True)
+    source = golden.write_hf(tmp_path / "hf", golden.load("i_untied"), tokenizer=True)
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "btlm_jax.cli", "quickstart", str(tmp_path / "q")]
     done = subprocess.run([*command, "--hf", str(source)], capture_output=True, text=True, env=env)

@@ -7,12 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from btlm_jax.convert import verify
-from btlm_jax.convert.formats import config_of, load, tokenizer_of
-from btlm_jax.train import snapshot
-from btlm_jax.train.metrics import curves
 
-from btlm_jax import BTLMConfig, weights
+from btlm_jax import BTLMConfig
+from btlm_jax.convert import verify
+from btlm_jax.convert.auto import config_of, load, tokenizer_of
+from btlm_jax.model import weights
+from btlm_jax.train.demo import snapshot
+from btlm_jax.train.metrics import curves
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: Orbax layout, metadata, checksums, quantized weights."""

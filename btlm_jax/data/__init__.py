@@ -1,0 +1,1 @@
+"""Text to tokens to shards, for training and evaluation."""

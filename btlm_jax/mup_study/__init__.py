@@ -1,0 +1,1 @@
+"""Coordinate checks and learning-rate transfer across widths."""

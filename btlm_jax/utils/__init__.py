@@ -1,0 +1,1 @@
+"""Files, progress, plots and formatting; nothing here knows the model."""

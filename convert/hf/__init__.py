@@ -1,0 +1,1 @@
+"""Hugging Face files: found, checked, read and written."""

@@ -1,0 +1,38 @@
+"""Directories of token shards."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from btlm_jax.data import token_shards
+from btlm_jax.data.token_shards import Manifest, Shard, TextSource
+
+EOS = 0
+
+
+def write_tokens(
+    path: Path, tokens, *, vocab_size: int = 50257, shard_tokens: int = 1 << 40, eos_id: int = EOS
+) -> Path:
+    """A directory of tokens as `tokenize` makes it, cut anywhere, with a tokenizer in name only."""
+    tokens = np.asarray(tokens).astype(token_shards.dtype_for(vocab_size))
+    (path / "tokenizer").mkdir(parents=True)
+    (path / "tokenizer/tokenizer.json").write_text("{}")
+    shards = []
+    for i, start in enumerate(range(0, len(tokens), shard_tokens)):
+        part, name = tokens[start : start + shard_tokens], f"tokens-{i:05}.bin"
+        (path / name).write_bytes(part.tobytes())
+        sha256 = hashlib.sha256(part.tobytes()).hexdigest()
+        documents = int((part == eos_id).sum())
+        shards.append(Shard(name, len(part), documents, int(part.max()), sha256))
+    manifest = Manifest(
+        vocab_size=vocab_size,
+        eos_id=eos_id,
+        tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(),
+        shards=tuple(shards),
+        sources=(TextSource("a.txt", 7, 1, 7),),
+    )
+    (path / "manifest.json").write_text(manifest.to_json())
+    return path
