@@ -13,7 +13,7 @@ from btlm_jax import BTLM, cli
 from btlm_jax.cli.arguments import check_output, write_json
 from btlm_jax.mup_study import corpus
 from btlm_jax.train.aot import topologies
-from btlm_jax.train.bench.step_bench import measure
+from btlm_jax.train.bench import measure
 
 
 def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from btlm_jax.checkpoint import metadata
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf.safetensors_writer import Tensor
 from btlm_jax.convert.hf.source import open_hf
-from btlm_jax.train.bench.step_bench.random_checkpoint import write_bin
+from btlm_jax.train.bench.random_checkpoint import write_bin
 from support import golden
 
 BF16, UNTIED = golden.load("g_bf16"), golden.load("i_untied")

@@ -12,7 +12,7 @@ import numpy as np
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import alibi, attention, sharding
-from btlm_jax.train.bench.step_bench import measure
+from btlm_jax.train.bench import measure
 
 logger = logging.getLogger(__name__)
 

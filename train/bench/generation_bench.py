@@ -27,8 +27,8 @@ from btlm_jax.generation.options import Options
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.perf import accounting
+from btlm_jax.train.bench import measure
 from btlm_jax.train.bench.baseline import Peer
-from btlm_jax.train.bench.step_bench import measure
 from btlm_jax.utils.progress import Progress
 
 _READ_BYTES = 256 << 20  # more than any cache holds

@@ -13,7 +13,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.model import loss, sharding
 from btlm_jax.model.layers import project_logits
 from btlm_jax.model.runtime import Spec
-from btlm_jax.train.bench.step_bench import measure
+from btlm_jax.train.bench import measure
 
 OURS, WHOLE, REMAT = "chunked, one pass", "whole logits", "chunked, rematerialised"
 

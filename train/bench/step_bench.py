@@ -23,8 +23,8 @@ from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.remat import Remat
 from btlm_jax.perf import accounting
 from btlm_jax.train import batches as batches_lib
+from btlm_jax.train.bench import measure, torch_step
 from btlm_jax.train.bench.baseline import Peer
-from btlm_jax.train.bench.step_bench import measure, torch_step
 from btlm_jax.train.metrics import utilisation
 from btlm_jax.train.step import init_state, make_step
 from btlm_jax.utils.progress import Progress

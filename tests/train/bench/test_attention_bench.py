@@ -9,7 +9,7 @@ import pytest
 
 from btlm_jax import cli
 from btlm_jax.model import sharding
-from btlm_jax.train.bench.step_bench import attention_bench, measure
+from btlm_jax.train.bench import attention_bench, measure
 
 
 def test_report(monkeypatch, tmp_path, capsys):

@@ -12,8 +12,8 @@ import tyro
 from btlm_jax import BTLMConfig, cli
 from btlm_jax.perf import chips
 from btlm_jax.train import recipe_file
-from btlm_jax.train.bench.step_bench import bench_all, measure
-from btlm_jax.train.bench.step_bench.bench_all import Part
+from btlm_jax.train.bench import bench_all, measure
+from btlm_jax.train.bench.bench_all import Part
 
 MACHINE = {"platform": "cpu", "device": "cpu", "devices": 1, "cores": 2, "python": "3", "jax": "0"}
 
@@ -152,7 +152,7 @@ def test_the_machine_is_asked_in_a_process_that_ends(monkeypatch):
 
 def test_beside_mpt(monkeypatch):
     """Of 48,200 tokens/s on an H200, by hand: 6 N and full attention, over 989 TFLOP/s."""
-    from btlm_jax.train.bench.step_bench import step_bench
+    from btlm_jax.train.bench import step_bench
 
     found = {"preset": "btlm-3b-8k", "length": 2048, "rates": {"step": 48_200.0}}
     (line,) = step_bench._beside_mpt(found)

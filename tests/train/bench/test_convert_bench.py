@@ -9,7 +9,7 @@ import pytest
 
 from btlm_jax.checkpoint import zarr
 from btlm_jax.convert.threads import workers
-from btlm_jax.train.bench.step_bench import convert_bench
+from btlm_jax.train.bench import convert_bench
 from btlm_jax.utils import byte_size
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from btlm_jax import BTLMConfig, cli
 from btlm_jax.model import weights
-from btlm_jax.train.bench.step_bench import generation_bench, measure
+from btlm_jax.train.bench import generation_bench, measure
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from btlm_jax import cli
 from btlm_jax.model import loss
-from btlm_jax.train.bench.step_bench import loss_bench, measure
+from btlm_jax.train.bench import loss_bench, measure
 
 
 def test_report(monkeypatch, tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from btlm_jax.train.bench.step_bench import measure
+from btlm_jax.train.bench import measure
 
 
 def test_medians_are_of_the_rounds():

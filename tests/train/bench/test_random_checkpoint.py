@@ -18,8 +18,8 @@ from btlm_jax.convert.hf.source import HFSource, open_hf
 from btlm_jax.convert.hf.torch_pickle import TorchFile
 from btlm_jax.convert.to_orbax import EMBEDDING, HEAD
 from btlm_jax.model import alibi, weights
-from btlm_jax.train.bench.step_bench import random_checkpoint
-from btlm_jax.train.bench.step_bench.random_checkpoint import FORMS, make
+from btlm_jax.train.bench import random_checkpoint
+from btlm_jax.train.bench.random_checkpoint import FORMS, make
 from support import golden
 
 LAYERS = 3

@@ -9,8 +9,8 @@ import pytest
 
 from btlm_jax import BTLMConfig, cli
 from btlm_jax.perf import accounting
-from btlm_jax.train.bench.step_bench import measure, step_bench
-from btlm_jax.train.bench.step_bench.baseline import Peer
+from btlm_jax.train.bench import measure, step_bench
+from btlm_jax.train.bench.baseline import Peer
 
 
 @pytest.fixture
