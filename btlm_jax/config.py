@@ -1,7 +1,7 @@
 """Model configuration: one frozen dataclass, read from and written to Hugging Face `config.json`.
 
 Field names are those of the released `config.json`. The siblings of BTLM spell the muP fields
-differently; `BTLMConfig.from_hf` understands every flavour and the dataclass holds one meaning.
+differently; `BTLMConfig.from_hf` understands every flavor and the dataclass holds one meaning.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class BTLMConfig:
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns the `config.json` of the released flavour.
+        """Returns the `config.json` of the released flavor.
 
         Its `auto_map` names the original modelling code on the Hub.
 
@@ -351,13 +351,13 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
                 "ignore it. Set it with dataclasses.replace, or in model.fields of a recipe"
             )
     if raw.get("quantization_config"):
-        problems.append("quantization_config: quantised checkpoints are not supported as a source")
+        problems.append("quantization_config: quantized checkpoints are not supported as a source")
     if problems:
         raise ValueError("unsupported BTLM configuration:\n  " + "\n  ".join(problems))
 
 
 def _mup_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates the muP keys of the siblings into those of the released flavour.
+    """Translates the muP keys of the siblings into those of the released flavor.
 
     `output_logits_scale` marks the BTLM of July 2023; `width_scale` without it marks Jais-13b,
     where it is the logits scale and the width scale follows from the base width of 256.
@@ -370,7 +370,7 @@ def _mup_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     both = [f"{key} and {new}" for new, key in old.items() if key in raw and new in raw]
     if both or ("width_scale" in raw and "mup_width_scale" in raw):
         raise ValueError(
-            f"config.json mixes two key flavours ({', '.join(both) or 'width_scale'}): keep the "
+            f"config.json mixes two key flavors ({', '.join(both) or 'width_scale'}): keep the "
             "mup_* keys or the old ones, not both"
         )
     if "output_logits_scale" in raw:

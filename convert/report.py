@@ -29,7 +29,7 @@ class Report:
       peak_rss: the most memory this process has held, in bytes.
       digest: `digest` of the weights' SHA-256.
       files: names of the files carried along (conversion) or of the weights (export).
-      errors: of every quantised weight, by path (`manifest.Metadata.errors`).
+      errors: of every quantized weight, by path (`manifest.Metadata.errors`).
     """
 
     tensors: int
@@ -56,7 +56,7 @@ class Report:
 
 
 def error_lines(errors: Mapping[weights.Path, Mapping[str, float]]) -> Iterator[str]:
-    """Errors of quantisation for people: of each weight, the RMS over its layers and the worst."""
+    """Errors of quantization for people: of each weight, the RMS over its layers and the worst."""
     layers: dict[str, list[Mapping[str, float]]] = {}
     for path, found in errors.items():
         layers.setdefault("/".join(x for x in path if not x.isdigit()), []).append(found)

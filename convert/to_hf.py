@@ -49,7 +49,7 @@ def export(
     `generation_config.json` and the tokenizer files. Every array keeps its dtype and its bits, and
     is checked against the SHA-256 that the checkpoint records. A tied head is left out, as
     safetensors wants it; the ALiBi slopes are written in the dtype they were stored in. The
-    `config.json` of a converted checkpoint comes back as it was, key flavour included. Of a
+    `config.json` of a converted checkpoint comes back as it was, key flavor included. Of a
     training checkpoint the weights are exported. An export that was killed or failed is continued
     by the same call.
 
@@ -62,7 +62,7 @@ def export(
 
     Raises:
       FileNotFoundError, ValueError: the source is not a checkpoint, or damaged; the target is in an
-        object store; the budget is below one block; the source is quantised; the model has
+        object store; the budget is below one block; the source is quantized; the model has
         CompleteP, which the original code cannot compute (`fold_completep` first).
       FileExistsError: the target exists.
       OSError: the disk is full or fails.
@@ -78,7 +78,7 @@ def export(
     meta = metadata.read(source)
     if meta.quantization is not None:
         raise ValueError(
-            f"{source} is quantised ({meta.quantization}), which the original code cannot read: "
+            f"{source} is quantized ({meta.quantization}), which the original code cannot read: "
             "export the checkpoint it was made from"
         )
     config = config_json(meta)

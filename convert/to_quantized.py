@@ -39,7 +39,7 @@ class _Floats:
       blocks: yields an array in 1-D blocks, of the size that `array_files.block_size` gives for
         elements of so many bytes.
       assets: files to carry along.
-      origin: what the quantised checkpoint says of where it came from.
+      origin: what the quantized checkpoint says of where it came from.
       key: what must be the same for interrupted work to be continued.
     """
 
@@ -54,7 +54,7 @@ class _Floats:
         return int(np.prod(leaf.weight.shape)) * self.dtypes[leaf.path].itemsize
 
 
-def quantise(
+def quantize(
     source: str | os.PathLike[str],
     target: metadata.PathLike,
     to: q.Quantization | str,
@@ -65,7 +65,7 @@ def quantise(
 ) -> Report:
     """Converts a checkpoint of floats to an Orbax checkpoint in int8 or int4.
 
-    What is quantised, and to which arrays, says `btlm_jax.quantization`; everything else keeps its
+    What is quantized, and to which arrays, says `btlm_jax.quantization`; everything else keeps its
     dtype and its bits, and configuration, slopes and tokenizer files are carried along as `convert`
     does. The errors made are recorded in the checkpoint. Work that was killed or failed is
     continued by the same call, with the same result, byte for byte, as work that was not.
@@ -81,8 +81,8 @@ def quantise(
     Raises:
       FileNotFoundError, ConnectionError: the source is not there.
       FileExistsError: the target exists.
-      ValueError: as `convert`; or the source is quantised already, or weights that are to be
-        quantised hold NaN or Inf.
+      ValueError: as `convert`; or the source is quantized already, or weights that are to be
+        quantized hold NaN or Inf.
       OSError: the disk is full or fails.
     """
     began = time.monotonic()
@@ -108,7 +108,7 @@ def quantise(
         todo = [x for x in leaves if any(p.path not in done for p in q.parts(x, to))]
         atomic.require_space(target, sum(n for path, n in nbytes.items() if path not in done))
         total, left = (sum(map(floats.nbytes, some)) for some in (leaves, todo))
-        with Progress(total, "B", "quantise", done=total - left) as progress:
+        with Progress(total, "B", "quantize", done=total - left) as progress:
             for_each(todo, lambda leaf: _write(writer, floats, leaf, to, progress), threads)
         records = {x.hf_name: writer.finished(x) or {} for x in stored}
         check_finite(os.fspath(source), records, False)
@@ -151,7 +151,7 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
     meta = metadata.read(source)
     if meta.quantization is not None:
         raise ValueError(
-            f"{source} is quantised already ({meta.quantization}): quantise the checkpoint it was "
+            f"{source} is quantized already ({meta.quantization}): quantize the checkpoint it was "
             "made from"
         )
 
@@ -172,7 +172,7 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
         metadata.assets_of(meta.path),
         {**meta.origin, "source": os.fspath(source)},
         {
-            "by": f"quantise {__version__}, format {metadata.FORMAT}",
+            "by": f"quantize {__version__}, format {metadata.FORMAT}",
             "checkpoint": hashlib.sha256(mark).hexdigest(),
         },
     )
@@ -184,7 +184,7 @@ def _stored_nbytes(leaf: weights.DiskLeaf, floats: _Floats) -> int:
 
 
 def _held(leaf: weights.DiskLeaf, floats: _Floats, to: q.Quantization) -> int:
-    """The bytes that a thread holds at most, to quantise a weight."""
+    """The bytes that a thread holds at most, to quantize a weight."""
     block = zarr.BLOCK_BYTES
     first, *scales = q.parts(leaf, to)
     whole, result = floats.nbytes(leaf), _stored_nbytes(first, floats)
@@ -215,7 +215,7 @@ def _write(
         return
     values, scales = stored
     if leaf.weight.stacked:
-        found = q.quantise(_whole(blocks(), leaf, floats), values, to)
+        found = q.quantize(_whole(blocks(), leaf, floats), values, to)
         writer.write(values, dtype, _cut(found.values, values))
         writer.write(
             scales, found.scales.dtype, _cut(found.scales, scales), found.errors.relative()
@@ -223,14 +223,14 @@ def _write(
         return
     rows, sums = [], []
 
-    def quantised() -> Iterator[np.ndarray]:
+    def quantized() -> Iterator[np.ndarray]:
         for block in blocks():
-            found = q.quantise(block.reshape(-1, leaf.weight.shape[1]), values, to)
+            found = q.quantize(block.reshape(-1, leaf.weight.shape[1]), values, to)
             rows.append(found.scales)
             sums.append(found.errors)
             yield found.values.reshape(-1)
 
-    writer.write(values, dtype, quantised())
+    writer.write(values, dtype, quantized())
     errors = q.Errors(*np.sum(sums, 0).tolist())
     together = np.concatenate(rows)
     writer.write(scales, together.dtype, _cut(together, scales), errors.relative())

@@ -34,7 +34,7 @@ class Opened:
     Attributes:
       name: what the user called it.
       config: the model, with its stored slopes.
-      to: what its weights are quantised to.
+      to: what its weights are quantized to.
       dtypes: of every tensor, by Hugging Face name.
       blocks: yields a tensor in 1-D blocks; the last argument is bytes of a block per element's
         width, so that two checkpoints of different dtypes come in step.
@@ -114,7 +114,7 @@ def verify(
 
     Raises:
       FileNotFoundError, ValueError: not a checkpoint; without `b`, one that records no hashes; or
-        two that are not quantised alike.
+        two that are not quantized alike.
     """
     one = open_any(a)
     if b is None:
@@ -177,10 +177,10 @@ def _check_comparable(one: Opened, two: Opened, atol: float | None) -> None:
         kinds = " and ".join(str(x.to) if x.to else "floats" for x in (one, two))
         raise ValueError(
             f"{one.name} and {two.name} hold {kinds}: only checkpoints of one kind can be "
-            "compared; what quantising has cost stands in the quantised one, see `btlm info`"
+            "compared; what quantizing has cost stands in the quantized one, see `btlm info`"
         )
     if one.to is not None and atol is not None:
-        raise ValueError("atol: quantised checkpoints are compared bit for bit: leave it out")
+        raise ValueError("atol: quantized checkpoints are compared bit for bit: leave it out")
 
 
 def _shape(leaf: weights.DiskLeaf) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Configuration: flavours, round trips, and every refusal by name."""
+"""Configuration: flavors, round trips, and every refusal by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def released(**changes) -> dict:
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
-def test_flavours_of_the_siblings(name):
+def test_flavors_of_the_siblings(name):
     raw, meaning = LEGACY[name]["raw"], LEGACY[name]["canonical"]
     base = {k: v for k, v in released().items() if not k.startswith("mup_")}
     if raw.get("position_embedding_type") == "learned":
@@ -110,8 +110,8 @@ def test_attention_scale():
         ({"mup_scale_qk_dot_by_d": 1}, "mup_scale_qk_dot_by_d: found 1, expected true or false"),
         ({"resid_pdrop": 1.0}, "resid_pdrop: found 1.0"),
         ({"eos_token_id": -1}, "eos_token_id: found -1"),
-        ({"embeddings_scale": 14.6}, "mixes two key flavours"),
-        ({"width_scale": 0.1}, "mixes two key flavours"),
+        ({"embeddings_scale": 14.6}, "mixes two key flavors"),
+        ({"width_scale": 0.1}, "mixes two key flavors"),
         ({"alibi_scaling": {"type": "linear"}}, "alibi_scaling"),
         ({"alibi_scaling": {"type": "linear", "factor": 4}}, r"alibi_scaling.factor: found 4,"),
         ({"alibi_scaling": {"type": "linear", "factor": 1.0}}, r"factor: found 1\.0"),

@@ -92,7 +92,7 @@ def read(directory: str | Path) -> Run:
     parameters = weights.count(recipe.model_config())
     # From the log, not by `Recipe.learning_rate`: that would take an accelerator that is training.
     rates = np.interp(
-        collapse.centres(collapse.BINS),
+        collapse.centers(collapse.BINS),
         curve.done,
         [line["learning_rate"] / recipe.optimizer.peak_lr for line in finite],
         right=np.nan,
@@ -137,7 +137,7 @@ def differences(runs: Sequence[Run]) -> Iterable[str]:
             if a != b and (a is None or b is None or abs(math.log(b / a)) > SAME):
                 shown = ["none" if x is None else f"{x:.3g}" for x in (b, a)]
                 yield f"{run.name}: {what} {shown[0]}, {first.name} has {shown[1]}"
-        both = (collapse.centres(collapse.BINS) > collapse.IGNORED) & ~np.isnan(run.rates)
+        both = (collapse.centers(collapse.BINS) > collapse.IGNORED) & ~np.isnan(run.rates)
         apart = np.abs(run.rates - first.rates)[both & ~np.isnan(first.rates)].max(initial=0)
         if apart > SAME:
             yield (

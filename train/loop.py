@@ -30,7 +30,7 @@ from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.distributed import agreed
 from btlm_jax.train.feed import batches_on, prefetch, reader
 from btlm_jax.train.held_out import Evaluation
-from btlm_jax.train.metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilisation
+from btlm_jax.train.metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilization
 from btlm_jax.train.preemption import StopSignal
 from btlm_jax.train.profiling import Profile
 from btlm_jax.train.recipe import Phase, Recipe
@@ -242,7 +242,7 @@ def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
     _, params = auto.load(source, mesh=mesh, dtype=jnp.float32)
     if weights.is_by_layer(params):
         raise ValueError(
-            f"model.checkpoint: {source} is quantised, and only floats can be trained: name the "
+            f"model.checkpoint: {source} is quantized, and only floats can be trained: name the "
             "checkpoint it was made from"
         )
     weights.check(params, model.config)
@@ -311,7 +311,7 @@ def _report(
     step, phase, on_device = done
     m: Metrics = jax.device_get(on_device)
     rate = float(m.tokens) / max(seconds, 1e-9) / jax.device_count()
-    used = utilisation(model.config, phase.length, rate)
+    used = utilization(model.config, phase.length, rate)
     if step % recipe.run.log_every == 0 or step in (1, recipe.steps):
         # Skipped steps do not move the schedule. This one, if it was, would have had the next rate.
         updates = step - int(m.skipped) - (0 if m.bad_in_a_row else 1)

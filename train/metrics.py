@@ -126,7 +126,7 @@ def curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     return found
 
 
-def utilisation(config: BTLMConfig, length: int, tokens_per_second: float) -> dict[str, float]:
+def utilization(config: BTLMConfig, length: int, tokens_per_second: float) -> dict[str, float]:
     """MFU of one device in both conventions, where the device's peak is known; else empty.
 
     Args:

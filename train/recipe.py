@@ -107,7 +107,7 @@ class Optimizer:
       weight_decay: of matrices and embeddings.
       decay: its meaning under muP (`mup`).
       clip_norm: of the gradient's global norm; 0 for none.
-      z_loss: coefficient of the square of log(sum(exp(logits))) in what is minimised (PaLM's is
+      z_loss: coefficient of the square of log(sum(exp(logits))) in what is minimized (PaLM's is
         1e-4); reported losses are without it.
     """
 

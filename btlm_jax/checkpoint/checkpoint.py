@@ -57,7 +57,7 @@ class Writer:
           leaf: which.
           dtype: its dtype.
           blocks: its elements in order: 1-D arrays of `array_files.block_size` elements.
-          errors: of the scales of a quantised weight, the errors made (`manifest.Metadata`).
+          errors: of the scales of a quantized weight, the errors made (`manifest.Metadata`).
 
         Returns:
           Its record: `sha256` of its bytes, `nonfinite`, the number of NaN and Inf, and `errors`.
@@ -102,7 +102,7 @@ def save(
     if weights.is_by_layer(params):
         raise ValueError(
             "weights to save: found them by layer, expected stacked ones, as init and load give "
-            "them; quantised checkpoints are made by `btlm convert --quantize`"
+            "them; quantized checkpoints are made by `btlm convert --quantize`"
         )
     weights.check(params, config)
     flat = weights.flatten(params)
@@ -142,7 +142,7 @@ def writer(
     Args:
       path, config, assets, origin, overwrite: as for `save`.
       key: see `staging.new_directory`.
-      to: what the weights are quantised to; its arrays are those of `quantization.disk_leaves`.
+      to: what the weights are quantized to; its arrays are those of `quantization.disk_leaves`.
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
@@ -213,8 +213,8 @@ def load(
         default device.
       rules: logical axis -> mesh axis; default `sharding.RULES`.
       by_layer: give the weights by layer (`weights.by_layer`), as decoding takes them, without
-        stacking them first (`layerwise.load`). Quantised weights always come so. On a CPU without
-        a mesh the model then computes in what its weights are in (bfloat16 for quantised ones), for
+        stacking them first (`layerwise.load`). Quantized weights always come so. On a CPU without
+        a mesh the model then computes in what its weights are in (bfloat16 for quantized ones), for
         nothing else reads them as they rest.
 
     Returns:

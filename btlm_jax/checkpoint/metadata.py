@@ -49,8 +49,8 @@ class Metadata:
       asset_sha256: of every carried file, by name.
       structure_sha256: of the files that describe the arrays; None if nobody recorded it.
       ocdbt: whether the arrays lie in Orbax's OCDBT database, not in files of their own.
-      quantization: what the weights are quantised to; None of floats.
-      errors: of every quantised weight, by path: its relative RMS error, and that of Q4_0's rule
+      quantization: what the weights are quantized to; None of floats.
+      errors: of every quantized weight, by path: its relative RMS error, and that of Q4_0's rule
         (`quantization.Errors.relative`).
     """
 

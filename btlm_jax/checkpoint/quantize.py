@@ -1,6 +1,6 @@
-"""Weights in int8 and int4: what is quantised, how, and which arrays a checkpoint then holds.
+"""Weights in int8 and int4: what is quantized, how, and which arrays a checkpoint then holds.
 
-Quantised are the weights that products read: the kernels of the layers, in int8 (one scale per
+Quantized are the weights that products read: the kernels of the layers, in int8 (one scale per
 output) or int4 (one scale per group of consecutive inputs), and the embedding and an untied head,
 in int8 (one scale per row) or bfloat16. Everything else stays as it is. O and I are outputs and
 inputs as in `kernels`; scales are symmetric: a weight is its value times its scale.
@@ -29,7 +29,7 @@ _BF16 = np.dtype(ml_dtypes.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """What the weights of a model are quantised to.
+    """What the weights of a model are quantized to.
 
     Attributes:
       bits: of the kernels: 8 or 4.
@@ -125,7 +125,7 @@ class Errors(NamedTuple):
         return {name: math.sqrt(x / self.weights) if x else 0.0 for name, x in found.items()}
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """An array's values and scales, as stored (`parts`), and the errors made."""
 
     values: np.ndarray
@@ -133,8 +133,8 @@ class Quantised(NamedTuple):
     errors: Errors
 
 
-def quantise(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Quantised:
-    """Quantises the weights of a layer, the embedding or the head.
+def quantize(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Quantized:
+    """Quantizes the weights of a layer, the embedding or the head.
 
     Beside x and the result it holds a copy of the values, in their bytes, and a few MiB.
 
@@ -156,10 +156,10 @@ def quantise(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Quantis
         outputs = w.inputs_last({})[:-1]
         values = np.ascontiguousarray(found.values.T).reshape(*outputs, -1)
         scales = np.ascontiguousarray(found.scales.T).reshape(*outputs, -1)
-        found = Quantised(values, scales, found.errors)
+        found = Quantized(values, scales, found.errors)
     if not np.isfinite(found.scales.astype(np.float32)).all():
         raise ValueError(
-            f"{'/'.join(leaf.path)} holds NaN or Inf, which cannot be quantised: mend the source"
+            f"{'/'.join(leaf.path)} holds NaN or Inf, which cannot be quantized: mend the source"
         )
     return found
 
@@ -168,7 +168,7 @@ def quantise(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Quantis
 _TILE = 1 << 17
 
 
-def _int8(x: np.ndarray, axis: int) -> Quantised:
+def _int8(x: np.ndarray, axis: int) -> Quantized:
     """int8 and scales of a matrix whose inputs are `axis`, in its layout: largest -> 127."""
     rows = max(1, _TILE // x.shape[1])
     tiles = [slice(i, i + rows) for i in range(0, len(x), rows)]
@@ -185,7 +185,7 @@ def _int8(x: np.ndarray, axis: int) -> Quantised:
         square = np.square(scale.astype(np.float64))
         error += float((_squares(r - q, axis) * square).sum())
         total += float((_squares(r, axis) * square).sum())
-    return Quantised(values, scales, Errors(error, total))
+    return Quantized(values, scales, Errors(error, total))
 
 
 # Scales are normal numbers: hardware may take smaller ones for zero.
@@ -194,7 +194,7 @@ _TINY = np.float32(2.0**-126)
 _SHRUNK = (0.95, 0.9, 0.85)
 
 
-def _int4(x: np.ndarray, group: int) -> Quantised:
+def _int4(x: np.ndarray, group: int) -> Quantized:
     """Packed int4 [I' / 2, O] and scales [I' / group, O] of a matrix [I, O]; I' is I filled up."""
     inputs, outputs = x.shape
     filled = filled_inputs(inputs)
@@ -212,7 +212,7 @@ def _int4(x: np.ndarray, group: int) -> Quantised:
             packed[row // 2 : (row + BLOCK) // 2, here] = (low & 15) | (high << 4)
             scales[row // group : (row + BLOCK) // group, here] = scale
             sums += tile_sums
-    return Quantised(packed, scales, Errors(*sums.tolist()))
+    return Quantized(packed, scales, Errors(*sums.tolist()))
 
 
 def unpacked(packed: np.ndarray) -> np.ndarray:
@@ -227,7 +227,7 @@ def _best(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Tried are Q4_0's scale (the largest magnitude becomes -8; ggml's quantize_row_q4_0_ref) and
     some smaller ones, absmax / 7, (max - min) / 15, and the least-squares scale for the values of
     the best of these; each as rounded to bf16. Some value is always 7 or -8, so that what was
-    dequantised is quantised to itself.
+    dequantized is quantized to itself.
 
     Returns:
       Values [n, g, C], scales fp32 [n, C], and the sums of squares of `Errors`.
@@ -292,7 +292,7 @@ def _squares(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def quantized(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -> weights.Params:
-    """The weights by layer, quantised; as loading a quantised checkpoint without a mesh gives them.
+    """The weights by layer, quantized; as loading a quantized checkpoint without a mesh gives them.
 
     Args:
       params: float weights, stacked or by layer, on one device.
@@ -300,19 +300,19 @@ def quantized(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -
       to: what they become.
 
     Raises:
-      ValueError: the weights do not match the configuration, are padded, quantised already, or hold
+      ValueError: the weights do not match the configuration, are padded, quantized already, or hold
         NaN or Inf.
     """
     if weights.check(params, config):
         raise ValueError(
-            "weights to quantise: found them padded for a mesh, expected unpadded ones"
+            "weights to quantize: found them padded for a mesh, expected unpadded ones"
         )
     found, on_cpu = {}, jax.default_backend() == "cpu"
     for leaf, x in weights.layers_of(config, params):
         found[leaf.path] = x
         stored = parts(leaf, to)
         if len(stored) == 2:
-            values, scales, _ = quantise(_as_table(x, leaf), stored[0], to)
+            values, scales, _ = quantize(_as_table(x, leaf), stored[0], to)
             kernel = Kernel(
                 jnp.asarray(values), jnp.asarray(scales), leaf.weight.inputs_last({})[-1]
             )
@@ -330,13 +330,13 @@ def _as_table(x: Any, leaf: weights.DiskLeaf) -> np.ndarray:
     """A float weight on the host, in the table's layout.
 
     Raises:
-      ValueError: it is quantised.
+      ValueError: it is quantized.
     """
     if not isinstance(x, Kernel):
         return np.asarray(x)
     if x.scales is not None:
         raise ValueError(
-            f"{'/'.join(leaf.path)}: found {x.values.dtype} with scales, expected floats: quantise "
+            f"{'/'.join(leaf.path)}: found {x.values.dtype} with scales, expected floats: quantize "
             "the original weights"
         )
     values, first = np.asarray(x.values), 0 in leaf.weight.inputs

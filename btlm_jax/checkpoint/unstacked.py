@@ -50,18 +50,18 @@ def load(
 ) -> weights.Params:
     """The weights by layer, {"blocks": {"0": {...}, ...}}.
 
-    Quantised weights become a `kernels.Kernel`. On a CPU without a mesh int4 stays packed, and
+    Quantized weights become a `kernels.Kernel`. On a CPU without a mesh int4 stays packed, and
     float kernels get their inputs last, as CPUs read them fastest. Elsewhere int4 is an array of
     jnp.int4, 4 bits each on TPUs and GPUs, and float kernels are as the table has them.
 
-    On a mesh the outputs of a quantised kernel are split by the table's logical axes, its inputs,
+    On a mesh the outputs of a quantized kernel are split by the table's logical axes, its inputs,
     flattened, by the axis of the first. Where a device's inputs are not whole groups, groups are
     cut into finer ones of the same scale.
 
     Args:
       config: the model.
       read, dtypes: the stored arrays, those of `quantization.disk_leaves(config, to)`.
-      to: what they are quantised to.
+      to: what they are quantized to.
       dtype: of what is stored in floats and is no scale; None keeps it.
       mesh, rules: as for `checkpoint.load`.
       make: makes the arrays.
@@ -136,7 +136,7 @@ def _places(
         if sharding.ways(mesh, rules, axis) > 1:
             raise ValueError(
                 f"{w.name}: its inputs {(first, *others)} are split by the rules at {axis!r}; a "
-                f"quantised weight can be split at {first!r} only: change rules or mesh"
+                f"quantized weight can be split at {first!r} only: change rules or mesh"
             )
 
     def place(split: bool) -> jax.sharding.Sharding:
@@ -154,7 +154,7 @@ def _kernel(
     ways: int,
     make: Make,
 ) -> Kernel:
-    """A quantised kernel of padded `shape` [*O, I] with its inputs split `ways`, int4 unpacked."""
+    """A quantized kernel of padded `shape` [*O, I] with its inputs split `ways`, int4 unpacked."""
     values, scales = parts
     *outputs, inputs = shape
     read_values, read_scales = (functools.partial(read, part) for part in parts)
@@ -164,7 +164,7 @@ def _kernel(
             make((*outputs, 1), jnp.float32, place(False), scales.shape, read_scales),
             inputs,
         )
-    # Where inputs are whole, filling stays: `kernels.dequantised` cuts it off.
+    # Where inputs are whole, filling stays: `kernels.dequantized` cuts it off.
     filled = values.shape[-1] * 2
     length = inputs if ways > 1 else filled
     finer = math.gcd(length // ways, group)

@@ -103,7 +103,7 @@ class BenchTrain:
 @dataclasses.dataclass(frozen=True)
 class BenchLoss:
     """Time the loss with its head, forward and backward, beside the same loss of whole logits, a
-    rematerialised one and a large matrix product, all in turn in one run; compiled memory of each.
+    rematerialized one and a large matrix product, all in turn in one run; compiled memory of each.
     """
 
     preset: str | None = None

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a Hugging Face checkpoint to Orbax, without loss; or quantise one of either format.
+    """Convert a Hugging Face checkpoint to Orbax, without loss; or quantize one of either format.
 
     Killed or failed, the same command continues it.
     """
 
     source: Positional[str]
     """A directory with config.json and safetensors or .bin weights, or a Hub id (org/name); to
-    quantise, an Orbax checkpoint too."""
+    quantize, an Orbax checkpoint too."""
     target: Positional[str]
     """The Orbax checkpoint to write: a directory, or a gs:// URL."""
     revision: str | None = None
@@ -43,7 +43,7 @@ class Convert:
 
     def run(self) -> None:
         from btlm_jax.checkpoint.quantize import Quantization
-        from btlm_jax.convert import convert, quantise
+        from btlm_jax.convert import convert, quantize
 
         options: Any = dict(
             revision=self.revision, max_memory=self.max_memory, overwrite=self.overwrite
@@ -53,10 +53,10 @@ class Convert:
                 self.source, self.target, allow_nonfinite=self.allow_nonfinite, **options
             )
         elif self.allow_nonfinite:
-            raise ValueError("--allow-nonfinite: NaN and Inf cannot be quantised: leave it out")
+            raise ValueError("--allow-nonfinite: NaN and Inf cannot be quantized: leave it out")
         else:
             to = Quantization.parse(self.quantize, self.quantize_embedding)
-            report = quantise(self.source, self.target, to, **options)
+            report = quantize(self.source, self.target, to, **options)
         print(f"{self.target}: {report}")
         print(f"carried along: {', '.join(report.files) or 'no tokenizer'}")
 
@@ -200,7 +200,7 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     if meta.quantization is not None:
         bits = 8 * meta.nbytes / weights.count(meta.config)
         size = f"{byte_size.show(meta.nbytes)}, {bits:.2f} bits a parameter"
-        rows.append(("quantised", f"{meta.quantization}: {size}"))
+        rows.append(("quantized", f"{meta.quantization}: {size}"))
         rows += [("", line) for line in error_lines(meta.errors)]
     if meta.origin.get("source"):
         rows.append(("converted from", meta.origin["source"]))

@@ -27,7 +27,7 @@ class Compile:
     """Chips along each dimension: v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, h200:8; or
     v5e-16, v5p-8 (in cores, as Google names them)."""
     slices: int = 1
-    """How many of them, joined by the data centre's network."""
+    """How many of them, joined by the data center's network."""
     set: Annotated[tuple[str, ...], UseAppendAction] = ()
     """A value of the recipe to override, as section.key=value. May be repeated."""
     phase: int | None = None

@@ -77,7 +77,7 @@ class EvalPerplexity(_Texts):
     batch_size: int | None = None
     """Windows at a time, over all devices; default about 8192 tokens on each."""
     quantize: str | None = None
-    """Also evaluate the weights quantised to these, such as int8,int4,int4:128; embedding int8."""
+    """Also evaluate the weights quantized to these, such as int8,int4,int4:128; embedding int8."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of weights and computation; default as stored, computing in the platform's."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
@@ -99,13 +99,13 @@ class EvalPerplexity(_Texts):
                  if self.quantize is not None]  # fmt: skip
         if kinds and meta.quantization is not None:
             raise ValueError(
-                f"--quantize: {self.checkpoint} is quantised already ({meta.quantization}): leave "
+                f"--quantize: {self.checkpoint} is quantized already ({meta.quantization}): leave "
                 "it out, or name the checkpoint this one was made of"
             )
         mesh = self.mesh.made()
         if kinds and mesh is not None:
             raise ValueError(
-                "--quantize: found a mesh, expected one device, where weights are quantised: leave "
+                "--quantize: found a mesh, expected one device, where weights are quantized: leave "
                 "--mesh out, or evaluate what `btlm convert --quantize` makes on it"
             )
         check_batch_size(self.batch_size, mesh)

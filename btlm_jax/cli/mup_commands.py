@@ -20,7 +20,7 @@ class Models:
     """What is trained, in every width."""
 
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    """Of the models; the first is muP's base, at which all parametrisations are the same model."""
+    """Of the models; the first is muP's base, at which all parametrizations are the same model."""
     heads: int = 4
     """At every width: the head dimension grows, or a wrong scale of attention would stay unseen."""
     layers: int = 2
@@ -75,7 +75,7 @@ class CoordCheck:
     learning_rate: float | None = None
     """Of embeddings; near the best one, or nothing follows. Default 2^-6.25."""
     faults: bool = True
-    """Also break every rule of muP on its own; without, only the standard parametrisation."""
+    """Also break every rule of muP on its own; without, only the standard parametrization."""
 
     def run(self) -> int:
         from btlm_jax.mup_study import coord_check
@@ -93,7 +93,7 @@ class CoordCheck:
         found = coord_check.coord_check(
             family,
             corpus,
-            parametrisations=coord_check.ALL if self.faults else ("muP", "SP"),
+            parametrizations=coord_check.ALL if self.faults else ("muP", "SP"),
             learning_rate=self.learning_rate or coord_check.LEARNING_RATE,
             steps=self.steps,
             seeds=self.models.seeds,
@@ -109,11 +109,11 @@ class CoordCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Sweep the learning rate over widths, under muP and in the standard parametrisation: where the
+    """Sweep the learning rate over widths, under muP and in the standard parametrization: where the
     optimum goes, and what it costs to keep that of the narrowest.
 
     Killed or stopped, the same command goes on. Exit code 1 if muP does not transfer, or if the
-    standard parametrisation does, so that the sweep tells nothing.
+    standard parametrization does, so that the sweep tells nothing.
     """
 
     directory: Positional[Path] = Path("transfer")

@@ -69,7 +69,7 @@ def cross_entropy(
 ) -> CrossEntropy:
     """The cross-entropy of documents, in batches of one shape; whole logits are never held.
 
-    Every batch is summed in fp32, batches in float64. The head of quantised weights is dequantised;
+    Every batch is summed in fp32, batches in float64. The head of quantized weights is dequantized;
     their other products are as `kernels.product` makes them.
 
     Args:

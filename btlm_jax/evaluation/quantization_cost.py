@@ -1,4 +1,4 @@
-"""What quantising costs: the same text under a model's own weights and under quantised ones."""
+"""What quantizing costs: the same text under a model's own weights and under quantized ones."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def compare(
     *,
     batch_size: int | None = None,
 ) -> list[Row]:
-    """The loss of the weights as they are, and quantised in memory to each kind.
+    """The loss of the weights as they are, and quantized in memory to each kind.
 
     On a CPU, products with int8 weights round their other inputs to int8 too (`kernels.product`).
 
     Args:
       model, params: with float weights, stacked, on one device.
       windows: from `windows.cut`.
-      kinds: what to quantise to.
+      kinds: what to quantize to.
       batch_size: as for `cross_entropy`.
 
     Raises:

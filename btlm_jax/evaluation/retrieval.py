@@ -155,9 +155,9 @@ def evaluate(
 def wilson(right: int, of: int) -> tuple[float, float]:
     """The 95 % interval of a proportion (Wilson, 1927, J. Am. Stat. Assoc. 22, 209-212)."""
     z, p = 1.959963984540054, right / of
-    centre, spread = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + (z / (2 * of)) ** 2)
+    center, spread = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + (z / (2 * of)) ** 2)
     # At the ends rounding would leave them a little beyond.
-    low, high = ((centre + s) / (1 + z * z / of) for s in (-spread, spread))
+    low, high = ((center + s) / (1 + z * z / of) for s in (-spread, spread))
     return (0.0 if right == 0 else low), (1.0 if right == of else high)
 
 

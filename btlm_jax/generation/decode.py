@@ -164,7 +164,7 @@ def keys(rows: Rows, step_R: jax.Array) -> jax.Array:
 
 
 def processed(program: Program, rows: Rows, scores_RV, ids_RS, length_R) -> jax.Array:
-    """The scores after processors, warpers and normalisation."""
+    """The scores after processors, warpers and normalization."""
     p, options = program, program.options
     context = Context(
         ids_RS, length_R, rows.first, rows.prompt_length, rows.min_length, rows.max_length

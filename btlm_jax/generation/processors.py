@@ -48,7 +48,7 @@ def process(
     ends = _members(eos, vocab)
     scores = _biased(scores, c, o.sequence_bias + tuple(((t,), b) for t, b in o.logit_bias))
     if o.repetition_penalty != 1:
-        scores = _penalised(scores, c, o.repetition_penalty)
+        scores = _penalized(scores, c, o.repetition_penalty)
     if o.no_repeat_ngram_size:
         scores = _without_repeated(scores, c, o.no_repeat_ngram_size)
     # A single EOS cannot be a bad word: nothing would end.
@@ -101,7 +101,7 @@ def _seen(scores, tokens, where):
     )
 
 
-def _penalised(scores, c: Context, penalty: float):
+def _penalized(scores, c: Context, penalty: float):
     slot = jnp.arange(c.ids.shape[1])
     seen = _seen(scores, c.ids, (slot < c.length[:, None]) & (slot >= c.start[:, None]))
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)

@@ -47,7 +47,7 @@ def attend(q, k, v, *, slopes, segments, positions, precision) -> jax.Array:
 def _chunked(q, k, v, segments, positions, *, slopes, precision):
     of_query, of_key = segments or (None, None)
 
-    # Rematerialised, or the backward pass would keep the scores of every chunk and layer.
+    # Rematerialized, or the backward pass would keep the scores of every chunk and layer.
     @jax.checkpoint
     def attended(q, positions, of_query):
         within = None if of_query is None else (of_query, of_key)

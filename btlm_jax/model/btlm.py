@@ -246,7 +246,7 @@ class BTLM:
         return jnp.dtype(jnp.float32 if sharding.platform(mesh) == "cpu" else jnp.bfloat16)
 
     def _inputs(self, params, ids, mask, segments, positions, types, cache) -> tuple[Spec, dict]:
-        """Checks and normalises the arguments of the forward pass."""
+        """Checks and normalizes the arguments of the forward pass."""
         c, spec = self.config, self.spec(params)
         named = {
             "input_ids": ids,

@@ -102,7 +102,7 @@ def kernel_product(
 
 
 class LayerNorm(Layer):
-    """Scale and bias after normalising by biased statistics, all in fp32."""
+    """Scale and bias after normalizing by biased statistics, all in fp32."""
 
     @nn.compact
     def __call__(self, h_BTD: jax.Array) -> jax.Array:

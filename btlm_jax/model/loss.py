@@ -2,7 +2,7 @@
 
 Logits are the largest array of a training step, so they are never whole: a chunk of rows at a time
 goes through the head, the loss and back, in one pass that leaves the loss and both gradients. That
-is three matrix products where rematerialisation takes four, and the logits of a chunk stay close.
+is three matrix products where rematerialization takes four, and the logits of a chunk stay close.
 """
 
 from __future__ import annotations
@@ -146,11 +146,11 @@ def target_loss(
       segment_ids: int32 [B, T + 1]; attention stays within segments, and the first token of a
         segment is not predicted from the segment before.
       weights: [B, T], the weight of every prediction; a constant to gradients.
-      z_loss: coefficient of the square of log(sum(exp(logits))), which keeps the softmax normalised
+      z_loss: coefficient of the square of log(sum(exp(logits))), which keeps the softmax normalized
         (PaLM, arXiv 2204.02311, section 5, has 1e-4).
 
     Returns:
-      What to minimise, fp32: cross-entropy and z-loss, times the weights, summed over the B * T
+      What to minimize, fp32: cross-entropy and z-loss, times the weights, summed over the B * T
       predictions. And the cross-entropy alone, to report.
 
     Raises:
@@ -233,12 +233,12 @@ def _local_predictions(spec: Spec, vocab_axes, w, h, targets) -> tuple[jax.Array
     def of_chunk(chunk):
         x, labels = chunk
         logits = head_logits(spec, einsum.einsum("nd,vd->nv", x, w, spec.precision), ids)
-        normaliser, chosen, _ = _log_softmax(logits, labels, ids, vocab_axes)
+        normalizer, chosen, _ = _log_softmax(logits, labels, ids, vocab_axes)
         best, top = ids[logits.argmax(-1)], logits.max(-1)
         if vocab_axes:  # as argmax has it: of the shards with the largest logit the lowest id
             first = top == jax.lax.pmax(top, vocab_axes)
             best = jax.lax.pmin(jnp.where(first, best, jnp.iinfo(best.dtype).max), vocab_axes)
-        return normaliser - chosen, best == labels
+        return normalizer - chosen, best == labels
 
     found = jax.lax.map(of_chunk, (_chunks(h), _chunks(targets)))
     nll, likeliest = (x.reshape(-1)[: targets.size].reshape(targets.shape) for x in found)
@@ -248,7 +248,7 @@ def _local_predictions(spec: Spec, vocab_axes, w, h, targets) -> tuple[jax.Array
 def _head(spec: Spec, params: Params) -> jax.Array:
     """The head's weight [V, D], as floats."""
     w = head_weight(spec, params)
-    return packed.dequantised(w, spec.dtype) if isinstance(w, Kernel) else w
+    return packed.dequantized(w, spec.dtype) if isinstance(w, Kernel) else w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -319,13 +319,13 @@ def _local(
         x, labels, weight = chunk
         (nll, penalty), dw = total
         logits = head_logits(spec, product("nd,vd->nv", x, w), ids)
-        normaliser, chosen, hit = _log_softmax(logits, labels, ids, vocab_axes)
-        nll = nll + weighted(normaliser - chosen, weight)
-        penalty = penalty + weighted(z_loss * jnp.square(normaliser), weight)
+        normalizer, chosen, hit = _log_softmax(logits, labels, ids, vocab_axes)
+        nll = nll + weighted(normalizer - chosen, weight)
+        penalty = penalty + weighted(z_loss * jnp.square(normalizer), weight)
         if not gradients:
             return ((nll, penalty), None), None
-        p = jnp.exp(logits - normaliser[:, None])
-        p = p * (1.0 + 2.0 * z_loss * normaliser)[:, None]
+        p = jnp.exp(logits - normalizer[:, None])
+        p = p * (1.0 + 2.0 * z_loss * normalizer)[:, None]
         d = (p - hit) * (weight * spec.config.logits_scale)[:, None]
         # Rounded as the products of the layers round gradients: bf16 stays on the matrix units.
         d = d.astype(spec.dtype)

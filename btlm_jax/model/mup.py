@@ -1,4 +1,4 @@
-"""muP (maximal update parametrisation) for the optimizer.
+"""muP (maximal update parametrization) for the optimizer.
 
 The forward multipliers of muP live in the model and its initial scales in the table of weights.
 What is left are the groups of the original's `get_mup_param_groups`: a factor on the learning rate
@@ -15,7 +15,7 @@ depth of `completep_base_layers`, everything in a layer learns at d ** (alpha - 
 eps becomes eps / m * d ** -alpha, and hidden matrices decay "coupled".
 
 `adamw`, `lion` and `muon` have everything in its place. In a chain of one's own, `scale_by_mup`
-must come after what normalises the gradients (Adam would divide the factor out again), and within
+must come after what normalizes the gradients (Adam would divide the factor out again), and within
 `schedule_free`, never around it. A transformation cannot see its neighbours in `optax.chain`; so
 `chain` and `check` look at the optimizer's state, which lists them in order.
 """
@@ -48,7 +48,7 @@ Decay = Literal["original", "coupled", "independent"]
 Embeddings lose lr * wd under each, vectors nothing.
 """
 
-# What normalises the gradients; "muon_rms" is Muon scaled to a consistent RMS.
+# What normalizes the gradients; "muon_rms" is Muon scaled to a consistent RMS.
 Optimizer = Literal["adam", "lion", "muon", "muon_rms"]
 # Hidden matrices learn at lr * m ** -power. Adam and Lion move every entry by about lr, which adds
 # up over m times as many inputs. Muon's updates have the spectral norm sqrt(max(1, out / in)),
@@ -107,7 +107,7 @@ class ScaleByMupState(NamedTuple):
 def scale_by_mup(config: BTLMConfig, optimizer: Optimizer = "adam") -> optax.GradientTransformation:
     """Multiplies updates by `multipliers`: hidden matrices by mup_width_scale. Stateless.
 
-    It belongs after what normalises the gradients: before Adam it would change nothing.
+    It belongs after what normalizes the gradients: before Adam it would change nothing.
     `add_decayed_weights` before it gives the "original" decay, after it the "independent" one.
     Under CompleteP, Adam's eps is yours to scale, as `adamw` does. Compose with `mup.chain`, which
     refuses a wrong order.
@@ -156,7 +156,7 @@ def check(state: Any) -> None:
     """Checks where `scale_by_mup` stands in any optimizer, by the state that its `init` returned.
 
     It is wrong before what keeps statistics of its updates (but for momentum, which is linear),
-    after `schedule_free`, and a second time in one chain. What normalises without a state
+    after `schedule_free`, and a second time in one chain. What normalizes without a state
     (`optax.scale_by_sign`) leaves no trace and goes unseen.
 
     Raises:
@@ -171,11 +171,11 @@ def check(state: Any) -> None:
         wrong = {
             "twice": len(marked) > 1,
             "after schedule_free": _holds(before, ScheduleFreeState),
-            "before what normalises": any(getattr(x, "ndim", 0) for x in statistics),
+            "before what normalizes": any(getattr(x, "ndim", 0) for x in statistics),
         }
         for where in (name for name, found in wrong.items() if found):
             raise ValueError(
-                f"scale_by_mup: found {where}, expected once, after what normalises the gradients "
+                f"scale_by_mup: found {where}, expected once, after what normalizes the gradients "
                 "and within schedule_free (the optimizers of btlm_jax.mup contain it)"
             )
     if isinstance(state, tuple | list | Mapping):
@@ -216,10 +216,10 @@ def adamw(
     Raises:
       ValueError: unknown decay, "original" with CompleteP; on update, weights of another config.
     """
-    normalise = optax.scale_by_adam(b1, b2, _eps(config, eps), mu_dtype=mu_dtype)
+    normalize = optax.scale_by_adam(b1, b2, _eps(config, eps), mu_dtype=mu_dtype)
     rate = optax.scale_by_learning_rate(learning_rate)
     factors = _factors(config, "adam", decay)
-    return _optimizer(config, clip_norm, normalise, weight_decay, factors, rate)
+    return _optimizer(config, clip_norm, normalize, weight_decay, factors, rate)
 
 
 def lion(
@@ -234,10 +234,10 @@ def lion(
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lion (optax.lion) in the muP groups; arguments and errors are those of `adamw`."""
-    normalise = optax.scale_by_lion(b1, b2, mu_dtype=mu_dtype)
+    normalize = optax.scale_by_lion(b1, b2, mu_dtype=mu_dtype)
     rate = optax.scale_by_learning_rate(learning_rate)
     factors = _factors(config, "lion", decay)
-    return _optimizer(config, clip_norm, normalise, weight_decay, factors, rate)
+    return _optimizer(config, clip_norm, normalize, weight_decay, factors, rate)
 
 
 def muon(
@@ -284,16 +284,16 @@ def muon(
         optax.scale(consistent_rms if rms else 1.0),
     )
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=True)
-    normalise = optax.partition({"muon": matrices, "adam": adam}, labels)
+    normalize = optax.partition({"muon": matrices, "adam": adam}, labels)
     rate = optax.scale_by_learning_rate(learning_rate)
     if adam_learning_rate is not None:
         other = optax.scale_by_learning_rate(adam_learning_rate)
         rate = optax.partition({"muon": rate, "adam": other}, labels)
     factors = _factors(config, "muon_rms" if rms else "muon", decay)
-    return _optimizer(config, clip_norm, normalise, weight_decay, factors, rate)
+    return _optimizer(config, clip_norm, normalize, weight_decay, factors, rate)
 
 
-def _optimizer(config, clip_norm, normalise, weight_decay, factors, rate):
+def _optimizer(config, clip_norm, normalize, weight_decay, factors, rate):
     """The order of every optimizer here. In it a group's learning rate multiplies its decay."""
     decays = []
     for factor in sorted({decay for _, decay in factors.values()} - {0.0}):
@@ -301,7 +301,7 @@ def _optimizer(config, clip_norm, normalise, weight_decay, factors, rate):
         decays.append(optax.add_decayed_weights(weight_decay * factor, mask))
     return chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
-        normalise,
+        normalize,
         *decays,
         _multiply({path: r for path, (r, _) in factors.items()}, config, ScaleByMupState()),
         rate,

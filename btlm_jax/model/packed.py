@@ -83,7 +83,7 @@ def unpack(packed: jax.Array) -> jax.Array:
     return jnp.stack([low, high], -2).reshape(*packed.shape[:-1], -1)
 
 
-def dequantised(kernel: Kernel, dtype) -> jax.Array:
+def dequantized(kernel: Kernel, dtype) -> jax.Array:
     """The weights as an array [*O, I] of `dtype`; each is rounded once."""
     values, scales = kernel.values, kernel.scales
     if kernel.packed:
@@ -153,7 +153,7 @@ def product(
         bits = jnp.isnan(x.reshape(-1)[0]).astype(jnp.uint8)
         scales, x = jax.lax.optimization_barrier((scales, x))
         kernel = dataclasses.replace(kernel, values=values ^ bits, scales=scales)
-    w = dequantised(kernel, x.dtype)
+    w = dequantized(kernel, x.dtype)
     return _dot(x, w, on_cpu, precision, out_sharding, jnp.float32)
 
 

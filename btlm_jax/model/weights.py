@@ -40,7 +40,7 @@ class Weight:
       axes: the logical axis of each dimension (`sharding.RULES` maps them to mesh axes); None is
         replicated by design.
       inputs: the dimensions over which a product with it sums; none for what is only added. These
-        weights can be quantised (`kernels.Kernel`).
+        weights can be quantized (`kernels.Kernel`).
       mean, std: the init is N(mean, std²), untruncated; std 0 is a constant.
       role: the muP group (FACTS of the original's `get_mup_param_groups`): "hidden" arrays get
         their learning rate multiplied by mup_width_scale.
@@ -349,7 +349,7 @@ class DiskLeaf:
 
     Attributes:
       weight, layer: which weight.
-      part: of a quantised weight, which of its arrays (`quantization.parts`).
+      part: of a quantized weight, which of its arrays (`quantization.parts`).
       part_shape: the shape of the part.
       dtype: the only one it can have; None is any of `STORED_DTYPES`.
     """

@@ -2,7 +2,7 @@
 
 Models of several widths train for a few steps. Under muP what they compute changes by amounts that
 do not depend on the width; the fitted slope of log2(mean |change|) against log2(width) is near 0.
-Wherever a rule of the parametrisation is broken, some slope is far from it, and the check runs such
+Wherever a rule of the parametrization is broken, some slope is far from it, and the check runs such
 models too: one that they pass would prove nothing.
 """
 
@@ -23,17 +23,17 @@ from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.weights import Params
 from btlm_jax.mup_study.corpus import Corpus
 from btlm_jax.mup_study.parametrization import (
-    PARAMETRISATIONS,
+    PARAMETRIZATIONS,
     Family,
     Rules,
-    reparametrised,
+    reparametrized,
     start,
     step,
 )
 from btlm_jax.utils import plots
 from btlm_jax.utils.progress import Progress
 
-ALL = tuple(PARAMETRISATIONS)
+ALL = tuple(PARAMETRIZATIONS)
 # About the best one of `transfer`, for the default family.
 LEARNING_RATE = 2**-6.25
 # The greatest |slope| that passes. Attention logits start with random signs, at 1 / sqrt(d), and
@@ -63,26 +63,26 @@ class CoordCheck:
 
     Attributes:
       widths: of the models.
-      sizes: parametrisation -> curve -> mean |activation| at step 0, then mean |change since then|
+      sizes: parametrization -> curve -> mean |activation| at step 0, then mean |change since then|
         after every step, [seeds, steps + 1, widths].
-      losses: parametrisation -> of the last step, nats per token, [seeds, widths].
+      losses: parametrization -> of the last step, nats per token, [seeds, widths].
     """
 
     widths: tuple[int, ...]
     sizes: dict[str, dict[str, np.ndarray]]
     losses: dict[str, np.ndarray]
 
-    def slope(self, parametrisation: str, curve: str, at: int = -1) -> float:
+    def slope(self, parametrization: str, curve: str, at: int = -1) -> float:
         """Of log2(size) against log2(width) after a step (0: at the start), mean over seeds; inf
         where some width has diverged."""
-        size = self.sizes[parametrisation][curve][:, at].mean(0)
+        size = self.sizes[parametrization][curve][:, at].mean(0)
         if not np.isfinite(size).all():
             return math.inf
         return float(np.polyfit(np.log2(self.widths), np.log2(size), 1)[0])
 
-    def passes(self, parametrisation: str) -> bool:
+    def passes(self, parametrization: str) -> bool:
         """Whether every curve is as flat as muP's should be."""
-        return all(abs(self.slope(parametrisation, curve)) <= n for curve, n in LIMITS.items())
+        return all(abs(self.slope(parametrization, curve)) <= n for curve, n in LIMITS.items())
 
     def found(self, fault: str) -> bool:
         """Whether a broken rule shows in every curve in which it must."""
@@ -94,18 +94,18 @@ def coord_check(
     family: Family,
     corpus: Corpus,
     *,
-    parametrisations: Sequence[str] = ALL,
+    parametrizations: Sequence[str] = ALL,
     learning_rate: float = LEARNING_RATE,
     steps: int = 10,
     seeds: int = 2,
     batch_size: int = 8,
     length: int = 64,
 ) -> CoordCheck:
-    """Trains every parametrisation at every width, and measures what they compute.
+    """Trains every parametrization at every width, and measures what they compute.
 
     Args:
       family, corpus: what is trained in which widths, and on what.
-      parametrisations: of `ALL`: "muP", "SP", and muP with one of its rules broken.
+      parametrizations: of `ALL`: "muP", "SP", and muP with one of its rules broken.
       learning_rate: of embeddings, at every step. It should be near the best one: far above it even
         muP's activations depend on the width, far below nothing moves.
       steps: to train; activations are those of one held-out batch.
@@ -115,13 +115,13 @@ def coord_check(
     batches = corpus.batches(steps, batch_size, length, seed=0)
     seen = corpus.windows(1, batch_size, length)[0, :, :-1]
     shape = (seeds, steps + 1, len(family.widths))
-    sizes = {p: {c: np.zeros(shape) for c in LIMITS} for p in parametrisations}
-    losses = {p: np.zeros((seeds, len(family.widths))) for p in parametrisations}
-    work = sum(map(family.cost, family.widths)) * seeds * steps * len(parametrisations)
+    sizes = {p: {c: np.zeros(shape) for c in LIMITS} for p in parametrizations}
+    losses = {p: np.zeros((seeds, len(family.widths))) for p in parametrizations}
+    work = sum(map(family.cost, family.widths)) * seeds * steps * len(parametrizations)
     with Progress(work, "base step", "coordinate check") as progress:
         for j, width in enumerate(family.widths):
             model = BTLM(family.at(width))
-            for name in parametrisations:
+            for name in parametrizations:
                 rules = family.rules(name, width)
                 for seed in range(seeds):
                     trial, mean = start(model, np.int32(seed), rules), np.nan
@@ -143,7 +143,7 @@ def coord_check(
 @functools.partial(jax.jit, static_argnames="model")
 def activations(model: BTLM, params: Params, tokens: jax.Array, rules: Rules) -> dict[str, Any]:
     """What the check looks at, by the names of `LIMITS`."""
-    got = model.intermediates(reparametrised(model, params, rules), tokens)
+    got = model.intermediates(reparametrized(model, params, rules), tokens)
     logits = jnp.einsum("lbhtk,lbhsk->lbhts", got.queries, got.keys)
     last = got.hidden_states[-2] + got.attention_outputs[-1] + got.mlp_outputs[-1]
     return {
@@ -163,7 +163,7 @@ def _sizes(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, jax.
 
 
 def table(found: CoordCheck) -> Iterator[str]:
-    """Slopes by parametrisation and curve, and the verdicts, as lines of text."""
+    """Slopes by parametrization and curve, and the verdicts, as lines of text."""
     curves = list(LIMITS)
     yield f"{'slope of log2 size against log2 width':<40}" + "".join(f"{c:>18}" for c in curves)
     for name, by_curve in found.sizes.items():
@@ -177,7 +177,7 @@ def table(found: CoordCheck) -> Iterator[str]:
 
 
 def verdicts(found: CoordCheck) -> Iterator[tuple[bool, str]]:
-    """Whether each parametrisation does as it must, and that in words."""
+    """Whether each parametrization does as it must, and that in words."""
     for name in found.sizes:
         steepest = max(LIMITS, key=lambda c: abs(found.slope(name, c)) / LIMITS[c])
         slope = f"steepest {steepest} {found.slope(name, steepest):+.2f}"
@@ -214,7 +214,7 @@ def to_json(found: CoordCheck) -> dict[str, Any]:
 
 
 def draw(path: Path, found: CoordCheck) -> None:
-    """A row of panels for every parametrisation: change against width, a line per step."""
+    """A row of panels for every parametrization: change against width, a line per step."""
     from matplotlib import colormaps
 
     names, curves = list(found.sizes), list(LIMITS)

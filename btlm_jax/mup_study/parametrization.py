@@ -1,8 +1,8 @@
 """muP and departures from it: one model in several widths, trained by rules that are arguments.
 
 A departure is a handful of factors (`Rules`) on what the configuration and `mup.adamw` prescribe.
-They are traced, so that one compiled program per width serves every parametrisation, learning rate
-and seed. At the base width all parametrisations are the same model.
+They are traced, so that one compiled program per width serves every parametrization, learning rate
+and seed. At the base width all parametrizations are the same model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Rules(NamedTuple):
     logits: Any = 1.0  # on the logits
 
 
-PARAMETRISATIONS: Mapping[str, Callable[[float], Rules]] = {
+PARAMETRIZATIONS: Mapping[str, Callable[[float], Rules]] = {
     # From m, the width and the head dimension over those of the base.
     "muP": lambda m: Rules(),
     # Standard: hidden matrices start at 1 / sqrt(inputs), as in muP, and nothing else knows m.
@@ -90,9 +90,9 @@ class Family:
         """About how long a step takes, in steps of the base: measured, the 1.5th power."""
         return (width / self.widths[0]) ** 1.5
 
-    def rules(self, parametrisation: str, width: int) -> Rules:
-        """Of a parametrisation at one width, as arrays: a float would be a program of its own."""
-        rules = PARAMETRISATIONS[parametrisation](width / self.widths[0])
+    def rules(self, parametrization: str, width: int) -> Rules:
+        """Of a parametrization at one width, as arrays: a float would be a program of its own."""
+        rules = PARAMETRIZATIONS[parametrization](width / self.widths[0])
         return Rules(*(np.float32(x) for x in rules))
 
 
@@ -115,7 +115,7 @@ def shape(vocab_size: int, layers: int = 2, heads: int = 4, base: BTLMConfig | N
     )  # fmt: skip
 
 
-def reparametrised(model: BTLM, params: Params, rules: Rules) -> Params:
+def reparametrized(model: BTLM, params: Params, rules: Rules) -> Params:
     """The weights with which the model computes what `rules` say with `params`.
 
     The factor on queries goes into their projection, that on logits into ln_f, which only they
@@ -158,7 +158,7 @@ def step(
     """One step of AdamW on tokens [B, T + 1]. Returns the loss before it too, nats per token."""
 
     def loss(params):
-        objective, found = target_loss(model, reparametrised(model, params, rules), tokens)
+        objective, found = target_loss(model, reparametrized(model, params, rules), tokens)
         return objective / found.tokens, found.mean
 
     grads, mean = jax.grad(loss, has_aux=True)(trial.params)
@@ -181,6 +181,6 @@ def _optimizer(model: BTLM) -> optax.GradientTransformationExtraArgs:
 @functools.partial(jax.jit, static_argnames="model")
 def loss(model: BTLM, params: Params, tokens: jax.Array, rules: Rules) -> jax.Array:
     """Nats per token of windows [N, B, T + 1]."""
-    one = functools.partial(target_loss, model, reparametrised(model, params, rules))
+    one = functools.partial(target_loss, model, reparametrized(model, params, rules))
     sums = jax.lax.map(lambda x: one(x)[1], tokens)
     return sums.nll.sum() / sums.tokens.sum()

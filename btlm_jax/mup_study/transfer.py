@@ -2,7 +2,7 @@
 
 For every width, models are trained at learning rates a factor of two apart, from the best one of
 the width before, outwards until the best lies between two worse ones. Under muP the optimum should
-stay where it is; in the standard parametrisation (SP) it moves. A directory keeps every run that
+stay where it is; in the standard parametrization (SP) it moves. A directory keeps every run that
 has ended, so that a sweep that was stopped goes on.
 """
 
@@ -43,7 +43,7 @@ _LOWEST, _HIGHEST = -16, 0
 class Run(NamedTuple):
     """One training run; the learning rate is 2**exponent."""
 
-    parametrisation: str
+    parametrization: str
     width: int
     exponent: int
     seed: int
@@ -62,18 +62,18 @@ class Transfer:
     widths: tuple[int, ...]
     runs: tuple[Run, ...]
 
-    def curve(self, parametrisation: str, width: int) -> dict[int, float]:
+    def curve(self, parametrization: str, width: int) -> dict[int, float]:
         """Exponent of the learning rate -> loss, mean over seeds. At the base all are one."""
-        name = _name(parametrisation, width, self.widths)
+        name = _name(parametrization, width, self.widths)
         losses = defaultdict(list)
         for run in self.runs:
-            if (run.parametrisation, run.width) == (name, width):
+            if (run.parametrization, run.width) == (name, width):
                 losses[run.exponent].append(run.loss)
         return {e: float(np.mean(losses[e])) for e in sorted(losses)}
 
-    def optimum(self, parametrisation: str, width: int) -> tuple[float, float]:
+    def optimum(self, parametrization: str, width: int) -> tuple[float, float]:
         """log2 of the best learning rate, and the loss there: of the parabola through the best."""
-        curve = self.curve(parametrisation, width)
+        curve = self.curve(parametrization, width)
         best = min(curve, key=curve.__getitem__)
         left, middle, right = (curve.get(best + i, math.inf) for i in (-1, 0, 1))
         bend = left - 2 * middle + right
@@ -81,17 +81,17 @@ class Transfer:
             return float(best), middle
         return best + 0.5 * (left - right) / bend, middle - (left - right) ** 2 / (8 * bend)
 
-    def octaves(self, parametrisation: str) -> float:
+    def octaves(self, parametrization: str) -> float:
         """By how much log2 of the optimum moves when the width doubles (fitted)."""
-        optima = [self.optimum(parametrisation, w)[0] for w in self.widths]
+        optima = [self.optimum(parametrization, w)[0] for w in self.widths]
         return float(np.polyfit(np.log2(self.widths), optima, 1)[0])
 
-    def regret(self, parametrisation: str, width: int) -> float:
+    def regret(self, parametrization: str, width: int) -> float:
         """What the best learning rate of the base costs: its loss, at the base's best exponent that
         was tried, above that of the optimum; nats per token."""
-        base = self.curve(parametrisation, self.widths[0])
-        at = self.curve(parametrisation, width)[min(base, key=base.__getitem__)]
-        return at - self.optimum(parametrisation, width)[1]
+        base = self.curve(parametrization, self.widths[0])
+        at = self.curve(parametrization, width)[min(base, key=base.__getitem__)]
+        return at - self.optimum(parametrization, width)[1]
 
 
 def transfer(
@@ -129,7 +129,7 @@ def transfer(
     held = corpus.windows(_HELD_OUT_BATCHES, batch_size, length)
 
     def train(run: Run) -> Run:
-        model, rules = BTLM(family.at(run.width)), family.rules(run.parametrisation, run.width)
+        model, rules = BTLM(family.at(run.width)), family.rules(run.parametrization, run.width)
         trial = start(model, np.int32(run.seed), rules)
         batches = corpus.batches(steps, batch_size, length, seed=run.seed)
         for tokens, factor in zip(batches, schedule(steps), strict=True):
@@ -172,18 +172,18 @@ def transfer(
 
 
 def _search(widths: tuple[int, ...], first: int, measured: Callable[..., float]) -> None:
-    """Measures what `Transfer` needs to know of every parametrisation and width.
+    """Measures what `Transfer` needs to know of every parametrization and width.
 
     Args:
-      measured: the loss of a parametrisation, width and exponent; `more` if it is one beyond three.
+      measured: the loss of a parametrization, width and exponent; `more` if it is one beyond three.
     """
     base = first
     for name in COMPARED:
-        centre = base
+        center = base
         for width in widths:
             if name != _name(name, width, widths):  # muP's, and known
                 continue
-            curve = {e: measured(name, width, e) for e in (centre - 1, centre, centre + 1)}
+            curve = {e: measured(name, width, e) for e in (center - 1, center, center + 1)}
             while (best := min(curve, key=curve.__getitem__)) in (min(curve), max(curve)):
                 further = best - 1 if best == min(curve) else best + 1
                 if not _LOWEST <= further <= _HIGHEST:
@@ -192,16 +192,16 @@ def _search(widths: tuple[int, ...], first: int, measured: Callable[..., float])
                         f"2^{best}: no optimum. Is the data text, and are there enough steps?"
                     )
                 curve[further] = measured(name, width, further, more=True)
-            centre = best
+            center = best
             if width == widths[0]:
                 base = best
             elif base not in curve:
                 measured(name, width, base, more=True)
 
 
-def _name(parametrisation: str, width: int, widths: tuple[int, ...]) -> str:
+def _name(parametrization: str, width: int, widths: tuple[int, ...]) -> str:
     """Under which name a run is kept: at the base width, where all are the same model, muP's."""
-    return "muP" if width == widths[0] else parametrisation
+    return "muP" if width == widths[0] else parametrization
 
 
 def _claim(directory: Path, settings: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Collectives in optimised HLO: what a compiled program sends between devices, and how often.
+"""Collectives in optimized HLO: what a compiled program sends between devices, and how often.
 
 XLA's text names every operation once; those in the body of a loop run as often as the loop does, so
 the computations are walked from the entry with the loops' trip counts multiplied. TPU and GPU

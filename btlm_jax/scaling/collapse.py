@@ -86,7 +86,7 @@ def bins_for(curves: Sequence[Curve]) -> int:
     return bins
 
 
-def centres(bins: int) -> np.ndarray:
+def centers(bins: int) -> np.ndarray:
     """The middles of the bins, as fractions of training: [bins]."""
     return (np.arange(bins) + 0.5) / bins
 
@@ -114,7 +114,7 @@ def binned(curve: Curve, bins: int) -> np.ndarray:
 @functools.cache
 def _end_weights(bins: int) -> np.ndarray:
     """[bins]: their product with a curve's bins is its value at the end of training."""
-    t = centres(bins) - 1
+    t = centers(bins) - 1
     last = t > -_END
     weights = np.zeros(bins)
     weights[last] = np.linalg.pinv(np.vander(t[last], 3))[-1]
@@ -160,7 +160,7 @@ def family(curves: Sequence[Curve], bins: int) -> Family:
     if not curves:
         raise ValueError("family: found no finished run, expected one or more to compare with")
     y = np.stack([binned(c, bins) for c in curves])
-    used = centres(bins) > IGNORED
+    used = centers(bins) > IGNORED
     if np.isnan(y[:, used]).any():
         which = int(np.flatnonzero(np.isnan(y[:, used]).any(1))[0])
         raise ValueError(
@@ -188,7 +188,7 @@ def _roughness(y: np.ndarray) -> float:
 def final_loss(curve: Curve, bins: int) -> Value:
     """What a finished run ends at: the end of a parabola through the last fifth of its training."""
     y, weights = binned(curve, bins), _end_weights(bins)
-    used = centres(bins) > IGNORED
+    used = centers(bins) > IGNORED
     loss = float(np.exp(weights[used] @ y[used]))
     return Value(loss, loss * _roughness(y[used]) * float(np.linalg.norm(weights)))
 
@@ -218,7 +218,7 @@ def align(of: Family, curve: Curve) -> Aligned:
       TooEarly: it has not come far enough into `WINDOW`.
     """
     bins, y = len(of.shape), binned(curve, len(of.shape))
-    t = centres(bins)
+    t = centers(bins)
     window = (t > WINDOW[0]) & (t < WINDOW[1]) & ~np.isnan(y)
     if window.sum() < 0.05 * bins:
         raise TooEarly(
@@ -263,7 +263,7 @@ def monitor(of: Family, curve: Curve) -> Verdict:
     Raises:
       ValueError: as `align`.
     """
-    bins, t = len(of.shape), centres(len(of.shape))
+    bins, t = len(of.shape), centers(len(of.shape))
     residuals = align(of, curve).residuals
     used = ~np.isnan(residuals)
     r, t = residuals[used], t[used]

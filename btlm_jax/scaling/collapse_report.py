@@ -114,7 +114,7 @@ def to_json(report: Report) -> dict[str, Any]:
 def draw(path: Path, report: Report, curves: Mapping[str, Curve]) -> None:
     """The curves laid over each other, and what is left of each beside the family, as PNG."""
     bins = len(report.family.shape)
-    t = 100 * collapse.centres(bins)
+    t = 100 * collapse.centers(bins)
     shown = t > 100 * collapse.IGNORED
     made, panels = plots.figure(columns=2)
     left, right = panels[0]

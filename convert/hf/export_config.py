@@ -1,4 +1,4 @@
-"""The small JSON files of an export: `config.json` in its source's flavour, generation config."""
+"""The small JSON files of an export: `config.json` in its source's flavor, generation config."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def config_json(meta: Metadata) -> dict[str, Any]:
-    """The `config.json`: the original one, with what has changed since put in its own flavour.
+    """The `config.json`: the original one, with what has changed since put in its own flavor.
 
-    A model that never had one gets the released flavour, as does one that its own cannot express
+    A model that never had one gets the released flavor, as does one that its own cannot express
     (a Jais-13b of another base width, say), with a warning.
     """
     original = meta.origin.get("hf_config")

@@ -35,11 +35,11 @@ def leaf_of(inputs: int, outputs: int) -> weights.DiskLeaf:
     return weights.DiskLeaf(w, 0)
 
 
-def quantise(x: np.ndarray, to: Quantization) -> tuple[np.ndarray, np.ndarray, quantize.Errors]:
+def quantize(x: np.ndarray, to: Quantization) -> tuple[np.ndarray, np.ndarray, quantize.Errors]:
     """Values as int8 [O, I], scales [O, G] and errors of a kernel [I, O]."""
     leaf = leaf_of(*x.shape)
     values, scales = quantize.parts(leaf, to)
-    found = quantize.quantise(x, values, to)
+    found = quantize.quantize(x, values, to)
     for array, part in ((found.values, values), (found.scales, scales)):
         assert array.shape == part.shape and array.dtype == part.dtype
     whole = found.values if to.group is None else quantize.unpacked(found.values)
@@ -47,7 +47,7 @@ def quantise(x: np.ndarray, to: Quantization) -> tuple[np.ndarray, np.ndarray, q
     return whole[:, : len(x)], found.scales, found.errors
 
 
-def dequantise(values: np.ndarray, scales: np.ndarray, group: int | None) -> np.ndarray:
+def dequantize(values: np.ndarray, scales: np.ndarray, group: int | None) -> np.ndarray:
     """float64 [I, O], by the definition."""
     each = np.repeat(scales.astype(np.float64), group or values.shape[1], axis=1)
     return (values * each[:, : values.shape[1]]).T
@@ -84,9 +84,9 @@ def matrices(elements):
 @given(matrices(moderate), st.sampled_from(quantize.GROUPS))
 @example(np.full((32, 1), 1.1, np.float32), 32)  # max - min is zero
 def test_int4_is_no_worse_than_the_rule_of_q4_0(x, group):
-    values, scales, _ = quantise(x, Quantization(4, group))
+    values, scales, _ = quantize(x, Quantization(4, group))
     assert values.min() >= -8 and values.max() <= 7
-    error = squared(x, dequantise(values, scales, group), group)
+    error = squared(x, dequantize(values, scales, group), group)
     # That scale, as rounded to bf16, is one of those tried. fp32 sums of 128 squares of numbers
     # below 1 that choose between scales are off by less than 128 * 2^-24 of their sum, and each
     # residue by 2^-20 of the group's largest weight, which is what the square's floor allows for.
@@ -107,13 +107,13 @@ def test_int4_is_no_worse_than_the_rule_of_q4_0(x, group):
 @example(np.full((3, 2), 2.0**-149, np.float32), KINDS[2])
 @example(np.full((3, 2), np.finfo(np.float32).max, np.float32), KINDS[2])
 @example(np.full((3, 2), -np.finfo(np.float32).max, np.float32), KINDS[0])
-def test_every_finite_weight_can_be_quantised(x, to):
+def test_every_finite_weight_can_be_quantized(x, to):
     """Tiny and huge ones too: within half a step, or clipped by Q4_0's rule or a better one."""
-    values, scales, errors = quantise(x, to)
+    values, scales, errors = quantize(x, to)
     scale = scales.astype(np.float64)
     normal = (scale == 0) | (np.abs(scale) >= 2.0**-126)
     assert np.isfinite(scale).all() and normal.all()
-    got = dequantise(values, scales, to.group)
+    got = dequantize(values, scales, to.group)
     assert np.isfinite(got.astype(np.float32)).all()
     assert not got[x == 0].any()
     if to.group is None:  # fp32 rounds x / scale, up to 127, by 2^-17 of a step
@@ -128,10 +128,10 @@ def test_every_finite_weight_can_be_quantised(x, to):
 
 
 @given(matrices(finite | moderate), st.sampled_from(KINDS))
-def test_what_was_dequantised_is_quantised_to_itself(x, to):
-    values, scales, _ = quantise(x, to)
-    once = dequantise(values, scales, to.group).astype(np.float32)
-    again = quantise(once, to)
+def test_what_was_dequantised_is_quantized_to_itself(x, to):
+    values, scales, _ = quantize(x, to)
+    once = dequantize(values, scales, to.group).astype(np.float32)
+    again = quantize(once, to)
     if to.group is None:
         # int8 times an fp32 scale is rounded to fp32: a scale may come back one ulp away.
         np.testing.assert_array_equal(again[0], values)
@@ -139,7 +139,7 @@ def test_what_was_dequantised_is_quantised_to_itself(x, to):
         np.testing.assert_allclose(again[1][some], scales[some], rtol=2.0**-22)
     else:
         # int4 times bf16 is exact in fp32. A scale's sign may turn, with the values'.
-        np.testing.assert_array_equal(dequantise(*again[:2], to.group), once)
+        np.testing.assert_array_equal(dequantize(*again[:2], to.group), once)
         assert again[2].error <= 2.0**-40 * again[2].weights  # of x / scale, rounded to fp32
 
 
@@ -147,8 +147,8 @@ def test_what_was_dequantised_is_quantised_to_itself(x, to):
 @example(np.array([[-1.0], [1.0]] * 3 + [[1.0]], np.float32), KINDS[1])  # the rule takes the first
 def test_the_errors_that_are_told(x, to):
     assume(np.abs(x).max() > 1e-3)
-    values, scales, errors = quantise(x, to)
-    exact = np.square(x - dequantise(values, scales, to.group)).sum()
+    values, scales, errors = quantize(x, to)
+    exact = np.square(x - dequantize(values, scales, to.group)).sum()
     size = np.square(x.astype(np.float64)).sum()
     # fp32 residues are off by 2^-20 of the largest weight, below size^0.5.
     close = dict(rtol=1e-4, atol=2.0**-18 * size)
@@ -165,13 +165,13 @@ def test_the_errors_that_are_told(x, to):
 def test_gain_over_q4_0_on_normal_weights(group, bound):
     """A tenth of a bit's worth: 0.0859, 0.0949 and 0.1031 by the rule, at 32, 64 and 128."""
     x = np.random.default_rng(0).standard_normal((1280, 256), np.float32) * 0.02
-    told = quantise(x.astype(BF16), Quantization(4, group))[2].relative()
+    told = quantize(x.astype(BF16), Quantization(4, group))[2].relative()
     assert told["rms"] < bound and told["rms"] < 0.955 * told["q4_0"]
 
 
 def test_int8_is_one_scale_per_output():
     x = np.array([[1.0, 127.0], [-0.25, -254.0], [0.5, 3.0]], np.float32)
-    values, scales, _ = quantise(x, INT8)
+    values, scales, _ = quantize(x, INT8)
     np.testing.assert_array_equal(scales, np.array([[1 / 127], [2.0]], np.float32))
     np.testing.assert_array_equal(values, [[127, -32, 64], [64, -127, 2]])  # 1.5 to even
 
@@ -181,7 +181,7 @@ def test_two_int4_share_a_byte():
     x = ((np.arange(256) * 7 + np.arange(256) // 64) % 16 - 8).astype(np.float32)[:, None]
     leaf = leaf_of(256, 1)
     to = Quantization(4, 64)
-    packed = quantize.quantise(x, quantize.parts(leaf, to)[0], to).values
+    packed = quantize.quantize(x, quantize.parts(leaf, to)[0], to).values
     assert packed.shape == (1, 128) and packed.dtype == np.uint8
     values = x[:, 0].astype(int).reshape(2, 2, 64)
     np.testing.assert_array_equal(packed.reshape(2, 64) & 15, values[:, 0] & 15)
@@ -202,7 +202,7 @@ def test_what_is_not_finite_is_refused(to, bad):
     x = np.ones((130, 3), np.float32)
     x[129, 1] = bad
     with pytest.raises(ValueError, match=r"blocks/0/mlp/c_fc/kernel/int. holds NaN or Inf"):
-        quantise(x, to)
+        quantize(x, to)
 
 
 # The whole model ----------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_quantized(params, to):
         assert got.packed == four and got.scales.dtype == (BF16 if four else np.float32)
         outputs = [i for i in range(x.ndim) if i not in w.inputs]
         expected = x.transpose(*outputs, *w.inputs).reshape(got.shape)
-        error = np.asarray(packed_lib.dequantised(got, jnp.float32)) - expected
+        error = np.asarray(packed_lib.dequantized(got, jnp.float32)) - expected
         relative = np.linalg.norm(error) / np.linalg.norm(expected)
         assert relative < (0.11 if four else 0.01), w.name  # normal weights: 0.097, 0.007
 
@@ -246,7 +246,7 @@ def test_quantized_takes_weights_by_layer(params, to):
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected))
 
 
-def test_bf16_stays_where_nothing_is_quantised(params):
+def test_bf16_stays_where_nothing_is_quantized(params):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     found = quantize.quantized(half, CONFIG, Quantization(4, 64, "bfloat16"))
     assert found["wte"].values.dtype == found["lm_head"].values.dtype == jnp.bfloat16
@@ -256,7 +256,7 @@ def test_bf16_stays_where_nothing_is_quantised(params):
     np.testing.assert_array_equal(full["wte"].values, half["wte"])
 
 
-def test_what_cannot_be_quantised(params):
+def test_what_cannot_be_quantized(params):
     once = quantize.quantized(params, CONFIG, INT8)
     with pytest.raises(ValueError, match="wte: found int8 with scales, expected floats"):
         quantize.quantized(once, CONFIG, INT8)

@@ -1,6 +1,6 @@
 """The siblings of BTLM, tiny: converted, run against the NumPy witness, and exported as they were.
 
-Every flavour states by hand, in `means`, what its muP keys mean for the witness, which knows only
+Every flavor states by hand, in `means`, what its muP keys mean for the witness, which knows only
 those of the released model. Learned, ALiBi and scaled positions, gelu and SwiGLU, head counts that
 are no power of two, tied and untied heads, fp32, fp16 and bf16 all occur.
 """
@@ -48,11 +48,11 @@ JAIS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sibling:
-    """A tiny model of one flavour.
+    """A tiny model of one flavor.
 
     Attributes:
       raw: its config.json.
-      means: the muP numbers of the released flavour, as the witness understands them.
+      means: the muP numbers of the released flavor, as the witness understands them.
       dtype: of its weights.
       slopes: dtype of the stored slopes; None if it stores none.
       head: whether the tied head is stored as well.
@@ -208,7 +208,7 @@ def test_sibling(sibling, tmp_path, caplog):
 
 
 def test_the_witness_notices_a_wrong_scale(tmp_path):
-    """The flavours do differ: what `means` says of one is not true of another."""
+    """The flavors do differ: what `means` says of one is not true of another."""
     july, jais = SIBLINGS["BTLM of July 2023"], SIBLINGS["Jais-13b"]
     named, ids = tensors(jais), np.arange(12)[None]
     right = ref.forward(named, jais.raw | jais.means, ids)["logits"]

@@ -101,7 +101,7 @@ def test_of_a_training_checkpoint_the_weights(tmp_path):
     del tensors[golden.SLOPES]
     assert_same_bits(written, tensors)
     assert report.tensors == len(tensors) + 1
-    # A model that never had a config.json gets the released flavour.
+    # A model that never had a config.json gets the released flavor.
     raw = json_of(tmp_path / "hf/config.json")
     plain = dataclasses.replace(UNTIED.config, alibi_slopes=None)
     assert raw == plain.to_hf() | {"torch_dtype": "float32"}
@@ -157,13 +157,13 @@ def test_slopes_that_their_dtype_cannot_hold(tmp_path):
     assert verify(tmp_path / "c", tmp_path / "hf")
 
 
-# config.json in the source's own flavour -------------------------------------------------------
+# config.json in the source's own flavor -------------------------------------------------------
 
 FLAVOURS = {k: v for k, v in json_of(golden.GOLDEN / "legacy_configs.json").items() if k[0] != "_"}
 SIZES = dict(n_embd=32, n_head=2, n_inner=40, n_layer=1, n_positions=64, vocab_size=61)
 
 
-def flavour(name: str) -> dict:
+def flavor(name: str) -> dict:
     """A tiny config.json with the keys of a model of the family, and more that only torch reads."""
     common = dict(
         architectures=["BTLMLMHeadModel"],
@@ -185,7 +185,7 @@ def flavour(name: str) -> dict:
     return common | FLAVOURS[name]["raw"] | SIZES
 
 
-def write_flavour(path: Path, raw: dict) -> dict[str, np.ndarray]:
+def write_flavor(path: Path, raw: dict) -> dict[str, np.ndarray]:
     """A random model of a config.json. Returns its tensors."""
     config, rng = BTLMConfig.from_hf(raw), np.random.default_rng(0)
     tensors = {
@@ -218,9 +218,9 @@ def is_old(raw: dict) -> bool:
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
-def test_flavours_come_back_verbatim(name, tmp_path, notices):
-    raw = flavour(name)
-    tensors = write_flavour(tmp_path / "hf", raw)
+def test_flavors_come_back_verbatim(name, tmp_path, notices):
+    raw = flavor(name)
+    tensors = write_flavor(tmp_path / "hf", raw)
     convert(tmp_path / "hf", tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back")
     written = json_of(tmp_path / "back/config.json")
@@ -248,13 +248,13 @@ CHANGES = [
         (name, changes)
         for name in FLAVOURS
         for changes in CHANGES
-        if flavour(name)["position_embedding_type"] == "alibi" or "alibi_scaling" not in changes
+        if flavor(name)["position_embedding_type"] == "alibi" or "alibi_scaling" not in changes
     ],
     ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
-def test_changes_are_told_in_the_same_flavour(name, changes, tmp_path, notices):
-    raw = flavour(name)
-    write_flavour(tmp_path / "hf", raw)
+def test_changes_are_told_in_the_same_flavor(name, changes, tmp_path, notices):
+    raw = flavor(name)
+    write_flavor(tmp_path / "hf", raw)
     convert(tmp_path / "hf", tmp_path / "c")
     config = saved_again(tmp_path / "c", tmp_path / "c2", **changes)
     export(tmp_path / "c2", tmp_path / "back")
@@ -274,8 +274,8 @@ def test_changes_are_told_in_the_same_flavour(name, changes, tmp_path, notices):
 
 def test_what_jais_13b_cannot_express(tmp_path, notices):
     """Its width scale follows from n_embd: the released keys, and a warning."""
-    raw = flavour("jais_13b")
-    write_flavour(tmp_path / "hf", raw)
+    raw = flavor("jais_13b")
+    write_flavor(tmp_path / "hf", raw)
     convert(tmp_path / "hf", tmp_path / "c")
     config = saved_again(tmp_path / "c", tmp_path / "c2", mup_width_scale=0.125)
     export(tmp_path / "c2", tmp_path / "back")
@@ -293,9 +293,9 @@ def test_what_jais_13b_cannot_express(tmp_path, notices):
 
 def test_old_keys_without_a_width_scale(tmp_path):
     """`embeddings_scale` alone is read, so a change of it must be told so too, or in new keys."""
-    raw = flavour("jais_13b")
+    raw = flavor("jais_13b")
     del raw["width_scale"]
-    write_flavour(tmp_path / "hf", raw)
+    write_flavor(tmp_path / "hf", raw)
     convert(tmp_path / "hf", tmp_path / "c")
     config = saved_again(tmp_path / "c", tmp_path / "c2", mup_embeddings_scale=12.5)
     export(tmp_path / "c2", tmp_path / "back")

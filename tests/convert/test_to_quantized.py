@@ -23,7 +23,7 @@ import btlm_jax as btlm
 from btlm_jax import BTLMConfig, cli
 from btlm_jax.checkpoint import metadata, quantize, zarr
 from btlm_jax.checkpoint.quantize import Quantization
-from btlm_jax.convert import auto, convert, export, quantise, verify
+from btlm_jax.convert import auto, convert, export, quantize, verify
 from btlm_jax.model import packed, weights
 from btlm_jax.model.packed import Kernel
 from btlm_jax.train import loop, recipe_file
@@ -43,11 +43,11 @@ def same(a, b) -> bool:
     return jax.tree.all(equal)
 
 
-def dequantised(params) -> dict[weights.Path, np.ndarray]:
+def dequantized(params) -> dict[weights.Path, np.ndarray]:
     """fp32, by path; kernels and embeddings with inputs last."""
 
     def one(x):
-        return np.asarray(packed.dequantised(x, jnp.float32) if isinstance(x, Kernel) else x)
+        return np.asarray(packed.dequantized(x, jnp.float32) if isinstance(x, Kernel) else x)
 
     return {path: one(x) for path, x in weights.flatten(params).items()}
 
@@ -63,7 +63,7 @@ def made(tmp_path_factory) -> Path:
     params = weights.init(jax.random.key(0), CONFIG)
     btlm.save(folder / "floats", CONFIG, params)
     for to in KINDS:
-        quantise(folder / "floats", folder / str(to.bits) / str(to.group), to)
+        quantize(folder / "floats", folder / str(to.bits) / str(to.group), to)
     return folder
 
 
@@ -77,7 +77,7 @@ def test_golden_models(name, to, tmp_path):
     """From Hugging Face files as from Orbax, bit for bit what `quantized` makes in memory."""
     case = golden.load(name)
     golden.write_hf(tmp_path / "hf", case, tokenizer=True)
-    report = quantise(tmp_path / "hf", tmp_path / "q", to)
+    report = quantize(tmp_path / "hf", tmp_path / "q", to)
     assert report.resumed == 0 and report.files == ("tokenizer.json",)
     model, params = btlm.load(tmp_path / "q")
     assert model.config == case.config
@@ -86,7 +86,7 @@ def test_golden_models(name, to, tmp_path):
     expected = quantize.quantized(source, case.config, to)
     assert same(params, expected) and weights.check(params, model.config) == {}
     convert(tmp_path / "hf", tmp_path / "c")
-    quantise(tmp_path / "c", tmp_path / "again", to)
+    quantize(tmp_path / "c", tmp_path / "again", to)
     assert verify(tmp_path / "q") and verify(tmp_path / "q", tmp_path / "again")
     meta = metadata.read(tmp_path / "q")
     assert meta.quantization == to and report.nbytes == meta.nbytes
@@ -109,7 +109,7 @@ def test_onto_a_mesh(made, to, sizes, caplog):
     params = btlm.load(path_of(made, to), mesh=mesh)[1]
     pad = weights.check(params, CONFIG)
     assert pad.get("mlp") == {2: 172, 4: 172}.get(sizes.get("tensor", 1))
-    got, expected = dequantised(params), dequantised(alone)
+    got, expected = dequantized(params), dequantized(alone)
     for path, x in expected.items():
         stored = got[path][tuple(slice(n) for n in x.shape)]
         np.testing.assert_array_equal(stored, x, err_msg="/".join(path))
@@ -198,7 +198,7 @@ def test_orbax_reads_it_without_us(made):
 _KILLED = """
 import os, signal, sys
 from btlm_jax import array_files, checkpoint
-from btlm_jax.convert import quantise
+from btlm_jax.convert import quantize
 left, real = [int(sys.argv[3])], array_files.write
 def write(*args):
     left[0] -= 1
@@ -206,7 +206,7 @@ def write(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 array_files.write = write
-quantise(sys.argv[1], sys.argv[2], "int4")
+quantize(sys.argv[1], sys.argv[2], "int4")
 """
 
 
@@ -217,7 +217,7 @@ def test_killed(made, tmp_path):
     done = subprocess.run(command, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "q").exists()
-    report = quantise(made / "floats", tmp_path / "q", INT4)
+    report = quantize(made / "floats", tmp_path / "q", INT4)
     assert 0 < report.resumed <= 9
     assert files(tmp_path / "q").keys() == files(expected).keys()
     assert files(tmp_path / "q") == files(expected)
@@ -236,50 +236,50 @@ def test_failed_at_any_array(made, tmp_path, monkeypatch):
 
         monkeypatch.setattr(zarr, "write", write)
         with pytest.raises(OSError, match="gone"):
-            quantise(made / "floats", tmp_path / "q", INT4)
+            quantize(made / "floats", tmp_path / "q", INT4)
         monkeypatch.setattr(zarr, "write", real)
         # Another kind of work starts anew.
         if after == 2:
-            assert quantise(made / "floats", tmp_path / "q", Quantization(8)).resumed == 0
+            assert quantize(made / "floats", tmp_path / "q", Quantization(8)).resumed == 0
             shutil.rmtree(tmp_path / "q")
-    assert quantise(made / "floats", tmp_path / "q", INT4).resumed > 0
+    assert quantize(made / "floats", tmp_path / "q", INT4).resumed > 0
     assert files(tmp_path / "q") == expected
 
 
 def test_a_budget_below_one_weight(made, tmp_path):
     with pytest.raises(ValueError, match=r"max_memory: found 1000 B, expected at least .* MiB"):
-        quantise(made / "floats", tmp_path / "q", INT4, max_memory=1000)
+        quantize(made / "floats", tmp_path / "q", INT4, max_memory=1000)
     assert not os.listdir(tmp_path)
 
 
 # Refused ------------------------------------------------------------------------------------------
 
 
-def test_what_quantised_checkpoints_are_not_for(made, tmp_path):
-    quantised = path_of(made, INT4)
-    with pytest.raises(ValueError, match=r"is quantised \(int4 in groups of 64.*export the check"):
-        export(quantised, tmp_path / "hf")
-    with pytest.raises(ValueError, match="is quantised already"):
-        quantise(quantised, tmp_path / "again", INT4)
+def test_what_quantized_checkpoints_are_not_for(made, tmp_path):
+    quantized = path_of(made, INT4)
+    with pytest.raises(ValueError, match=r"is quantized \(int4 in groups of 64.*export the check"):
+        export(quantized, tmp_path / "hf")
+    with pytest.raises(ValueError, match="is quantized already"):
+        quantize(quantized, tmp_path / "again", INT4)
     with pytest.raises(ValueError, match="hold int4 in groups of 64, embedding int8 and floats"):
-        verify(quantised, made / "floats")
+        verify(quantized, made / "floats")
     with pytest.raises(ValueError, match=r"hold int4 .* and int8, embedding int8: only"):
-        verify(quantised, path_of(made, KINDS[0]))
-    with pytest.raises(ValueError, match="atol: quantised"):
-        verify(quantised, quantised, atol=0.1)
+        verify(quantized, path_of(made, KINDS[0]))
+    with pytest.raises(ValueError, match="atol: quantized"):
+        verify(quantized, quantized, atol=0.1)
     with pytest.raises(ValueError, match="found them by layer, expected stacked ones"):
-        btlm.save(tmp_path / "c", *reversed([btlm.load(quantised)[1], CONFIG]))
+        btlm.save(tmp_path / "c", *reversed([btlm.load(quantized)[1], CONFIG]))
     with pytest.raises(ValueError, match="which has none"):
-        quantise(made / "floats", tmp_path / "again", INT4, revision="main")
+        quantize(made / "floats", tmp_path / "again", INT4, revision="main")
     with pytest.raises(ValueError, match="quantize: found 'int5'"):
-        quantise(made / "floats", tmp_path / "again", "int5")
+        quantize(made / "floats", tmp_path / "again", "int5")
     assert not os.listdir(tmp_path)
 
 
 def test_training_starts_from_floats(made):
     mesh = btlm.make_mesh()
     asked = recipe_file.load("finetune", [f"model.checkpoint={path_of(made, INT4)}"])
-    with pytest.raises(ValueError, match=r"model.checkpoint: .* is quantised, and only floats"):
+    with pytest.raises(ValueError, match=r"model.checkpoint: .* is quantized, and only floats"):
         loop._weights(asked, btlm.BTLM(CONFIG), mesh)
 
 
@@ -291,7 +291,7 @@ def test_nan_is_refused(name, tmp_path):
     tensors[f"transformer.{name}"].flat[7] = np.nan
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(ValueError, match="holds NaN or Inf"):
-        quantise(source, tmp_path / "q", INT4)
+        quantize(source, tmp_path / "q", INT4)
     assert not (tmp_path / "q").exists()
 
 
@@ -310,7 +310,7 @@ def test_damage_is_found(made, tmp_path):
         assert [what for what, _ in found] == ["transformer.h.1.mlp.c_fc.weight.int4"]
     assert found[0][1].startswith("1 of 10,944 elements differ")  # 171 x 128 / 2 bytes
     with pytest.raises(ValueError, match="c_fc/kernel: its bytes do not match the recorded SHA"):
-        quantise(tmp_path / "c", tmp_path / "again", INT4)
+        quantize(tmp_path / "c", tmp_path / "again", INT4)
 
 
 def test_arrays_of_another_kind(made, tmp_path):
@@ -337,4 +337,4 @@ def test_command_line(made, tmp_path, capsys):
     assert "int4 in groups of 128, embedding bfloat16" in out and "bits a parameter" in out
     assert "blocks/attn/c_proj/kernel: relative RMS error" in out
     assert cli.main([*argv, "--allow-nonfinite", "--overwrite"]) == 2
-    assert "--allow-nonfinite: NaN and Inf cannot be quantised" in capsys.readouterr().err
+    assert "--allow-nonfinite: NaN and Inf cannot be quantized" in capsys.readouterr().err

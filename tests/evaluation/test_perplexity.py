@@ -1,4 +1,4 @@
-"""Windows, cross-entropy and the cost of quantising, against independent computations."""
+"""Windows, cross-entropy and the cost of quantizing, against independent computations."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_what_is_not_finite_is_an_error(tiny):
         cross_entropy(model, params, beyond, batch_size=0)
 
 
-# Quantised ----------------------------------------------------------------------------------------
+# Quantized ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def trained(tmp_path_factory):
     return home, model, state.params, text, float(metrics.loss)
 
 
-def test_what_quantising_costs(trained):
+def test_what_quantizing_costs(trained):
     home, model, params, text, loss = trained
     ids = np.array(load_tokenizer(home).encode(text).ids)
     letters = quickstart.unigram_entropy(ids)
@@ -264,10 +264,10 @@ def test_what_quantising_costs(trained):
     # 0.09 of their size in int4; 0.007 in int8, as those of embedding and rounded inputs.
     sizes = [changes(model, params, ids, to) for to in kinds[:2]]
     assert 0 < 2 * sizes[0] < sizes[1]
-    # Loss of what is stored, independently: dequantised weights in the original's layout.
+    # Loss of what is stored, independently: dequantized weights in the original's layout.
     for to, row in zip(kinds[1:], rows[2:], strict=True):
         found = quantize.quantized(params, model.config, to)
-        again = dequantised(params, found, model.config)
+        again = dequantized(params, found, model.config)
         plain = cross_entropy(model, again, windows).nats_per_token
         assert abs(row.found.nats_per_token - plain) < 1e-4  # fp32, in another order
 
@@ -284,14 +284,14 @@ def changes(model, params, ids, to) -> float:
     return float(np.sqrt(np.square(found).mean()))
 
 
-def dequantised(params, quantised_params, config) -> weights.Params:
+def dequantized(params, quantized_params, config) -> weights.Params:
     """Stacked float weights of the values times scales that `quantized` made."""
     made = {path: [] for path in weights.flatten(params)}
-    flat = weights.flatten(quantised_params)
+    flat = weights.flatten(quantized_params)
     for leaf in weights.disk_leaves(config):
         w, x = leaf.weight, flat[leaf.path]
         if isinstance(x, packed.Kernel):
-            x = packed.dequantised(x, jnp.float32)
+            x = packed.dequantized(x, jnp.float32)
             outputs = [i for i in range(len(w.shape)) if i not in w.inputs]
             order = [*outputs, *w.inputs]
             x = x.reshape([w.shape[i] for i in order]).transpose(np.argsort(order))
@@ -361,7 +361,7 @@ def test_documents_of_json_lines_on_a_mesh(capsys, trained, tmp_path):
     assert found == pytest.approx(expected.nats_per_token, rel=1e-5)
 
 
-def test_a_quantised_checkpoint(capsys, trained, tmp_path):
+def test_a_quantized_checkpoint(capsys, trained, tmp_path):
     home, *_ = trained
     made = tmp_path / "int4"
     assert cli.main(["convert", str(home / "run"), str(made), "--quantize", "int4"]) == 0
@@ -375,7 +375,7 @@ def test_a_quantised_checkpoint(capsys, trained, tmp_path):
     in_memory = json.loads(report.read_text())["compared"][1]["nats_per_token"]
     assert code == 0 and alone == pytest.approx(in_memory, rel=1e-6)
     code, _, err = run(capsys, made, *argv, "--quantize", "int8")
-    assert code == 2 and "is quantised already (int4 in groups of 64" in err
+    assert code == 2 and "is quantized already (int4 in groups of 64" in err
 
 
 def test_bad_input(capsys, trained, tmp_path, monkeypatch):

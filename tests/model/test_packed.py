@@ -53,14 +53,14 @@ def exact(kernel: Kernel) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_dequantised(params, name, kind):
+def test_dequantized(params, name, kind):
     kernel = kernel_of(params, name, kind)
     outputs = {"attn/c_attn": (3, 4, 16)}.get(name, (64,))
     inputs = {"mlp/c_proj": 171}.get(name, 64)
     assert kernel.shape == (*outputs, inputs) and kernel.packed == kind.startswith("int4")
     # fp32 rounds value times scale by half an ulp, bf16 that again, once.
     for dtype, half_ulp in ((jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)):
-        got = np.asarray(packed.dequantised(kernel, dtype)).astype(np.float64)
+        got = np.asarray(packed.dequantized(kernel, dtype)).astype(np.float64)
         assert got.shape == kernel.shape
         np.testing.assert_allclose(got, exact(kernel), rtol=half_ulp * 1.01 + 2.0**-24)
 
@@ -126,11 +126,11 @@ def test_place(params, kind):
     if kind == "jnp.int4":
         finer = jnp.repeat(kernel.scales[..., :1], 4, -1)  # 64 = 4 * 16
         kernel = dataclasses.replace(kernel, scales=finer)
-    expected = np.asarray(packed.dequantised(kernel, jnp.float32))
+    expected = np.asarray(packed.dequantized(kernel, jnp.float32))
     everywhere = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         placed = packed.place(jax.device_put(kernel, everywhere), PartitionSpec("fsdp", "tensor"))
-        got = packed.dequantised(placed, jnp.float32)
+        got = packed.dequantized(placed, jnp.float32)
     assert placed.values.sharding.spec == PartitionSpec("fsdp", "tensor")
     groups = "tensor" if kind == "jnp.int4" else None
     assert placed.scales.sharding.spec == PartitionSpec("fsdp", groups)

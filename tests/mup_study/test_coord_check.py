@@ -65,7 +65,7 @@ def test_models_that_do_not_know_their_width_fail(corpus, monkeypatch):
 
     monkeypatch.setattr(Family, "at", blind)
     family = Family(parametrization.shape(256), (64, 128))
-    found = coord_check.coord_check(family, corpus, parametrisations=["muP"], seeds=1)
+    found = coord_check.coord_check(family, corpus, parametrizations=["muP"], seeds=1)
     assert not found.passes("muP")
     assert found.slope("muP", "MLP") > 1
 

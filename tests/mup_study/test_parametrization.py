@@ -14,7 +14,7 @@ from btlm_jax import BTLM, BTLMConfig
 from btlm_jax.model import mup, weights
 from btlm_jax.model.loss import target_loss
 from btlm_jax.mup_study import parametrization
-from btlm_jax.mup_study.parametrization import PARAMETRISATIONS, Family, Rules, reparametrised
+from btlm_jax.mup_study.parametrization import PARAMETRIZATIONS, Family, Rules, reparametrized
 from btlm_jax.train import step
 
 FAMILY = Family(parametrization.shape(64), (16, 32))
@@ -34,7 +34,7 @@ def params(model=MODEL):
 
 def loss_and_gradient(model, rules=ONES):
     def loss(p):
-        return target_loss(model, reparametrised(model, p, rules), TOKENS)[0]
+        return target_loss(model, reparametrized(model, p, rules), TOKENS)[0]
 
     return jax.value_and_grad(loss)(params(model))
 
@@ -127,10 +127,10 @@ def test_the_start():
         assert np.abs(x - factor * flat[path]).max() < 1e-6
 
 
-def test_at_the_base_all_parametrisations_are_one():
-    for name in PARAMETRISATIONS:
+def test_at_the_base_all_parametrizations_are_one():
+    for name in PARAMETRIZATIONS:
         assert FAMILY.rules(name, 16) == ONES
-    departures = {name: FAMILY.rules(name, 32) for name in PARAMETRISATIONS}
+    departures = {name: FAMILY.rules(name, 32) for name in PARAMETRIZATIONS}
     assert departures.pop("muP") == ONES
     assert all(rules != ONES for rules in departures.values())
 
@@ -138,7 +138,7 @@ def test_at_the_base_all_parametrisations_are_one():
 def test_one_program_serves_all_rules_of_a_width():
     before = parametrization.step._cache_size()
     model = BTLM(FAMILY.at(16))
-    for name in PARAMETRISATIONS:
+    for name in PARAMETRIZATIONS:
         rules = Family(FAMILY.shape, (8, 16)).rules(name, 16)
         trial = parametrization.start(model, np.int32(0), rules)
         parametrization.step(model, trial, TOKENS, np.float32(0.1), rules)

@@ -110,7 +110,7 @@ def test_the_search_ends_at_a_bracketed_optimum(complete):
             curve = found.curve(name, width)
             best = min(curve, key=curve.__getitem__)
             assert {best - 1, best + 1} <= set(curve)
-    assert not [r for r in found.runs if (r.parametrisation, r.width) == ("SP", 8)]
+    assert not [r for r in found.runs if (r.parametrization, r.width) == ("SP", 8)]
 
 
 def test_files(complete):

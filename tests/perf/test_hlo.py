@@ -1,4 +1,4 @@
-"""Collectives in optimised HLO: recorded TPU text, and programs that XLA compiles here."""
+"""Collectives in optimized HLO: recorded TPU text, and programs that XLA compiles here."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_planted_parameters_are_found(law, true, points, starts):
 
 
 def test_noise_is_no_bias():
-    """The exponents' errors under 0.2 % of noise, over 10 seeds: centred, and a few per cent."""
+    """The exponents' errors under 0.2 % of noise, over 10 seeds: centered, and a few per cent."""
     clean, errors = laws.CHINCHILLA.predict(CHINCHILLA, N=N, D=D), []
     for seed in range(10):
         noise = np.exp(0.002 * np.random.default_rng(seed).standard_normal(len(N)))

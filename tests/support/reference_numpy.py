@@ -47,9 +47,9 @@ def alibi_bias(slopes, q_len, k_len, scale):
 
 
 def layer_norm(w, name, x, eps):
-    centred = x - x.mean(-1, keepdims=True)
-    variance = (centred**2).mean(-1, keepdims=True)  # biased
-    return centred / np.sqrt(variance + eps) * w[name + ".weight"] + w[name + ".bias"]
+    centered = x - x.mean(-1, keepdims=True)
+    variance = (centered**2).mean(-1, keepdims=True)  # biased
+    return centered / np.sqrt(variance + eps) * w[name + ".weight"] + w[name + ".bias"]
 
 
 def softmax(s):

@@ -13,7 +13,7 @@ import pytest
 from btlm_jax import BTLMConfig
 from btlm_jax.perf import accounting, chips
 from btlm_jax.train import metrics
-from btlm_jax.train.metrics import FILE, MetricsLog, read_lines, require_wandb, utilisation
+from btlm_jax.train.metrics import FILE, MetricsLog, read_lines, require_wandb, utilization
 
 
 def write(directory, step, lines):
@@ -98,12 +98,12 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_utilisation_in_both_conventions(monkeypatch):
+def test_utilization_in_both_conventions(monkeypatch):
     """Palm's convention: 6 N + 12 L T D per token; half of the second term where it is causal."""
     c = BTLMConfig.preset("btlm-3b-8k")
-    assert utilisation(c, 2048, 1000.0) == {}  # the peak of a CPU is not known
+    assert utilization(c, 2048, 1000.0) == {}  # the peak of a CPU is not known
     monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e15)
-    got = utilisation(c, 2048, 1000.0)
+    got = utilization(c, 2048, 1000.0)
     flops = accounting.flops_per_token(c, 2048)
     attention = 12 * 32 * 2048 * 2560
     assert flops.training_full - flops.training_causal == pytest.approx(attention / 2, rel=1e-3)

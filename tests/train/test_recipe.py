@@ -190,7 +190,7 @@ def test_overrides():
     "override, said",
     [
         ("optimizer.peek_lr=1", r"optimizer\.peek_lr: unknown key; did you mean peak_lr\?"),
-        ("optimiser.peak_lr=1", r"optimiser: unknown key; did you mean optimizer\?"),
+        ("optimizer.peak_lr=1", r"optimizer: unknown key; did you mean optimizer\?"),
         ("model.preset=btlm-3b", "did you mean btlm-3b-8k"),
         ("phases.0.steps=many", r"phases\.0\.steps: found 'many', expected int"),
         ("phases.0.steps=0", r"phases\.0\.steps: found 0, expected a positive int"),

@@ -57,7 +57,7 @@ def compile_phase(
     Returns:
       The report. Bytes and FLOPs are per device and step. "memory" splits the compiler's peak into
       the arguments and "rest" (activations, gradients, temporaries); "collectives" are those of
-      the optimised program; "bound" is `roofline.Bound`, whose network seconds come from them and
+      the optimized program; "bound" is `roofline.Bound`, whose network seconds come from them and
       whose compute and HBM seconds from the formulas of `roofline.training`.
 
     Raises:
@@ -136,7 +136,7 @@ def compile_decoding(
     Args:
       batch_size: sequences, over all devices.
       capacity: slots of the cache.
-      quantize: what the weights are quantised to; None is bf16.
+      quantize: what the weights are quantized to; None is bf16.
       cache_dtype: "int8", or None for bf16.
     """
     for name, value in (("--batch-size", batch_size), ("--capacity", capacity)):

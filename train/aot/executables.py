@@ -1,6 +1,6 @@
 """Compiled programs as files: made without the hardware, loaded where it is.
 
-A file is a zip of `about.json` (what it is and for what), `program` (XLA's own serialisation) and
+A file is a zip of `about.json` (what it is and for what), `program` (XLA's own serialization) and
 `trees` (the pytrees of arguments and results, pickled). Loading runs code from the file: load only
 files you made.
 """

@@ -91,7 +91,7 @@ def decode_step(
     default layout it would be copied at the beginning and at the end of every step.
 
     Args:
-      to: what the weights are quantised to.
+      to: what the weights are quantized to.
       cache_dtype: as in `BTLM.init_cache`.
 
     Raises:

@@ -45,7 +45,7 @@ class Topology:
     Attributes:
       chip: which.
       shape: of one slice, in chips.
-      slices: how many, joined by the data centre's network.
+      slices: how many, joined by the data center's network.
     """
 
     chip: Chip

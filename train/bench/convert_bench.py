@@ -46,7 +46,7 @@ class Row(NamedTuple):
 def bench_convert(
     directory: Path, *, layers: int, form: str, max_memory: int, keep: bool, show: Show = print
 ) -> None:
-    """Makes a random checkpoint of the 3B shape; copies, converts, quantises, verifies, exports it.
+    """Makes a random checkpoint of the 3B shape; copies, converts, quantizes, verifies, exports it.
 
     Every step runs in a process of its own, whose peak memory the system reports. Conversion and
     export end when their bytes are on the disk (fsync), as the copy "to the disk" does; the one "to
@@ -79,7 +79,7 @@ def bench_convert(
             )
 
         convert = row("convert", lambda: ours("convert", source, converted))
-        row("quantise to int4", lambda: ours("quantise", source, directory / "int4", "int4"))
+        row("quantize to int4", lambda: ours("quantize", source, directory / "int4", "int4"))
         row("verify (hash again)", lambda: ours("verify", converted))
         export = row("export", lambda: ours("export", converted, back))
         row("verify (export against original)", lambda: ours("verify", source, back))

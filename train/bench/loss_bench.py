@@ -1,4 +1,4 @@
-"""Measure the loss with its head beside the same loss of whole, and of rematerialised, logits."""
+"""Measure the loss with its head beside the same loss of whole, and of rematerialized, logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from btlm_jax.model.layers import project_logits
 from btlm_jax.model.runtime import Spec
 from btlm_jax.train.bench import measure
 
-OURS, WHOLE, REMAT = "chunked, one pass", "whole logits", "chunked, rematerialised"
+OURS, WHOLE, REMAT = "chunked, one pass", "whole logits", "chunked, rematerialized"
 
 
 def bench_loss(
@@ -83,14 +83,14 @@ def _ways(spec: Spec, rows: int) -> dict[str, Callable[..., jax.Array]]:
     def whole(params, h, targets):
         return loss.cross_entropy(project_logits(spec, params, h), targets).sum()
 
-    def rematerialised(params, h, targets):
+    def rematerialized(params, h, targets):
         size = next(n for n in range(min(rows, loss.ROWS), 0, -1) if rows % n == 0)
         one = jax.checkpoint(whole)
         chunks = h.reshape(-1, 1, size, h.shape[-1]), targets.reshape(-1, 1, size)
         zero = jnp.zeros((), jnp.float32)
         return jax.lax.scan(lambda sum, x: (sum + one(params, *x), None), zero, chunks)[0]
 
-    return {OURS: ours, WHOLE: whole, REMAT: rematerialised}
+    return {OURS: ours, WHOLE: whole, REMAT: rematerialized}
 
 
 def _check_losses(losses: Mapping[str, float], dtype: str) -> None:

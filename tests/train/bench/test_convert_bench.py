@@ -17,7 +17,7 @@ def test_conversion_stays_within_its_budget(tmp_path):
     """One layer of the 3B model: 415 MB, of which 257 MB are one tensor.
 
     Holding the whole would take 650 MiB, holding the one tensor 500: Python with JAX, Orbax and
-    TensorStore is 240 MiB. Measured: 300 (convert), 330 (export), 290 (quantise).
+    TensorStore is 240 MiB. Measured: 300 (convert), 330 (export), 290 (quantize).
     """
     lines: list[str] = []
     convert_bench.bench_convert(
@@ -36,7 +36,7 @@ def test_conversion_stays_within_its_budget(tmp_path):
     }
     assert set(peaks) == {
         "convert",
-        "quantise to int4",
+        "quantize to int4",
         "export",
         "verify (hash again)",
         "verify (export against original)",
