@@ -16,7 +16,7 @@ from etils import epath
 
 from btlm_jax import __version__
 from btlm_jax.checkpoint import checkpoint, metadata, zarr
-from btlm_jax.checkpoint import quantize as q
+from btlm_jax.checkpoint import quantization as q
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.hf.source import open_hf

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
-from btlm_jax.checkpoint import metadata, quantize, zarr
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import metadata, quantization, zarr
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.hf.safetensors_writer import SHA256
@@ -60,7 +60,7 @@ class Opened:
     @property
     def disk_leaves(self) -> list[weights.DiskLeaf]:
         """Every tensor."""
-        return list(quantize.disk_leaves(self.config, self.to))
+        return list(quantization.disk_leaves(self.config, self.to))
 
 
 @dataclasses.dataclass(frozen=True)

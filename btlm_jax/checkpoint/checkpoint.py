@@ -26,8 +26,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax.checkpoint import metadata, quantize, unstacked, zarr
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import metadata, quantization, unstacked, zarr
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
@@ -161,7 +161,7 @@ def _finish(
     origin: Mapping[str, Any],
 ) -> None:
     """Adds all that makes arrays a checkpoint; the file that marks it complete comes last."""
-    names = {".".join(x.path): x.path for x in quantize.disk_leaves(config, to)}
+    names = {".".join(x.path): x.path for x in quantization.disk_leaves(config, to)}
     if missing := [name for name in names if name not in stage.finished]:
         raise ValueError(f"{stage.content}: not written: {', '.join(missing)}")
     asset_sha256 = {}

@@ -19,8 +19,8 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from btlm_jax import __version__
-from btlm_jax.checkpoint import quantize, zarr
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import quantization, zarr
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import AlibiScaling, BTLMConfig
 from btlm_jax.data.tokenizer import home_of
 from btlm_jax.model import weights
@@ -62,13 +62,13 @@ class Metadata:
     asset_sha256: Mapping[str, str]
     structure_sha256: str | None
     ocdbt: bool
-    quantize: Quantization | None
+    quantization: Quantization | None
     errors: Mapping[weights.Path, Mapping[str, float]]
 
     @property
     def disk_leaves(self) -> list[weights.DiskLeaf]:
         """Every stored array."""
-        return list(quantize.disk_leaves(self.config, self.quantization))
+        return list(quantization.disk_leaves(self.config, self.quantization))
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +183,7 @@ def read_finished(place: epath.Path) -> Metadata:
         for p, x in weights.flatten(found.metadata).items()
     }
     to, errors = _quantization(notes.get("quantization"))
-    if problems := list(_misfits(leaves, quantize.disk_leaves(config, to))):
+    if problems := list(_misfits(leaves, quantization.disk_leaves(config, to))):
         raise Damaged(f"{place} does not match its configuration:\n  " + "\n  ".join(problems))
     sha256 = {tuple(name.split(".")): value for name, value in notes["sha256"].items()}
     return Metadata(

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from btlm_jax.checkpoint import quantize
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import quantization
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import packed as packed_lib
 from btlm_jax.model import sharding, weights
@@ -73,7 +73,7 @@ def load(
     on_cpu = mesh is None and jax.default_backend() == "cpu"
     found: dict[weights.Path, Any] = {}
     for leaf in weights.disk_leaves(config):
-        w, parts = leaf.weight, quantize.parts(leaf, to)
+        w, parts = leaf.weight, quantization.parts(leaf, to)
         out = placed[w.path] if leaf.layer is None else sharding.of_one_layer(placed[w.path])
         if len(parts) == 1:
             to_dtype = jnp.dtype(dtypes[leaf.path] if dtype is None else dtype)
@@ -179,7 +179,7 @@ def _kernel(
         *rows, last = index
         start, stop = last.start // BLOCK, -(-last.stop // BLOCK)
         packed = read_values((*rows, slice(start * BLOCK // 2, stop * BLOCK // 2)))
-        found = quantize.unpacked(packed)
+        found = quantization.unpacked(packed)
         return found[..., last.start - start * BLOCK : last.stop - start * BLOCK]
 
     def repeated(index: Index) -> np.ndarray:

@@ -42,7 +42,7 @@ class Convert:
     """With --quantize: of embedding and untied head."""
 
     def run(self) -> None:
-        from btlm_jax.checkpoint.quantize import Quantization
+        from btlm_jax.checkpoint.quantization import Quantization
         from btlm_jax.convert import convert, quantize
 
         options: Any = dict(

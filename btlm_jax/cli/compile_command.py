@@ -92,7 +92,7 @@ class Compile:
                 )
 
     def _reports(self, recipe: Any, topology: Any) -> list[dict[str, Any]]:
-        from btlm_jax.checkpoint.quantize import Quantization
+        from btlm_jax.checkpoint.quantization import Quantization
         from btlm_jax.train.aot import compile, compile_report, executables
         from btlm_jax.train.aot.fit import fit
 

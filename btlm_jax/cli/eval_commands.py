@@ -86,7 +86,7 @@ class EvalPerplexity(_Texts):
 
     def run(self) -> None:
         from btlm_jax.checkpoint import metadata
-        from btlm_jax.checkpoint.quantize import Quantization
+        from btlm_jax.checkpoint.quantization import Quantization
         from btlm_jax.data.tokenize import Coder
         from btlm_jax.evaluation import quantization_cost, windows
         from btlm_jax.evaluation.batch_shapes import check_batch_size

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.checkpoint import quantize
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import quantization
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
 from btlm_jax.evaluation.windows import Windows
@@ -54,7 +54,7 @@ def compare(
     rows = []
     for to in (None, *kinds):
         kind = str(dtype) if to is None else f"int{to.bits}" + (f":{to.group}" if to.group else "")
-        used = params if to is None else quantize.quantized(params, config, to)
+        used = params if to is None else quantization.quantized(params, config, to)
         found = cross_entropy(model, used, windows, batch_size=batch_size, title=kind)
         nbytes = _stored_bytes(config, params, to)
         rows.append(Row(kind, nbytes, 8 * nbytes / weights.count(config), found))
@@ -65,7 +65,7 @@ def _stored_bytes(config: BTLMConfig, params: weights.Params, to: Quantization |
     own = {path: x.dtype for path, x in weights.flatten(params).items()}
     return sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype or own[leaf.weight.path]).itemsize
-        for leaf in quantize.disk_leaves(config, to)
+        for leaf in quantization.disk_leaves(config, to)
     )
 
 

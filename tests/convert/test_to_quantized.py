@@ -21,8 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 import btlm_jax as btlm
 from btlm_jax import BTLMConfig, cli
-from btlm_jax.checkpoint import metadata, quantize, zarr
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import metadata, quantization, zarr
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.convert import auto, convert, export, quantize, verify
 from btlm_jax.model import packed, weights
 from btlm_jax.model.packed import Kernel
@@ -83,7 +83,7 @@ def test_golden_models(name, to, tmp_path):
     assert model.config == case.config
     dtype = jnp.bfloat16 if case.bf16 else jnp.float32
     source = jax.tree.map(lambda x: x.astype(dtype), case.params)
-    expected = quantize.quantized(source, case.config, to)
+    expected = quantization.quantized(source, case.config, to)
     assert same(params, expected) and weights.check(params, model.config) == {}
     convert(tmp_path / "hf", tmp_path / "c")
     quantize(tmp_path / "c", tmp_path / "again", to)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from scipy.special import log_softmax
 
 from btlm_jax import BTLM, BTLMConfig, cli, load_tokenizer, make_mesh, save
-from btlm_jax.checkpoint import quantize
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import quantization
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.data import sample_text
 from btlm_jax.evaluation import quantization_cost
 from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
@@ -266,7 +266,7 @@ def test_what_quantizing_costs(trained):
     assert 0 < 2 * sizes[0] < sizes[1]
     # Loss of what is stored, independently: dequantized weights in the original's layout.
     for to, row in zip(kinds[1:], rows[2:], strict=True):
-        found = quantize.quantized(params, model.config, to)
+        found = quantization.quantized(params, model.config, to)
         again = dequantized(params, found, model.config)
         plain = cross_entropy(model, again, windows).nats_per_token
         assert abs(row.found.nats_per_token - plain) < 1e-4  # fp32, in another order
@@ -274,7 +274,7 @@ def test_what_quantizing_costs(trained):
 
 def changes(model, params, ids, to) -> float:
     """The root mean square, over texts of 60 tokens, of the changes of nats per token."""
-    used = params, quantize.quantized(params, model.config, to)
+    used = params, quantization.quantized(params, model.config, to)
     found = []
     for start in range(0, len(ids) - 60, 60):
         windows = cut(model.config, [Document(ids[start:][:60], 60)], 95, length=60)

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from btlm_jax import BTLMConfig, make_mesh
-from btlm_jax.checkpoint import quantize
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import quantization
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model import packed, weights
 from btlm_jax.model.packed import Kernel
 
@@ -34,7 +34,7 @@ def kernel_of(params, name: str, kind: str) -> Kernel:
         x = weights.flatten(params)[path][0].astype(kind)
         return packed.inputs_last(x, weights.by_path(CONFIG)[path].inputs)
     to = Quantization.parse("int4" if kind == "jnp.int4" else kind)
-    kernel = weights.flatten(quantize.quantized(params, CONFIG, to))["blocks", "0", *path[1:]]
+    kernel = weights.flatten(quantization.quantized(params, CONFIG, to))["blocks", "0", *path[1:]]
     if kind == "jnp.int4":
         values = packed.unpack(kernel.values).astype(jnp.int4)
         kernel = dataclasses.replace(kernel, values=values)
@@ -109,7 +109,7 @@ def test_products_with_int8_on_cpus_round_the_inputs_of_each_row(params):
 def test_rows(params, embedding):
     wte: Kernel = Kernel(params["wte"], None, 64)
     if embedding == "int8":
-        wte = quantize.quantized(params, CONFIG, Quantization(8))["wte"]
+        wte = quantization.quantized(params, CONFIG, Quantization(8))["wte"]
     index = jnp.array([[0, 5], [CONFIG.vocab_size - 1, CONFIG.vocab_size + 7]])
     found = packed.rows(wte, index)
     assert found.dtype == jnp.float32 and found.shape == (2, 2, 64)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from btlm_jax import BTLMConfig, cli
-from btlm_jax.checkpoint import quantize
+from btlm_jax.checkpoint import quantization
 from btlm_jax.config import PRESETS
 from btlm_jax.model import weights as weights_lib
 from btlm_jax.model.kv_cache import Slots
@@ -88,13 +88,13 @@ def test_inference():
 
 
 @pytest.mark.parametrize("name", ["btlm-3b-8k", "tiny"])
-@pytest.mark.parametrize("precision, to", [("int8", quantize.Quantization(8)),
-                                           ("int4", quantize.Quantization(4, 64))])  # fmt: skip
+@pytest.mark.parametrize("precision, to", [("int8", quantization.Quantization(8)),
+                                           ("int4", quantization.Quantization(4, 64))])  # fmt: skip
 def test_weights_are_the_bytes_we_write(name, precision, to):
     config = BTLMConfig.preset(name)
     stored = sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype or "bfloat16").itemsize
-        for leaf in quantize.disk_leaves(config, to)
+        for leaf in quantization.disk_leaves(config, to)
     )
     assert comparison.of_config(config, name).weight_bytes(precision) == stored
 

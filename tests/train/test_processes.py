@@ -319,14 +319,14 @@ def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: 
     other = tmp_path / "other"
     write_tokens(other, np.arange(16000) % 61, vocab_size=61, eos_id=0)
     run = str(tmp_path / "run")
-    golden = [
+    refused = [
         ("recipe", [run, run], [[], ["optimizer.peak_lr=0.02", "run.eval_every=7"]]),
         ("data", [run, run], [[], [f"data.held_out={other}"]]),
         ("hidden", [run, run], [[], ["data.train=nowhere"]]),
         ("mesh", [run, run], [["mesh.fsdp=3"], ["mesh.fsdp=3"]]),
         ("directory", [run, str(tmp_path / "elsewhere")], [[], []]),
     ]
-    pair = Pair(tmp_path, compiled_once, REFUSED, [str(recipe), json.dumps(golden)])
+    pair = Pair(tmp_path, compiled_once, REFUSED, [str(recipe), json.dumps(refused)])
     try:
         assert pair.codes() == [0, 0], pair.said()
     finally:
@@ -334,7 +334,7 @@ def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: 
             process.kill()
     lines = [log.read_text().split("said ")[1].splitlines()[0] for log in pair.logs]
     first, second = map(json.loads, lines)
-    assert first.keys() == second.keys() == {*(name for name, *_ in golden), "agreed"}
+    assert first.keys() == second.keys() == {*(name for name, *_ in refused), "agreed"}
     for name in ("recipe", "data", "mesh"):
         assert first[name] == second[name]
     assert first["recipe"].startswith(

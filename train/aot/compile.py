@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model.remat import Remat
 from btlm_jax.perf import accounting, hlo, roofline
 from btlm_jax.perf.chips import Rates

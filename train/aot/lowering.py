@@ -12,7 +12,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.checkpoint import unstacked
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.perf import accounting

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from btlm_jax.checkpoint import quantize, unstacked
-from btlm_jax.checkpoint.quantize import Quantization
+from btlm_jax.checkpoint import quantization, unstacked
+from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert.report import peak_rss
 from btlm_jax.generation import decode, prompts, sample
@@ -238,7 +238,7 @@ def _random_model(preset: str, layers: int | None, kind: str) -> tuple[BTLM, Any
             return np.full(shape, 0.02 / (64 if leaf.dtype == "float32" else 4), leaf.dtype)
         return np.resize(floating, shape)
 
-    dtypes = {x.path: dtype for x in quantize.disk_leaves(config, to)}
+    dtypes = {x.path: dtype for x in quantization.disk_leaves(config, to)}
     params = unstacked.load(config, read, dtypes, to=to)
     return BTLM(config, compute_dtype=dtype.name), params
 
