@@ -53,7 +53,7 @@ def test_own_text(tmp_path):
     (block,) = [text for lang, text in BLOCKS if "--new-tokenizer" in text]
     tokenize, train, generate = (shlex.split(line) for line in block.splitlines())
     (stated,) = re.findall(r"held-out loss of ([\d.]+) ± ([\d.]+) nats", README)
-    (tmp_path / "text.txt").write_text(sample_text.text())
+    (tmp_path / "text.txt").write_text(sample_text.read_sample_text())
 
     def start(command: list[str]) -> subprocess.Popen:
         module = [sys.executable, "-m", "btlm_jax.cli", *command[1:]]

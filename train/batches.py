@@ -146,7 +146,7 @@ class Batches:
         self._shards = [TokenShards(s.directory, vocab_size=vocab_size) for s in sources]
         self._phases, self._mask, self._shuffle = tuple(phases), mask_documents, shuffle
         _check_sources(self._shards, self.unit)
-        self._eos = self._shards[0].manifest.eos_id
+        self._eos = self._shards[0].metadata.eos_id
         # The last, incomplete unit is left out; the first token is read and never predicted.
         self._units = np.array([(len(s) - 1) // self.unit for s in self._shards], np.int64)
         self._key = mix(np.array([seed % (1 << 64)], np.uint64))
@@ -330,7 +330,7 @@ def _check_sources(opened: Sequence[TokenShards], unit: int) -> None:
                 "more than the longest sequence"
             )
         for field in ("tokenizer_sha256", "eos_id"):
-            found, expected = (getattr(x.manifest, field) for x in (shards, first))
+            found, expected = (getattr(x.metadata, field) for x in (shards, first))
             if found != expected:
                 raise ValueError(
                     f"{shards.directory}: {field}: found {found}, {first.directory} has "

@@ -40,7 +40,7 @@ class Evaluation:
             )
         self._count, self._length, self._mesh = count, length, mesh
         self._step = make_eval_step(model)
-        self._bytes_per_token = held.manifest.text_bytes / max(len(held), 1)
+        self._bytes_per_token = held.metadata.text_bytes / max(len(held), 1)
 
     def __call__(self, state: TrainState, log: MetricsLog, step: int) -> float:
         if self._held is None:

@@ -279,12 +279,12 @@ def _check(
                 f"at {config.n_positions}"
             )
     for tokens in [*sources, *([held] if held is not None else [])]:
-        if tokens.manifest.vocab_size > config.vocab_size:
+        if tokens.metadata.vocab_size > config.vocab_size:
             problems.append(
-                f"{tokens.directory}: its tokenizer has {tokens.manifest.vocab_size} tokens, the "
+                f"{tokens.directory}: its tokenizer has {tokens.metadata.vocab_size} tokens, the "
                 f"model {config.vocab_size}"
             )
-    if len({t.manifest.tokenizer_sha256 for t in [*sources, *([held] if held else [])]}) > 1:
+    if len({t.metadata.tokenizer_sha256 for t in [*sources, *([held] if held else [])]}) > 1:
         problems.append("data: the directories were made with different tokenizers")
     start = recipe.model.checkpoint
     known = auto.tokenizer_of(start) if start is not None else None

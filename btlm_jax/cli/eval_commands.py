@@ -14,7 +14,7 @@ from btlm_jax.cli.arguments import Lengths, LongMesh, Mesh, check_output, write_
 from btlm_jax.cli.harness_command import Harness
 
 if TYPE_CHECKING:
-    from btlm_jax.evaluation.windows import Document
+    from btlm_jax.evaluation.windows import TokenizedDocument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +34,23 @@ class _Texts:
     eos: str | None = None
     """The token that documents start after; default the tokenizer's own EOS."""
 
-    def _documents(self, coder: Any) -> Iterator[Document]:
-        from btlm_jax.data.text_files import Reader, expand
-        from btlm_jax.data.tokenize import encode_all
-        from btlm_jax.evaluation.windows import Document
+    def _documents(self, encoder: Any) -> Iterator[TokenizedDocument]:
+        from btlm_jax.data.text_files import TextReader, expand_inputs
+        from btlm_jax.data.tokenize import encode_documents
+        from btlm_jax.evaluation.windows import TokenizedDocument
 
         given = {".txt": self.text, ".jsonl": self.jsonl}
         files = [
             file
             for kind, names in given.items()
             if names
-            for file in expand(names, kind=kind, on_error=self.on_error)
+            for file in expand_inputs(names, kind=kind, on_error=self.on_error)
         ]
         if not files:
             raise ValueError("found neither --text nor --jsonl, expected files to evaluate on")
-        read = Reader(files, self.field, on_error=self.on_error).documents()
-        found = encode_all(read, coder, os.cpu_count() or 1)
-        return (Document(ids[:-1], len(document.text.encode())) for document, ids in found)
+        read = TextReader(files, self.field, on_error=self.on_error).documents()
+        found = encode_documents(read, encoder, os.cpu_count() or 1)
+        return (TokenizedDocument(ids[:-1], len(document.text.encode())) for document, ids in found)
 
 
 def _loaded(checkpoint: str, dtype: str | None, mesh: Any, *, by_layer: bool = False) -> Any:
@@ -87,7 +87,7 @@ class EvalPerplexity(_Texts):
     def run(self) -> None:
         from btlm_jax.checkpoint import metadata
         from btlm_jax.checkpoint.quantization import Quantization
-        from btlm_jax.data.tokenize import Coder
+        from btlm_jax.data.tokenize import Encoder
         from btlm_jax.evaluation import quantization_cost, windows
         from btlm_jax.evaluation.batch_shapes import check_batch_size
         from btlm_jax.evaluation.perplexity import cross_entropy
@@ -109,9 +109,9 @@ class EvalPerplexity(_Texts):
                 "--mesh out, or evaluate what `btlm convert --quantize` makes on it"
             )
         check_batch_size(self.batch_size, mesh)
-        coder = Coder(self.checkpoint, self.eos, meta.config.vocab_size)
+        encoder = Encoder(self.checkpoint, self.eos, meta.config.vocab_size)
         options = dict(length=self.length, stride=self.stride)
-        cut = windows.cut(meta.config, [*self._documents(coder)], coder.eos_id, **options)
+        cut = windows.cut(meta.config, [*self._documents(encoder)], encoder.eos_id, **options)
         print(f"text: {len(cut.documents):,} documents, {cut.tokens:,} tokens, {cut.text_bytes:,} "
               f"bytes; {len(cut):,} windows of {cut.length} tokens, stride {cut.stride}",
               flush=True)  # fmt: skip
@@ -172,7 +172,7 @@ class EvalLossByPosition(_Texts):
     def run(self) -> None:
         import btlm_jax as btlm
         from btlm_jax.checkpoint import metadata
-        from btlm_jax.data.tokenize import Coder
+        from btlm_jax.data.tokenize import Encoder
         from btlm_jax.evaluation import by_position_report as report
         from btlm_jax.evaluation import context_extension
         from btlm_jax.evaluation.batch_shapes import check_batch_size
@@ -195,10 +195,14 @@ class EvalLossByPosition(_Texts):
             context_extension.scaled(model, kind, trained, length)
         mesh = self.mesh.made()
         check_batch_size(self.batch_size, mesh)
-        coder = Coder(self.checkpoint, self.eos, meta.config.vocab_size)
+        encoder = Encoder(self.checkpoint, self.eos, meta.config.vocab_size)
         options: dict[str, Any] = dict(most=self.windows, each=self.windows_per_document)
         windows = LongWindows(
-            self._documents(coder), coder.eos_id, length, concatenate=self.concatenate, **options
+            self._documents(encoder),
+            encoder.eos_id,
+            length,
+            concatenate=self.concatenate,
+            **options,
         )
         model, params = _loaded(self.checkpoint, self.dtype, mesh)
         dtype = str(model.spec(params).dtype)

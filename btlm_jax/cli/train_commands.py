@@ -135,10 +135,10 @@ class Tokenize:
     """Replace an existing directory of tokens."""
 
     def run(self) -> None:
-        from btlm_jax.data.prepare import prepare
+        from btlm_jax.data.prepare import prepare_tokens
 
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        made = prepare(options.pop("inputs"), options.pop("target"), **options)
+        made = prepare_tokens(options.pop("inputs"), options.pop("target"), **options)
         for directory, report in made.items():
             print(f"{directory}: {report}")
         names = {directory.name: shlex.quote(str(directory)) for directory in made}

@@ -13,16 +13,16 @@ from typing import Any
 from etils import epath
 
 from btlm_jax.data import split, token_shards
-from btlm_jax.data.split import Part
-from btlm_jax.data.text_files import OnError, TextFile, expand
-from btlm_jax.data.tokenize import Coder, Report, check_target, key_of, tokenize
-from btlm_jax.data.train_tokenizer import sample, train_bpe
+from btlm_jax.data.split import SplitPart
+from btlm_jax.data.text_files import OnError, TextFile, expand_inputs
+from btlm_jax.data.tokenize import Encoder, TokenizeReport, check_token_target, resume_key, tokenize
+from btlm_jax.data.train_tokenizer import sample_texts, train_bpe
 from btlm_jax.utils import atomic
 
 TRAIN, HELD_OUT = "train", "held_out"
 
 
-def prepare(
+def prepare_tokens(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     target: str | os.PathLike[str],
     *,
@@ -33,11 +33,11 @@ def prepare(
     on_error: OnError = "raise",
     overwrite: bool = False,
     **options: Any,
-) -> dict[Path, Report]:
+) -> dict[Path, TokenizeReport]:
     """Tokenizes text, with a tokenizer trained on it if there is none, and holds out a part of it.
 
     With `held_out`, the tokens lie in `target/train` and `target/held_out`; without, in `target`.
-    What is held out follows from the text alone (`split.Part`): whole documents by a hash of their
+    What is held out follows from the text alone (`split.SplitPart`): whole documents by a hash of their
     text; of a single .txt file, which is one document, the end. A new tokenizer learns from what is
     not held out, at most from its first 64 Mi characters, spread evenly over the files. A run that
     was killed is continued by the same call, with the same result, byte for byte.
@@ -62,12 +62,12 @@ def prepare(
             f"tokenizer, new_tokenizer: found {found}, expected one: a directory with a tokenizer, "
             "or the size of the vocabulary to train one with"
         )
-    ours = token_shards.is_ours if held_out is None else _is_split
-    check_target(target, overwrite=overwrite, ours=ours)
+    ours = token_shards.is_token_directory if held_out is None else _is_split
+    check_token_target(target, overwrite=overwrite, ours=ours)
     options |= dict(field=field, on_error=on_error)
     if tokenizer is not None and held_out is None:
         return {Path(target): tokenize(inputs, target, tokenizer, overwrite=overwrite, **options)}
-    files = expand(inputs, on_error=on_error)
+    files = expand_inputs(inputs, on_error=on_error)
     if any(f.path is None for f in files):
         raise ValueError(
             "standard input cannot be read twice, as new_tokenizer and held_out need; write it to "
@@ -76,18 +76,18 @@ def prepare(
     part = None
     if held_out is not None:
         split.check_fraction(held_out)
-        part = Part(held_out, held_out=False, one_document=[f.kind for f in files] == [".txt"])
+        part = SplitPart(held_out, held_out=False, one_document=[f.kind for f in files] == [".txt"])
     with _tokenizer(tokenizer, new_tokenizer, files, field, on_error, part) as home:
         if part is None:
             return {Path(target): tokenize(inputs, target, home, overwrite=overwrite, **options)}
-        coder = Coder(home, options.get("eos"), options.get("vocab_size"))
-        key = key_of(files, coder, [field, options.get("shard_tokens"), part])
+        encoder = Encoder(home, options.get("eos"), options.get("vocab_size"))
+        key = resume_key(files, encoder, [field, options.get("shard_tokens"), part])
         with atomic.new_directory(target, overwrite=overwrite, ours=ours, key=key) as stage:
             reports = {}
             # The smaller part first: that there is nothing in it is then known at once.
             for name, one in ((HELD_OUT, part._replace(held_out=True)), (TRAIN, part)):
                 if name in stage.finished:
-                    done = Report(**stage.finished[name])
+                    done = TokenizeReport(**stage.finished[name])
                     report = dataclasses.replace(
                         done, resumed=done.shards, fresh_tokens=0, seconds=0.0
                     )
@@ -107,7 +107,7 @@ def _tokenizer(
     files: Sequence[TextFile],
     field: str,
     on_error: OnError,
-    part: Part | None,
+    part: SplitPart | None,
 ) -> Iterator[str | os.PathLike[str]]:
     """A directory with the tokenizer's files.
 
@@ -118,11 +118,11 @@ def _tokenizer(
         yield given
         return
     with tempfile.TemporaryDirectory() as home:
-        texts = sample(files, field, on_error=on_error, part=part)
+        texts = sample_texts(files, field, on_error=on_error, part=part)
         train_bpe(texts, vocab_size).save(str(Path(home) / "tokenizer.json"))
         yield home
 
 
 def _is_split(directory: epath.Path) -> bool:
     """Whether a directory was written by `prepare`, with a part held out."""
-    return all(token_shards.is_ours(directory / name) for name in (TRAIN, HELD_OUT))
+    return all(token_shards.is_token_directory(directory / name) for name in (TRAIN, HELD_OUT))

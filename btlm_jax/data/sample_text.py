@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydoc_data.topics import topics
 
 
-def text() -> str:
+def read_sample_text() -> str:
     """The pages of `pydoc_data.topics`, in the order of their names; paragraphs end in blank lines.
 
     Pages quote one another at length, so each paragraph is kept once only: none that is held out

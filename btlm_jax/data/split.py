@@ -6,7 +6,7 @@ import hashlib
 from typing import NamedTuple
 
 
-class Part(NamedTuple):
+class SplitPart(NamedTuple):
     """One of the two parts of a split text; both together are all of it, in order.
 
     Whole documents, chosen by a hash of their text: whatever else is in the input, a document stays
@@ -23,7 +23,7 @@ class Part(NamedTuple):
     held_out: bool
     one_document: bool
 
-    def of(self, text: str) -> str:
+    def select(self, text: str) -> str:
         """What of a document is in this part; "" if nothing is."""
         if self.one_document:
             start = len(text) - round(len(text) * self.fraction)
@@ -32,7 +32,7 @@ class Part(NamedTuple):
         chosen = int.from_bytes(digest, "big") < self.fraction * 2**64
         return text if chosen == self.held_out else ""
 
-    def nothing_in_it(self, documents: int) -> str:
+    def empty_message(self, documents: int) -> str:
         """What to tell the user if no document is in this part.
 
         Args:

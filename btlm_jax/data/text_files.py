@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from btlm_jax.data.split import Part
+from btlm_jax.data.split import SplitPart
 from btlm_jax.data.token_shards import TextSource
 from btlm_jax.data.zstd_file import ZstdFile
 
@@ -51,7 +51,7 @@ class TextFile(NamedTuple):
         return self.name, self.kind, self.size, self.mtime_ns
 
 
-class Position(NamedTuple):
+class ReadPosition(NamedTuple):
     """Where a document begins: in which file, after how many records, and bytes uncompressed.
 
     `read` is how many bytes of all files, as they lie on disk, come before it.
@@ -63,10 +63,10 @@ class Position(NamedTuple):
     read: int = 0
 
 
-_BEGINNING = Position()
+_BEGINNING = ReadPosition()
 
 
-class Counts(NamedTuple):
+class DocumentCounts(NamedTuple):
     """Of one file, so far: `text_bytes` in UTF-8, `empty` documents and `skipped` records.
 
     `elsewhere` counts the documents of which nothing is in the part that is read.
@@ -79,12 +79,12 @@ class Counts(NamedTuple):
     elsewhere: int = 0
 
 
-class Document(NamedTuple):
+class TextDocument(NamedTuple):
     """A text; where the next one begins; the counts of its file, itself included."""
 
     text: str
-    next: Position
-    counts: Counts
+    next: ReadPosition
+    counts: DocumentCounts
 
 
 class _Record(NamedTuple):
@@ -97,7 +97,7 @@ class _Record(NamedTuple):
     read: int
 
 
-def expand(
+def expand_inputs(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     stdin_format: str = "jsonl",
@@ -164,11 +164,11 @@ def _describe(name: str, stdin_format: str, wanted: str | None) -> TextFile:
     return TextFile(name, path, kind, compression, status.st_size, status.st_mtime_ns)
 
 
-class Reader:
+class TextReader:
     """Reads the documents of several files, one after the other.
 
     Args:
-      files: as `expand` returns them.
+      files: as `expand_inputs` returns them.
       field: of JSON objects, or column, that holds the text.
       on_error: "raise", or "skip" unusable records, counting them.
       begin: where to begin.
@@ -185,15 +185,15 @@ class Reader:
         field: str,
         *,
         on_error: OnError = "raise",
-        begin: Position = _BEGINNING,
-        counts: Sequence[Counts] = (),
-        part: Part | None = None,
+        begin: ReadPosition = _BEGINNING,
+        counts: Sequence[DocumentCounts] = (),
+        part: SplitPart | None = None,
     ) -> None:
         self.counts, self._part = list(counts), part
         self._refused = 0
         self._files, self._field, self._on_error, self._begin = files, field, on_error, begin
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self) -> Iterator[TextDocument]:
         """Yields the documents that have text.
 
         Raises:
@@ -204,9 +204,9 @@ class Reader:
             before, read = before + file.size, before
             if i < self._begin.file:
                 continue
-            begin = self._begin if i == self._begin.file else Position(i)
+            begin = self._begin if i == self._begin.file else ReadPosition(i)
             if i == len(self.counts):
-                self.counts.append(Counts())
+                self.counts.append(DocumentCounts())
             for record in _records(file, self._field, begin):
                 counts = self.counts[i]
                 if problem := record.problem or _not_unicode(record.text):
@@ -225,8 +225,8 @@ class Reader:
                     counts = counts._replace(empty=counts.empty + 1)
                 self.counts[i] = counts
                 if text:
-                    after = Position(i, record.record, record.offset, read + record.read)
-                    yield Document(text, after, counts)
+                    after = ReadPosition(i, record.record, record.offset, read + record.read)
+                    yield TextDocument(text, after, counts)
             if not self.counts[i].documents + self.counts[i].elsewhere:
                 problem = f"{file.name}: no documents with text"
                 if self._on_error == "raise":
@@ -234,9 +234,9 @@ class Reader:
                 logger.warning("%s", problem)
 
     @property
-    def total(self) -> Counts:
+    def total(self) -> DocumentCounts:
         """Of all files together."""
-        return Counts(*(sum(column) for column in zip(*self.counts, strict=True)))
+        return DocumentCounts(*(sum(column) for column in zip(*self.counts, strict=True)))
 
     def sources(self) -> tuple[TextSource, ...]:
         """The files and their counts, for the manifest."""
@@ -268,14 +268,14 @@ def _not_unicode(text: str) -> str:
     return ""
 
 
-def _records(file: TextFile, field: str, begin: Position) -> Iterator[_Record]:
+def _records(file: TextFile, field: str, begin: ReadPosition) -> Iterator[_Record]:
     if file.path is not None and not file.size:
         return iter(())
     reader = {".jsonl": _jsonl, ".txt": _txt, ".parquet": _parquet}[file.kind]
     return reader(file, field, begin)
 
 
-def _jsonl(file: TextFile, field: str, begin: Position) -> Iterator[_Record]:
+def _jsonl(file: TextFile, field: str, begin: ReadPosition) -> Iterator[_Record]:
     with _opened(file) as (stream, read):
         record, offset = begin.record, begin.offset
         _skip(stream, offset)
@@ -302,7 +302,7 @@ def _field_of(line: bytes, field: str) -> tuple[str, str]:
     return found[field], ""
 
 
-def _txt(file: TextFile, field: str, begin: Position) -> Iterator[_Record]:
+def _txt(file: TextFile, field: str, begin: ReadPosition) -> Iterator[_Record]:
     if begin.record:
         return
     with _opened(file) as (stream, _):
@@ -314,7 +314,7 @@ def _txt(file: TextFile, field: str, begin: Position) -> Iterator[_Record]:
     yield _Record(text, problem, 1, len(data), file.size)
 
 
-def _parquet(file: TextFile, field: str, begin: Position) -> Iterator[_Record]:
+def _parquet(file: TextFile, field: str, begin: ReadPosition) -> Iterator[_Record]:
     arrow = _package("pyarrow", file)
     parquet = _package("pyarrow.parquet", file)
     try:

@@ -1,4 +1,4 @@
-"""Token ids on disk: flat files beside a manifest that says what they hold.
+"""Token ids on disk: flat files beside a metadata that says what they hold.
 
 ```
 manifest.json         what follows, with sizes and SHA-256
@@ -28,7 +28,7 @@ from btlm_jax.utils import atomic
 from btlm_jax.utils.progress import Progress
 
 FORMAT = 1
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+METADATA_FILE, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 _KIND = "btlm-jax tokens"
 _SHARD_NAME = re.compile(r"tokens-\d{5,}\.bin")  # nothing that leaves the directory
 _GPT2_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
@@ -36,7 +36,7 @@ _HASH_BYTES = 16 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class TokenShard:
     """One file.
 
     Attributes:
@@ -74,13 +74,13 @@ class TextSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class Manifest:
+class TokenShardsMetadata:
     """What a directory of tokens says about itself.
 
     Attributes:
       vocab_size: every id is below it.
       eos_id: the token that ends a document.
-      tokenizer_sha256: `fingerprint_of` the tokenizer's files.
+      tokenizer_sha256: `tokenizer_fingerprint` the tokenizer's files.
       shards, sources: in order.
       created_by: name and version of the program.
     """
@@ -88,14 +88,14 @@ class Manifest:
     vocab_size: int
     eos_id: int
     tokenizer_sha256: str
-    shards: tuple[Shard, ...]
+    shards: tuple[TokenShard, ...]
     sources: tuple[TextSource, ...]
     created_by: str = f"btlm-jax {__version__}"
 
     @property
     def dtype(self) -> np.dtype:
         """On disk, little-endian."""
-        return dtype_for(self.vocab_size)
+        return token_dtype(self.vocab_size)
 
     @property
     def tokens(self) -> int:
@@ -130,7 +130,7 @@ class Manifest:
         return json.dumps(whole | fields, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Manifest:
+    def from_json(cls, text: str, where: str) -> TokenShardsMetadata:
         """Parses and checks.
 
         Args:
@@ -138,14 +138,14 @@ class Manifest:
           where: its name, for messages.
 
         Raises:
-          ValueError: not a manifest, of another format, or with a field missing or wrong.
+          ValueError: not a metadata, of another format, or with a field missing or wrong.
         """
         try:
             found = json.loads(text)
         except ValueError as e:
             raise ValueError(f"{where}: not JSON ({e}); copy the directory again") from e
         if not isinstance(found, dict) or found.get("kind") != _KIND:
-            raise ValueError(f"{where}: expected a manifest written by `btlm tokenize`")
+            raise ValueError(f"{where}: expected metadata written by `btlm tokenize`")
         if found.get("format") != FORMAT:
             raise ValueError(
                 f"{where}: format: found {found.get('format')!r}, this version reads {FORMAT}; "
@@ -153,25 +153,25 @@ class Manifest:
             )
         parts = found | {
             field: tuple(_parse(part, x, where) for x in listed)
-            for field, part in (("shards", Shard), ("sources", TextSource))
+            for field, part in (("shards", TokenShard), ("sources", TextSource))
             if isinstance(listed := found.get(field), list)
         }
-        manifest = _parse(cls, parts, where)
+        metadata = _parse(cls, parts, where)
         for field in ("tokens", "documents"):
-            if found.get(field) != getattr(manifest, field):
+            if found.get(field) != getattr(metadata, field):
                 raise ValueError(
                     f"{where}: {field}: found {found.get(field)!r}, its shards add up to "
-                    f"{getattr(manifest, field)}; copy the directory again"
+                    f"{getattr(metadata, field)}; copy the directory again"
                 )
-        if found.get("dtype") != manifest.dtype.name:
+        if found.get("dtype") != metadata.dtype.name:
             raise ValueError(
-                f"{where}: dtype: found {found.get('dtype')!r}, expected {manifest.dtype.name} for "
-                f"vocab_size {manifest.vocab_size}"
+                f"{where}: dtype: found {found.get('dtype')!r}, expected {metadata.dtype.name} for "
+                f"vocab_size {metadata.vocab_size}"
             )
-        for shard in manifest.shards:
+        for shard in metadata.shards:
             if not _SHARD_NAME.fullmatch(shard.name):
                 raise ValueError(f"{where}: shard {shard.name!r}, expected tokens-00000.bin")
-        return manifest
+        return metadata
 
 
 def _parse(cls: type[Any], found: Any, where: str) -> Any:
@@ -200,33 +200,33 @@ class TokenShards:
 
     Attributes:
       directory: where it lies.
-      manifest: what it says about itself.
-      fingerprint: SHA-256 of the manifest, and so of everything it describes.
+      metadata: what it says about itself.
+      fingerprint: SHA-256 of the metadata, and so of everything it describes.
 
     Raises:
-      FileNotFoundError: no such directory, no manifest, or a missing shard.
-      ValueError: a damaged manifest, a shard of another size than the manifest says, or ids
+      FileNotFoundError: no such directory, no metadata, or a missing shard.
+      ValueError: a damaged metadata, a shard of another size than the metadata says, or ids
         outside the model's vocabulary.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, vocab_size: int | None = None) -> None:
         self.directory = Path(directory)
-        self.manifest, data = _read_manifest(self.directory)
+        self.metadata, data = _read_metadata(self.directory)
         self.fingerprint = hashlib.sha256(data).hexdigest()
-        if vocab_size is not None and self.manifest.max_id >= vocab_size:
-            bad = next(s for s in self.manifest.shards if s.max_id >= vocab_size)
+        if vocab_size is not None and self.metadata.max_id >= vocab_size:
+            bad = next(s for s in self.metadata.shards if s.max_id >= vocab_size)
             raise ValueError(
                 f"{self.directory / bad.name} holds token {bad.max_id}, the model's vocab_size is "
                 f"{vocab_size}: tokenize with the model's tokenizer"
             )
         self._check_sizes()
-        dtype = self.manifest.dtype
+        dtype = self.metadata.dtype
         # As plain arrays: slicing a np.memmap costs microseconds more.
         self._arrays = [
             np.asarray(np.memmap(self.directory / s.name, dtype, mode="r"))
-            for s in self.manifest.shards
+            for s in self.metadata.shards
         ]
-        ends = itertools.accumulate(s.tokens for s in self.manifest.shards)
+        ends = itertools.accumulate(s.tokens for s in self.metadata.shards)
         self._starts = [0, *ends]
 
     def __len__(self) -> int:
@@ -260,18 +260,18 @@ class TokenShards:
     @property
     def tokenizer_files(self) -> tuple[Path, ...]:
         """Of the tokenizer that made the tokens: a checkpoint can carry them along."""
-        return tuple(sorted((self.directory / TOKENIZER).glob("*")))
+        return tuple(sorted((self.directory / TOKENIZER_FOLDER).glob("*")))
 
     def verify(self) -> None:
-        """Reads every byte and compares SHA-256 with the manifest.
+        """Reads every byte and compares SHA-256 with the metadata.
 
         Raises:
           ValueError: shards or tokenizer files that differ, all listed.
         """
-        total = len(self) * self.manifest.dtype.itemsize
+        total = len(self) * self.metadata.dtype.itemsize
         bad = []
         with Progress(total, "B", "verify") as progress:
-            for shard in self.manifest.shards:
+            for shard in self.metadata.shards:
                 hashed = hashlib.sha256()
                 with open(self.directory / shard.name, "rb") as file:
                     while block := file.read(_HASH_BYTES):
@@ -280,8 +280,8 @@ class TokenShards:
                 if hashed.hexdigest() != shard.sha256:
                     bad.append(shard.name)
         tokenizer = {file.name: file.read_bytes() for file in self.tokenizer_files}
-        if fingerprint_of(tokenizer) != self.manifest.tokenizer_sha256:
-            bad.append(TOKENIZER)
+        if tokenizer_fingerprint(tokenizer) != self.metadata.tokenizer_sha256:
+            bad.append(TOKENIZER_FOLDER)
         if bad:
             raise ValueError(
                 f"{self.directory}: {', '.join(bad)} changed since they were written; copy them "
@@ -289,11 +289,11 @@ class TokenShards:
             )
 
     def _check_sizes(self) -> None:
-        for shard in self.manifest.shards:
+        for shard in self.metadata.shards:
             file = self.directory / shard.name
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing; copy it again, or tokenize again")
-            found, expected = file.stat().st_size, shard.tokens * self.manifest.dtype.itemsize
+            found, expected = file.stat().st_size, shard.tokens * self.metadata.dtype.itemsize
             if found != expected or not found:
                 raise ValueError(
                     f"{file}: found {found} bytes, expected {expected}: the file is "
@@ -302,21 +302,21 @@ class TokenShards:
                 )
 
 
-def is_ours(directory: os.PathLike[str]) -> bool:
+def is_token_directory(directory: os.PathLike[str]) -> bool:
     """Whether a directory was written by `tokenize`."""
     try:
-        found = json.loads((Path(directory) / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads((Path(directory) / METADATA_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("kind") == _KIND
 
 
-def dtype_for(vocab_size: int) -> np.dtype:
+def token_dtype(vocab_size: int) -> np.dtype:
     """What ids below `vocab_size` are stored as, little-endian."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
-def fingerprint_of(tokenizer: Mapping[str, bytes]) -> str:
+def tokenizer_fingerprint(tokenizer: Mapping[str, bytes]) -> str:
     """SHA-256 of what defines a tokenizer.
 
     Args:
@@ -330,20 +330,20 @@ def fingerprint_of(tokenizer: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(tokenizer.get(name, b"") for name in names)).hexdigest()
 
 
-def _read_manifest(directory: Path) -> tuple[Manifest, bytes]:
-    """The manifest, and its file's bytes."""
-    file = directory / MANIFEST
+def _read_metadata(directory: Path) -> tuple[TokenShardsMetadata, bytes]:
+    """The metadata, and its file's bytes."""
+    file = directory / METADATA_FILE
     if not file.is_file():
         left = ", ".join(map(str, atomic.leftovers(directory)))
         hint = f"; an interrupted run left {left}: the same command continues it" if left else ""
         what = "no manifest.json in it" if directory.is_dir() else "no such directory"
-        if inside := sorted(str(p.parent) for p in directory.glob(f"*/{MANIFEST}")):
+        if inside := sorted(str(p.parent) for p in directory.glob(f"*/{METADATA_FILE}")):
             hint = f"; there are tokens in {', '.join(inside)}"
         raise FileNotFoundError(
             f"{directory}: {what}, expected tokens made by `btlm tokenize`{hint}"
         )
     data = file.read_bytes()
     try:
-        return Manifest.from_json(data.decode(), str(file)), data
+        return TokenShardsMetadata.from_json(data.decode(), str(file)), data
     except UnicodeDecodeError as e:
         raise ValueError(f"{file}: not UTF-8 ({e}); copy the directory again") from e

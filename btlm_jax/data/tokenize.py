@@ -22,17 +22,25 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from btlm_jax.data.split import Part
-from btlm_jax.data.text_files import Counts, Document, OnError, Position, Reader, TextFile, expand
+from btlm_jax.data.split import SplitPart
+from btlm_jax.data.text_files import (
+    DocumentCounts,
+    OnError,
+    ReadPosition,
+    TextDocument,
+    TextFile,
+    TextReader,
+    expand_inputs,
+)
 from btlm_jax.data.token_shards import (
     FORMAT,
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    Shard,
-    dtype_for,
-    fingerprint_of,
-    is_ours,
+    METADATA_FILE,
+    TOKENIZER_FOLDER,
+    TokenShard,
+    TokenShardsMetadata,
+    is_token_directory,
+    token_dtype,
+    tokenizer_fingerprint,
 )
 from btlm_jax.data.tokenizer import END_OF_TEXT, check_vocabulary, home_of, load_tokenizer
 from btlm_jax.utils import atomic, paths
@@ -55,7 +63,7 @@ _BATCH_BYTES = 256 << 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class TokenizeReport:
     """What `tokenize` did, what an interrupted run had finished included.
 
     Attributes:
@@ -105,8 +113,8 @@ def tokenize(
     stdin_format: Literal["jsonl", "txt"] = "jsonl",
     threads: int | None = None,
     overwrite: bool = False,
-    part: Part | None = None,
-) -> Report:
+    part: SplitPart | None = None,
+) -> TokenizeReport:
     """Tokenizes documents, EOS after each, into a directory that `TokenShards` reads.
 
     Documents without text are left out. Marker tokens in a text ("<|endoftext|>") are text: no
@@ -141,23 +149,25 @@ def tokenize(
     began = time.monotonic()
     threads = (os.cpu_count() or 1) if threads is None else threads
     _check_options(shard_tokens, on_error, stdin_format, threads)
-    check_target(target, overwrite=overwrite, ours=is_ours)
-    files = expand(inputs, stdin_format=stdin_format, on_error=on_error)
-    coder = Coder(tokenizer, eos, vocab_size)
-    key: dict[str, Any] | None = key_of(files, coder, [field, shard_tokens, part])
+    check_token_target(target, overwrite=overwrite, ours=is_token_directory)
+    files = expand_inputs(inputs, stdin_format=stdin_format, on_error=on_error)
+    encoder = Encoder(tokenizer, eos, vocab_size)
+    key: dict[str, Any] | None = resume_key(files, encoder, [field, shard_tokens, part])
     if any(f.path is None for f in files):
         logger.warning("standard input cannot be read twice: if interrupted, this starts over")
         key = None
-    with atomic.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
-        done = _finished(stage, coder.dtype)
+    with atomic.new_directory(
+        target, overwrite=overwrite, ours=is_token_directory, key=key
+    ) as stage:
+        done = _finished(stage, encoder.dtype)
         resumed = len(done)
-        begin = Position(*done[-1]["position"]) if done else Position()
-        counts: list[Counts] = []
+        begin = ReadPosition(*done[-1]["position"]) if done else ReadPosition()
+        counts: list[DocumentCounts] = []
         for record in done:
-            counts[record["file"] :] = [Counts(*x) for x in record["counts"]]
-        reader = Reader(files, field, on_error=on_error, begin=begin, counts=counts, part=part)
+            counts[record["file"] :] = [DocumentCounts(*x) for x in record["counts"]]
+        reader = TextReader(files, field, on_error=on_error, begin=begin, counts=counts, part=part)
         total = sum(f.size for f in files)
-        encoded = _shown(encode_all(reader.documents(), coder, threads), total, begin.read)
+        encoded = _shown(encode_documents(reader.documents(), encoder, threads), total, begin.read)
         while written := _write_shard(stage, len(done), encoded, shard_tokens):
             shard, last = written
             done.append(_record_of(shard, last, reader.counts, begin))
@@ -165,35 +175,35 @@ def tokenize(
             begin = last.next
         if not done:
             there = reader.total.elsewhere
-            what = part.nothing_in_it(there) if part and there else "no documents with text"
+            what = part.empty_message(there) if part and there else "no documents with text"
             raise ValueError(f"{', '.join(f.name for f in files)}: {what}")
-        (stage.content / TOKENIZER).mkdir(exist_ok=True)
-        for name, data in coder.assets.items():
-            atomic.write_bytes(stage.content / TOKENIZER / name, data)
-        manifest = Manifest(
-            vocab_size=coder.vocab_size,
-            eos_id=coder.eos_id,
-            tokenizer_sha256=coder.sha256,
-            shards=tuple(Shard(**record["shard"]) for record in done),
+        (stage.content / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+        for name, data in encoder.assets.items():
+            atomic.write_bytes(stage.content / TOKENIZER_FOLDER / name, data)
+        metadata = TokenShardsMetadata(
+            vocab_size=encoder.vocab_size,
+            eos_id=encoder.eos_id,
+            tokenizer_sha256=encoder.sha256,
+            shards=tuple(TokenShard(**record["shard"]) for record in done),
             sources=reader.sources(),
         )
-        atomic.write_text(stage.content / MANIFEST, manifest.to_json())
+        atomic.write_text(stage.content / METADATA_FILE, metadata.to_json())
     if skipped := reader.total.skipped:
-        logger.warning("%d UNUSABLE RECORDS SKIPPED; the manifest says in which files", skipped)
-    return Report(
-        tokens=manifest.tokens,
-        documents=manifest.documents,
-        text_bytes=manifest.text_bytes,
+        logger.warning("%d UNUSABLE RECORDS SKIPPED; the metadata says in which files", skipped)
+    return TokenizeReport(
+        tokens=metadata.tokens,
+        documents=metadata.documents,
+        text_bytes=metadata.text_bytes,
         empty=reader.total.empty,
         skipped=skipped,
         shards=len(done),
         resumed=resumed,
-        fresh_tokens=sum(shard.tokens for shard in manifest.shards[resumed:]),
+        fresh_tokens=sum(shard.tokens for shard in metadata.shards[resumed:]),
         seconds=time.monotonic() - began,
     )
 
 
-def check_target(
+def check_token_target(
     target: str | os.PathLike[str], *, overwrite: bool, ours: Callable[[epath.Path], bool]
 ) -> None:
     """Raises ValueError if tokens cannot lie there; else as `staging.refuse_existing`."""
@@ -202,13 +212,15 @@ def check_target(
     atomic.refuse_existing(target, overwrite=overwrite, ours=ours)
 
 
-def key_of(files: Sequence[TextFile], coder: Coder, options: Sequence[Any]) -> dict[str, Any]:
+def resume_key(
+    files: Sequence[TextFile], encoder: Encoder, options: Sequence[Any]
+) -> dict[str, Any]:
     """What tells one piece of work from any other (`staging.new_directory`)."""
     return {
-        "by": f"tokenize, {Manifest.created_by}, format {FORMAT}",
+        "by": f"tokenize, {TokenShardsMetadata.created_by}, format {FORMAT}",
         "files": [f.identity for f in files],
         "options": list(options),
-        "tokenizer": [coder.sha256, coder.vocab_size, coder.eos_id],
+        "tokenizer": [encoder.sha256, encoder.vocab_size, encoder.eos_id],
     }
 
 
@@ -224,8 +236,8 @@ def _check_options(shard_tokens: int, on_error: str, stdin_format: str, threads:
             raise ValueError(f"{name}: found {value!r}, expected {' or '.join(map(repr, known))}")
 
 
-class Coder:
-    """A tokenizer that appends EOS, and what the manifest says about it."""
+class Encoder:
+    """A tokenizer that appends EOS, and what the metadata says about it."""
 
     def __init__(
         self, source: str | os.PathLike[str], eos: str | None, vocab_size: int | None
@@ -245,10 +257,10 @@ class Coder:
                 "its tokens (eos)"
             )
         self.eos_id = ids[eos]
-        self.sha256 = fingerprint_of(self.assets)
-        self.dtype = dtype_for(self.vocab_size)
+        self.sha256 = tokenizer_fingerprint(self.assets)
+        self.dtype = token_dtype(self.vocab_size)
 
-    def encode(self, documents: list[Document]) -> list[np.ndarray]:
+    def encode(self, documents: list[TextDocument]) -> list[np.ndarray]:
         """The ids of each document, EOS last."""
         texts = [document.text for document in documents]
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -268,18 +280,18 @@ def _named_eos(assets: dict[str, bytes]) -> str | None:
     return None
 
 
-def encode_all(
-    documents: Iterable[Document], coder: Coder, threads: int
-) -> Iterator[tuple[Document, np.ndarray]]:
+def encode_documents(
+    documents: Iterable[TextDocument], encoder: Encoder, threads: int
+) -> Iterator[tuple[TextDocument, np.ndarray]]:
     """Documents with their ids, in order; a few batches are read and tokenized ahead.
 
     Threads, because the tokenizer works outside the GIL: 3 % of the time is spent inside.
     """
-    ahead: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
+    ahead: deque[tuple[list[TextDocument], Future[list[np.ndarray]]]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:
         for batch in _batches(documents):
-            ahead.append((batch, pool.submit(coder.encode, batch)))
+            ahead.append((batch, pool.submit(encoder.encode, batch)))
             if len(ahead) > threads + 1:
                 first, ids = ahead.popleft()
                 yield from zip(first, ids.result(), strict=True)
@@ -290,8 +302,8 @@ def encode_all(
 
 
 def _shown(
-    encoded: Iterable[tuple[Document, np.ndarray]], total: int, done: int
-) -> Iterator[tuple[Document, np.ndarray]]:
+    encoded: Iterable[tuple[TextDocument, np.ndarray]], total: int, done: int
+) -> Iterator[tuple[TextDocument, np.ndarray]]:
     """The same, with progress: bytes of the files that were read, `done` of `total` before."""
     with Progress(total, "B", "tokenize", done=done) as progress:
         for document, ids in encoded:
@@ -304,8 +316,8 @@ def _shown(
             progress.update(total - done)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _batches(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
+    batch: list[TextDocument] = []
     size = 0
     for document in documents:
         batch.append(document)
@@ -336,9 +348,9 @@ def _shard_name(index: int) -> str:
 def _write_shard(
     stage: atomic.Stage,
     index: int,
-    encoded: Iterator[tuple[Document, np.ndarray]],
+    encoded: Iterator[tuple[TextDocument, np.ndarray]],
     shard_tokens: int,
-) -> tuple[Shard, Document] | None:
+) -> tuple[TokenShard, TextDocument] | None:
     """Writes documents until the shard is full. Returns it, on disk, and the last of them.
 
     None, and no file, if there are no more documents.
@@ -360,11 +372,11 @@ def _write_shard(
         file.flush()
         os.fsync(file.fileno())
     logger.info("%s: %s tokens", name, f"{tokens:,}")
-    return Shard(name, tokens, documents, max_id, hashed.hexdigest()), last
+    return TokenShard(name, tokens, documents, max_id, hashed.hexdigest()), last
 
 
 def _record_of(
-    shard: Shard, last: Document, counts: Sequence[Counts], begin: Position
+    shard: TokenShard, last: TextDocument, counts: Sequence[DocumentCounts], begin: ReadPosition
 ) -> dict[str, Any]:
     """What a later run needs to go on after a shard.
 

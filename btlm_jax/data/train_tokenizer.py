@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from btlm_jax.data.split import Part
-from btlm_jax.data.text_files import OnError, Reader, TextFile
+from btlm_jax.data.split import SplitPart
+from btlm_jax.data.text_files import OnError, TextFile, TextReader
 from btlm_jax.data.tokenizer import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
@@ -48,12 +48,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def sample(
+def sample_texts(
     files: Sequence[TextFile],
     field: str,
     *,
     on_error: OnError = "raise",
-    part: Part | None = None,
+    part: SplitPart | None = None,
     characters: int = SAMPLE_CHARACTERS,
 ) -> Iterator[str]:
     """The beginning of every file: text to learn a tokenizer from, and no more than is needed.
@@ -62,16 +62,16 @@ def sample(
     a small file leaves goes to those after it.
 
     Args:
-      files, field, on_error, part: as of `Reader`.
+      files, field, on_error, part: as of `TextReader`.
       characters: in all.
 
     Raises:
-      ValueError: as `Reader.documents`.
+      ValueError: as `TextReader.documents`.
     """
     left = characters
     for i, file in enumerate(files):
         share = left // (len(files) - i)
-        for document in Reader([file], field, on_error=on_error, part=part).documents():
+        for document in TextReader([file], field, on_error=on_error, part=part).documents():
             if not share:
                 break
             text = document.text[:share]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm_jax.evaluation.windows import Document
+from btlm_jax.evaluation.windows import TokenizedDocument
 
 
 class Window(NamedTuple):
@@ -44,7 +44,7 @@ class LongWindows:
 
     def __init__(
         self,
-        documents: Iterable[Document],
+        documents: Iterable[TokenizedDocument],
         prefix: int,
         length: int,
         *,
@@ -77,7 +77,7 @@ class LongWindows:
     def __iter__(self) -> Iterator[Window]:
         return self._windows
 
-    def _apart(self, documents: Iterable[Document], prefix: int) -> Iterator[Window]:
+    def _apart(self, documents: Iterable[TokenizedDocument], prefix: int) -> Iterator[Window]:
         for group, document in enumerate(documents):
             n = self._seen(document)
             tokens = np.concatenate([[prefix], document.ids]).astype(np.int32)
@@ -85,7 +85,7 @@ class LongWindows:
             starts = range(0, n - self.length + 1, self.length)
             yield from (self._at(tokens, start, group) for start in starts[: self.each])
 
-    def _joined(self, documents: Iterable[Document], prefix: int) -> Iterator[Window]:
+    def _joined(self, documents: Iterable[TokenizedDocument], prefix: int) -> Iterator[Window]:
         tokens = np.zeros(0, np.int32)
         for document in documents:
             self._seen(document)
@@ -95,7 +95,7 @@ class LongWindows:
                 yield self._at(tokens, start, 0)
             tokens = tokens[whole:]
 
-    def _seen(self, document: Document) -> int:
+    def _seen(self, document: TokenizedDocument) -> int:
         n = len(document.ids)
         self._longest, self._tokens = max(self._longest, n), self._tokens + n
         return n

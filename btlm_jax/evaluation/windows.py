@@ -26,7 +26,7 @@ from btlm_jax.model.loss import IGNORE
 logger = logging.getLogger(__name__)
 
 
-class Document(NamedTuple):
+class TokenizedDocument(NamedTuple):
     """A text to evaluate."""
 
     ids: np.ndarray  # integers [n], without any EOS
@@ -59,7 +59,7 @@ class Windows:
       stride: tokens that a window predicts, but for the first of a document.
     """
 
-    documents: tuple[Document, ...]
+    documents: tuple[TokenizedDocument, ...]
     prefix: int
     length: int
     stride: int
@@ -95,12 +95,12 @@ class Windows:
                     targets[i, : len(window.targets)] = window.targets
                 yield Batch(inputs, targets, max(len(window.inputs) for window in some))
 
-    def _ends(self, document: Document) -> Sequence[int]:
+    def _ends(self, document: TokenizedDocument) -> Sequence[int]:
         """How many tokens of the document have been predicted after each of its windows."""
         n = len(document.ids)
         return [*range(self.length, n, self.stride), n] if n else []
 
-    def _of(self, document: Document) -> Iterator[Window]:
+    def _of(self, document: TokenizedDocument) -> Iterator[Window]:
         tokens = np.concatenate([[self.prefix], document.ids]).astype(np.int32)
         done = 0
         for end in self._ends(document):
@@ -113,7 +113,7 @@ class Windows:
 
 def cut(
     config: BTLMConfig,
-    documents: Sequence[Document],
+    documents: Sequence[TokenizedDocument],
     prefix: int,
     *,
     length: int | None = None,

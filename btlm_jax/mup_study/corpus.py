@@ -52,13 +52,13 @@ def read(directory: Path | None, length: int) -> Corpus:
       FileNotFoundError: there is none.
     """
     if directory is None:
-        tokens = np.frombuffer(sample_text.text().encode(), np.uint8).astype(np.int32)
+        tokens = np.frombuffer(sample_text.read_sample_text().encode(), np.uint8).astype(np.int32)
         vocab_size, name = 256, "bytes of Python's language reference"
     else:
         shards = TokenShards(directory)
         count = min(len(shards), _MOST_TOKENS)
         tokens = np.asarray(shards.read(0, count), np.int32)
-        vocab_size, name = shards.manifest.vocab_size, str(directory)
+        vocab_size, name = shards.metadata.vocab_size, str(directory)
         if count < len(shards):
             name = f"the first {count:,} of {len(shards):,} tokens of {directory}"
     held = int(_HELD_OUT * len(tokens))

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 
 from btlm_jax import cli
 from btlm_jax.data import sample_text
-from btlm_jax.data.prepare import prepare
-from btlm_jax.data.split import Part
+from btlm_jax.data.prepare import prepare_tokens
+from btlm_jax.data.split import SplitPart
 from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.data.tokenize import tokenize
 from btlm_jax.data.tokenizer import load_tokenizer
@@ -48,22 +48,24 @@ def home(tmp_path_factory):
 @given(documents=ascii_texts, fraction=st.floats(0.1, 0.9), data=st.data())
 def test_all_documents_are_on_one_side(home, tmp_path_factory, documents, fraction, data):
     """Disjoint, together everything, in order, whatever the files and shards."""
-    part = Part(fraction, held_out=True, one_document=False)
-    held = [d for d in documents if d and part.of(d)]
-    train = [d for d in documents if d and not part.of(d)]
+    part = SplitPart(fraction, held_out=True, one_document=False)
+    held = [d for d in documents if d and part.select(d)]
+    train = [d for d in documents if d and not part.select(d)]
     assume(held and train)
     root = tmp_path_factory.mktemp("t")
     cut = data.draw(st.integers(0, len(documents)))
     for name, some in (("a", documents[:cut]), ("b", documents[cut:])):
         (root / f"{name}.jsonl").write_bytes(jsonl(some))
     options = dict(on_error="skip", shard_tokens=data.draw(st.integers(1, 200)))
-    made = prepare(f"{root}/*.jsonl", root / "t", tokenizer=home, held_out=fraction, **options)
+    made = prepare_tokens(
+        f"{root}/*.jsonl", root / "t", tokenizer=home, held_out=fraction, **options
+    )
     assert list(made) == [root / "t/held_out", root / "t/train"]
     for name, expected in (("train", train), ("held_out", held)):
         assert texts(root / "t" / name) == expected
-        report, manifest = made[root / "t" / name], TokenShards(root / "t" / name).manifest
-        assert report.documents == manifest.documents == len(expected)
-        assert report.text_bytes == manifest.text_bytes == sum(map(len, expected))
+        report, metadata = made[root / "t" / name], TokenShards(root / "t" / name).metadata
+        assert report.documents == metadata.documents == len(expected)
+        assert report.text_bytes == metadata.text_bytes == sum(map(len, expected))
         assert report.empty == len(documents) - len(held) - len(train)
 
 
@@ -72,24 +74,24 @@ def test_end_of_a_single_text_is_held_out(home, tmp_path, name):
     text = "".join(DOCUMENTS)
     data = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    prepare(tmp_path / name, tmp_path / "t", tokenizer=home, held_out=0.25)
+    prepare_tokens(tmp_path / name, tmp_path / "t", tokenizer=home, held_out=0.25)
     (train,), (held,) = texts(tmp_path / "t/train"), texts(tmp_path / "t/held_out")
     assert train + held == text and len(held) == round(len(text) / 4)
-    assert TokenShards(tmp_path / "t/held_out").manifest.text_bytes == len(held)
+    assert TokenShards(tmp_path / "t/held_out").metadata.text_bytes == len(held)
 
 
 def test_several_texts_stay_whole(home, tmp_path):
     for i, document in enumerate(DOCUMENTS):
         (tmp_path / f"{i:02}.txt").write_text(document)
-    prepare(tmp_path / "*.txt", tmp_path / "t", tokenizer=home, held_out=0.2)
-    part = Part(0.2, held_out=True, one_document=False)
-    assert texts(tmp_path / "t/held_out") == [d for d in DOCUMENTS if part.of(d)]
-    assert texts(tmp_path / "t/train") == [d for d in DOCUMENTS if not part.of(d)]
+    prepare_tokens(tmp_path / "*.txt", tmp_path / "t", tokenizer=home, held_out=0.2)
+    part = SplitPart(0.2, held_out=True, one_document=False)
+    assert texts(tmp_path / "t/held_out") == [d for d in DOCUMENTS if part.select(d)]
+    assert texts(tmp_path / "t/train") == [d for d in DOCUMENTS if not part.select(d)]
 
 
 def test_without_a_split_it_is_tokenize(home, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
-    (report,) = prepare(tmp_path / "a.jsonl", tmp_path / "t", tokenizer=home).values()
+    (report,) = prepare_tokens(tmp_path / "a.jsonl", tmp_path / "t", tokenizer=home).values()
     again = tokenize(tmp_path / "a.jsonl", tmp_path / "u", home)
     assert contents(tmp_path / "t") == contents(tmp_path / "u")
     assert report.tokens == again.tokens
@@ -97,22 +99,22 @@ def test_without_a_split_it_is_tokenize(home, tmp_path):
 
 def test_new_tokenizer(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
-    prepare(tmp_path / "a.jsonl", tmp_path / "t", new_tokenizer=300)
+    prepare_tokens(tmp_path / "a.jsonl", tmp_path / "t", new_tokenizer=300)
     assert texts(tmp_path / "t") == DOCUMENTS
-    manifest = TokenShards(tmp_path / "t").manifest
-    assert (manifest.vocab_size, manifest.eos_id) == (300, 0)
+    metadata = TokenShards(tmp_path / "t").metadata
+    assert (metadata.vocab_size, metadata.eos_id) == (300, 0)
     assert " words" in "".join(load_tokenizer(tmp_path / "t").get_vocab()).replace("Ġ", " ")
 
 
 def test_new_tokenizer_has_not_seen_what_is_held_out(tmp_path):
-    part = Part(0.2, held_out=True, one_document=False)
-    documents = [d + (" xyzzy" * 50 if part.of(d) else " plugh" * 5) for d in DOCUMENTS]
+    part = SplitPart(0.2, held_out=True, one_document=False)
+    documents = [d + (" xyzzy" * 50 if part.select(d) else " plugh" * 5) for d in DOCUMENTS]
     # The words are in the text that is hashed: choose the documents again.
-    held = [d for d in documents if part.of(d)]
-    kept = [d for d in documents if not part.of(d) and "xyzzy" not in d]
+    held = [d for d in documents if part.select(d)]
+    kept = [d for d in documents if not part.select(d) and "xyzzy" not in d]
     assert any("xyzzy" in d for d in held)
     (tmp_path / "a.jsonl").write_bytes(jsonl([*held, *kept]))
-    prepare(tmp_path / "a.jsonl", tmp_path / "t", new_tokenizer=400, held_out=0.2)
+    prepare_tokens(tmp_path / "a.jsonl", tmp_path / "t", new_tokenizer=400, held_out=0.2)
     for name in ("train", "held_out"):
         known = load_tokenizer(tmp_path / "t" / name).get_vocab()
         assert "Ġplugh" in known and not any("xyz" in token for token in known)
@@ -123,15 +125,15 @@ def test_new_tokenizer_has_not_seen_what_is_held_out(tmp_path):
 
 SLOWLY = """
 import sys, time
-from btlm_jax import staging
-from btlm_jax.train import prepare
-record = staging.Stage.record
+from btlm_jax.data.prepare import prepare_tokens
+from btlm_jax.utils import atomic
+record = atomic.Stage.record
 def slowly(*args):
     time.sleep(0.01)
     record(*args)
     time.sleep(0.01)
-staging.Stage.record = slowly
-made = prepare.prepare(sys.argv[2], sys.argv[1], new_tokenizer=300, held_out=0.3, shard_tokens=150)
+atomic.Stage.record = slowly
+made = prepare_tokens(sys.argv[2], sys.argv[1], new_tokenizer=300, held_out=0.3, shard_tokens=150)
 print(*(r.resumed for r in made.values()))
 """
 
@@ -141,7 +143,7 @@ def test_killed_and_continued(tmp_path):
     documents = [d + str(i) for i, d in enumerate(DOCUMENTS * 12)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(documents))
     options = dict(new_tokenizer=300, held_out=0.3, shard_tokens=150)
-    whole = prepare(tmp_path / "a.jsonl", tmp_path / "whole", **options)
+    whole = prepare_tokens(tmp_path / "a.jsonl", tmp_path / "whole", **options)
     held, train = (report.shards for report in whole.values())
     assert held > 20 and train > 40
     work, rng = tmp_path / ".t.partial", random.Random(0)
@@ -176,9 +178,9 @@ def test_changed_input_starts_over(home, tmp_path, caplog):
     file = tmp_path / "a.jsonl"
     file.write_bytes(jsonl(DOCUMENTS) + b"{")
     with pytest.raises(ValueError, match="not JSON"):
-        prepare(file, tmp_path / "t", tokenizer=home, held_out=0.2)
+        prepare_tokens(file, tmp_path / "t", tokenizer=home, held_out=0.2)
     file.write_bytes(jsonl(DOCUMENTS[:50]))
-    prepare(file, tmp_path / "t", tokenizer=home, held_out=0.2)
+    prepare_tokens(file, tmp_path / "t", tokenizer=home, held_out=0.2)
     assert len(texts(tmp_path / "t/train")) + len(texts(tmp_path / "t/held_out")) == 50
     assert "starting over" in caplog.text
 
@@ -197,10 +199,10 @@ def test_changed_options_start_over(home, tmp_path, monkeypatch, changed):
     monkeypatch.setattr("btlm_jax.data.prepare.tokenize", fails_at_train)
     options = dict(tokenizer=home, held_out=0.2)
     with pytest.raises(ValueError, match="killed"):
-        prepare(tmp_path / "a.jsonl", tmp_path / "t", **options)
+        prepare_tokens(tmp_path / "a.jsonl", tmp_path / "t", **options)
     monkeypatch.undo()
-    prepare(tmp_path / "a.jsonl", tmp_path / "t", **options | changed)
-    prepare(tmp_path / "a.jsonl", tmp_path / "fresh", **options | changed)
+    prepare_tokens(tmp_path / "a.jsonl", tmp_path / "t", **options | changed)
+    prepare_tokens(tmp_path / "a.jsonl", tmp_path / "fresh", **options | changed)
     assert contents(tmp_path / "t") == contents(tmp_path / "fresh")
 
 
@@ -229,31 +231,33 @@ def test_bad_options(home, tmp_path, monkeypatch):
     ):  # fmt: skip
         source = name if name == "-" else tmp_path / name
         with pytest.raises(ValueError, match=said):
-            prepare(source, tmp_path / "t", **options)
+            prepare_tokens(source, tmp_path / "t", **options)
         assert not (tmp_path / "t").exists()
     with pytest.raises(ValueError, match=r"expected a local directory|needs gcsfs"):
-        prepare(tmp_path / "a.jsonl", "gs://bucket/t", tokenizer=home, held_out=0.1)
+        prepare_tokens(tmp_path / "a.jsonl", "gs://bucket/t", tokenizer=home, held_out=0.1)
 
 
 def test_existing_targets(home, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS))
     arguments = tmp_path / "a.jsonl", tmp_path / "t"
-    prepare(*arguments, tokenizer=home)
+    prepare_tokens(*arguments, tokenizer=home)
     options = dict(tokenizer=home, held_out=0.2)
     with pytest.raises(FileExistsError, match="was not written by this command"):
-        prepare(*arguments, **options, overwrite=True)
-    prepare(tmp_path / "a.jsonl", tmp_path / "u", **options)
+        prepare_tokens(*arguments, **options, overwrite=True)
+    prepare_tokens(tmp_path / "a.jsonl", tmp_path / "u", **options)
     with pytest.raises(FileExistsError, match="pass --overwrite"):
-        prepare(tmp_path / "a.jsonl", tmp_path / "u", **options)
+        prepare_tokens(tmp_path / "a.jsonl", tmp_path / "u", **options)
     before = contents(tmp_path / "u")
-    prepare(tmp_path / "a.jsonl", tmp_path / "u", tokenizer=home, held_out=0.4, overwrite=True)
+    prepare_tokens(
+        tmp_path / "a.jsonl", tmp_path / "u", tokenizer=home, held_out=0.4, overwrite=True
+    )
     assert contents(tmp_path / "u") != before
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "t", "u"]
 
 
 def test_unusable_records_are_skipped_in_both_parts(home, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS) + b"{\n")
-    made = prepare(
+    made = prepare_tokens(
         tmp_path / "a.jsonl", tmp_path / "t", tokenizer=home, held_out=0.2, on_error="skip"
     )
     assert [report.skipped for report in made.values()] == [1, 1]
@@ -261,14 +265,14 @@ def test_unusable_records_are_skipped_in_both_parts(home, tmp_path):
 
 
 def test_a_file_with_nothing_held_out_is_none_without_documents(home, tmp_path):
-    part = Part(0.2, held_out=True, one_document=False)
-    (tmp_path / "a.jsonl").write_bytes(jsonl([d for d in DOCUMENTS if not part.of(d)]))
-    (tmp_path / "b.jsonl").write_bytes(jsonl([d for d in DOCUMENTS if part.of(d)]))
-    prepare(tmp_path / "*.jsonl", tmp_path / "t", tokenizer=home, held_out=0.2)
-    assert [s.documents for s in TokenShards(tmp_path / "t/train").manifest.sources][1] == 0
+    part = SplitPart(0.2, held_out=True, one_document=False)
+    (tmp_path / "a.jsonl").write_bytes(jsonl([d for d in DOCUMENTS if not part.select(d)]))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([d for d in DOCUMENTS if part.select(d)]))
+    prepare_tokens(tmp_path / "*.jsonl", tmp_path / "t", tokenizer=home, held_out=0.2)
+    assert [s.documents for s in TokenShards(tmp_path / "t/train").metadata.sources][1] == 0
     (tmp_path / "c.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"c\.jsonl: no documents with text"):
-        prepare(tmp_path / "*.jsonl", tmp_path / "u", tokenizer=home, held_out=0.2)
+        prepare_tokens(tmp_path / "*.jsonl", tmp_path / "u", tokenizer=home, held_out=0.2)
 
 
 # The command ------------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ def test_commands_of_the_recipe(tmp_path, monkeypatch, capsys):
     commands = re.findall(r"^#   btlm (.*)$", comment, re.MULTILINE)
     assert [c.split()[0] for c in commands] == ["tokenize", "train", "generate"]
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(sample_text.text())
+    Path("text.txt").write_text(sample_text.read_sample_text())
     few = "--set phases.0.steps=2 --set optimizer.warmup_tokens=0 --set model.fields.n_layer=1"
     for command in commands:
         argv = shlex.split(command) + (few.split() if command.startswith("train") else [])

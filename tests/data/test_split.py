@@ -8,27 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btlm_jax.data.split import Part, check_fraction
+from btlm_jax.data.split import SplitPart, check_fraction
 
 fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
 
 
-def sides(fraction: float, one_document: bool) -> tuple[Part, Part]:
+def sides(fraction: float, one_document: bool) -> tuple[SplitPart, SplitPart]:
     """To train on, and held out."""
-    return tuple(Part(fraction, held_out, one_document) for held_out in (False, True))
+    return tuple(SplitPart(fraction, held_out, one_document) for held_out in (False, True))
 
 
 @given(text=st.text(min_size=1), fraction=fractions, larger=fractions)
 def test_a_document_is_on_one_side(text, fraction, larger):
-    train, held_out = (part.of(text) for part in sides(fraction, one_document=False))
+    train, held_out = (part.select(text) for part in sides(fraction, one_document=False))
     assert {train, held_out} == {text, ""}
     if larger >= fraction and held_out:  # a larger fraction holds out the same documents, and more
-        assert Part(larger, True, False).of(text) == text
+        assert SplitPart(larger, True, False).select(text) == text
 
 
 @given(text=st.text(min_size=1), fraction=fractions)
 def test_one_document_is_cut(text, fraction):
-    train, held_out = (part.of(text) for part in sides(fraction, one_document=True))
+    train, held_out = (part.select(text) for part in sides(fraction, one_document=True))
     assert train + held_out == text
     assert abs(len(held_out) - fraction * len(text)) <= 0.5
 
@@ -37,13 +37,13 @@ def test_one_document_is_cut(text, fraction):
 def test_the_fraction_is_that_of_the_documents(fraction):
     """Of 20,000, to five standard deviations of a fair draw."""
     n = 20_000
-    held_out = sum(bool(Part(fraction, True, False).of(f"document {i}")) for i in range(n))
+    held_out = sum(bool(SplitPart(fraction, True, False).select(f"document {i}")) for i in range(n))
     assert abs(held_out - n * fraction) < 5 * math.sqrt(n * fraction * (1 - fraction))
 
 
 def test_the_choice_is_for_ever():
     """Another hash would move documents that a model was trained on into its held-out text."""
-    held_out = [i for i in range(100) if Part(0.1, True, False).of(f"document {i}")]
+    held_out = [i for i in range(100) if SplitPart(0.1, True, False).select(f"document {i}")]
     assert held_out == [40, 44, 59, 70, 81]
 
 

@@ -30,9 +30,9 @@ def test_reads_what_was_written(tmp_path_factory, data):
         tmp_path_factory.mktemp("t") / "t", tokens, vocab_size=vocab, shard_tokens=size
     )
     opened = TokenShards(path, vocab_size=vocab)
-    assert len(opened) == opened.manifest.tokens == len(tokens)
-    assert opened.manifest.max_id == max(tokens)
-    assert opened.manifest.documents == tokens.count(EOS)
+    assert len(opened) == opened.metadata.tokens == len(tokens)
+    assert opened.metadata.max_id == max(tokens)
+    assert opened.metadata.documents == tokens.count(EOS)
     start = data.draw(st.integers(0, len(tokens)))
     n = data.draw(st.integers(0, len(tokens) - start))
     got = opened.read(start, n)
@@ -109,9 +109,9 @@ def test_verify_finds_flipped_bits_and_other_tokenizers(directory):
 def test_tokenizer_files(directory):
     assert [f.name for f in TokenShards(directory).tokenizer_files] == ["tokenizer.json"]
     gpt2 = {"vocab.json": b"a", "merges.txt": b"b", "tokenizer_config.json": b"c"}
-    assert token_shards.fingerprint_of(gpt2) == hashlib.sha256(b"ab").hexdigest()
+    assert token_shards.tokenizer_fingerprint(gpt2) == hashlib.sha256(b"ab").hexdigest()
     both = gpt2 | {"tokenizer.json": b"d"}
-    assert token_shards.fingerprint_of(both) == hashlib.sha256(b"d").hexdigest()
+    assert token_shards.tokenizer_fingerprint(both) == hashlib.sha256(b"d").hexdigest()
 
 
 def edit(directory: Path, **changes) -> None:
@@ -122,7 +122,7 @@ def edit(directory: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "changes, said",
     [
-        (dict(kind="other"), "expected a manifest written by `btlm tokenize`"),
+        (dict(kind="other"), "expected metadata written by `btlm tokenize`"),
         (dict(format=99), r"format: found 99, this version reads 1; it was written by btlm-jax"),
         (dict(tokens=99), "tokens: found 99, its shards add up to 100"),
         (dict(documents=None), "documents: found None"),
@@ -130,7 +130,7 @@ def edit(directory: Path, **changes) -> None:
         (dict(vocab_size="many"), "vocab_size: found 'many', expected int"),
         (dict(eos_id=-1), "eos_id: found -1"),
         (dict(shards=7), "shards: found 7, expected tuple"),
-        (dict(shards=[7]), "Shard: found 7, expected an object"),
+        (dict(shards=[7]), "TokenShard: found 7, expected an object"),
         (dict(sources=[{"name": 3}]), "name: found 3, expected str"),
     ],
 )
@@ -150,10 +150,10 @@ def test_shards_stay_inside_the_directory(directory):
 
 @pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b"[]", b""])
 def test_manifest_that_is_none(directory, data):
-    assert token_shards.is_ours(directory)
+    assert token_shards.is_token_directory(directory)
     (directory / "manifest.json").write_bytes(data)
-    assert not token_shards.is_ours(directory)
-    with pytest.raises(ValueError, match=r"manifest\.json: (not JSON|not UTF-8|expected a man)"):
+    assert not token_shards.is_token_directory(directory)
+    with pytest.raises(ValueError, match=r"manifest\.json: (not JSON|not UTF-8|expected metadata)"):
         TokenShards(directory)
 
 

@@ -60,15 +60,15 @@ def test_documents_survive(tokenizer, tmp_path_factory, documents, shard_tokens,
     kept = [d for d in documents if d]
     assert texts(home / "one") == kept
     assert contents(home / "one") == contents(home / "many")
-    manifest = TokenShards(home / "one").manifest
-    assert report.documents == manifest.documents == len(kept)
+    metadata = TokenShards(home / "one").metadata
+    assert report.documents == metadata.documents == len(kept)
     assert report.empty == len(documents) - len(kept)
-    assert report.tokens == manifest.tokens == sum(map(len, kept)) + len(kept)
-    assert manifest.text_bytes == sum(map(len, kept))
-    assert [s.documents for s in manifest.sources] == [
+    assert report.tokens == metadata.tokens == sum(map(len, kept)) + len(kept)
+    assert metadata.text_bytes == sum(map(len, kept))
+    assert [s.documents for s in metadata.sources] == [
         sum(map(bool, documents[:cut])), sum(map(bool, documents[cut:]))
     ]  # fmt: skip
-    for shard in manifest.shards[:-1]:
+    for shard in metadata.shards[:-1]:
         assert shard.tokens >= shard_tokens  # and not without its last document
     TokenShards(home / "one").verify()
 
@@ -98,18 +98,18 @@ def test_all_kinds_give_the_same_tokens(tokenizer, tmp_path):
         report = tokenize(tmp_path / kind, tmp_path / f"t{i}", tokenizer, shard_tokens=300)
         assert texts(tmp_path / f"t{i}") == DOCUMENTS, kind
         assert report.shards > 3
-        shards.append(TokenShards(tmp_path / f"t{i}").manifest.shards)
+        shards.append(TokenShards(tmp_path / f"t{i}").metadata.shards)
         assert shards[i] == shards[0]
 
 
 def test_reading_can_begin_after_any_document(tmp_path):
     for kind in write_all_kinds(tmp_path):
-        files = text_files.expand(str(tmp_path / kind))
-        whole = list(text_files.Reader(files, "text").documents())
+        files = text_files.expand_inputs(str(tmp_path / kind))
+        whole = list(text_files.TextReader(files, "text").documents())
         assert [d.text for d in whole] == DOCUMENTS
         for i in range(0, len(whole), 4):
             before = [whole[j].counts for j in range(i + 1) if kind == "*.txt"]
-            again = text_files.Reader(
+            again = text_files.TextReader(
                 files, "text", begin=whole[i].next, counts=before or [whole[i].counts]
             )
             assert list(again.documents()) == whole[i + 1 :]
@@ -151,7 +151,7 @@ def test_text_is_only_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl([text, "b"]))
     tokenize(tmp_path / "a.jsonl", tmp_path / "t", home)
     opened = TokenShards(tmp_path / "t", vocab_size=257)
-    assert len(opened) == len(text.encode()) + 3 and opened.manifest.documents == 2
+    assert len(opened) == len(text.encode()) + 3 and opened.metadata.documents == 2
     assert np.flatnonzero(opened.read(0, len(opened)) == 256).tolist() == [
         len(text.encode()), len(opened) - 1
     ]  # fmt: skip
@@ -164,15 +164,15 @@ def test_end_of_document(tmp_path, tokenizer):
         tokenize(tmp_path / "a.jsonl", tmp_path / "t", home)
     (home / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
     tokenize(tmp_path / "a.jsonl", tmp_path / "t", home)
-    assert TokenShards(tmp_path / "t").manifest.eos_id == 256
+    assert TokenShards(tmp_path / "t").metadata.eos_id == 256
     assert sorted(f.name for f in TokenShards(tmp_path / "t").tokenizer_files) == [
         "tokenizer.json", "tokenizer_config.json"
     ]  # fmt: skip
     tokenize(tmp_path / "a.jsonl", tmp_path / "t", home, eos="<end>", overwrite=True)
-    assert TokenShards(tmp_path / "t").manifest.eos_id == 257
+    assert TokenShards(tmp_path / "t").metadata.eos_id == 257
     # The directory serves as a tokenizer, as a checkpoint does.
     tokenize(tmp_path / "a.jsonl", tmp_path / "u", tmp_path / "t")
-    assert TokenShards(tmp_path / "u").manifest.eos_id == 256
+    assert TokenShards(tmp_path / "u").metadata.eos_id == 256
 
 
 def test_vocabulary(tokenizer, tmp_path):
@@ -182,7 +182,7 @@ def test_vocabulary(tokenizer, tmp_path):
     for vocab, width in ((None, 2), (1 << 16, 2), (70_000, 4)):
         tokenize(tmp_path / "a.jsonl", tmp_path / "t", tokenizer, vocab_size=vocab, overwrite=True)
         assert (tmp_path / "t/tokens-00000.bin").stat().st_size == 2 * width
-        assert TokenShards(tmp_path / "t").manifest.vocab_size == vocab or 96
+        assert TokenShards(tmp_path / "t").metadata.vocab_size == vocab or 96
 
 
 def test_few_documents_are_held(tokenizer):
@@ -193,11 +193,11 @@ def test_few_documents_are_held(tokenizer):
         nonlocal read
         for i in range(10_000):
             read += 1
-            position = text_files.Position(0, i)
-            yield text_files.Document("word " * 20_000, position, text_files.Counts())
+            position = text_files.ReadPosition(0, i)
+            yield text_files.TextDocument("word " * 20_000, position, text_files.DocumentCounts())
 
-    coder = tokenize_lib.Coder(tokenizer, None, None)
-    encoded = tokenize_lib.encode_all(documents(), coder, 2)
+    encoder = tokenize_lib.Encoder(tokenizer, None, None)
+    encoded = tokenize_lib.encode_documents(documents(), encoder, 2)
     for _ in range(10):
         next(encoded)
     encoded.close()
@@ -217,15 +217,15 @@ def test_progress_counts_bytes_of_the_files(tokenizer, tmp_path, caplog):
 
 SLOWLY = """
 import sys, time
-from btlm_jax import staging
-from btlm_jax.train import tokenize_text
-record = staging.Stage.record
+from btlm_jax.data.tokenize import tokenize
+from btlm_jax.utils import atomic
+record = atomic.Stage.record
 def slowly(*args):
     time.sleep(0.004)
     record(*args)
     time.sleep(0.004)
-staging.Stage.record = slowly
-report = tokenize_text.tokenize(sys.argv[3:], sys.argv[1], sys.argv[2], shard_tokens=400)
+atomic.Stage.record = slowly
+report = tokenize(sys.argv[3:], sys.argv[1], sys.argv[2], shard_tokens=400)
 print(report.resumed, report.shards)
 """
 
@@ -282,7 +282,7 @@ def test_bad_record_can_be_skipped_later(tokenizer, tmp_path, caplog, monkeypatc
     assert texts(tmp_path / "t")[-1] == "last" and report.documents == 3001
     assert "skipped " in caplog.text and "4 UNUSABLE RECORDS SKIPPED" in caplog.text
     assert "4 UNUSABLE RECORDS SKIPPED" in str(report)
-    assert TokenShards(tmp_path / "t").manifest.sources[0].skipped == 4
+    assert TokenShards(tmp_path / "t").metadata.sources[0].skipped == 4
     tokenize(tmp_path / "a.jsonl", tmp_path / "u", tokenizer, shard_tokens=5000, on_error="skip")
     assert contents(tmp_path / "t") == contents(tmp_path / "u")
 
@@ -429,7 +429,7 @@ def test_inputs_that_are_none(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"no documents with text$"):
         tokenize(both, tmp_path / "t", tokenizer, on_error="skip")
     tokenize([*both, tmp_path / "a.jsonl"], tmp_path / "t", tokenizer, on_error="skip")
-    assert [s.documents for s in TokenShards(tmp_path / "t").manifest.sources] == [0, 0, 0, 1]
+    assert [s.documents for s in TokenShards(tmp_path / "t").metadata.sources] == [0, 0, 0, 1]
 
 
 def test_bad_options(tokenizer, tmp_path):

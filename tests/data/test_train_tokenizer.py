@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btlm_jax.data import sample_text
-from btlm_jax.data.split import Part
-from btlm_jax.data.text_files import expand
-from btlm_jax.data.train_tokenizer import sample, train_bpe
+from btlm_jax.data.split import SplitPart
+from btlm_jax.data.text_files import expand_inputs
+from btlm_jax.data.train_tokenizer import sample_texts, train_bpe
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return train_bpe([sample_text.text()[:50_000]], 512)
+    return train_bpe([sample_text.read_sample_text()[:50_000]], 512)
 
 
 @given(text=st.text())
@@ -30,7 +30,9 @@ def test_any_text_survives(trained, text):
 
 def test_vocabulary(trained, caplog):
     assert trained.get_vocab_size() == 512 and trained.token_to_id("<|endoftext|>") == 0
-    assert len(trained.encode(sample_text.text()[:50_000]).ids) < 50_000 / 2  # merges were learnt
+    assert (
+        len(trained.encode(sample_text.read_sample_text()[:50_000]).ids) < 50_000 / 2
+    )  # merges were learnt
     assert train_bpe(["ab" * 9], 257).get_vocab_size() == 257  # bytes alone
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     few = train_bpe(["abab"], 300).get_vocab_size()
@@ -40,9 +42,9 @@ def test_vocabulary(trained, caplog):
 
 
 AGAIN = """
-from btlm_jax.train import manual
+from btlm_jax.data import sample_text
 from btlm_jax.data.train_tokenizer import train_bpe
-print(train_bpe([manual.text()[:50_000]], 512).to_str())
+print(train_bpe([sample_text.read_sample_text()[:50_000]], 512).to_str())
 """
 
 
@@ -61,17 +63,19 @@ def test_sample_is_spread_over_the_files(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name * size)
     lines = [json.dumps({"text": "e" * 70}) for _ in range(9)]
     (tmp_path / "e.jsonl").write_text("\n".join(lines))
-    files = expand([str(tmp_path / "*.txt"), str(tmp_path / "e.jsonl")])
-    text = "".join(sample(files, "text", characters=1000))
+    files = expand_inputs([str(tmp_path / "*.txt"), str(tmp_path / "e.jsonl")])
+    text = "".join(sample_texts(files, "text", characters=1000))
     # a leaves 190 of its share of 200 to the other four: 990 // 4, 743 // 3, 496 // 2, 248
     assert [text.count(c) for c in "abcde"] == [10, 247, 247, 248, 248]
-    assert "".join(sample(files, "text")) == "".join(c * n for c, n in sizes.items()) + "e" * 630
+    assert (
+        "".join(sample_texts(files, "text")) == "".join(c * n for c, n in sizes.items()) + "e" * 630
+    )
 
 
 def test_sample_is_of_one_part(tmp_path):
     documents = [f"document {i}" for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     for held_out in (False, True):
-        part = Part(0.2, held_out, one_document=False)
-        found = list(sample(expand(tmp_path / "a.jsonl"), "text", part=part))
-        assert found == [d for d in documents if part.of(d)] and 5 < len(found) < 95
+        part = SplitPart(0.2, held_out, one_document=False)
+        found = list(sample_texts(expand_inputs(tmp_path / "a.jsonl"), "text", part=part))
+        assert found == [d for d in documents if part.select(d)] and 5 < len(found) < 95

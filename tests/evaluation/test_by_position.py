@@ -23,7 +23,7 @@ from btlm_jax.evaluation import by_position, by_position_report, context_extensi
 from btlm_jax.evaluation.by_position import ByPosition, Curve, binned, loss_by_position
 from btlm_jax.evaluation.long_windows import LongWindows
 from btlm_jax.evaluation.perplexity import cross_entropy
-from btlm_jax.evaluation.windows import Document, cut
+from btlm_jax.evaluation.windows import TokenizedDocument, cut
 from btlm_jax.model.attention_xla import QUERY_CHUNK
 from btlm_jax.utils.progress import Progress
 from support import golden, reference_numpy
@@ -31,9 +31,9 @@ from support import golden, reference_numpy
 KINDS = ("none", "fixed", "dynamic")
 
 
-def documents(*lengths: int, vocab: int = 96) -> list[Document]:
+def documents(*lengths: int, vocab: int = 96) -> list[TokenizedDocument]:
     rng = np.random.default_rng(0)
-    return [Document(rng.integers(0, vocab, n).astype(np.uint16), n) for n in lengths]
+    return [TokenizedDocument(rng.integers(0, vocab, n).astype(np.uint16), n) for n in lengths]
 
 
 # Windows ------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def documents(*lengths: int, vocab: int = 96) -> list[Document]:
 )
 def test_windows_are_stretches_of_the_documents(sizes, length, most, each, concatenate):
     ids = np.arange(sum(sizes))
-    texts = [Document(x, 1) for x in np.split(ids, np.cumsum(sizes)[:-1])]
+    texts = [TokenizedDocument(x, 1) for x in np.split(ids, np.cumsum(sizes)[:-1])]
     streams = [[999, *x.ids] for x in texts]
     if concatenate:
         streams = [[t for stream in streams for t in stream]]
@@ -204,17 +204,17 @@ def test_neither_logits_nor_scores_are_whole():
 
 
 FOR_V5E = """
-from btlm_jax.train import topologies
+from btlm_jax.train.aot import topologies
 topologies.prepare()
 import functools
 import jax
 import jax.numpy as jnp
 from btlm_jax import BTLM, BTLMConfig, make_mesh
-from btlm_jax.evaluation import by_position, extension
+from btlm_jax.evaluation import by_position, context_extension
 from btlm_jax.train.step import abstract_weights
 
 mesh = make_mesh(devices=topologies.devices(topologies.parse("v5e:1x1")))
-model = extension.scaled(BTLM(BTLMConfig.preset("btlm-3b-8k")), "dynamic", 8192, 32768)
+model = context_extension.scaled(BTLM(BTLMConfig.preset("btlm-3b-8k")), "dynamic", 8192, 32768)
 
 def array(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -240,7 +240,7 @@ def test_32k_tokens_of_the_released_model_fit_one_chip():
 
 def test_what_is_not_finite_is_an_error(tiny):
     model, params = tiny
-    windows = LongWindows([Document(np.full(20, 512), 20)], 2, 10)
+    windows = LongWindows([TokenizedDocument(np.full(20, 512), 20)], 2, 10)
     with pytest.raises(FloatingPointError, match="scaling 'none': found a loss of nan"):
         loss_by_position(model, params, windows, trained=5, kinds=["none"])
 
@@ -422,7 +422,7 @@ def test_the_command(capsys, of_bytes, bytes_checkpoint, tmp_path):
     assert (found["length"], found["trained"], found["windows"]) == (64, 16, 6)
     assert files[1].stat().st_size > 10_000
     texts = [json.loads(line)["text"] for line in text.read_text().splitlines()]
-    ids = [Document(np.array(tokenizer.encode(x).ids), len(x)) for x in texts]
+    ids = [TokenizedDocument(np.array(tokenizer.encode(x).ids), len(x)) for x in texts]
     expected = loss_by_position(
         model, params, LongWindows(ids, 256, 64, each=3), trained=16, kinds=KINDS
     )

@@ -139,7 +139,9 @@ def test_offline_tasks(lm_eval, bytes_checkpoint, folder, tmp_path, capsys):
     model, params = btlm.load(bytes_checkpoint)
     tokenizer = btlm.load_tokenizer(bytes_checkpoint)
     texts = [json.loads(x)["text"] for x in (folder / "test.jsonl").read_text().splitlines()]
-    documents = [windows.Document(np.array(tokenizer.encode(t).ids), len(t)) for t in texts]
+    documents = [
+        windows.TokenizedDocument(np.array(tokenizer.encode(t).ids), len(t)) for t in texts
+    ]
     cut = windows.cut(model.config, documents, model.config.eos_token_id, length=40)
     expected = cross_entropy(model, params, cut).bits_per_byte
     assert found["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)

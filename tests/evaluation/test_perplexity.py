@@ -23,7 +23,7 @@ from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.data import sample_text
 from btlm_jax.evaluation import quantization_cost
 from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
-from btlm_jax.evaluation.windows import Document, Windows, cut
+from btlm_jax.evaluation.windows import TokenizedDocument, Windows, cut
 from btlm_jax.model import mup, packed, weights
 from btlm_jax.model.loss import IGNORE
 from btlm_jax.train.demo import quickstart
@@ -34,10 +34,12 @@ from support import golden, reference_numpy
 ALIBI = golden.load("a2_btlm_mup_h32").config
 
 
-def documents(*lengths: int, vocab: int = 96) -> list[Document]:
+def documents(*lengths: int, vocab: int = 96) -> list[TokenizedDocument]:
     """Random ones; bytes that no count of tokens gives."""
     rng = np.random.default_rng(0)
-    return [Document(rng.integers(0, vocab, n).astype(np.uint16), 3 * n + 1) for n in lengths]
+    return [
+        TokenizedDocument(rng.integers(0, vocab, n).astype(np.uint16), 3 * n + 1) for n in lengths
+    ]
 
 
 # Windows ------------------------------------------------------------------------------------------
@@ -46,12 +48,12 @@ def documents(*lengths: int, vocab: int = 96) -> list[Document]:
 def test_windows_are_the_harness_s():
     """Windows that lm-evaluation-harness documents or asserts, written down from there."""
     # Of its docstring: 9 tokens, max_seq_len 3, context_len 2, so that 2 are predicted at a time.
-    found = list(Windows((Document(np.arange(9), 9),), 99, 3, 2))
+    found = list(Windows((TokenizedDocument(np.arange(9), 9),), 99, 3, 2))
     assert [w.inputs.tolist() for w in found] == [[99, 0, 1], [1, 2, 3], [3, 4, 5], [5, 6, 7]]
     kept = [w.targets[w.targets != IGNORE].tolist() for w in found]
     assert kept == [[0, 1, 2], [3, 4], [5, 6], [7, 8]]
     # Of its tests: 34 tokens, max_seq_len 10, context_len 1; the last window reads 10 as well.
-    found = list(Windows((Document(np.arange(34), 34),), 99, 10, 10))
+    found = list(Windows((TokenizedDocument(np.arange(34), 34),), 99, 10, 10))
     inputs = [[99, *range(9)], [*range(9, 19)], [*range(19, 29)], [*range(23, 33)]]
     assert [w.inputs.tolist() for w in found] == inputs
     assert found[-1].targets.tolist() == [IGNORE] * 6 + [30, 31, 32, 33]
@@ -67,7 +69,7 @@ def test_every_token_is_predicted_once(sizes, length, stride, rows):
     stride = min(stride, length)
     # Every token of every document is another one.
     starts = np.cumsum([0, *sizes])
-    texts = [Document(np.arange(a, b), 1) for a, b in itertools.pairwise(starts)]
+    texts = [TokenizedDocument(np.arange(a, b), 1) for a, b in itertools.pairwise(starts)]
     of_document = {int(t): d for d in texts for t in d.ids}
     windows = Windows(tuple(texts), 999, length, stride)
     seen = []
@@ -212,7 +214,7 @@ def test_a_mesh_evaluates_alike():
 
 def test_what_is_not_finite_is_an_error(tiny):
     model, params = tiny
-    beyond = cut(model.config, [Document(np.array([5, 6, 512]), 3)], 2)
+    beyond = cut(model.config, [TokenizedDocument(np.array([5, 6, 512]), 3)], 2)
     with pytest.raises(FloatingPointError, match="found nan after 0 tokens"):
         cross_entropy(model, params, beyond)
     with pytest.raises(ValueError, match="batch_size: found 0"):
@@ -233,7 +235,7 @@ def trained(tmp_path_factory):
     home = tmp_path_factory.mktemp("trained")
     golden.write_tokenizer(home, config.vocab_size)
     tokenizer = load_tokenizer(home)
-    text = " ".join(sample_text.text()[:2000].split())
+    text = " ".join(sample_text.read_sample_text()[:2000].split())
     ids = np.array(tokenizer.encode(text).ids, np.int32)
     model, tx = BTLM(config), mup.adamw(1e-2, config)
     step, state = make_step(model, tx), init_state(model.init(jax.random.key(0)), tx)
@@ -250,7 +252,7 @@ def test_what_quantizing_costs(trained):
     home, model, params, text, loss = trained
     ids = np.array(load_tokenizer(home).encode(text).ids)
     letters = quickstart.unigram_entropy(ids)
-    windows = cut(model.config, [Document(ids, len(text))], 95)
+    windows = cut(model.config, [TokenizedDocument(ids, len(text))], 95)
     kinds = [Quantization.parse(kind) for kind in ("int8", "int4", "int4:128")]
     rows = quantization_cost.compare(model, params, windows, kinds)
     own = rows[0].found.nats_per_token
@@ -277,7 +279,7 @@ def changes(model, params, ids, to) -> float:
     used = params, quantization.quantized(params, model.config, to)
     found = []
     for start in range(0, len(ids) - 60, 60):
-        windows = cut(model.config, [Document(ids[start:][:60], 60)], 95, length=60)
+        windows = cut(model.config, [TokenizedDocument(ids[start:][:60], 60)], 95, length=60)
         own, other = (cross_entropy(model, p, windows).nats_per_token for p in used)
         found.append(other - own)
     assert len(found) > 25
@@ -330,7 +332,9 @@ def test_the_command(capsys, trained, tmp_path):
     code, out, _ = run(capsys, *argv, "--quantize", "int8, int4:32", "--json", report)
     assert code == 0
     ids = np.array(load_tokenizer(home).encode(text).ids)
-    windows = cut(model.config, [Document(ids, len(text.encode()))], 95, length=32, stride=16)
+    windows = cut(
+        model.config, [TokenizedDocument(ids, len(text.encode()))], 95, length=32, stride=16
+    )
     expected = cross_entropy(model, params, windows)
     found = json.loads(report.read_text())
     assert found["tokens"] == len(ids) and found["text_bytes"] == len(text.encode())
@@ -355,7 +359,7 @@ def test_documents_of_json_lines_on_a_mesh(capsys, trained, tmp_path):
     code, out, _ = run(capsys, *argv, "--mesh.fsdp", 4, "--mesh.tensor", 2)
     assert code == 0 and "2 documents, 350 tokens, 350 bytes; 6 windows of 64 tokens" in out
     encode = load_tokenizer(home).encode
-    texts = [Document(np.array(encode(x).ids), len(x)) for x in lines]
+    texts = [TokenizedDocument(np.array(encode(x).ids), len(x)) for x in lines]
     expected = cross_entropy(model, params, cut(model.config, texts, 95))
     found = json.loads(report.read_text())["nats_per_token"]
     assert found == pytest.approx(expected.nats_per_token, rel=1e-5)

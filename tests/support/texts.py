@@ -18,7 +18,7 @@ def jsonl(documents, field="text") -> bytes:
 def texts(directory) -> list[str]:
     """The documents that a directory of tokens holds."""
     opened = TokenShards(directory)
-    tokens, eos = opened.read(0, len(opened)), opened.manifest.eos_id
+    tokens, eos = opened.read(0, len(opened)), opened.metadata.eos_id
     assert tokens[-1] == eos
     parts = np.split(tokens, np.flatnonzero(tokens == eos) + 1)[:-1]
     tokenizer = load_tokenizer(directory)

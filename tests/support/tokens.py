@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.data import token_shards
-from btlm_jax.data.token_shards import Manifest, Shard, TextSource
+from btlm_jax.data.token_shards import TextSource, TokenShard, TokenShardsMetadata
 
 EOS = 0
 
@@ -17,7 +17,7 @@ def write_tokens(
     path: Path, tokens, *, vocab_size: int = 50257, shard_tokens: int = 1 << 40, eos_id: int = EOS
 ) -> Path:
     """A directory of tokens as `tokenize` makes it, cut anywhere, with a tokenizer in name only."""
-    tokens = np.asarray(tokens).astype(token_shards.dtype_for(vocab_size))
+    tokens = np.asarray(tokens).astype(token_shards.token_dtype(vocab_size))
     (path / "tokenizer").mkdir(parents=True)
     (path / "tokenizer/tokenizer.json").write_text("{}")
     shards = []
@@ -26,13 +26,13 @@ def write_tokens(
         (path / name).write_bytes(part.tobytes())
         sha256 = hashlib.sha256(part.tobytes()).hexdigest()
         documents = int((part == eos_id).sum())
-        shards.append(Shard(name, len(part), documents, int(part.max()), sha256))
-    manifest = Manifest(
+        shards.append(TokenShard(name, len(part), documents, int(part.max()), sha256))
+    metadata = TokenShardsMetadata(
         vocab_size=vocab_size,
         eos_id=eos_id,
         tokenizer_sha256=hashlib.sha256(b"{}").hexdigest(),
         shards=tuple(shards),
         sources=(TextSource("a.txt", 7, 1, 7),),
     )
-    (path / "manifest.json").write_text(manifest.to_json())
+    (path / "manifest.json").write_text(metadata.to_json())
     return path

@@ -162,16 +162,16 @@ def _loader(config: BTLMConfig, batch_size: int, length: int) -> Iterator[Callab
 
 def _write_shards(directory: Path, config: BTLMConfig, n: int) -> None:
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, n)
-    raw = tokens.astype(token_shards.dtype_for(config.vocab_size)).tobytes()
+    raw = tokens.astype(token_shards.token_dtype(config.vocab_size)).tobytes()
     (directory / "tokenizer").mkdir(parents=True)
     (directory / "tokenizer/tokenizer.json").write_text("{}")
     (directory / "tokens-00000.bin").write_bytes(raw)
-    manifest = token_shards.Manifest(
+    manifest = token_shards.TokenShardsMetadata(
         vocab_size=config.vocab_size,
         eos_id=0,
-        tokenizer_sha256=token_shards.fingerprint_of({"tokenizer.json": b"{}"}),
+        tokenizer_sha256=token_shards.tokenizer_fingerprint({"tokenizer.json": b"{}"}),
         shards=(
-            token_shards.Shard(
+            token_shards.TokenShard(
                 "tokens-00000.bin",
                 n,
                 int((tokens == 0).sum()),

@@ -22,7 +22,7 @@ from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.data import sample_text
-from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare
+from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare_tokens
 from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.data.tokenizer import load_tokenizer
 from btlm_jax.generation.generate import generate
@@ -73,8 +73,10 @@ def train(
     settings += _fitting(load_recipe(RECIPE, settings), mesh)
     _make(directory)
 
-    (directory / "text.txt").write_text(sample_text.text(), encoding="utf-8")
-    prepare(directory / "text.txt", tokens, new_tokenizer=config.vocab_size, held_out=FRACTION)
+    (directory / "text.txt").write_text(sample_text.read_sample_text(), encoding="utf-8")
+    prepare_tokens(
+        directory / "text.txt", tokens, new_tokenizer=config.vocab_size, held_out=FRACTION
+    )
     taught, held = (TokenShards(tokens / name) for name in (TRAIN, HELD_OUT))
     unigram = unigram_entropy(held.read(0, len(held)))
     print(f"text: Python's language reference, {len(taught):,} tokens to train on, {len(held):,} "
@@ -96,7 +98,7 @@ def train(
         directory / "loss.png", curves(run), {"unigram entropy": unigram},
         f"BTLM, {weights.count(config) / 1e6:.1f}M parameters, on the Python language reference",
     )  # fmt: skip
-    bits = done.held_out * len(held) / math.log(2) / held.manifest.text_bytes
+    bits = done.held_out * len(held) / math.log(2) / held.metadata.text_bytes
     print(f"held-out loss {done.held_out:.3f} nats per token ({bits:.2f} bits per byte), "
           f"unigram entropy {unigram:.3f}")  # fmt: skip
 

@@ -15,7 +15,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import export
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.data import sample_text
-from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare
+from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare_tokens
 from btlm_jax.model import weights
 from btlm_jax.train.loop import train
 from btlm_jax.train.recipe_file import load
@@ -72,8 +72,8 @@ def make(directory: Path, *, steps: int = _STEPS) -> Path:
     if files.exists():  # it appears when it is complete
         return files
     directory.mkdir(parents=True, exist_ok=True)
-    text.write_text(sample_text.text(), encoding="utf-8")
-    prepare(text, tokens, new_tokenizer=_SHAPE["vocab_size"], held_out=0.1, overwrite=True)
+    text.write_text(sample_text.read_sample_text(), encoding="utf-8")
+    prepare_tokens(text, tokens, new_tokenizer=_SHAPE["vocab_size"], held_out=0.1, overwrite=True)
     devices = jax.device_count()
     settings = [
         *(f"model.fields.{name}={value}" for name, value in _SHAPE.items()),

@@ -28,7 +28,7 @@ from support import golden
 
 def test_text_has_every_paragraph_once():
     """So that nothing of it is held out that was trained on, wherever it is cut."""
-    text = sample_text.text()
+    text = sample_text.read_sample_text()
     paragraphs = text.removesuffix("\n").split("\n\n")
     assert len(text) > 300_000 and len(paragraphs) == len(set(paragraphs)) > 1000
     pages = [page.strip() for page in topics.values()]
@@ -119,7 +119,7 @@ def test_small_run_end_to_end(tmp_path, capsys):
     listed = re.findall(r"^  (\S+) ", done.stdout.rsplit("\nmade in ", 1)[1], re.MULTILINE)
     assert {"text.txt", "run/", "hf/", "converted/"} < set(listed)
     assert all((tmp_path / "q" / name).exists() for name in listed)
-    assert (tmp_path / "q/text.txt").read_text() == sample_text.text()
+    assert (tmp_path / "q/text.txt").read_text() == sample_text.read_sample_text()
     # On one device, whatever the run was sharded over.
     (then,) = re.findall(r"^next: btlm (.*)$", done.stdout, re.MULTILINE)
     assert cli.main(shlex.split(then)) == 0
