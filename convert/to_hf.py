@@ -21,7 +21,7 @@ from btlm_jax import __version__
 from btlm_jax.checkpoint import metadata
 from btlm_jax.convert.hf.export_config import config_json, generation_config
 from btlm_jax.convert.hf.safetensors_writer import WRITER, SafetensorsFile, Tensor, plan
-from btlm_jax.convert.report import Report, digest, peak_rss
+from btlm_jax.convert.conversion_report import Report, digest, peak_rss
 from btlm_jax.convert.threads import for_each, workers
 from btlm_jax.convert.to_orbax import SLOPES
 from btlm_jax.model import alibi, weights

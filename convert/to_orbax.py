@@ -17,7 +17,7 @@ from btlm_jax import __version__
 from btlm_jax.checkpoint import checkpoint, metadata, zarr
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert.hf.source import HFSource, open_hf
-from btlm_jax.convert.report import Report, digest, peak_rss
+from btlm_jax.convert.conversion_report import Report, digest, peak_rss
 from btlm_jax.convert.threads import for_each, workers
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from btlm_jax.model import weights

@@ -20,7 +20,7 @@ from btlm_jax.checkpoint import quantization as q
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.hf.source import open_hf
-from btlm_jax.convert.report import Report, digest, peak_rss
+from btlm_jax.convert.conversion_report import Report, digest, peak_rss
 from btlm_jax.convert.threads import for_each, workers_on
 from btlm_jax.convert.to_orbax import check_finite, key_of, origin_of, read_config
 from btlm_jax.model import weights

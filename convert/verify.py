@@ -19,7 +19,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.hf.safetensors_writer import SHA256
 from btlm_jax.convert.hf.source import HFSource, open_hf
-from btlm_jax.convert.report import digest
+from btlm_jax.convert.conversion_report import digest
 from btlm_jax.convert.threads import for_each, workers
 from btlm_jax.convert.to_orbax import SLOPES, read_config
 from btlm_jax.model import alibi, weights

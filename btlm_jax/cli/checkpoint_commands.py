@@ -186,7 +186,7 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     from btlm_jax.checkpoint import metadata
     from btlm_jax.config import BTLMConfig
     from btlm_jax.convert import auto
-    from btlm_jax.convert.report import digest, error_lines
+    from btlm_jax.convert.conversion_report import digest, error_lines
     from btlm_jax.model import weights
     from btlm_jax.utils import byte_size, paths
 

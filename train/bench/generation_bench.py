@@ -20,7 +20,7 @@ import numpy as np
 from btlm_jax.checkpoint import quantization, unstacked
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
-from btlm_jax.convert.report import peak_rss
+from btlm_jax.convert.conversion_report import peak_rss
 from btlm_jax.generation import decode, prompts, sample
 from btlm_jax.generation.decode import Program, Prompt, Rows
 from btlm_jax.generation.options import Options
