@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import math
-import re
-import resource
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from btlm_jax.model import weights
 from btlm_jax.utils import byte_size
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What a conversion or an export did.
 
     Attributes:
@@ -27,7 +22,7 @@ class Report:
       dtypes: dtype -> number of tensors.
       seconds: of wall clock, of this run.
       peak_rss: the most memory this process has held, in bytes.
-      digest: `digest` of the weights' SHA-256.
+      digest: `weights_digest` of the weights' SHA-256.
       files: names of the files carried along (conversion) or of the weights (export).
       errors: of every quantized weight, by path (`manifest.Metadata.errors`).
     """
@@ -51,11 +46,11 @@ class Report:
             f"{self.tensors} tensors ({dtypes}){resumed}, {self.nbytes:,} bytes, "
             f"{self.seconds:.1f} s{speed}, peak memory {byte_size.show(self.peak_rss)}\n"
             f"sha256 of the tensors' sha256: {self.digest}"
-            + "".join(f"\n{line}" for line in error_lines(self.errors))
+            + "".join(f"\n{line}" for line in format_quantization_errors(self.errors))
         )
 
 
-def error_lines(errors: Mapping[weights.Path, Mapping[str, float]]) -> Iterator[str]:
+def format_quantization_errors(errors: Mapping[weights.Path, Mapping[str, float]]) -> Iterator[str]:
     """Errors of quantization for people: of each weight, the RMS over its layers and the worst."""
     layers: dict[str, list[Mapping[str, float]]] = {}
     for path, found in errors.items():
@@ -71,20 +66,10 @@ def _rms(values: list[float]) -> float:
     return math.sqrt(sum(x * x for x in values) / len(values))
 
 
-def digest(sha256: Mapping[str, str]) -> str:
+def weights_digest(sha256: Mapping[str, str]) -> str:
     """One hash for all weights: SHA-256 over lines "Hugging Face name, SHA-256", sorted by name.
 
     It depends on names, dtypes and values alone, so a checkpoint has the same one in every format.
     """
     lines = "".join(f"{name} {value}\n" for name, value in sorted(sha256.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def peak_rss() -> int:
-    """The most memory this process has held, in bytes."""
-    with contextlib.suppress(OSError):  # Linux; its ru_maxrss counts what the parent held as well
-        status = Path("/proc/self/status").read_text()
-        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
-            return int(found[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

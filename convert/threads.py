@@ -17,7 +17,7 @@ _BLOCKS_PER_WORKER = 5
 _MOST = 2 + (os.cpu_count() or 1)
 
 
-def workers(max_memory: int, largest_block: int = zarr.BLOCK_BYTES) -> int:
+def num_threads(max_memory: int, largest_block: int = zarr.BLOCK_BYTES) -> int:
     """How many threads may work on blocks at once.
 
     Args:
@@ -28,10 +28,10 @@ def workers(max_memory: int, largest_block: int = zarr.BLOCK_BYTES) -> int:
         ValueError: not even one.
     """
     why = f"{_BLOCKS_PER_WORKER} blocks of {byte_size.show(largest_block)}"
-    return workers_on(max_memory, _BLOCKS_PER_WORKER * largest_block, why)
+    return num_threads_holding(max_memory, _BLOCKS_PER_WORKER * largest_block, why)
 
 
-def workers_on(max_memory: int, each: int, why: str) -> int:
+def num_threads_holding(max_memory: int, each: int, why: str) -> int:
     """How many threads that hold `each` bytes may work at once.
 
     Raises:
@@ -45,7 +45,7 @@ def workers_on(max_memory: int, each: int, why: str) -> int:
     return min(max_memory // each, _MOST)
 
 
-def for_each(items: Iterable[Any], work: Callable[[Any], None], threads: int) -> None:
+def for_each_in_threads(items: Iterable[Any], work: Callable[[Any], None], threads: int) -> None:
     """Calls `work` on every item. The first error ends it: what has not begun is not begun."""
     pool = ThreadPoolExecutor(threads)
     try:

@@ -19,14 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from btlm_jax import __version__
 from btlm_jax.checkpoint import metadata
+from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
 from btlm_jax.convert.hf.export_config import config_json, generation_config
-from btlm_jax.convert.hf.safetensors_writer import WRITER, SafetensorsFile, Tensor, plan
-from btlm_jax.convert.conversion_report import Report, digest, peak_rss
-from btlm_jax.convert.threads import for_each, workers
-from btlm_jax.convert.to_orbax import SLOPES
+from btlm_jax.convert.hf.safetensors_writer import WRITER, SafetensorsFile, TensorSpec, plan_shards
+from btlm_jax.convert.hf.tensor_names import SLOPES
+from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils import atomic, paths
 from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def export(
     max_shard_bytes: int = DEFAULT_SHARD,
     max_memory: int = DEFAULT_MEMORY,
     overwrite: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Exports an Orbax checkpoint to a Hugging Face directory, without loss.
 
     Writes safetensors (with an index if there is more than one file), `config.json`,
@@ -82,16 +83,16 @@ def export(
             "export the checkpoint it was made from"
         )
     config = config_json(meta)
-    threads = workers(max_memory, meta.largest_block)
+    threads = num_threads(max_memory, meta.largest_block)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
     tensors = [
-        Tensor(name, np.dtype(meta.leaves[leaf.path].dtype), leaf.weight.hf_shape)
+        TensorSpec(name, np.dtype(meta.leaves[leaf.path].dtype), leaf.weight.hf_shape)
         for name, leaf in leaves.items()
     ]
     slopes = slopes_tensor(meta) if meta.config.alibi else None
     if slopes is not None:
-        tensors.append(Tensor(SLOPES, slopes.dtype, slopes.shape))
-    shards = plan(tensors, max_shard_bytes)
+        tensors.append(TensorSpec(SLOPES, slopes.dtype, slopes.shape))
+    shards = plan_shards(tensors, max_shard_bytes)
     names = _names(len(shards))
     key = _key(meta, names, shards)
     with atomic.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
@@ -106,7 +107,7 @@ def export(
         file_of = {t.name: files[n] for n, shard in zip(names, shards, strict=True) for t in shard}
         with Progress(total, "B", "export", done=total - left) as progress:
 
-            def one(tensor: Tensor) -> None:
+            def one(tensor: TensorSpec) -> None:
                 name = tensor.name
                 found: Iterable[np.ndarray] = (
                     [slopes.reshape(-1)] if slopes is not None and name == SLOPES
@@ -126,19 +127,19 @@ def export(
                     )
                 stage.record(name, {"sha256": sha256})
 
-            for_each(todo, one, threads)
+            for_each_in_threads(todo, one, threads)
         sha256 = {t.name: stage.finished[t.name]["sha256"] for t in tensors}
         for file in files.values():
             file.finish(sha256)
         _small_files(meta, config, stage.content, names, shards)
-    return Report(
+    return ConversionReport(
         tensors=len(tensors),
         resumed=len(tensors) - len(todo),
         nbytes=total,
         dtypes=Counter(str(t.dtype) for t in tensors),
         seconds=time.monotonic() - began,
         peak_rss=peak_rss(),
-        digest=digest({name: sha256[name] for name in leaves}),
+        digest=weights_digest({name: sha256[name] for name in leaves}),
         files=tuple(names),
     )
 
@@ -158,7 +159,9 @@ def _names(count: int) -> list[str]:
     return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def _key(meta: metadata.Metadata, names: list[str], shards: list[list[Tensor]]) -> dict[str, Any]:
+def _key(
+    meta: metadata.Metadata, names: list[str], shards: list[list[TensorSpec]]
+) -> dict[str, Any]:
     """What must be the same for an interrupted export to be continued."""
     mark = (meta.path / metadata.MARK).read_bytes()
     return {
@@ -173,7 +176,7 @@ def _small_files(
     config: dict[str, Any],
     content: epath.Path,
     names: list[str],
-    shards: list[list[Tensor]],
+    shards: list[list[TensorSpec]],
 ) -> None:
     _write_json(content / "config.json", config)
     _write_json(content / "generation_config.json", generation_config(meta.config))

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from btlm_jax.checkpoint import unstacked
 from btlm_jax.convert.hf.source import HFSource, open_hf
-from btlm_jax.convert.to_orbax import read_config
+from btlm_jax.convert.hf.source_config import read_source_config
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.utils.progress import Progress
@@ -53,7 +53,7 @@ def load_hf(
       FileNotFoundError, ConnectionError, ValueError: as `convert`.
     """
     hf = open_hf(source, revision=revision)
-    model = BTLM(read_config(hf), rules=rules or sharding.RULES)
+    model = BTLM(read_source_config(hf), rules=rules or sharding.RULES)
     config = model.config
     pad, placed = sharding.placement(config, mesh, model.rules)
     params = {}
@@ -62,7 +62,7 @@ def load_hf(
         if by_layer:
 
             def read(leaf: weights.DiskLeaf, index: Index) -> np.ndarray:
-                found = hf.read(leaf.hf_name, index, leaf.weight.shape)
+                found = hf.read_tensor(leaf.hf_name, index, leaf.weight.shape)
                 progress.update(found.nbytes)
                 return found
 
@@ -102,7 +102,7 @@ def _read(
     stored = leaf.weight.shape
 
     def part(index: Index) -> np.ndarray:
-        return hf.read(leaf.hf_name, index, stored)
+        return hf.read_tensor(leaf.hf_name, index, stored)
 
     return sharding.from_parts(shape, dtype, out, stored, part)
 

@@ -19,13 +19,15 @@ from btlm_jax.checkpoint import checkpoint, metadata, zarr
 from btlm_jax.checkpoint import quantization as q
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
+from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
 from btlm_jax.convert.hf.source import open_hf
-from btlm_jax.convert.conversion_report import Report, digest, peak_rss
-from btlm_jax.convert.threads import for_each, workers_on
-from btlm_jax.convert.to_orbax import check_finite, key_of, origin_of, read_config
+from btlm_jax.convert.hf.source_config import read_source_config
+from btlm_jax.convert.threads import for_each_in_threads, num_threads_holding
+from btlm_jax.convert.to_orbax import check_finite, source_origin, source_resume_key
 from btlm_jax.model import weights
 from btlm_jax.utils import atomic
 from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
 
@@ -62,7 +64,7 @@ def quantize(
     revision: str | None = None,
     max_memory: int = DEFAULT_MEMORY,
     overwrite: bool = False,
-) -> Report:
+) -> ConversionReport:
     """Converts a checkpoint of floats to an Orbax checkpoint in int8 or int4.
 
     What is quantized, and to which arrays, says `btlm_jax.quantization`; everything else keeps its
@@ -92,7 +94,9 @@ def quantize(
     config = floats.config
     leaves = list(weights.disk_leaves(config))
     each = max(_held(leaf, floats, to) for leaf in leaves)
-    threads = workers_on(max_memory, each, "the largest weight, as it was and as it will be")
+    threads = num_threads_holding(
+        max_memory, each, "the largest weight, as it was and as it will be"
+    )
     stored = list(q.disk_leaves(config, to))
     nbytes = {x.path: _stored_nbytes(x, floats) for x in stored}
     with checkpoint.writer(
@@ -109,27 +113,29 @@ def quantize(
         atomic.require_space(target, sum(n for path, n in nbytes.items() if path not in done))
         total, left = (sum(map(floats.nbytes, some)) for some in (leaves, todo))
         with Progress(total, "B", "quantize", done=total - left) as progress:
-            for_each(todo, lambda leaf: _write(writer, floats, leaf, to, progress), threads)
+            for_each_in_threads(
+                todo, lambda leaf: _write(writer, floats, leaf, to, progress), threads
+            )
         records = {x.hf_name: writer.finished(x) or {} for x in stored}
         check_finite(os.fspath(source), records, False)
     errors = metadata.read(target).errors
-    return Report(
+    return ConversionReport(
         tensors=len(stored),
         resumed=len(done),
         nbytes=sum(nbytes.values()),
         dtypes=Counter(x.dtype or str(floats.dtypes[x.path]) for x in stored),
         seconds=time.monotonic() - began,
         peak_rss=peak_rss(),
-        digest=digest({name: record["sha256"] for name, record in records.items()}),
+        digest=weights_digest({name: record["sha256"] for name, record in records.items()}),
         files=tuple(a.name for a in floats.assets),
         errors=errors,
     )
 
 
 def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
-    if auto.is_hf(source):
+    if auto.is_huggingface(source):
         hf = open_hf(source, revision=revision)
-        config = read_config(hf)
+        config = read_source_config(hf)
         names = {leaf.path: leaf.hf_name for leaf in weights.disk_leaves(config)}
 
         def from_hf(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
@@ -140,8 +146,8 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
             {path: hf.tensors[name].dtype for path, name in names.items()},
             from_hf,
             hf.assets,
-            origin_of(hf, source, list(names.values())),
-            key_of(hf),
+            source_origin(hf, source, list(names.values())),
+            source_resume_key(hf),
         )
     if revision is not None:
         raise ValueError(

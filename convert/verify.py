@@ -17,11 +17,12 @@ from btlm_jax.checkpoint import metadata, quantization, zarr
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
+from btlm_jax.convert.conversion_report import weights_digest
 from btlm_jax.convert.hf.safetensors_writer import SHA256
 from btlm_jax.convert.hf.source import HFSource, open_hf
-from btlm_jax.convert.conversion_report import digest
-from btlm_jax.convert.threads import for_each, workers
-from btlm_jax.convert.to_orbax import SLOPES, read_config
+from btlm_jax.convert.hf.source_config import read_source_config
+from btlm_jax.convert.hf.tensor_names import SLOPES
+from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils.byte_size import DEFAULT_MEMORY
 from btlm_jax.utils.progress import Progress
@@ -70,7 +71,7 @@ class Verification:
     Attributes:
       tensors, nbytes: what was compared.
       differences: (what, what was found) for everything that differs; empty if all is well.
-      digest: of the first checkpoint's weights (`report.digest`), from the bytes just read: of all
+      digest: of the first checkpoint's weights (`weights_digest`), from the bytes just read: of all
         of them, if none is among the differences.
     """
 
@@ -116,10 +117,10 @@ def verify(
       FileNotFoundError, ValueError: not a checkpoint; without `b`, one that records no hashes; or
         two that are not quantized alike.
     """
-    one = open_any(a)
+    one = open_for_verification(a)
     if b is None:
         return _against_record(one, max_memory)
-    two = open_any(b)
+    two = open_for_verification(b)
     _check_comparable(one, two, atol)
     differences = list(_config_rows(one.config, two.config))
     differences += _asset_rows(one, two)
@@ -163,13 +164,13 @@ def verify(
             rows[name] = f"{dtypes}values equal"
 
     nbytes = sum(_nbytes(one, leaf) for leaf in common)
-    threads = workers(max_memory, 2 * max(one.largest_block, two.largest_block))
+    threads = num_threads(max_memory, 2 * max(one.largest_block, two.largest_block))
     with Progress(nbytes, "B", "verify") as progress:
-        for_each(common, lambda leaf: compare(leaf, progress), threads)
+        for_each_in_threads(common, lambda leaf: compare(leaf, progress), threads)
     differences += [(x.hf_name, rows[x.hf_name]) for x in common if x.hf_name in rows]
     if logits and not any(_config_rows(one.config, two.config)):
         differences += _logits_rows(a, b, one, atol)
-    return Verification(len(leaves), nbytes, tuple(differences), digest(sha256))
+    return Verification(len(leaves), nbytes, tuple(differences), weights_digest(sha256))
 
 
 def _check_comparable(one: Opened, two: Opened, atol: float | None) -> None:
@@ -205,10 +206,10 @@ def _difference(x: np.ndarray, y: np.ndarray) -> tuple[int, float]:
     return unequal, worst
 
 
-def open_any(source: metadata.PathLike) -> Opened:
+def open_for_verification(source: metadata.PathLike) -> Opened:
     """Opens a checkpoint of either format; see `verify`."""
     text = os.fspath(source)
-    if auto.is_hf(source):
+    if auto.is_huggingface(source):
         return _open_hf(text, open_hf(source))
     meta = metadata.read(source)
     leaves = {leaf.hf_name: leaf for leaf in meta.disk_leaves}
@@ -241,11 +242,11 @@ def _open_hf(name: str, hf: HFSource) -> Opened:
                 recorded |= json.loads((opened.metadata() or {}).get(SHA256, "{}"))
 
     def slopes() -> str:
-        return hashlib.sha256(hf.read(SLOPES).tobytes()).hexdigest()
+        return hashlib.sha256(hf.read_tensor(SLOPES).tobytes()).hexdigest()
 
     return Opened(
         name=name,
-        config=read_config(hf),
+        config=read_source_config(hf),
         to=None,
         dtypes={name: info.dtype for name, info in hf.tensors.items()},
         blocks=blocks,
@@ -281,8 +282,8 @@ def _against_record(opened: Opened, max_memory: int) -> Verification:
 
     nbytes = sum(_nbytes(opened, leaf) for leaf in leaves)
     with Progress(nbytes, "B", "verify") as progress:
-        threads = workers(max_memory, opened.largest_block)
-        for_each(leaves, lambda leaf: check(leaf, progress), threads)
+        threads = num_threads(max_memory, opened.largest_block)
+        for_each_in_threads(leaves, lambda leaf: check(leaf, progress), threads)
     differences = [(leaf.hf_name, rows[leaf.hf_name]) for leaf in leaves if leaf.hf_name in rows]
     for what, (recorded, now) in opened.rest.items():
         if recorded != (found := now()):
@@ -292,7 +293,7 @@ def _against_record(opened: Opened, max_memory: int) -> Verification:
         found = "missing" if data is None else f"sha256 {hashlib.sha256(data).hexdigest()}"
         if data is None or hashlib.sha256(data).hexdigest() != recorded:
             differences.append((name, f"{found}, recorded {recorded}"))
-    return Verification(len(leaves), nbytes, tuple(differences), digest(sha256))
+    return Verification(len(leaves), nbytes, tuple(differences), weights_digest(sha256))
 
 
 def _nbytes(opened: Opened, leaf: weights.DiskLeaf) -> int:
@@ -337,6 +338,6 @@ def _logits_rows(
 
 def _logits(source: metadata.PathLike, tokens: np.ndarray) -> np.ndarray:
     # In fp32, because layers of mixed dtypes cannot be stacked otherwise.
-    model, params = auto.load(source, dtype=jnp.float32)
+    model, params = auto.load_any_checkpoint(source, dtype=jnp.float32)
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     return np.asarray(model.apply(params, tokens))

@@ -239,7 +239,7 @@ def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
     if source is None:
         key = jax.random.key(recipe.run.seed)
         return model.init(key, mesh=mesh, truncation=recipe.model.init_truncation)
-    _, params = auto.load(source, mesh=mesh, dtype=jnp.float32)
+    _, params = auto.load_any_checkpoint(source, mesh=mesh, dtype=jnp.float32)
     if weights.is_by_layer(params):
         raise ValueError(
             f"model.checkpoint: {source} is quantized, and only floats can be trained: name the "
@@ -287,7 +287,7 @@ def _check(
     if len({t.metadata.tokenizer_sha256 for t in [*sources, *([held] if held else [])]}) > 1:
         problems.append("data: the directories were made with different tokenizers")
     start = recipe.model.checkpoint
-    known = auto.tokenizer_of(start) if start is not None else None
+    known = auto.read_any_tokenizer(start) if start is not None else None
     if known is not None and not same_ids(known, load_tokenizer(sources[0].directory)):
         problems.append(
             f"data.train: {sources[0].directory} was made with another tokenizer than that of "

@@ -224,7 +224,7 @@ class Recipe:
         else:
             assert self.model.checkpoint is not None  # exactly one of the three is set
             try:
-                base = auto.config_of(self.model.checkpoint)
+                base = auto.read_any_config(self.model.checkpoint)
             except FileNotFoundError as e:
                 raise FileNotFoundError(f"model.checkpoint: {e}") from None
         known = {f.name for f in dataclasses.fields(BTLMConfig)}

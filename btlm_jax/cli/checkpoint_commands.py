@@ -186,11 +186,11 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     from btlm_jax.checkpoint import metadata
     from btlm_jax.config import BTLMConfig
     from btlm_jax.convert import auto
-    from btlm_jax.convert.conversion_report import digest, error_lines
+    from btlm_jax.convert.conversion_report import format_quantization_errors, weights_digest
     from btlm_jax.model import weights
     from btlm_jax.utils import byte_size, paths
 
-    if auto.is_hf(source):
+    if auto.is_huggingface(source):
         return BTLMConfig.from_hf(Path(paths.location(source))), []
     meta = metadata.read(source)
     stored: Counter[str] = Counter()
@@ -201,10 +201,12 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
         bits = 8 * meta.nbytes / weights.count(meta.config)
         size = f"{byte_size.show(meta.nbytes)}, {bits:.2f} bits a parameter"
         rows.append(("quantized", f"{meta.quantization}: {size}"))
-        rows += [("", line) for line in error_lines(meta.errors)]
+        rows += [("", line) for line in format_quantization_errors(meta.errors)]
     if meta.origin.get("source"):
         rows.append(("converted from", meta.origin["source"]))
     if meta.sha256:
         names = {x.path: x.hf_name for x in meta.disk_leaves}
-        rows.append(("sha256 of sha256", digest({names[p]: v for p, v in meta.sha256.items()})))
+        rows.append(
+            ("sha256 of sha256", weights_digest({names[p]: v for p, v in meta.sha256.items()}))
+        )
     return meta.config, rows

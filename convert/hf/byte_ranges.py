@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.convert.hf.torch_zip import REDOWNLOAD
+from btlm_jax.convert.hf.advice import REDOWNLOAD
 
 
-def runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
+def contiguous_runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
     """The runs of consecutive elements that make up a part of a C-ordered array, in order.
 
     Args:
@@ -56,7 +56,7 @@ def read_into(file: FileIO, offset: int, out: np.ndarray) -> None:
         view = view[count:]
 
 
-def identity(file: Path) -> tuple[int, int]:
+def file_identity(file: Path) -> tuple[int, int]:
     """Size and time of change: if they are as they were, so are the contents."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns

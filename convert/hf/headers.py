@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from btlm_jax.convert.hf.advice import REDOWNLOAD
 from btlm_jax.convert.hf.torch_pickle import TorchFile
 
 SAFETENSORS_DTYPES = {
@@ -29,7 +30,6 @@ SAFETENSORS_DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-REDOWNLOAD = "Fix: download the file again."
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def load_json(file: Path) -> dict:
+def read_json_object(file: Path) -> dict:
     """The JSON object that a file holds.
 
     Raises:
@@ -102,14 +102,14 @@ def _parse_json(data: bytes, file: str) -> dict:
     return value
 
 
-def weight_map_of(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """The index's tensor name -> shard name.
 
     Raises:
         ValueError: the index is damaged, or leads out of its directory.
         FileNotFoundError: shards are missing; the message lists all of them.
     """
-    weight_map = load_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
             f"{index}: 'weight_map' is {type(weight_map).__name__}, expected a non-empty object "
@@ -171,15 +171,15 @@ def check_index(
         )
 
 
-def torch_header(file: TorchFile) -> dict[str, TensorInfo]:
+def read_torch_header(file: TorchFile) -> dict[str, TensorInfo]:
     """What a torch file says of its tensors, by name."""
     return {
-        name: TensorInfo(name, shape, dtype, file.path, *file.run(name))
+        name: TensorInfo(name, shape, dtype, file.path, *file.contiguous_span(name))
         for name, (shape, dtype) in file.tensors.items()
     }
 
 
-def safetensors_header(file: Path) -> dict[str, TensorInfo]:
+def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     """What a safetensors file says of its tensors, by name.
 
     Raises:

@@ -46,7 +46,9 @@ def select_files(listed: Iterable[str], names: Sequence[str], mains: Sequence[st
     return chosen + weights
 
 
-def fetch(repo_id: str, revision: str | None, names: Sequence[str], mains: Sequence[str]) -> Path:
+def fetch_from_hub(
+    repo_id: str, revision: str | None, names: Sequence[str], mains: Sequence[str]
+) -> Path:
     """Download a model's config, tokenizer files and preferred weights into the Hub's cache.
 
     A token is taken from the environment variable `HF_TOKEN` and from nowhere else. When the

@@ -23,7 +23,7 @@ SHA256 = "sha256"  # another: JSON, tensor name -> SHA-256 of its bytes
 _UNKNOWN = "0" * 64
 
 
-class Tensor(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor to be written."""
 
     name: str
@@ -36,12 +36,12 @@ class Tensor(NamedTuple):
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def plan(tensors: Sequence[Tensor], max_bytes: int) -> list[list[Tensor]]:
+def plan_shards(tensors: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
     """Groups tensors, in order, into files of at most `max_bytes` (or of one larger tensor).
 
     Within a file wider dtypes come first, so that every tensor is aligned to its own width.
     """
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > max_bytes:
@@ -62,7 +62,7 @@ class SafetensorsFile:
         version: of this package, noted in the header.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[Tensor], version: str) -> None:
+    def __init__(self, path: Path, tensors: Sequence[TensorSpec], version: str) -> None:
         self.path, self._tensors, self._version = path, tensors, version
         header = self._header({})
         self._start, position = {}, len(header)

@@ -1,6 +1,6 @@
 """Open a Hugging Face checkpoint: its config, its tensors (headers only) and its tokenizer files.
 
-Nothing but headers is read until `HFSource.read` asks for a tensor, so opening is cheap however
+Nothing but headers is read until `HFSource.read_tensor` asks for a tensor, so opening is cheap however
 large the checkpoint is. Every check that needs no tensor data is made on opening.
 """
 
@@ -20,17 +20,17 @@ from typing import NamedTuple
 import numpy as np
 
 from btlm_jax.checkpoint import zarr
-from btlm_jax.convert.hf.byte_ranges import identity, read_into, runs
+from btlm_jax.convert.hf.advice import REDOWNLOAD
+from btlm_jax.convert.hf.byte_ranges import contiguous_runs, file_identity, read_into
 from btlm_jax.convert.hf.headers import (
-    REDOWNLOAD,
     TensorInfo,
     check_index,
-    load_json,
-    safetensors_header,
-    torch_header,
-    weight_map_of,
+    read_json_object,
+    read_safetensors_header,
+    read_torch_header,
+    read_weight_map,
 )
-from btlm_jax.convert.hf.hub import fetch, is_hub_id
+from btlm_jax.convert.hf.hub import fetch_from_hub, is_hub_id
 from btlm_jax.convert.hf.torch_pickle import TorchFile
 from btlm_jax.data.tokenizer import ASSETS
 from btlm_jax.utils import paths
@@ -57,7 +57,7 @@ WEIGHT_FORMS = (
 
 @dataclass(frozen=True)
 class HFSource:
-    """An opened checkpoint. Only `read` touches tensor data.
+    """An opened checkpoint. Only `read_tensor` and `blocks` touch tensor data.
 
     Attributes:
         directory: where the files lie.
@@ -89,7 +89,7 @@ class HFSource:
         info = self._info(name)
         if info.offset is None:
             with self._open(info):  # is it still the file that was opened?
-                flat = self._torch_files[info.file].read(name).reshape(-1)
+                flat = self._torch_files[info.file].read_tensor(name).reshape(-1)
             yield from (flat[i : i + size] for i in range(0, len(flat), size))
             return
         crc32, itemsize = 0, info.dtype.itemsize
@@ -106,7 +106,7 @@ class HFSource:
                 f"{REDOWNLOAD}"
             )
 
-    def read(
+    def read_tensor(
         self,
         name: str,
         index: tuple[slice, ...] | None = None,
@@ -139,11 +139,11 @@ class HFSource:
                 start += len(block)
             return flat.reshape(shape)
         if info.offset is None:
-            return np.ascontiguousarray(self.read(name, None, shape)[index])
+            return np.ascontiguousarray(self.read_tensor(name, None, shape)[index])
         out = np.empty([len(range(n)[i]) for n, i in zip(shape, index, strict=True)], info.dtype)
         flat, filled, itemsize = out.reshape(-1), 0, info.dtype.itemsize
         with self._open(info) as file:
-            for start, length in runs(shape, index):
+            for start, length in contiguous_runs(shape, index):
                 part = flat[filled : filled + length]
                 read_into(file, info.offset + start * itemsize, part)
                 filled += length
@@ -156,7 +156,7 @@ class HFSource:
 
     def _open(self, info: TensorInfo) -> FileIO:
         file = info.file.open("rb", buffering=0)
-        if identity(info.file) != self.identities[info.file]:
+        if file_identity(info.file) != self.identities[info.file]:
             file.close()
             raise ValueError(
                 f"{info.file} has changed since it was opened. Fix: leave it alone meanwhile."
@@ -193,7 +193,7 @@ def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> H
         )
     if isinstance(source, str) and is_hub_id(source):
         names = ("config.json", *ASSETS)
-        snapshot = fetch(source, revision, names, [f.main for f in WEIGHT_FORMS])
+        snapshot = fetch_from_hub(source, revision, names, [f.main for f in WEIGHT_FORMS])
         # The Hub's cache names a snapshot by its commit.
         return dataclasses.replace(_open_directory(snapshot), revision=snapshot.name)
     raise FileNotFoundError(
@@ -209,7 +209,7 @@ def _open_directory(directory: Path) -> HFSource:
             f"{config_file} is missing; {_holds(directory)}. Fix: pass the directory of a Hugging "
             "Face checkpoint, which has config.json next to the weights."
         )
-    config = load_json(config_file)
+    config = read_json_object(config_file)
     form = next((f for f in WEIGHT_FORMS if (directory / f.main).is_file()), None)
     if form is None:
         raise FileNotFoundError(
@@ -217,12 +217,12 @@ def _open_directory(directory: Path) -> HFSource:
             f"{', '.join(f.main for f in WEIGHT_FORMS)}. Fix: download the weights as well."
         )
     main = directory / form.main
-    weight_map = weight_map_of(main) if form.sharded else None
+    weight_map = read_weight_map(main) if form.sharded else None
     files = [directory / n for n in sorted(set(weight_map.values()))] if weight_map else [main]
-    identities = {f: identity(f) for f in files}
+    identities = {f: file_identity(f) for f in files}
     torch_files = {f: TorchFile(f) for f in files} if form.kind == "torch .bin" else {}
     headers = {
-        f: torch_header(torch_files[f]) if f in torch_files else safetensors_header(f)
+        f: read_torch_header(torch_files[f]) if f in torch_files else read_safetensors_header(f)
         for f in files
     }
     if weight_map is not None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from btlm_jax.convert.hf.torch_zip import REDOWNLOAD, RESAVE
+from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE
 
 _STORAGES = {
     "torch FloatStorage": np.dtype(np.float32),
@@ -67,7 +67,7 @@ class TensorView(NamedTuple):
         return 1 + sum((d - 1) * s for d, s in zip(self.shape, self.strides, strict=True))
 
 
-def evaluate(data: bytes) -> object:
+def evaluate_pickle(data: bytes) -> object:
     """What the pickle describes: dicts, lists, tuples, scalars and `TensorView`.
 
     Args:

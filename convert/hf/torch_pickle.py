@@ -14,16 +14,15 @@ from types import MappingProxyType
 
 import numpy as np
 
-from btlm_jax.convert.hf.torch_opcodes import TensorView, describe, evaluate
+from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE
+from btlm_jax.convert.hf.torch_opcodes import TensorView, describe, evaluate_pickle
 from btlm_jax.convert.hf.torch_zip import (
-    REDOWNLOAD,
-    RESAVE,
     Member,
     find_member,
-    naming,
-    pickle_bytes,
+    list_zip_members,
+    prefix_errors_with,
+    read_pickle_member,
     read_span,
-    zip_members,
 )
 
 
@@ -47,9 +46,9 @@ class TorchFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with self.path.open("rb") as file, naming(self.path):
-            prefix, infos = zip_members(file)
-            self._records = _state_dict(evaluate(pickle_bytes(file, prefix, infos)))
+        with self.path.open("rb") as file, prefix_errors_with(self.path):
+            prefix, infos = list_zip_members(file)
+            self._records = _state_dict(evaluate_pickle(read_pickle_member(file, prefix, infos)))
             self._members: dict[str, Member] = {}
             for name, tensor in self._records.items():
                 key = tensor.storage.key
@@ -60,7 +59,7 @@ class TorchFile:
             {name: (t.shape, t.storage.dtype) for name, t in self._records.items()}
         )
 
-    def run(self, name: str) -> tuple[int | None, int | None]:
+    def contiguous_span(self, name: str) -> tuple[int | None, int | None]:
         """Where a tensor's bytes lie, if they are one run of the file in C order.
 
         Returns:
@@ -80,7 +79,7 @@ class TorchFile:
         crc32 = member.crc if whole and member.crc else None
         return member.offset + tensor.offset * dtype.itemsize, crc32
 
-    def read(self, name: str) -> np.ndarray:
+    def read_tensor(self, name: str) -> np.ndarray:
         """Read one tensor, touching no other bytes of the file than those it spans.
 
         Returns:
@@ -97,7 +96,7 @@ class TorchFile:
         dtype, member = tensor.storage.dtype, self._members[tensor.storage.key]
         if 0 in tensor.shape:
             return np.empty(tensor.shape, dtype)
-        with self.path.open("rb") as file, naming(self.path):
+        with self.path.open("rb") as file, prefix_errors_with(self.path):
             start = tensor.offset * dtype.itemsize
             raw = read_span(file, member, start, tensor.extent * dtype.itemsize)
         # A bool array over bytes other than 0 and 1 misbehaves in numpy.

@@ -18,8 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-RESAVE = "Fix: re-save it with torch.save(model.state_dict(), path), or convert it to safetensors."
-REDOWNLOAD = "Fix: download the file again."
+from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE
 
 # About 300 bytes describe one tensor: room for 50,000 tensors, and a scan of seconds at worst.
 _MAX_PICKLE_BYTES = 16 << 20
@@ -34,7 +33,7 @@ class Member(NamedTuple):
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def prefix_errors_with(path: Path) -> Iterator[None]:
     """Put the file's name before the message of any ValueError raised inside."""
     try:
         yield
@@ -42,7 +41,7 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def zip_members(file: BufferedReader) -> tuple[str, dict[str, zipfile.ZipInfo]]:
+def list_zip_members(file: BufferedReader) -> tuple[str, dict[str, zipfile.ZipInfo]]:
     """The archive's prefix and its members by name.
 
     Raises:
@@ -84,7 +83,9 @@ def _explain_not_zip(head: bytes) -> str:
     return f"not a torch.save zip archive (starts with {head[:8]!r}). {REDOWNLOAD}"
 
 
-def pickle_bytes(file: BufferedReader, prefix: str, infos: Mapping[str, zipfile.ZipInfo]) -> bytes:
+def read_pickle_member(
+    file: BufferedReader, prefix: str, infos: Mapping[str, zipfile.ZipInfo]
+) -> bytes:
     """The bytes of `<prefix>/data.pkl`, of an archive in little-endian order.
 
     Raises:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btlm_jax.convert import auto, convert
-from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.convert.hf import source as hf_source
 from btlm_jax.model import weights
 from support import golden
 
@@ -20,16 +20,16 @@ def test_which_it_is(tmp_path, monkeypatch):
     convert(hf, tmp_path / "orbax")
     monkeypatch.chdir(tmp_path)
     for source in (hf, str(hf), f"{hf}/", f"file://{hf}", "hf", Path("hf")):
-        assert auto.is_hf(source), source
+        assert auto.is_huggingface(source), source
     for source in (tmp_path / "orbax", f"file://{tmp_path}/orbax", "orbax", tmp_path):
-        assert not auto.is_hf(source), source
+        assert not auto.is_huggingface(source), source
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if gcsfs were there
-    assert not auto.is_hf("gs://bucket/hf")
+    assert not auto.is_huggingface("gs://bucket/hf")
     # What is not there can only be on the Hub; a file is no directory of either format.
-    assert auto.is_hf("org/name") and auto.is_hf(tmp_path / "nowhere")
-    assert not auto.is_hf(hf / "config.json")
+    assert auto.is_huggingface("org/name") and auto.is_huggingface(tmp_path / "nowhere")
+    assert not auto.is_huggingface(hf / "config.json")
     with pytest.raises(ValueError, match="s3://"):
-        auto.is_hf("s3://bucket/hf")
+        auto.is_huggingface("s3://bucket/hf")
 
 
 def test_both_give_the_same_model(tmp_path, monkeypatch):
@@ -37,10 +37,10 @@ def test_both_give_the_same_model(tmp_path, monkeypatch):
     case = golden.load("g_bf16")
     hf = golden.write_hf(tmp_path / "hf", case)
     convert(hf, tmp_path / "orbax")
-    monkeypatch.setattr(source_lib, "fetch", lambda name, *_: {"org/name": hf}[name])
+    monkeypatch.setattr(hf_source, "fetch_from_hub", lambda name, *_: {"org/name": hf}[name])
     for source in (hf, tmp_path / "orbax", "org/name"):
-        assert auto.config_of(source) == case.config
-        model, params = auto.load(source, dtype=jnp.float32)
+        assert auto.read_any_config(source) == case.config
+        model, params = auto.load_any_checkpoint(source, dtype=jnp.float32)
         assert model.config == case.config
         found, expected = weights.flatten(params), weights.flatten(case.params)
         assert found.keys() == expected.keys()
@@ -48,4 +48,4 @@ def test_both_give_the_same_model(tmp_path, monkeypatch):
             assert x.dtype == jnp.float32
             np.testing.assert_array_equal(x, expected[path])
     with pytest.raises(FileNotFoundError, match="no directory"):
-        auto.config_of(tmp_path / "nowhere")
+        auto.read_any_config(tmp_path / "nowhere")

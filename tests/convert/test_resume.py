@@ -751,7 +751,7 @@ def test_nonfinite(dtype, nan, inf, tmp_path, caplog):
     original, back = open_hf(source), open_hf(tmp_path / "back")
     assert set(original.tensors) == set(back.tensors)
     for name in original.tensors:
-        assert original.read(name).tobytes() == back.read(name).tobytes(), name
+        assert original.read_tensor(name).tobytes() == back.read_tensor(name).tobytes(), name
 
 
 # Memory -----------------------------------------------------------------------------------------

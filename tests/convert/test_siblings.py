@@ -28,7 +28,7 @@ from support import golden
 from support import reference_numpy as ref
 
 MASKS = (".attn.bias", ".attn.masked_bias")
-HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+LM_HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 SIZES: dict[str, Any] = dict(
     vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4, n_inner=85,
     activation_function="swiglu", position_embedding_type="alibi", layer_norm_epsilon=1e-5,
@@ -136,7 +136,7 @@ def tensors(sibling: Sibling) -> dict[str, np.ndarray]:
         value = w.mean + 0.1 * rng.standard_normal(w.hf_shape)
         out[leaf.hf_name] = value.astype(sibling.dtype)
     if sibling.head and config.tie_word_embeddings:
-        out[HEAD] = out[EMBEDDING].copy()
+        out[LM_HEAD] = out[EMBEDDING].copy()
     if sibling.slopes is not None:
         exact = ref.alibi_slopes(config.n_head)[:, None]
         out[golden.SLOPES] = exact.astype(sibling.slopes)
@@ -164,7 +164,7 @@ def sibling(request) -> Sibling:
 def kept(sibling: Sibling, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What an export holds of them: no masks, no second copy of a tied head."""
     tied = sibling.raw.get("tie_word_embeddings", True)
-    return {n: x for n, x in named.items() if not n.endswith(MASKS) and not (tied and n == HEAD)}
+    return {n: x for n, x in named.items() if not n.endswith(MASKS) and not (tied and n == LM_HEAD)}
 
 
 def test_sibling(sibling, tmp_path, caplog):
@@ -196,7 +196,7 @@ def test_sibling(sibling, tmp_path, caplog):
     back = json.loads((tmp_path / "back/config.json").read_text())
     assert back == sibling.raw and list(back) == list(sibling.raw)
     exported = open_hf(tmp_path / "back")
-    found = {n: exported.read(n) for n in exported.tensors}
+    found = {n: exported.read_tensor(n) for n in exported.tensors}
     if sibling.slopes is None and sibling.raw["position_embedding_type"] == "alibi":
         # Exact slopes are added: 4 heads have 2**-2, 2**-4, ...
         assert (found.pop(golden.SLOPES) == ref.alibi_slopes(4)[:, None]).all()

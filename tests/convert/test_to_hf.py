@@ -22,7 +22,7 @@ import btlm_jax as btlm
 from btlm_jax import AlibiScaling, BTLMConfig
 from btlm_jax.checkpoint import metadata
 from btlm_jax.convert import convert, export, verify
-from btlm_jax.convert.hf.safetensors_writer import SafetensorsFile, Tensor, plan
+from btlm_jax.convert.hf.safetensors_writer import SafetensorsFile, TensorSpec, plan_shards
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.model import alibi, weights
 from support import golden
@@ -469,8 +469,8 @@ TENSORS = st.lists(
 @given(TENSORS, st.integers(1, 3000))
 def test_plan(drawn, most):
     """Every tensor once, in order but for its width, and no file that could have been smaller."""
-    tensors = [Tensor(f"t{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(drawn)]
-    shards = plan(tensors, most)
+    tensors = [TensorSpec(f"t{i}", dtype, tuple(shape)) for i, (dtype, shape) in enumerate(drawn)]
+    shards = plan_shards(tensors, most)
     position = {t.name: i for i, t in enumerate(tensors)}
     assert [t for s in shards for t in sorted(s, key=lambda t: position[t.name])] == tensors
     sizes = [sum(t.nbytes for t in shard) for shard in shards]
@@ -486,7 +486,7 @@ def test_plan(drawn, most):
 def test_a_file_in_any_order(tmp_path):
     """Valid only once it is finished; what an interrupted run wrote is kept."""
     arrays = {"a": np.arange(5, dtype=np.float32), "b": np.array([[1.5, -0.0]], np.float16)}
-    tensors = [Tensor(n, x.dtype, x.shape) for n, x in arrays.items()]
+    tensors = [TensorSpec(n, x.dtype, x.shape) for n, x in arrays.items()]
     path = tmp_path / "x.safetensors"
     file = SafetensorsFile(path, tensors, "1")
     blocks = [arrays["b"].reshape(-1)]

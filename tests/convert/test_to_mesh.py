@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 import btlm_jax as btlm
 from btlm_jax import make_mesh
 from btlm_jax.convert import convert, load_hf
-from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.convert.hf import source as hf_source
 from btlm_jax.model import weights
 from support import golden
 from support.processes import free_port
@@ -208,18 +208,18 @@ def test_a_damaged_bin_is_noticed_where_whole_tensors_are_read(tmp_path):
 @pytest.mark.parametrize("sizes", [None, *MESHES], ids=str)
 def test_every_byte_is_read_once(sizes, tmp_path, monkeypatch):
     source = write(tmp_path / "hf", ODD, random_tensors(ODD))
-    read, spans = source_lib.read_into, []
+    read, spans = hf_source.read_into, []
 
     def counting(file, offset, out):
         spans.append((offset, offset + out.nbytes))
         read(file, offset, out)
 
-    monkeypatch.setattr(source_lib, "read_into", counting)
+    monkeypatch.setattr(hf_source, "read_into", counting)
     load_hf(source, make_mesh(**sizes) if sizes else None)
     times = np.zeros((source / "model.safetensors").stat().st_size, np.int8)
     for start, stop in spans:
         times[start:stop] += 1
-    tensors = source_lib.open_hf(source).tensors
+    tensors = hf_source.open_hf(source).tensors
     for name, info in tensors.items():
         assert (times[info.offset : info.offset + info.nbytes] == 1).all(), name
     assert times.sum() == sum(info.nbytes for info in tensors.values())

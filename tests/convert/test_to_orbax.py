@@ -17,7 +17,7 @@ import btlm_jax as btlm
 from btlm_jax import make_mesh
 from btlm_jax.checkpoint import metadata
 from btlm_jax.convert import convert, export, verify
-from btlm_jax.convert.hf.safetensors_writer import Tensor
+from btlm_jax.convert.hf.safetensors_writer import TensorSpec
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.train.bench.random_checkpoint import write_bin
 from support import golden
@@ -27,7 +27,7 @@ BF16, UNTIED = golden.load("g_bf16"), golden.load("i_untied")
 
 def tensors_of(path) -> dict[str, np.ndarray]:
     source = open_hf(path)
-    return {name: source.read(name) for name in source.tensors}
+    return {name: source.read_tensor(name) for name in source.tensors}
 
 
 def assert_same_bits(a: dict, b: dict) -> None:
@@ -88,7 +88,7 @@ def test_round_trip_of_every_form(case, form, tmp_path):
         file = f"{stem}{suffix}" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}{suffix}"
         weight_map |= dict.fromkeys(shard, file)
         if suffix == ".bin":
-            tensors = [Tensor(n, case.weights[n].dtype, case.weights[n].shape) for n in shard]
+            tensors = [TensorSpec(n, case.weights[n].dtype, case.weights[n].shape) for n in shard]
             tied = case.config.tie_word_embeddings
             write_bin(
                 source / file, tensors, lambda t: [case.weights[t.name].reshape(-1)], tied=tied

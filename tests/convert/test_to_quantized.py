@@ -178,8 +178,8 @@ def test_hf_files_by_layer(sizes, tmp_path):
     mesh = btlm.make_mesh(**sizes) if sizes else None
     golden.write_hf(tmp_path / "hf", golden.load("i_untied"))
     convert(tmp_path / "hf", tmp_path / "c")
-    _, found = auto.load(tmp_path / "hf", mesh=mesh, by_layer=True)
-    _, expected = auto.load(tmp_path / "c", mesh=mesh, by_layer=True)
+    _, found = auto.load_any_checkpoint(tmp_path / "hf", mesh=mesh, by_layer=True)
+    _, expected = auto.load_any_checkpoint(tmp_path / "c", mesh=mesh, by_layer=True)
     assert weights.is_by_layer(found) and same(found, expected)
 
 

@@ -24,7 +24,7 @@ import btlm_jax as btlm
 from btlm_jax import BTLMConfig, cli
 from btlm_jax.checkpoint import metadata, zarr
 from btlm_jax.convert import convert, export, verify
-from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.convert.hf import source as hf_source
 from btlm_jax.model import alibi, weights
 from support import golden
 
@@ -615,7 +615,7 @@ def test_what_is_not_there(tmp_path, monkeypatch, forms):
         asked.append(repo_id)
         raise FileNotFoundError(f"no directory and no model on the Hub is named {repo_id!r}")
 
-    monkeypatch.setattr(source_lib, "fetch", fetch)
+    monkeypatch.setattr(hf_source, "fetch_from_hub", fetch)
     for a, b in (("runs/checkpoint", None), (forms["orbax"], "runs/checkpoint")):
         with pytest.raises(
             FileNotFoundError, match="no model on the Hub is named 'runs/checkpoint'"

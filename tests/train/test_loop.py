@@ -22,7 +22,7 @@ import btlm_jax as btlm
 from btlm_jax import cli
 from btlm_jax.checkpoint import metadata
 from btlm_jax.convert import convert, export, verify
-from btlm_jax.convert.hf import source as source_lib
+from btlm_jax.convert.hf import source as hf_source
 from btlm_jax.model import weights
 from btlm_jax.train import loop
 from btlm_jax.train import recipe_file as recipes
@@ -461,7 +461,7 @@ def test_stored_slopes_are_trained_with(files, tmp_path, monkeypatch):
     case = golden.load("g_bf16")
     hf = golden.write_hf(tmp_path / "hf", case)
     convert(hf, tmp_path / "orbax")
-    monkeypatch.setattr(source_lib, "fetch", lambda name, *_: {"org/name": hf}[name])
+    monkeypatch.setattr(hf_source, "fetch_from_hub", lambda name, *_: {"org/name": hf}[name])
     text = files.read_text()
     rest = text[text.rindex("[[phases]]") :]
     found = []

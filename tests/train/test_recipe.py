@@ -79,7 +79,7 @@ def test_ladder_trains_on_20_tokens_per_parameter():
 
 def test_position_interpolation_scales_the_checkpoints_slopes(monkeypatch):
     base = BTLMConfig.preset("btlm-3b-8k")
-    monkeypatch.setattr(recipe.formats, "config_of", {"btlm-3b": base}.get)
+    monkeypatch.setattr(recipe.auto, "read_any_config", {"btlm-3b": base}.get)
     config = recipes.load("position-interpolation").model_config()
     assert config.alibi_scaling == AlibiScaling(factor=4.0) and config.n_positions == 32768
     assert dataclasses.replace(config, alibi_scaling=None, n_positions=8192) == base

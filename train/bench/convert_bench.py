@@ -23,7 +23,7 @@ import sys, time
 began = time.perf_counter()
 {work}
 seconds = time.perf_counter() - began
-from btlm_jax.convert.conversion_report import peak_rss
+from btlm_jax.utils.process_memory import peak_rss
 print(seconds, peak_rss())
 """
 Show = Callable[[object], None]

@@ -20,7 +20,6 @@ import numpy as np
 from btlm_jax.checkpoint import quantization, unstacked
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
-from btlm_jax.convert.conversion_report import peak_rss
 from btlm_jax.generation import decode, prompts, sample
 from btlm_jax.generation.decode import Program, Prompt, Rows
 from btlm_jax.generation.options import Options
@@ -29,6 +28,7 @@ from btlm_jax.model.btlm import BTLM
 from btlm_jax.perf import accounting
 from btlm_jax.train.bench import measure
 from btlm_jax.train.bench.baseline import Peer
+from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
 _READ_BYTES = 256 << 20  # more than any cache holds

@@ -16,8 +16,8 @@ import numpy as np
 from btlm_jax import __version__
 from btlm_jax.checkpoint import zarr
 from btlm_jax.config import BTLMConfig
-from btlm_jax.convert.hf.safetensors_writer import SafetensorsFile, Tensor
-from btlm_jax.convert.to_orbax import EMBEDDING, HEAD, SLOPES
+from btlm_jax.convert.hf.safetensors_writer import SafetensorsFile, TensorSpec
+from btlm_jax.convert.hf.tensor_names import EMBEDDING, LM_HEAD, SLOPES
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils.progress import Progress
 
@@ -43,8 +43,8 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
     directory.mkdir(parents=True)
     values = config.to_hf() | {"torch_dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(values, indent=2))
-    tensors = [Tensor(x.hf_name, BF16, x.weight.hf_shape) for x in weights.disk_leaves(config)]
-    tensors.append(Tensor(SLOPES, BF16, (config.n_head, 1)))
+    tensors = [TensorSpec(x.hf_name, BF16, x.weight.hf_shape) for x in weights.disk_leaves(config)]
+    tensors.append(TensorSpec(SLOPES, BF16, (config.n_head, 1)))
     count = SHARDS if form.endswith("sharded") else 1
     binary = form.startswith("bin")
     stem, suffix = ("pytorch_model", ".bin") if binary else ("model", ".safetensors")
@@ -56,7 +56,7 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
     slopes = alibi.slopes(config.n_head).astype(BF16)
     with Progress(total, "B", "make") as progress:
 
-        def content(tensor: Tensor) -> Iterator[np.ndarray]:
+        def content(tensor: TensorSpec) -> Iterator[np.ndarray]:
             blocks = [slopes] if tensor.name == SLOPES else _random(tensor)
             for block in blocks:
                 yield block
@@ -67,13 +67,13 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
     if count > 1:
         weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
         if binary:
-            weight_map[HEAD] = weight_map[EMBEDDING]
+            weight_map[LM_HEAD] = weight_map[EMBEDDING]
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
     return total
 
 
-def _random(tensor: Tensor) -> Iterator[np.ndarray]:
+def _random(tensor: TensorSpec) -> Iterator[np.ndarray]:
     """Blocks of a normal distribution, drawn once and rolled: no two rows of a tensor are alike."""
     size, left = zarr.BLOCK_BYTES // 2, tensor.nbytes // 2
     rng = np.random.default_rng(zlib.crc32(tensor.name.encode()))
@@ -84,12 +84,12 @@ def _random(tensor: Tensor) -> Iterator[np.ndarray]:
         left -= n
 
 
-def _write_safetensors(path: Path, shard: list[Tensor], content) -> None:
+def _write_safetensors(path: Path, shard: list[TensorSpec], content) -> None:
     file = SafetensorsFile(path, shard, __version__)
     file.finish({t.name: file.write(t.name, content(t)).sha256 for t in shard})
 
 
-def write_bin(path: Path, shard: list[Tensor], content, *, tied: bool = True) -> None:
+def write_bin(path: Path, shard: list[TensorSpec], content, *, tied: bool = True) -> None:
     """A zip as `torch.save` writes it: a pickle that describes tensors, and a member for each.
 
     With `tied` the embedding occurs a second time, as the head.
@@ -104,14 +104,16 @@ def write_bin(path: Path, shard: list[Tensor], content, *, tied: bool = True) ->
         archive.writestr("archive/version", "3\n")
 
 
-def _pickled(shard: list[Tensor], tied: bool) -> bytes:
+def _pickled(shard: list[TensorSpec], tied: bool) -> bytes:
     """The opcodes of an OrderedDict of tensors; `pickle` itself would need torch to name its types.
 
     Protocol 2, as torch writes it.
     """
     out = [b"\x80\x02", b"ccollections\nOrderedDict\n", b")R", b"("]
     entries = list(enumerate(shard))
-    entries += [(key, t._replace(name=HEAD)) for key, t in entries if tied and t.name == EMBEDDING]
+    entries += [
+        (key, t._replace(name=LM_HEAD)) for key, t in entries if tied and t.name == EMBEDDING
+    ]
     for key, tensor in entries:
         numel = tensor.nbytes // tensor.dtype.itemsize
         strides = [int(np.prod(tensor.shape[i + 1 :])) for i in range(len(tensor.shape))]

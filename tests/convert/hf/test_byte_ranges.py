@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from btlm_jax.convert.hf import source as source_lib
-from btlm_jax.convert.hf.byte_ranges import read_into, runs
+from btlm_jax.convert.hf import source as hf_source
+from btlm_jax.convert.hf.byte_ranges import contiguous_runs, read_into
 from btlm_jax.convert.hf.source import HFSource, open_hf
 from support import golden
 
@@ -94,7 +94,7 @@ def reshaped(draw, size: int) -> tuple[int, ...]:
 @given(st.data(), st.lists(st.integers(0, 5), max_size=5).map(tuple))
 def test_runs_cover_a_part_exactly_once_in_order_and_are_maximal(data, shape):
     index = data.draw(indices(shape))
-    found = list(runs(shape, index))
+    found = list(contiguous_runs(shape, index))
     elements = np.arange(math.prod(shape)).reshape(shape)[index].reshape(-1)
     assert [e for start, length in found for e in range(start, start + length)] == list(elements)
     assert all(length > 0 for _, length in found)
@@ -105,12 +105,14 @@ def test_runs_cover_a_part_exactly_once_in_order_and_are_maximal(data, shape):
 def test_runs_of_the_released_shapes():
     """What a device reads: one run of rows, or one run per row of a slice of columns."""
     whole = slice(None)
-    assert list(runs((50304, 2560), (slice(12576, 25152), whole))) == [(12576 * 2560, 12576 * 2560)]
-    columns = list(runs((2560, 6912), (slice(320, 640), slice(3456, 6912))))
+    assert list(contiguous_runs((50304, 2560), (slice(12576, 25152), whole))) == [
+        (12576 * 2560, 12576 * 2560)
+    ]
+    columns = list(contiguous_runs((2560, 6912), (slice(320, 640), slice(3456, 6912))))
     assert len(columns) == 320 and columns[0] == (320 * 6912 + 3456, 3456)
-    heads = list(runs((2560, 3, 32, 80), (slice(0, 320), whole, slice(16, 32), whole)))
+    heads = list(contiguous_runs((2560, 3, 32, 80), (slice(0, 320), whole, slice(16, 32), whole)))
     assert len(heads) == 320 * 3 and {n for _, n in heads} == {16 * 80}
-    assert list(runs((), ())) == [(0, 1)]
+    assert list(contiguous_runs((), ())) == [(0, 1)]
 
 
 # Reading.
@@ -123,7 +125,7 @@ def test_read_equals_slicing(opened, data):
     expected = TENSORS[form][name]
     shape = data.draw(st.just(expected.shape) | reshaped(expected.size))
     index = data.draw(indices(shape))
-    got = opened[form].read(name, index, shape)
+    got = opened[form].read_tensor(name, index, shape)
     assert got.flags.c_contiguous and same(got, np.asarray(expected.reshape(shape)[index]))
 
 
@@ -132,10 +134,10 @@ def test_read_whole(opened, form, name):
     source, expected = opened[form], TENSORS[form][name]
     assert source.tensors[name].shape == expected.shape
     assert source.tensors[name].dtype == expected.dtype
-    assert same(source.read(name), expected)
+    assert same(source.read_tensor(name), expected)
     for shape in (expected.shape, (expected.size,)):
         for index in (None, (slice(None),) * len(shape)):
-            assert same(source.read(name, index, shape), expected.reshape(shape))
+            assert same(source.read_tensor(name, index, shape), expected.reshape(shape))
 
 
 @settings(max_examples=100)
@@ -162,19 +164,19 @@ def test_no_other_bytes_are_read(opened, monkeypatch):
         counted.append(out.nbytes)
         read_into(file, offset, out)
 
-    monkeypatch.setattr(source_lib, "read_into", counting)
+    monkeypatch.setattr(hf_source, "read_into", counting)
     for form, name in NAMES:
         if name in VIEWS:
             continue
         expected = TENSORS[form][name]
         for index in ((slice(1, None),) * expected.ndim, (slice(0, 1),) * expected.ndim):
             counted.clear()
-            part = opened[form].read(name, index)
+            part = opened[form].read_tensor(name, index)
             assert sum(counted) == part.nbytes == expected[index].nbytes
 
 
 def test_unknown_names(opened):
-    for read in (lambda s: s.read("nope"), lambda s: list(s.blocks("nope", 1))):
+    for read in (lambda s: s.read_tensor("nope"), lambda s: list(s.blocks("nope", 1))):
         with pytest.raises(KeyError, match="holds no tensor 'nope'"):
             read(opened["bin"])
 
@@ -229,9 +231,9 @@ def test_blocks_find_a_wrong_checksum_at_the_end(tmp_path, name):
                 found += block.size
         assert found == TENSORS["bin"][name].size
     with pytest.raises(ValueError, match=said):
-        source.read(name)
+        source.read_tensor(name)
     for other in set(TENSORS["bin"]) - {name}:
-        assert same(source.read(other), TENSORS["bin"][other])
+        assert same(source.read_tensor(other), TENSORS["bin"][other])
 
 
 def test_checksum_of_a_view(tmp_path):
@@ -241,7 +243,7 @@ def test_checksum_of_a_view(tmp_path):
     raw[raw.index(np.ascontiguousarray(TENSORS["bin"]["transposed"].T).tobytes())] ^= 1
     file.write_bytes(raw)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin.*checksum mismatch"):
-        open_hf(source).read("transposed", (slice(0, 1), slice(0, 1)))
+        open_hf(source).read_tensor("transposed", (slice(0, 1), slice(0, 1)))
 
 
 @pytest.mark.parametrize("form, name", [("safetensors", "f32"), ("bin", "f32.weight")])
@@ -254,7 +256,7 @@ def test_truncated_while_reading(tmp_path, form, name):
     os.truncate(info.file, info.offset + 9)
     with pytest.raises(ValueError, match=f"{info.file} ends 7 bytes early"):
         list(blocks)
-    for read in (lambda: source.read(name), lambda: source.read(name, part)):
+    for read in (lambda: source.read_tensor(name), lambda: source.read_tensor(name, part)):
         with pytest.raises(ValueError, match=f"{info.file} has changed since it was opened"):
             read()
 
@@ -278,8 +280,8 @@ def test_changed_file(tmp_path, form, name, change):
     os.utime(file, ns=(0, source.identities[file][1] + 1))
     part = (slice(0, 1),) * len(source.tensors[name].shape)
     for read in (
-        lambda: source.read(name),
-        lambda: source.read(name, part),
+        lambda: source.read_tensor(name),
+        lambda: source.read_tensor(name, part),
         lambda: list(source.blocks(name, 1)),
     ):
         with pytest.raises(ValueError, match=f"{file} has changed since it was opened"):
@@ -292,4 +294,4 @@ def test_removed_file(tmp_path, form):
     name = next(iter(source.tensors))
     source.tensors[name].file.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.(safetensors|bin)"):
-        source.read(name)
+        source.read_tensor(name)

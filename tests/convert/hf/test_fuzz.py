@@ -93,7 +93,7 @@ def outcome(files: Mapping[str, bytes]) -> tuple[dict[str, np.ndarray], dict[str
             return {}, {"": str(error)}
         for name, info in source.tensors.items():
             try:
-                array = source.read(name)
+                array = source.read_tensor(name)
                 blocks = list(source.blocks(name, max(info.size // 3, 1)))
             except ValueError as error:
                 assert str(info.file) in str(error)
@@ -103,7 +103,7 @@ def outcome(files: Mapping[str, bytes]) -> tuple[dict[str, np.ndarray], dict[str
             assert b"".join(b.tobytes() for b in blocks) == array.tobytes()
             part = tuple(slice(n // 2) for n in info.shape)
             # `...` keeps a scalar an array: a NumPy bool would lose a byte that is neither 0 nor 1.
-            assert source.read(name, part).tobytes() == array[(*part, ...)].tobytes()
+            assert source.read_tensor(name, part).tobytes() == array[(*part, ...)].tobytes()
             arrays[name] = array
     return arrays, errors
 
@@ -729,7 +729,7 @@ def test_many_tensors_of_one_storage():
     with folder({BIN: raw}) as path, bounded():
         source = open_hf(path)
         assert len(source.tensors) == 500
-        assert not source.read("t499").any()
+        assert not source.read_tensor("t499").any()
 
 
 # Whole conversions.
@@ -760,9 +760,9 @@ def attempt(files: Mapping[str, bytes]) -> str | None:
         assert verify(target) and verify(path, target)
         export(target, path.parent / "back")
         source, back = open_hf(path), open_hf(path.parent / "back")
-        found = {n: back.read(n) for n in back.tensors}
+        found = {n: back.read_tensor(n) for n in back.tensors}
         assert set(found) - {"lm_head.weight"} == set(PLAIN)
-        assert_same(found, {n: source.read(n) for n in found})
+        assert_same(found, {n: source.read_tensor(n) for n in found})
         return None
 
 

@@ -16,7 +16,7 @@ import pytest
 from huggingface_hub import errors as hub_errors
 from safetensors.numpy import save_file
 
-from btlm_jax.convert.hf import hub as hub_lib
+from btlm_jax.convert.hf import hub as hf_hub
 from btlm_jax.convert.hf.source import ASSETS, WEIGHT_FORMS, TensorInfo, open_hf
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "torch_bin"
@@ -94,7 +94,7 @@ def test_safetensors(tmp_path, make, description):
     for name, expected in TENSORS.items():
         info = source.tensors[name]
         assert (info.name, info.shape, info.dtype) == (name, expected.shape, expected.dtype)
-        array = source.read(name)
+        array = source.read_tensor(name)
         assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
         assert array.flags.c_contiguous
         np.testing.assert_array_equal(array, expected)
@@ -110,7 +110,7 @@ def test_torch_bin_single_and_sharded(tmp_path):
         assert source.description == description
         assert set(source.tensors) == set(EXPECTED)
         for tensor, expected in EXPECTED.items():
-            array = source.read(tensor)
+            array = source.read_tensor(tensor)
             assert array.dtype == source.tensors[tensor].dtype
             assert array.shape == source.tensors[tensor].shape
             np.testing.assert_array_equal(bits(array), expected)
@@ -122,7 +122,7 @@ def test_symlinks_as_in_the_hub_cache(tmp_path):
     snapshot.mkdir()
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
-    np.testing.assert_array_equal(open_hf(snapshot).read("ln.bias"), TENSORS["ln.bias"])
+    np.testing.assert_array_equal(open_hf(snapshot).read_tensor("ln.bias"), TENSORS["ln.bias"])
 
 
 def test_order_of_preference(tmp_path):
@@ -150,21 +150,21 @@ def test_opening_reads_no_tensor_data(tmp_path, monkeypatch):
     opened = open_hf(tmp_path)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     shard.unlink()
-    np.testing.assert_array_equal(opened.read("ln.bias"), TENSORS["ln.bias"])
+    np.testing.assert_array_equal(opened.read_tensor("ln.bias"), TENSORS["ln.bias"])
     with pytest.raises(FileNotFoundError):
-        opened.read("half")
+        opened.read_tensor("half")
     with pytest.raises(KeyError, match="no tensor 'nope'"):
-        opened.read("nope")
+        opened.read_tensor("nope")
 
 
 def test_a_file_changed_after_opening(tmp_path):
     opened = open_hf(single(tmp_path))
     save_file({**TENSORS, "half": np.ones((7,), np.float16)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="has changed since it was opened"):
-        opened.read("half")
+        opened.read_tensor("half")
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model\.safetensors has changed"):
-        opened.read("half")
+        opened.read_tensor("half")
 
 
 # Directories.
@@ -374,7 +374,7 @@ def test_hub_sends_no_stored_token(tmp_path, monkeypatch):
 
 def test_select_files():
     def chosen(*listed):
-        return hub_lib.select_files(listed, ("config.json", *ASSETS), MAINS)
+        return hf_hub.select_files(listed, ("config.json", *ASSETS), MAINS)
 
     config = "config.json"
     assert chosen(config, "pytorch_model.bin", "training_args.bin") == [config, MAINS[3]]

@@ -36,7 +36,7 @@ def refusal(path: Path) -> str:
     with pytest.raises(ValueError) as caught:
         file = TorchFile(path)
         for name in file.tensors:
-            file.read(name)
+            file.read_tensor(name)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
     return message
@@ -50,7 +50,7 @@ def test_real_state_dict_shapes_dtypes_values():
     assert list(file.tensors) == list(EXPECTED)
     for name, expected in EXPECTED.items():
         shape, dtype = file.tensors[name]
-        array = file.read(name)
+        array = file.read_tensor(name)
         assert (array.shape, array.dtype) == (shape, dtype)
         assert array.flags.c_contiguous
         np.testing.assert_array_equal(bits(array), expected)
@@ -60,8 +60,8 @@ def test_real_state_dict_shapes_dtypes_values():
 
 
 def test_protocol_4_and_absent_checksums_are_read():
-    np.testing.assert_array_equal(TorchFile(GOLDEN / "protocol4.bin").read("a"), [1, 1])
-    np.testing.assert_array_equal(TorchFile(GOLDEN / "no_crc.bin").read("a"), [0, 1, 2])
+    np.testing.assert_array_equal(TorchFile(GOLDEN / "protocol4.bin").read_tensor("a"), [1, 1])
+    np.testing.assert_array_equal(TorchFile(GOLDEN / "no_crc.bin").read_tensor("a"), [0, 1, 2])
 
 
 @pytest.mark.parametrize(
@@ -89,14 +89,14 @@ def test_read_touches_only_its_own_member(tmp_path):
     path.write_bytes(damaged)
     file = TorchFile(path)
     with pytest.raises(ValueError, match=r"damaged\.bin: checksum mismatch"):
-        file.read("f32.weight")
+        file.read_tensor("f32.weight")
     for name in set(EXPECTED) - {"f32.weight"}:
-        np.testing.assert_array_equal(bits(file.read(name)), EXPECTED[name])
+        np.testing.assert_array_equal(bits(file.read_tensor(name)), EXPECTED[name])
 
 
 def test_unknown_name_and_missing_file(tmp_path):
     with pytest.raises(KeyError, match="no tensor 'nope'"):
-        TorchFile(STATE_DICT).read("nope")
+        TorchFile(STATE_DICT).read_tensor("nope")
     with pytest.raises(FileNotFoundError):
         TorchFile(tmp_path / "absent.bin")
 
@@ -115,7 +115,7 @@ def test_truncated_after_opening(tmp_path):
     file = TorchFile(path)
     os.truncate(path, 1000)
     with pytest.raises(ValueError, match="ends inside a member"):
-        file.read("scalar")
+        file.read_tensor("scalar")
 
 
 def test_other_kinds_of_file_are_named(tmp_path):
@@ -134,10 +134,10 @@ def test_other_kinds_of_file_are_named(tmp_path):
 
 def test_the_assembler_makes_what_torch_makes(tmp_path):
     file = TorchFile(archive(tmp_path / "ok.bin", pickled(a=tensor())))
-    np.testing.assert_array_equal(file.read("a"), [0, 1, 2, 3])
+    np.testing.assert_array_equal(file.read_tensor("a"), [0, 1, 2, 3])
     view = tensor(offset=1, shape=(1, 2), strides=(1 << 62, 2))
     file = TorchFile(archive(tmp_path / "view.bin", pickled(a=view)))
-    np.testing.assert_array_equal(file.read("a"), [[1, 3]])
+    np.testing.assert_array_equal(file.read_tensor("a"), [[1, 3]])
 
 
 def test_negated_or_conjugated_views_are_refused(tmp_path):
@@ -152,7 +152,7 @@ def test_negated_or_conjugated_views_are_refused(tmp_path):
 def test_bytes_other_than_0_and_1_are_true(tmp_path):
     at = storage(cls="BoolStorage")
     path = archive(tmp_path / "bool.bin", pickled(a=tensor(at)), {"m/data/0": b"\0\1\2\xff"})
-    array = TorchFile(path).read("a")
+    array = TorchFile(path).read_tensor("a")
     assert array.dtype == np.bool_ and array.tobytes() == b"\0\1\1\1"
 
 
@@ -311,7 +311,7 @@ def test_mutated_archives_are_refused_or_right(tmp_path, data):
     assert set(file.tensors) == set(EXPECTED)
     for name, expected in EXPECTED.items():
         try:
-            array = bits(file.read(name))
+            array = bits(file.read_tensor(name))
         except ValueError:
             continue
         assert (array.shape, array.dtype) == (expected.shape, expected.dtype)
@@ -336,5 +336,5 @@ def test_mutated_pickles_are_refused_or_hold_what_they_state(tmp_path, data):
     except ValueError:
         return
     for name, (shape, dtype) in file.tensors.items():
-        array = file.read(name)
+        array = file.read_tensor(name)
         assert (array.shape, array.dtype) == (shape, dtype)

@@ -15,8 +15,8 @@ import btlm_jax as btlm
 from btlm_jax.checkpoint import zarr
 from btlm_jax.convert import convert, verify
 from btlm_jax.convert.hf.source import HFSource, open_hf
+from btlm_jax.convert.hf.tensor_names import EMBEDDING, LM_HEAD
 from btlm_jax.convert.hf.torch_pickle import TorchFile
-from btlm_jax.convert.to_orbax import EMBEDDING, HEAD
 from btlm_jax.model import alibi, weights
 from btlm_jax.train.bench import random_checkpoint
 from btlm_jax.train.bench.random_checkpoint import FORMS, make
@@ -57,14 +57,14 @@ def test_forms(opened, form, tmp_path):
     )
     assert btlm.BTLMConfig.from_hf(source.config).n_layer == LAYERS
     shapes = {name: w.hf_shape for name, w in leaves(source).items()}
-    shapes |= {HEAD: shapes[EMBEDDING]} if form.startswith("bin") else {}
+    shapes |= {LM_HEAD: shapes[EMBEDDING]} if form.startswith("bin") else {}
     assert {n: i.shape for n, i in source.tensors.items()} == shapes | {golden.SLOPES: (4, 1)}
     assert {str(info.dtype) for info in source.tensors.values()} == {"bfloat16"}
-    total = sum(info.nbytes for name, info in source.tensors.items() if name != HEAD)
+    total = sum(info.nbytes for name, info in source.tensors.items() if name != LM_HEAD)
     assert make(tmp_path / "again", layers=LAYERS, form=form, preset="tiny") == total
     again = open_hf(tmp_path / "again")
     for name in source.tensors:  # no clock, no randomness of the process
-        assert source.read(name).tobytes() == again.read(name).tobytes()
+        assert source.read_tensor(name).tobytes() == again.read_tensor(name).tobytes()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -81,21 +81,21 @@ def test_convert_and_verify(made, form, tmp_path):
 def test_values(opened):
     source = opened["safetensors"]
     for name, w in leaves(source).items():
-        values = source.read(name).astype(np.float32)
+        values = source.read_tensor(name).astype(np.float32)
         if values.size > 1000:
             assert values.std() == pytest.approx(0.02, rel=0.05) and abs(values.mean()) < 2e-3
         if len(w.hf_shape) == 2:
             assert len({row.tobytes() for row in values}) == len(values)
-    slopes = source.read(golden.SLOPES)
+    slopes = source.read_tensor(golden.SLOPES)
     assert (slopes[:, 0] == alibi.slopes(4).astype(ml_dtypes.bfloat16)).all()
     for form in FORMS:
         for name in source.tensors:
-            assert opened[form].read(name).tobytes() == source.read(name).tobytes()
+            assert opened[form].read_tensor(name).tobytes() == source.read_tensor(name).tobytes()
 
 
 def test_no_two_tensors_are_alike(opened):
     source = opened["safetensors"]
-    values = {n: source.read(n).reshape(-1)[:40].tobytes() for n in leaves(source)}
+    values = {n: source.read_tensor(n).reshape(-1)[:40].tobytes() for n in leaves(source)}
     alike = [(a, b) for a, b in itertools.combinations(values, 2) if values[a] == values[b]]
     assert not alike
 
@@ -118,15 +118,17 @@ def test_bin_agrees_with_the_pickle_reader(made, opened, form):
         file = TorchFile(path)
         seen += file.tensors
         for name, (shape, dtype) in file.tensors.items():
-            array, info = file.read(name), opened[form].tensors[name]
+            array, info = file.read_tensor(name), opened[form].tensors[name]
             assert (shape, dtype, path) == (info.shape, info.dtype, info.file)
             assert (
                 array.tobytes()
-                == opened["safetensors"].read(EMBEDDING if name == HEAD else name).tobytes()
+                == opened["safetensors"]
+                .read_tensor(EMBEDDING if name == LM_HEAD else name)
+                .tobytes()
             )
             assert info.crc32 is not None  # every tensor fills its storage
     assert sorted(seen) == sorted(opened[form].tensors)
-    head, embedding = (opened[form].tensors[n] for n in (HEAD, EMBEDDING))
+    head, embedding = (opened[form].tensors[n] for n in (LM_HEAD, EMBEDDING))
     assert (head.file, head.offset) == (embedding.file, embedding.offset)  # stored once
 
 
@@ -154,7 +156,7 @@ def test_torch_reads_it(made, opened, form):
             and tuple(tensor.shape) == opened[form].tensors[name].shape
         )
         array = tensor.contiguous().view(torch.int16).numpy()
-        assert array.tobytes() == opened[form].read(name).tobytes()
+        assert array.tobytes() == opened[form].read_tensor(name).tobytes()
 
 
 def test_an_existing_directory_is_left_alone(made):

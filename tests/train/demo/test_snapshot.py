@@ -10,7 +10,7 @@ import pytest
 
 from btlm_jax import BTLMConfig
 from btlm_jax.convert import verify
-from btlm_jax.convert.auto import config_of, load, tokenizer_of
+from btlm_jax.convert.auto import load_any_checkpoint, read_any_config, read_any_tokenizer
 from btlm_jax.model import weights
 from btlm_jax.train.demo import snapshot
 from btlm_jax.train.metrics import curves
@@ -81,9 +81,9 @@ def test_memory_of_accelerators_and_of_the_machine(sharded, monkeypatch, tmp_pat
 def test_the_small_one_is_trained_once(tmp_path):
     files = snapshot.make(tmp_path / "small", steps=4)
     assert files == tmp_path / "small/hf"
-    config, tokenizer = config_of(files), tokenizer_of(files)
+    config, tokenizer = read_any_config(files), read_any_tokenizer(files)
     assert tokenizer is not None and tokenizer.get_vocab_size() == config.vocab_size
-    model, params = load(files)
+    model, params = load_any_checkpoint(files)
     weights.check(params, model.config)
     assert verify(files, tmp_path / "small/run")
     (steps, losses) = curves(tmp_path / "small/run")["training"]
