@@ -1,104 +1,45 @@
-"""Shared set-up: 8 virtual CPU devices."""
+"""Environment, hypothesis profiles and scheduling of the tests; fixtures: support/fixtures.py."""
+
+from __future__ import annotations
 
 import os
 import sys
 
-# Before JAX is imported. libtpu, where it is installed to compile for TPUs, would look for one and
-# complain.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# `btlm` would otherwise keep programs in the home directory.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
-
 import pytest
 from hypothesis import settings
 
-from support import golden
+from support import compiling
 
-# JAX reads these when its first device is asked for, which no import does. On a busy machine the
-# threads of 8 devices may wait long for each other; XLA's limit is 40 s.
-_FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-]
-# Another level that is asked for stays: `.ci/run` compiles some tests as users do.
-if golden.QUICK_TO_COMPILE.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-    _FLAGS.append(golden.QUICK_TO_COMPILE)
-for _flag in _FLAGS:
-    if _flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+# Before JAX is imported for the first time, by the fixtures and the modules that are collected.
+_OWN_CACHE = compiling.set_environment()
+pytest_plugins = ["support.fixtures"]
 
-# Compiling dwarfs everything else, so no deadline; fixed examples, so that CI is repeatable.
-settings.register_profile("btlm", deadline=None, derandomize=True)
-settings.load_profile("btlm")
+# Compiling dwarfs everything else, so there is no deadline. The default examples are the same in
+# every run, so that CI is repeatable; HYPOTHESIS_PROFILE=thorough draws fresh ones, and more.
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("thorough", deadline=None, max_examples=500)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_unconfigure() -> None:
+    compiling.remove_cache(_OWN_CACHE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives a worker whole files: tests of one file share compiled programs and fixtures."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Each takes some hundred mappings of memory, of which Linux gives a process 65,530; where they
-    run out, XLA crashes."""
+    """Frees compiled programs after every file.
+
+    Each takes some hundred memory mappings, of which Linux gives a process 65,530; XLA crashes
+    when they run out.
+    """
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
-
-
-@pytest.fixture(params=golden.NAMES)
-def case(request) -> golden.Case:
-    """Each golden case in turn."""
-    return golden.load(request.param)
-
-
-@pytest.fixture(scope="session")
-def tiny():
-    """The tiny preset and fresh weights, on one device."""
-    import jax
-
-    from btlm_jax import BTLM, BTLMConfig
-
-    model = BTLM(BTLMConfig.preset("tiny"))
-    return model, model.init(jax.random.key(0))
-
-
-@pytest.fixture
-def checkpoint_dir(tmp_path):
-    """A small checkpoint with a tokenizer, as the converter makes it."""
-    from btlm_jax.convert import convert
-
-    source = golden.write_hf(tmp_path / "hf", golden.load("a2_btlm_mup_h32"), tokenizer=True)
-    convert(source, tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
-
-
-@pytest.fixture(scope="session")
-def of_bytes():
-    """A model of one layer whose tokens are bytes, 256 the EOS: (model, weights, tokenizer).
-
-    Large weights: what it says varies, and text of random bytes has parts of characters.
-    """
-    import dataclasses
-
-    import jax
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    from btlm_jax import BTLM, BTLMConfig
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    sizes = dict(n_layer=1, vocab_size=258, eos_token_id=256, bos_token_id=256)
-    model = BTLM(dataclasses.replace(BTLMConfig.preset("tiny"), **sizes))
-    params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(0)))
-    return model, params, tokenizer
-
-
-@pytest.fixture(scope="session")
-def bytes_checkpoint(of_bytes, tmp_path_factory):
-    """The same as a checkpoint."""
-    from btlm_jax import save
-
-    model, params, tokenizer = of_bytes
-    home = tmp_path_factory.mktemp("bytes")
-    tokenizer.save(str(home / "tokenizer.json"))
-    save(home / "checkpoint", model.config, params, assets=[home / "tokenizer.json"])
-    return home / "checkpoint"

@@ -29,9 +29,6 @@ NAMES = (
     "i_untied",
 )
 SLOPES = "transformer.relative_pe.slopes"
-# For XLA, where little is run of what is compiled, as in most tests: LLVM optimizes nothing. What
-# XLA does before, fusion and the layout of memory, stays. Compilations take half the time.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

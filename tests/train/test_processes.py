@@ -23,7 +23,7 @@ import pytest
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.loop import train
 from btlm_jax.train.metrics import read_lines
-from support import golden
+from support import compiling, golden
 from support.processes import free_port
 from support.runs import compiled_once, final_weights, losses, same_bits  # noqa: F401
 from support.tokens import write_tokens
@@ -94,7 +94,7 @@ class Pair:
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "4",
             # Of what is compiled here little is run: quick to compile is what counts.
-            "XLA_FLAGS": golden.QUICK_TO_COMPILE,
+            "XLA_FLAGS": compiling.QUICK_TO_COMPILE,
             "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
