@@ -11,7 +11,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.convert.hf.source_config import read_source_config
 from btlm_jax.convert.to_mesh import load_hf
-from btlm_jax.data.tokenizer import home_of, load_tokenizer
+from btlm_jax.data.tokenizer import load_tokenizer, tokenizer_directory
 from btlm_jax.model import weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.utils import paths
@@ -34,12 +34,13 @@ def read_any_config(source: metadata.PathLike) -> BTLMConfig:
     """The configuration of a checkpoint of either format, with its stored ALiBi slopes.
 
     Raises:
-      FileNotFoundError, ConnectionError, ValueError: as `open_hf`, `read_source_config`, `manifest.read`.
+      FileNotFoundError, ConnectionError, ValueError: as `open_hf`, `read_source_config` and
+        `read_metadata`.
     """
     return (
         read_source_config(open_hf(source))
         if is_huggingface(source)
-        else metadata.read(source).config
+        else metadata.read_metadata(source).config
     )
 
 
@@ -49,7 +50,7 @@ def read_any_tokenizer(source: metadata.PathLike) -> Tokenizer | None:
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `open_hf` and `load_tokenizer`.
     """
-    home = open_hf(source).directory if is_huggingface(source) else home_of(source)
+    home = open_hf(source).directory if is_huggingface(source) else tokenizer_directory(source)
     try:
         return load_tokenizer(home)
     except FileNotFoundError:

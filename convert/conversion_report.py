@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from btlm_jax.model import weights
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ConversionReport:
       peak_rss: the most memory this process has held, in bytes.
       digest: `weights_digest` of the weights' SHA-256.
       files: names of the files carried along (conversion) or of the weights (export).
-      errors: of every quantized weight, by path (`manifest.Metadata.errors`).
+      errors: of every quantized weight, by path (`metadata.Metadata.errors`).
     """
 
     tensors: int
@@ -40,11 +40,11 @@ class ConversionReport:
     def __str__(self) -> str:
         dtypes = ", ".join(f"{n} {dtype}" for dtype, n in self.dtypes.items())
         resumed = f", {self.resumed} of them by an interrupted run" if self.resumed else ""
-        rate = byte_size.show(self.nbytes / max(self.seconds, 1e-9))
+        rate = format_bytes(self.nbytes / max(self.seconds, 1e-9))
         speed = "" if self.resumed else f" ({rate}/s)"
         return (
             f"{self.tensors} tensors ({dtypes}){resumed}, {self.nbytes:,} bytes, "
-            f"{self.seconds:.1f} s{speed}, peak memory {byte_size.show(self.peak_rss)}\n"
+            f"{self.seconds:.1f} s{speed}, peak memory {format_bytes(self.peak_rss)}\n"
             f"sha256 of the tensors' sha256: {self.digest}"
             + "".join(f"\n{line}" for line in format_quantization_errors(self.errors))
         )

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from btlm_jax.checkpoint import zarr
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 
 # What a thread holds: a block in hand and one on its way to or from the disk, each with the copies
 # that coding and writing make of it.
@@ -27,7 +27,7 @@ def num_threads(max_memory: int, largest_block: int = zarr.BLOCK_BYTES) -> int:
     Raises:
         ValueError: not even one.
     """
-    why = f"{_BLOCKS_PER_WORKER} blocks of {byte_size.show(largest_block)}"
+    why = f"{_BLOCKS_PER_WORKER} blocks of {format_bytes(largest_block)}"
     return num_threads_holding(max_memory, _BLOCKS_PER_WORKER * largest_block, why)
 
 
@@ -39,8 +39,8 @@ def num_threads_holding(max_memory: int, each: int, why: str) -> int:
     """
     if max_memory < each:
         raise ValueError(
-            f"max_memory: found {byte_size.show(max_memory)}, expected at least "
-            f"{byte_size.show(each)} ({why})"
+            f"max_memory: found {format_bytes(max_memory)}, expected at least "
+            f"{format_bytes(each)} ({why})"
         )
     return min(max_memory // each, _MOST)
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from btlm_jax import __version__
 from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
 from btlm_jax.convert.hf.export_config import config_json, generation_config
 from btlm_jax.convert.hf.safetensors_writer import WRITER, SafetensorsFile, TensorSpec, plan_shards
@@ -26,7 +27,7 @@ from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils import atomic, paths
-from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.format import DEFAULT_MEMORY
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
@@ -76,7 +77,7 @@ def export(
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
     atomic.refuse_existing(target, overwrite=overwrite, ours=is_ours)
-    meta = metadata.read(source)
+    meta = metadata.read_metadata(source)
     if meta.quantization is not None:
         raise ValueError(
             f"{source} is quantized ({meta.quantization}), which the original code cannot read: "
@@ -122,7 +123,7 @@ def export(
                 sha256 = file_of[name].write(name, blocks()).sha256
                 recorded = meta.sha256.get(leaves[name].path) if name in leaves else None
                 if recorded is not None and sha256 != recorded:
-                    raise metadata.damaged(
+                    raise metadata.damaged_error(
                         meta.path, f"{name}: its bytes do not match the recorded SHA-256"
                     )
                 stage.record(name, {"sha256": sha256})
@@ -163,7 +164,7 @@ def _key(
     meta: metadata.Metadata, names: list[str], shards: list[list[TensorSpec]]
 ) -> dict[str, Any]:
     """What must be the same for an interrupted export to be continued."""
-    mark = (meta.path / metadata.MARK).read_bytes()
+    mark = (meta.path / metadata.MARKER_FILE).read_bytes()
     return {
         "by": f"export {__version__}",
         "checkpoint": hashlib.sha256(mark).hexdigest(),
@@ -180,11 +181,13 @@ def _small_files(
 ) -> None:
     _write_json(content / "config.json", config)
     _write_json(content / "generation_config.json", generation_config(meta.config))
-    for file in metadata.assets_of(meta.path):
+    for file in asset_files(meta.path):
         data = file.read_bytes()
         recorded = meta.asset_sha256.get(file.name)
         if recorded is not None and hashlib.sha256(data).hexdigest() != recorded:
-            raise metadata.damaged(meta.path, f"{file.name} does not match the recorded SHA-256")
+            raise metadata.damaged_error(
+                meta.path, f"{file.name} does not match the recorded SHA-256"
+            )
         atomic.write_bytes(content / file.name, data)
     _mention_missing_code(content)
     if len(names) > 1:

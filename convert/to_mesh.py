@@ -43,7 +43,7 @@ def load_hf(
       rules: logical axis -> mesh axis; default `sharding.RULES`.
       dtype: of the weights in memory; None keeps the stored one.
       revision: branch, tag or commit on the Hub.
-      by_layer: give the weights by layer, as decoding takes them (`layerwise.load`).
+      by_layer: give the weights by layer, as decoding takes them (`unstacked.load_unstacked`).
 
     Returns:
       The model and its stacked weights, padded for the mesh, or its weights by layer, as
@@ -68,7 +68,7 @@ def load_hf(
 
             all_leaves = weights.disk_leaves(config)
             dtypes = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in all_leaves}
-            return model, unstacked.load(
+            return model, unstacked.load_unstacked(
                 config, read, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
             )
         for w in weights.table(config):

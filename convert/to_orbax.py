@@ -18,7 +18,7 @@ from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.model import weights
 from btlm_jax.utils import atomic
-from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.format import DEFAULT_MEMORY
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
@@ -58,12 +58,12 @@ def convert(
       OSError: the disk is full or fails.
     """
     began = time.monotonic()
-    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_ours)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_btlm_checkpoint)
     threads = num_threads(max_memory)
     hf = open_hf(source, revision=revision)
     config = read_source_config(hf)
     leaves = list(weights.disk_leaves(config))
-    with checkpoint.writer(
+    with checkpoint.open_writer(
         target,
         config,
         assets=hf.assets,
@@ -104,7 +104,7 @@ def convert(
 
 
 def source_origin(hf: HFSource, source: str | os.PathLike[str], names: list[str]) -> dict[str, Any]:
-    """What a checkpoint says of where it came from (`manifest.Metadata.origin`)."""
+    """What a checkpoint says of where it came from (`metadata.Metadata.origin`)."""
     return {
         "source": os.fspath(source),
         "revision": hf.revision,
@@ -129,7 +129,7 @@ def check_finite(source: str, records: Mapping[str, Any], allowed: bool) -> None
 
     Args:
       source: where they came from.
-      records: of every array, by name, from `checkpoint.Writer`.
+      records: of every array, by name, from `checkpoint.CheckpointWriter`.
       allowed: what the user said to it.
     """
     bad = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r["nonfinite"]]

@@ -17,6 +17,7 @@ from etils import epath
 from btlm_jax import __version__
 from btlm_jax.checkpoint import checkpoint, metadata, zarr
 from btlm_jax.checkpoint import quantization as q
+from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
@@ -26,7 +27,7 @@ from btlm_jax.convert.threads import for_each_in_threads, num_threads_holding
 from btlm_jax.convert.to_orbax import check_finite, source_origin, source_resume_key
 from btlm_jax.model import weights
 from btlm_jax.utils import atomic
-from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.format import DEFAULT_MEMORY
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
@@ -38,7 +39,7 @@ class _Floats:
     Attributes:
       config: the model, with its stored slopes.
       dtypes: of every stored array, by path.
-      blocks: yields an array in 1-D blocks, of the size that `array_files.block_size` gives for
+      blocks: yields an array in 1-D blocks, of the size that `zarr.block_size` gives for
         elements of so many bytes.
       assets: files to carry along.
       origin: what the quantized checkpoint says of where it came from.
@@ -67,10 +68,10 @@ def quantize(
 ) -> ConversionReport:
     """Converts a checkpoint of floats to an Orbax checkpoint in int8 or int4.
 
-    What is quantized, and to which arrays, says `btlm_jax.quantization`; everything else keeps its
-    dtype and its bits, and configuration, slopes and tokenizer files are carried along as `convert`
-    does. The errors made are recorded in the checkpoint. Work that was killed or failed is
-    continued by the same call, with the same result, byte for byte, as work that was not.
+    `checkpoint.quantization` defines which weights are quantized; everything else keeps its dtype
+    and its bits, and configuration, slopes and tokenizer files are carried along as `convert` does.
+    The errors made are recorded in the checkpoint. Work that was killed or failed is continued by
+    the same call, with the same result, byte for byte, as work that was not.
 
     Args:
       source: a Hugging Face directory or Hub id, as for `convert`, or an Orbax checkpoint.
@@ -89,7 +90,7 @@ def quantize(
     """
     began = time.monotonic()
     to = q.Quantization.parse(to) if isinstance(to, str) else to
-    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_ours)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_btlm_checkpoint)
     floats = _open(source, revision)
     config = floats.config
     leaves = list(weights.disk_leaves(config))
@@ -97,19 +98,19 @@ def quantize(
     threads = num_threads_holding(
         max_memory, each, "the largest weight, as it was and as it will be"
     )
-    stored = list(q.disk_leaves(config, to))
+    stored = list(q.stored_leaves(config, to))
     nbytes = {x.path: _stored_nbytes(x, floats) for x in stored}
-    with checkpoint.writer(
+    with checkpoint.open_writer(
         target,
         config,
         assets=floats.assets,
         origin=floats.origin,
         overwrite=overwrite,
         key={**floats.key, "to": dataclasses.asdict(to)},
-        to=to,
+        quantized=to,
     ) as writer:
         done = {x.path for x in stored if writer.finished(x)}
-        todo = [x for x in leaves if any(p.path not in done for p in q.parts(x, to))]
+        todo = [x for x in leaves if any(p.path not in done for p in q.stored_parts(x, to))]
         atomic.require_space(target, sum(n for path, n in nbytes.items() if path not in done))
         total, left = (sum(map(floats.nbytes, some)) for some in (leaves, todo))
         with Progress(total, "B", "quantize", done=total - left) as progress:
@@ -118,7 +119,7 @@ def quantize(
             )
         records = {x.hf_name: writer.finished(x) or {} for x in stored}
         check_finite(os.fspath(source), records, False)
-    errors = metadata.read(target).errors
+    errors = metadata.read_metadata(target).errors
     return ConversionReport(
         tensors=len(stored),
         resumed=len(done),
@@ -154,7 +155,7 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
             f"revision={revision!r} was given with {source}, an Orbax checkpoint, which has none: "
             "drop it"
         )
-    meta = metadata.read(source)
+    meta = metadata.read_metadata(source)
     if meta.quantization is not None:
         raise ValueError(
             f"{source} is quantized already ({meta.quantization}): quantize the checkpoint it was "
@@ -168,14 +169,14 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
             yield block
         if hashed.hexdigest() != meta.sha256.get(leaf.path, hashed.hexdigest()):
             why = f"{'/'.join(leaf.path)}: its bytes do not match the recorded SHA-256"
-            raise metadata.damaged(meta.path, why)
+            raise metadata.damaged_error(meta.path, why)
 
-    mark = (meta.path / metadata.MARK).read_bytes()
+    mark = (meta.path / metadata.MARKER_FILE).read_bytes()
     return _Floats(
         meta.config,
         {path: np.dtype(leaf.dtype) for path, leaf in meta.leaves.items()},
         from_orbax,
-        metadata.assets_of(meta.path),
+        asset_files(meta.path),
         {**meta.origin, "source": os.fspath(source)},
         {
             "by": f"quantize {__version__}, format {metadata.FORMAT}",
@@ -192,7 +193,7 @@ def _stored_nbytes(leaf: weights.DiskLeaf, floats: _Floats) -> int:
 def _held(leaf: weights.DiskLeaf, floats: _Floats, to: q.Quantization) -> int:
     """The bytes that a thread holds at most, to quantize a weight."""
     block = zarr.BLOCK_BYTES
-    first, *scales = q.parts(leaf, to)
+    first, *scales = q.stored_parts(leaf, to)
     whole, result = floats.nbytes(leaf), _stored_nbytes(first, floats)
     if leaf.weight.stacked and scales:  # blocks that are read; then the result in two layouts
         return whole + max(3 * block, 2 * result + block)
@@ -201,14 +202,14 @@ def _held(leaf: weights.DiskLeaf, floats: _Floats, to: q.Quantization) -> int:
 
 
 def _write(
-    writer: checkpoint.Writer,
+    writer: checkpoint.CheckpointWriter,
     floats: _Floats,
     leaf: weights.DiskLeaf,
     to: q.Quantization,
     progress: Progress,
 ) -> None:
     """Writes the arrays of one weight."""
-    stored = q.parts(leaf, to)
+    stored = q.stored_parts(leaf, to)
     dtype = np.dtype(stored[0].dtype or floats.dtypes[leaf.path])
 
     def blocks() -> Iterator[np.ndarray]:
@@ -221,7 +222,7 @@ def _write(
         return
     values, scales = stored
     if leaf.weight.stacked:
-        found = q.quantize(_whole(blocks(), leaf, floats), values, to)
+        found = q.quantize_array(_whole(blocks(), leaf, floats), values, to)
         writer.write(values, dtype, _cut(found.values, values))
         writer.write(
             scales, found.scales.dtype, _cut(found.scales, scales), found.errors.relative()
@@ -231,13 +232,13 @@ def _write(
 
     def quantized() -> Iterator[np.ndarray]:
         for block in blocks():
-            found = q.quantize(block.reshape(-1, leaf.weight.shape[1]), values, to)
+            found = q.quantize_array(block.reshape(-1, leaf.weight.shape[1]), values, to)
             rows.append(found.scales)
             sums.append(found.errors)
             yield found.values.reshape(-1)
 
     writer.write(values, dtype, quantized())
-    errors = q.Errors(*np.sum(sums, 0).tolist())
+    errors = q.QuantizationErrors(*np.sum(sums, 0).tolist())
     together = np.concatenate(rows)
     writer.write(scales, together.dtype, _cut(together, scales), errors.relative())
 
@@ -252,6 +253,6 @@ def _whole(blocks: Iterator[np.ndarray], leaf: weights.DiskLeaf, floats: _Floats
 
 
 def _cut(x: np.ndarray, leaf: weights.DiskLeaf) -> Iterator[np.ndarray]:
-    """An array in the blocks that `checkpoint.Writer.write` takes."""
+    """An array in the blocks that `checkpoint.CheckpointWriter.write` takes."""
     flat, size = x.reshape(-1), zarr.block_size(leaf.shape, x.dtype.itemsize)
     yield from (flat[i : i + size] for i in range(0, len(flat), size))

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import safe_open
 
 from btlm_jax.checkpoint import metadata, quantization, zarr
+from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
@@ -24,7 +25,7 @@ from btlm_jax.convert.hf.source_config import read_source_config
 from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.model import alibi, weights
-from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns
 from btlm_jax.utils.progress import Progress
 
 
@@ -61,7 +62,7 @@ class Opened:
     @property
     def disk_leaves(self) -> list[weights.DiskLeaf]:
         """Every tensor."""
-        return list(quantization.disk_leaves(self.config, self.to))
+        return list(quantization.stored_leaves(self.config, self.to))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +90,7 @@ class Verification:
                 f"{self.tensors} tensors, {self.nbytes:,} bytes: no difference\n"
                 f"sha256 of the tensors' sha256: {self.digest}"
             )
-        width = max(len(what) for what, _ in self.differences)
-        rows = [f"{what:<{width}}  {found}" for what, found in self.differences]
+        rows = align_columns(self.differences, "<")
         plural = "s" * (len(rows) != 1)
         return f"{len(rows)} difference{plural} in {self.tensors} tensors:\n" + "\n".join(rows)
 
@@ -211,7 +211,7 @@ def open_for_verification(source: metadata.PathLike) -> Opened:
     text = os.fspath(source)
     if auto.is_huggingface(source):
         return _open_hf(text, open_hf(source))
-    meta = metadata.read(source)
+    meta = metadata.read_metadata(source)
     leaves = {leaf.hf_name: leaf for leaf in meta.disk_leaves}
 
     def structure() -> str | None:
@@ -224,7 +224,7 @@ def open_for_verification(source: metadata.PathLike) -> Opened:
         dtypes={name: np.dtype(meta.leaves[leaf.path].dtype) for name, leaf in leaves.items()},
         blocks=meta.blocks,
         sha256={n: meta.sha256[x.path] for n, x in leaves.items() if x.path in meta.sha256},
-        assets={file.name: file.read_bytes() for file in metadata.assets_of(meta.path)},
+        assets={file.name: file.read_bytes() for file in asset_files(meta.path)},
         asset_sha256=meta.asset_sha256,
         rest={"zarr.json, _METADATA": (meta.structure_sha256, structure)},
         largest_block=meta.largest_block,

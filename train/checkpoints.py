@@ -66,11 +66,11 @@ class Checkpoints:
         """
         items: dict[str, Any] = {
             metadata.ITEM: weights.unflatten(
-                checkpoint.unstack(config, weights.flatten(state.params))
+                checkpoint.unstack_layers(config, weights.flatten(state.params))
             ),
             _OPTIMIZER: _stored(config, state),
         }
-        notes: Any = metadata.notes(config, {**origin, "step": step}, {}, {}, None)
+        notes: Any = metadata.custom_metadata(config, {**origin, "step": step}, {}, {}, None)
         self._writer.save_checkpointables_async(step, items, force=True, custom_metadata=notes)
 
     def require_space(self, state: TrainState, to_come: Iterable[int]) -> None:
@@ -118,7 +118,7 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 found, why = restore(self.path(step), model, tx, mesh), None
-            except (metadata.Damaged, FileNotFoundError) as e:
+            except (metadata.DamagedCheckpoint, FileNotFoundError) as e:
                 found, why = None, e
             # Each process reads its own parts: damage may show in one and not in another.
             if not anywhere(why is not None):
@@ -159,7 +159,7 @@ def restore(
       FileNotFoundError, ValueError: no checkpoint, a damaged one, or one of another model or
         optimizer.
     """
-    meta = metadata.read(path)
+    meta = metadata.read_metadata(path)
     if meta.config != model.config:
         raise ValueError(f"{path} is of another model: {meta.config}, expected {model.config}")
     config = model.config
@@ -169,7 +169,7 @@ def restore(
 
     stored = {leaf_path: leaf.dtype for leaf_path, leaf in meta.leaves.items()}
     wanted: dict[str, Any] = {
-        metadata.ITEM: checkpoint.request(config, stored, placed, pad),
+        metadata.ITEM: checkpoint.restore_targets(config, stored, placed, pad),
         _OPTIMIZER: {},
     }
     for name, part in parts.items():
@@ -180,20 +180,20 @@ def restore(
                 if leaf.weight.path in part
             }
             places = {p: placed[p] for p in part}
-            wanted[_OPTIMIZER][name] = checkpoint.request(config, dtypes, places, pad)
+            wanted[_OPTIMIZER][name] = checkpoint.restore_targets(config, dtypes, places, pad)
         else:
             wanted[_OPTIMIZER][name] = part
     for name in _COUNTERS:
         wanted[_OPTIMIZER][name] = getattr(like, name)
     _check_optimizer(path, wanted[_OPTIMIZER])
-    found = checkpoint.restore(meta.path, wanted)
+    found = checkpoint.restore_items(meta.path, wanted)
 
-    params = checkpoint.stack(config, weights.flatten(found[metadata.ITEM]), placed)
+    params = checkpoint.stack_layers(config, weights.flatten(found[metadata.ITEM]), placed)
     optimizer = found[_OPTIMIZER]
     for name, part in parts.items():
         if isinstance(part, Mapping):
             places = {p: placed[p] for p in part}
-            parts[name] = checkpoint.stack(config, weights.flatten(optimizer[name]), places)
+            parts[name] = checkpoint.stack_layers(config, weights.flatten(optimizer[name]), places)
         else:
             parts[name] = optimizer[name]
     opt_state = _from_parts(config, like.opt_state, parts)
@@ -206,7 +206,7 @@ def _stored(config: BTLMConfig, state: TrainState) -> dict[str, Any]:
     stored: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
     for name, part in _parts(config, state.opt_state).items():
         if isinstance(part, Mapping):
-            stored[name] = weights.unflatten(checkpoint.unstack(config, part))
+            stored[name] = weights.unflatten(checkpoint.unstack_layers(config, part))
         else:
             stored[name] = part
     return stored
@@ -263,9 +263,11 @@ def _check_optimizer(path: Path, wanted: Mapping[str, Any]) -> None:
     except metadata.NOT_DAMAGE:
         raise
     except Exception as e:
-        raise metadata.damaged(epath.Path(path), f"its optimizer state cannot be read: {e}") from e
+        raise metadata.damaged_error(
+            epath.Path(path), f"its optimizer state cannot be read: {e}"
+        ) from e
     if found is None:
-        raise metadata.Damaged(
+        raise metadata.DamagedCheckpoint(
             f"{path} holds no optimizer state: start from it with model.checkpoint"
         )
     have = {p: tuple(x.shape) for p, x in weights.flatten(found).items()}

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.data.token_shards import TokenShards
-from btlm_jax.data.tokenizer import load_tokenizer, same_ids
+from btlm_jax.data.tokenizer import load_tokenizer, tokenizers_match
 from btlm_jax.model import mup, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.train import batches as batches_lib
@@ -38,7 +38,7 @@ from btlm_jax.train.recipe_file import to_dict
 from btlm_jax.train.run_directory import claim
 from btlm_jax.train.step import Metrics, TrainState, init_state, make_step, offloaded
 from btlm_jax.utils import plots
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def train(
     step = first
     try:
         with (
-            StopSignal() as stop, bar as progress, compilations() as compiled,
+            StopSignal() as stop, bar as progress, count_compilations() as compiled,
             jax.transfer_guard("disallow"),
         ):  # fmt: skip
             while step < recipe.steps and not stopped:
@@ -288,7 +288,7 @@ def _check(
         problems.append("data: the directories were made with different tokenizers")
     start = recipe.model.checkpoint
     known = auto.read_any_tokenizer(start) if start is not None else None
-    if known is not None and not same_ids(known, load_tokenizer(sources[0].directory)):
+    if known is not None and not tokenizers_match(known, load_tokenizer(sources[0].directory)):
         problems.append(
             f"data.train: {sources[0].directory} was made with another tokenizer than that of "
             f"{start}: tokenize it with --tokenizer {start}"
@@ -371,4 +371,4 @@ def _draw(directory: Path, recipe: Recipe) -> None:
         logger.warning("%s", e)
         return
     if drawn := curves(directory):
-        plots.loss_curve(directory / "loss.png", drawn, {}, directory.name)
+        plots.draw_loss_curve(directory / "loss.png", drawn, {}, directory.name)

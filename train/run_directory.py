@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.train.distributed import agreed, gather
 from btlm_jax.utils import atomic
 
@@ -54,7 +54,7 @@ def claim(directory: Path, identity: Mapping[str, Any], held_out: str | None, to
             directory.mkdir(parents=True, exist_ok=True)
             atomic.write_text(epath.Path(file), json.dumps(identity, indent=2))
             (directory / "tokenizer").mkdir(exist_ok=True)
-            for asset in metadata.assets_of(tokens):
+            for asset in asset_files(tokens):
                 atomic.write_bytes(
                     epath.Path(directory / "tokenizer" / asset.name), asset.read_bytes()
                 )

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax.checkpoint import metadata, quantization, unstacked, zarr
+from btlm_jax.checkpoint import metadata, orbax_metadata, quantization, unstacked, zarr
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import sharding, weights
@@ -34,10 +34,10 @@ from btlm_jax.model.btlm import BTLM
 from btlm_jax.utils import atomic, paths
 
 
-class Writer:
-    """Writes the arrays of a checkpoint, in any order and from several threads; see `writer`."""
+class CheckpointWriter:
+    """Writes the arrays of a checkpoint, in any order and from several threads."""
 
-    def __init__(self, stage: atomic.Stage) -> None:
+    def __init__(self, stage: atomic.StagedDirectory) -> None:
         self._stage = stage
 
     def finished(self, leaf: weights.DiskLeaf) -> Mapping[str, Any] | None:
@@ -56,8 +56,8 @@ class Writer:
         Args:
           leaf: which.
           dtype: its dtype.
-          blocks: its elements in order: 1-D arrays of `array_files.block_size` elements.
-          errors: of the scales of a quantized weight, the errors made (`manifest.Metadata`).
+          blocks: its elements in order: 1-D arrays of `zarr.block_size` elements.
+          errors: of the scales of a quantized weight, the errors made (`metadata.Metadata`).
 
         Returns:
           Its record: `sha256` of its bytes, `nonfinite`, the number of NaN and Inf, and `errors`.
@@ -67,7 +67,7 @@ class Writer:
         """
         name = ".".join(leaf.path)
         folder = self._stage.content / metadata.ITEM / name
-        digest = zarr.write(folder, leaf.shape, dtype, blocks)
+        digest = zarr.write_blocks(folder, leaf.shape, dtype, blocks)
         record: dict[str, Any] = {"sha256": digest.sha256, "nonfinite": digest.nonfinite}
         if errors is not None:
             record["errors"] = dict(errors)
@@ -115,7 +115,7 @@ def save(
         raise ValueError(
             f"dtypes to store: found {odd}, expected one of {', '.join(weights.STORED_DTYPES)}"
         )
-    with writer(path, config, assets=assets, origin=origin, overwrite=overwrite) as out:
+    with open_writer(path, config, assets=assets, origin=origin, overwrite=overwrite) as out:
         for leaf in weights.disk_leaves(config):
             one = np.asarray(_unstack(flat[leaf.weight.path], leaf)).reshape(-1)
             size = zarr.block_size(leaf.weight.shape, one.dtype.itemsize)
@@ -123,7 +123,7 @@ def save(
 
 
 @contextlib.contextmanager
-def writer(
+def open_writer(
     path: metadata.PathLike,
     config: BTLMConfig,
     *,
@@ -131,68 +131,72 @@ def writer(
     origin: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     key: Mapping[str, Any] | None = None,
-    to: Quantization | None = None,
-) -> Iterator[Writer]:
+    quantized: Quantization | None = None,
+) -> Iterator[CheckpointWriter]:
     """Writes a checkpoint array by array, so that no more than a block is held in memory.
 
-    A context manager whose value is a `Writer`. The checkpoint appears under its name when the
-    block ends; if it fails nothing remains, or with a `key` the finished arrays do (`staging`).
+    A context manager whose value is a `CheckpointWriter`. The checkpoint appears under its name
+    when the block ends; if it fails nothing remains, or with a `key` the finished arrays do.
     What is written depends on the arguments and arrays alone: no clock, no random name.
 
     Args:
       path, config, assets, origin, overwrite: as for `save`.
-      key: see `staging.new_directory`.
-      to: what the weights are quantized to; its arrays are those of `quantization.disk_leaves`.
+      key: see `atomic.new_directory`.
+      quantized: what the weights are quantized to (see `quantization.stored_leaves`).
 
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
     """
-    with atomic.new_directory(path, overwrite=overwrite, ours=metadata.is_ours, key=key) as stage:
-        out = Writer(stage)
+    with atomic.new_directory(
+        path, overwrite=overwrite, ours=metadata.is_btlm_checkpoint, key=key
+    ) as stage:
+        out = CheckpointWriter(stage)
         yield out
-        _finish(stage, config, to, [epath.Path(a) for a in assets], origin or {})
+        _finish(stage, config, quantized, [epath.Path(a) for a in assets], origin or {})
 
 
 def _finish(
-    stage: atomic.Stage,
+    stage: atomic.StagedDirectory,
     config: BTLMConfig,
     to: Quantization | None,
     assets: list[epath.Path],
     origin: Mapping[str, Any],
 ) -> None:
     """Adds all that makes arrays a checkpoint; the file that marks it complete comes last."""
-    names = {".".join(x.path): x.path for x in quantization.disk_leaves(config, to)}
+    names = {".".join(x.path): x.path for x in quantization.stored_leaves(config, to)}
     if missing := [name for name in names if name not in stage.finished]:
         raise ValueError(f"{stage.content}: not written: {', '.join(missing)}")
     asset_sha256 = {}
     if not paths.is_remote(stage.content):  # what an interrupted run carried may be gone since
         (stage.content / "tokenizer").rmtree(missing_ok=True)
     for file in assets:
-        atomic.make_folder(stage.content / "tokenizer")
+        atomic.make_directory(stage.content / "tokenizer")
         data = file.read_bytes()
         atomic.write_bytes(stage.content / "tokenizer" / file.name, data)
         asset_sha256[file.name] = hashlib.sha256(data).hexdigest()
     records = {path: stage.finished[name] for name, path in names.items()}
     sha256 = {path: record["sha256"] for path, record in records.items()}
-    item = metadata.list_of_arrays(names.values())
+    item = orbax_metadata.array_list(names.values())
     atomic.write_text(stage.content / metadata.ITEM / "_METADATA", item)
     # Orbax knows arrays by a .zarray file in some folder, and would warn that it finds none: Zarr 3
     # names it zarr.json.
     marker = stage.content / metadata.ITEM / ".zarr3"
-    atomic.make_folder(marker)
+    atomic.make_directory(marker)
     atomic.write_text(marker / ".zarray", "The arrays are Zarr 3: see zarr.json in each folder.\n")
     structure = metadata.structure_sha256(stage.content, names.values())
     errors = {path[:-1]: r["errors"] for path, r in records.items() if "errors" in r}
-    notes = metadata.notes(config, origin, sha256, asset_sha256, structure, to, errors)
-    mark = metadata.mark(notes)
+    notes = metadata.custom_metadata(config, origin, sha256, asset_sha256, structure, to, errors)
+    mark = orbax_metadata.commit_marker(notes)
     if paths.is_remote(stage.content):  # what Orbax looks for in object stores
         atomic.write_text(stage.content / "commit_success.txt", "written by btlm-jax\n")
-    atomic.write_text(stage.content / metadata.MARK, mark)
+    atomic.write_text(stage.content / metadata.MARKER_FILE, mark)
     # Checks that the arrays are where the Orbax of this environment looks for them.
     try:
-        metadata.read_finished(stage.content)
+        metadata.read_committed(stage.content)
     except BaseException:
-        (stage.content / metadata.MARK).unlink(missing_ok=True)  # in an object store it is in place
+        (stage.content / metadata.MARKER_FILE).unlink(
+            missing_ok=True
+        )  # in an object store it is in place
         raise
 
 
@@ -213,9 +217,8 @@ def load(
         default device.
       rules: logical axis -> mesh axis; default `sharding.RULES`.
       by_layer: give the weights by layer (`weights.by_layer`), as decoding takes them, without
-        stacking them first (`layerwise.load`). Quantized weights always come so. On a CPU without
-        a mesh the model then computes in what its weights are in (bfloat16 for quantized ones), for
-        nothing else reads them as they rest.
+        stacking them first. Quantized weights are always unstacked. On a CPU without a mesh the
+        model then computes in the dtype of its weights (bfloat16 for quantized ones).
 
     Returns:
       The model and its stacked weights, padded for the mesh; or its weights by layer.
@@ -225,49 +228,36 @@ def load(
       ValueError: not a checkpoint of ours, an unknown format, or arrays that are missing,
         unexpected or of the wrong shape (all listed).
     """
-    meta = metadata.read(path)
+    meta = metadata.read_metadata(path)
     model = BTLM(meta.config, rules=rules or sharding.RULES)
     if by_layer or meta.quantization is not None:
         to, stored = meta.quantization, {path: leaf.dtype for path, leaf in meta.leaves.items()}
-        model = dataclasses.replace(model, compute_dtype=decoding_dtype(meta, dtype, mesh))
-        params = unstacked.load(
-            meta.config, meta.part, stored, to=to, dtype=dtype, mesh=mesh, rules=model.rules
+        model = dataclasses.replace(
+            model, compute_dtype=unstacked.decoding_dtype(meta, dtype, mesh)
+        )
+        params = unstacked.load_unstacked(
+            meta.config,
+            meta.part,
+            stored,
+            quantization=to,
+            dtype=dtype,
+            mesh=mesh,
+            rules=model.rules,
         )
         return model, params
     pad, placed = sharding.placement(meta.config, mesh, model.rules)
     stored = {path: leaf.dtype if dtype is None else dtype for path, leaf in meta.leaves.items()}
-    arrays = restore(meta.path, {metadata.ITEM: request(meta.config, stored, placed, pad)})
+    arrays = restore_items(
+        meta.path, {metadata.ITEM: restore_targets(meta.config, stored, placed, pad)}
+    )
     try:
-        params = stack(meta.config, weights.flatten(arrays[metadata.ITEM]), placed)
+        params = stack_layers(meta.config, weights.flatten(arrays[metadata.ITEM]), placed)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     return model, weights.unflatten(params)
 
 
-def decoding_dtype(
-    meta: metadata.Metadata, dtype: DTypeLike | None, mesh: Mesh | None
-) -> np.dtype | None:
-    """What `load` has a model compute in whose weights are by layer; None is the platform's.
-
-    Args:
-      meta: of the checkpoint.
-      dtype, mesh: as for `load`.
-
-    Raises:
-      ValueError: float16 on a CPU, in which no product runs as the weights rest.
-    """
-    if mesh is not None or jax.default_backend() != "cpu":
-        return None
-    if meta.quantization is not None:
-        return jnp.dtype(jnp.bfloat16)
-    first = next(x for x in weights.disk_leaves(meta.config) if x.weight.role == "hidden")
-    own = jnp.dtype(meta.leaves[first.path].dtype if dtype is None else dtype)
-    if own == jnp.float16:
-        raise ValueError("weights in float16: CPUs decode in bfloat16 or float32, pass dtype=")
-    return own
-
-
-def request(
+def restore_targets(
     config: BTLMConfig,
     dtypes: Mapping[weights.Path, DTypeLike],
     placed: Mapping[weights.Path, Any],
@@ -293,7 +283,7 @@ def request(
     return weights.unflatten(wanted)
 
 
-def stack(
+def stack_layers(
     config: BTLMConfig,
     arrays: dict[weights.Path, jax.Array],
     placed: Mapping[weights.Path, Any],
@@ -315,7 +305,7 @@ def stack(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def unstack(config: BTLMConfig, stacked: Mapping[weights.Path, jax.Array]):
+def unstack_layers(config: BTLMConfig, stacked: Mapping[weights.Path, jax.Array]):
     """Weights (or what is shaped like them), by path in memory, as stored ones, by path on disk.
 
     Padding is stripped. Under jit, so that a training step need not wait: `save` checks in addition
@@ -375,7 +365,9 @@ def _stack(layers: list[jax.Array], out: Any) -> jax.Array:
     return jax.jit(lambda xs: jnp.stack(xs), out_shardings=out)(layers)
 
 
-def restore(path: epath.Path, wanted: Mapping[str, weights.Params]) -> dict[str, weights.Params]:
+def restore_items(
+    path: epath.Path, wanted: Mapping[str, weights.Params]
+) -> dict[str, weights.Params]:
     """Restores trees of arrays by Orbax item; shapes larger than stored are zero-padded by Orbax.
 
     Raises:
@@ -390,12 +382,12 @@ def restore(path: epath.Path, wanted: Mapping[str, weights.Params]) -> dict[str,
     except metadata.NOT_DAMAGE:
         raise
     except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
-        raise metadata.damaged(path, e) from e
+        raise metadata.damaged_error(path, e) from e
     for item, tree in wanted.items():
         arrays = weights.flatten(items[item])
         # Orbax hands back the request itself for an array that is missing on disk.
         asked = weights.flatten(tree)
         missing = ["/".join(p) for p in asked if not isinstance(arrays.get(p), jax.Array)]
         if missing:
-            raise metadata.damaged(path, f"not restored: {', '.join(missing)}")
+            raise metadata.damaged_error(path, f"not restored: {', '.join(missing)}")
     return items

@@ -6,10 +6,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,15 +18,13 @@ from orbax.checkpoint import v1 as ocp
 
 from btlm_jax import __version__
 from btlm_jax.checkpoint import quantization, zarr
+from btlm_jax.checkpoint.orbax_metadata import ITEM, MARKER_FILE
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import AlibiScaling, BTLMConfig
-from btlm_jax.data.tokenizer import home_of
 from btlm_jax.model import weights
 from btlm_jax.utils import atomic, paths
 
 FORMAT = 2
-ITEM = "state"  # Orbax's name for the item that `ocp.load(path)` reads: the weights
-MARK = "_CHECKPOINT_METADATA"  # a file Orbax writes into every finished checkpoint
 _KEY = "btlm_jax"
 _LAYOUT = "one leaf per layer"
 
@@ -51,7 +47,7 @@ class Metadata:
       ocdbt: whether the arrays lie in Orbax's OCDBT database, not in files of their own.
       quantization: what the weights are quantized to; None of floats.
       errors: of every quantized weight, by path: its relative RMS error, and that of Q4_0's rule
-        (`quantization.Errors.relative`).
+        (`quantization.QuantizationErrors.relative`).
     """
 
     path: epath.Path
@@ -68,7 +64,7 @@ class Metadata:
     @property
     def disk_leaves(self) -> list[weights.DiskLeaf]:
         """Every stored array."""
-        return list(quantization.disk_leaves(self.config, self.quantization))
+        return list(quantization.stored_leaves(self.config, self.quantization))
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +86,7 @@ class Metadata:
         Args:
           leaf: which.
           width: bytes per element for which to choose the size of the blocks
-            (`array_files.block_size`); default its own.
+            (`zarr.block_size`); default its own.
 
         Raises:
           ValueError: its files are damaged or missing.
@@ -98,7 +94,7 @@ class Metadata:
         stored = self.leaves[leaf.path]
         rows = zarr.block_rows(stored.shape, width or stored.dtype.itemsize)
         with self._damage_explained(leaf):
-            yield from zarr.read(self._kvstore(leaf), rows)
+            yield from zarr.read_blocks(self._kvstore(leaf), rows)
 
     def part(self, leaf: weights.DiskLeaf, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a stored array, of slices with bounds.
@@ -107,7 +103,7 @@ class Metadata:
           ValueError: its files are damaged or missing.
         """
         with self._damage_explained(leaf):
-            return zarr.read_part(self._kvstore(leaf), index)
+            return zarr.read_slice(self._kvstore(leaf), index)
 
     def _kvstore(self, leaf: weights.DiskLeaf) -> Any:
         item, name = self.path / ITEM, ".".join(leaf.path)
@@ -122,10 +118,10 @@ class Metadata:
         except MemoryError:
             raise
         except Exception as e:  # TensorStore raises ValueError and others for damaged files
-            raise damaged(self.path, f"{'/'.join(leaf.path)}: {e}") from e
+            raise damaged_error(self.path, f"{'/'.join(leaf.path)}: {e}") from e
 
 
-def read(path: PathLike) -> Metadata:
+def read_metadata(path: PathLike) -> Metadata:
     """Reads what a checkpoint says about itself and checks it against the table of weights.
 
     Of a training run's directory, that of its newest checkpoint.
@@ -140,7 +136,7 @@ def read(path: PathLike) -> Metadata:
     if not place.exists():
         hint = f"; an interrupted run left {left}: the same command continues it" if left else ""
         raise FileNotFoundError(f"{place}: no such checkpoint{hint}")
-    if not (place / MARK).exists():  # ocp.is_orbax_checkpoint accepts any directory
+    if not (place / MARKER_FILE).exists():  # ocp.is_orbax_checkpoint accepts any directory
         if (place / "config.json").exists():
             raise ValueError(
                 f"{place} is a Hugging Face directory, expected an Orbax checkpoint: convert it "
@@ -148,11 +144,11 @@ def read(path: PathLike) -> Metadata:
             )
         if left and paths.is_remote(place):
             raise ValueError(f"{place} is unfinished: run the command that was writing it again")
-        raise Damaged(f"{place} is not an Orbax checkpoint; expected one made by btlm")
-    return read_finished(place)
+        raise DamagedCheckpoint(f"{place} is not an Orbax checkpoint; expected one made by btlm")
+    return read_committed(place)
 
 
-def read_finished(place: epath.Path) -> Metadata:
+def read_committed(place: epath.Path) -> Metadata:
     """`read`, of a directory that is known to be a checkpoint."""
     paths.forget_listings(place)
     try:
@@ -161,30 +157,34 @@ def read_finished(place: epath.Path) -> Metadata:
     except NOT_DAMAGE:
         raise
     except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
-        raise damaged(place, e) from e
+        raise damaged_error(place, e) from e
     if found.metadata is None:
-        raise damaged(place, "the list of its arrays cannot be read")
+        raise damaged_error(place, "the list of its arrays cannot be read")
     notes = (found.custom_metadata or {}).get(_KEY)
     if not isinstance(notes, Mapping):
-        raise Damaged(f"{place}: an Orbax checkpoint without BTLM metadata; expected one of ours")
+        raise DamagedCheckpoint(
+            f"{place}: an Orbax checkpoint without BTLM metadata; expected one of ours"
+        )
     if notes.get("format") != FORMAT:
         raise ValueError(
             f"{place}: checkpoint format {notes.get('format')!r}, this version reads {FORMAT}; "
             f"it was written by {notes.get('created_by')}: install a matching btlm-jax"
         )
-    if notes.get("seal") != _seal({k: v for k, v in notes.items() if k != "seal"}):
-        raise damaged(place, "its metadata does not match its seal")
+    if notes.get("seal") != _checksum({k: v for k, v in notes.items() if k != "seal"}):
+        raise damaged_error(place, "its metadata does not match its seal")
     parts = {"config", "origin", "sha256", "asset_sha256", "structure_sha256"}
     if missing := parts - set(notes):
-        raise damaged(place, f"its metadata lacks {', '.join(sorted(missing))}")
+        raise damaged_error(place, f"its metadata lacks {', '.join(sorted(missing))}")
     config = _decode(notes["config"])
     leaves = {
         p: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
         for p, x in weights.flatten(found.metadata).items()
     }
     to, errors = _quantization(notes.get("quantization"))
-    if problems := list(_misfits(leaves, quantization.disk_leaves(config, to))):
-        raise Damaged(f"{place} does not match its configuration:\n  " + "\n  ".join(problems))
+    if problems := list(_misfits(leaves, quantization.stored_leaves(config, to))):
+        raise DamagedCheckpoint(
+            f"{place} does not match its configuration:\n  " + "\n  ".join(problems)
+        )
     sha256 = {tuple(name.split(".")): value for name, value in notes["sha256"].items()}
     return Metadata(
         path=place,
@@ -233,25 +233,18 @@ def _newest(place: epath.Path) -> epath.Path:
     return max(steps, key=lambda p: int(p.name)) if steps else place
 
 
-def assets_of(path: PathLike) -> list[epath.Path]:
-    """The files a checkpoint carries along (tokenizer and the like)."""
-    folder = home_of(path)
-    carries = folder != paths.location(path)
-    return sorted(p for p in folder.iterdir() if p.is_file()) if carries else []
-
-
 # Running out of memory on the host or a device must not be taken for a damaged file.
 NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)
 
 
-class Damaged(ValueError):
+class DamagedCheckpoint(ValueError):
     """What should be a checkpoint of ours is not, or not all of it: another one may do."""
 
 
-def damaged(path: epath.Path, why: object) -> Damaged:
+def damaged_error(path: epath.Path, why: object) -> DamagedCheckpoint:
     """The error for a checkpoint whose files cannot be read."""
     first = (str(why).splitlines() or [""])[0][:300]
-    return Damaged(f"{path}: damaged checkpoint ({first}); copy or convert it again")
+    return DamagedCheckpoint(f"{path}: damaged checkpoint ({first}); copy or convert it again")
 
 
 def structure_sha256(place: epath.Path, leaves: Iterable[weights.Path]) -> str | None:
@@ -268,7 +261,7 @@ def structure_sha256(place: epath.Path, leaves: Iterable[weights.Path]) -> str |
     return hashed.hexdigest()
 
 
-def notes(
+def custom_metadata(
     config: BTLMConfig,
     origin: Mapping[str, Any],
     sha256: Mapping[weights.Path, str],
@@ -296,46 +289,20 @@ def notes(
     if to is not None:
         named = {".".join(path): dict(value) for path, value in (errors or {}).items()}
         values["quantization"] = dataclasses.asdict(to) | {"errors": named}
-    return {_KEY: values | {"seal": _seal(values)}}
+    return {_KEY: values | {"seal": _checksum(values)}}
 
 
-def list_of_arrays(leaves: Iterable[weights.Path]) -> str:
-    """Orbax's `_METADATA` for arrays of these paths; their shapes stand in each `zarr.json`."""
-    return _skeleton(leaves, None)[0]
-
-
-def mark(notes: dict[str, Any]) -> str:
-    """Orbax's `_CHECKPOINT_METADATA` with our notes, without its clock readings."""
-    values = json.loads(_skeleton([("x",)], notes)[1])
-    return json.dumps(values | {"init_timestamp_nsecs": None, "commit_timestamp_nsecs": None})
-
-
-def _skeleton(leaves: Iterable[weights.Path], notes: dict[str, Any] | None) -> tuple[str, str]:
-    """The two metadata files that Orbax writes for a tree of scalars at these paths."""
-    context = ocp.Context()
-    context.array_options.saving.use_ocdbt = False
-    tree: Any = weights.unflatten({path: np.zeros((), np.float32) for path in leaves})
-    quiet = logging.getLogger("absl")
-    level = quiet.level
-    with tempfile.TemporaryDirectory() as folder, context:
-        quiet.setLevel(logging.ERROR)  # it warns that without OCDBT there is no OCDBT to merge
-        path = epath.Path(folder) / "skeleton"
-        try:
-            ocp.save(os.fspath(path), tree, custom_metadata=notes)
-        finally:
-            quiet.setLevel(level)
-        return (path / ITEM / "_METADATA").read_text(), (path / MARK).read_text()
-
-
-def _seal(notes: Mapping[str, Any]) -> str:
+def _checksum(notes: Mapping[str, Any]) -> str:
     """SHA-256 over our notes: a flipped bit in a configuration or a hash must not go unseen."""
     return hashlib.sha256(json.dumps(notes, sort_keys=True).encode()).hexdigest()
 
 
-def is_ours(path: PathLike) -> bool:
+def is_btlm_checkpoint(path: PathLike) -> bool:
     """Whether a directory is a checkpoint we wrote."""
     try:
-        return _KEY in json.loads((paths.location(path) / MARK).read_text())["custom_metadata"]
+        return (
+            _KEY in json.loads((paths.location(path) / MARKER_FILE).read_text())["custom_metadata"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

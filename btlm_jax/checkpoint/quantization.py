@@ -79,13 +79,13 @@ class Quantization:
 # The arrays of a checkpoint -----------------------------------------------------------------------
 
 
-def disk_leaves(config: BTLMConfig, to: Quantization | None) -> Iterator[weights.DiskLeaf]:
+def stored_leaves(config: BTLMConfig, to: Quantization | None) -> Iterator[weights.DiskLeaf]:
     """Every stored array, layer by layer; `to` None is a checkpoint of floats."""
     for leaf in weights.disk_leaves(config):
-        yield from parts(leaf, to)
+        yield from stored_parts(leaf, to)
 
 
-def parts(leaf: weights.DiskLeaf, to: Quantization | None) -> tuple[weights.DiskLeaf, ...]:
+def stored_parts(leaf: weights.DiskLeaf, to: Quantization | None) -> tuple[weights.DiskLeaf, ...]:
     """The arrays in which a weight is stored: itself, or values ("int8", "int4") and "scales"."""
     w = leaf.weight
     if to is None or not w.inputs:
@@ -94,7 +94,7 @@ def parts(leaf: weights.DiskLeaf, to: Quantization | None) -> tuple[weights.Disk
         return (dataclasses.replace(leaf, dtype="bfloat16"),)
     *outputs, inputs = w.inputs_last({})
     if w.stacked and to.group:
-        filled = filled_inputs(inputs)
+        filled = padded_inputs(inputs)
         stored = ("int4", filled // 2, "uint8"), ("scales", filled // to.group, "bfloat16")
     else:
         stored = ("int8", inputs, "int8"), ("scales", 1, "float32")
@@ -104,7 +104,7 @@ def parts(leaf: weights.DiskLeaf, to: Quantization | None) -> tuple[weights.Disk
     )
 
 
-def filled_inputs(inputs: int) -> int:
+def padded_inputs(inputs: int) -> int:
     """The inputs of an int4 kernel, filled up to whole blocks of 128."""
     return -(-inputs // BLOCK) * BLOCK
 
@@ -112,7 +112,7 @@ def filled_inputs(inputs: int) -> int:
 # Arrays to values and scales ----------------------------------------------------------------------
 
 
-class Errors(NamedTuple):
+class QuantizationErrors(NamedTuple):
     """Sums of squares over the weights of an array."""
 
     error: float
@@ -125,22 +125,22 @@ class Errors(NamedTuple):
         return {name: math.sqrt(x / self.weights) if x else 0.0 for name, x in found.items()}
 
 
-class Quantized(NamedTuple):
-    """An array's values and scales, as stored (`parts`), and the errors made."""
+class QuantizedArray(NamedTuple):
+    """An array's values and scales, as stored (`stored_parts`), and the errors made."""
 
     values: np.ndarray
     scales: np.ndarray
-    errors: Errors
+    errors: QuantizationErrors
 
 
-def quantize(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Quantized:
+def quantize_array(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> QuantizedArray:
     """Quantizes the weights of a layer, the embedding or the head.
 
     Beside x and the result it holds a copy of the values, in their bytes, and a few MiB.
 
     Args:
       x: floats of the table's shape; or of an embedding or head any rows.
-      leaf: which weight; one of two `parts`.
+      leaf: which weight; one of two `stored_parts`.
 
     Raises:
       ValueError: NaN or Inf, naming the weight.
@@ -156,7 +156,7 @@ def quantize(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Quantiz
         outputs = w.inputs_last({})[:-1]
         values = np.ascontiguousarray(found.values.T).reshape(*outputs, -1)
         scales = np.ascontiguousarray(found.scales.T).reshape(*outputs, -1)
-        found = Quantized(values, scales, found.errors)
+        found = QuantizedArray(values, scales, found.errors)
     if not np.isfinite(found.scales.astype(np.float32)).all():
         raise ValueError(
             f"{'/'.join(leaf.path)} holds NaN or Inf, which cannot be quantized: mend the source"
@@ -168,7 +168,7 @@ def quantize(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Quantiz
 _TILE = 1 << 17
 
 
-def _int8(x: np.ndarray, axis: int) -> Quantized:
+def _int8(x: np.ndarray, axis: int) -> QuantizedArray:
     """int8 and scales of a matrix whose inputs are `axis`, in its layout: largest -> 127."""
     rows = max(1, _TILE // x.shape[1])
     tiles = [slice(i, i + rows) for i in range(0, len(x), rows)]
@@ -185,7 +185,7 @@ def _int8(x: np.ndarray, axis: int) -> Quantized:
         square = np.square(scale.astype(np.float64))
         error += float((_squares(r - q, axis) * square).sum())
         total += float((_squares(r, axis) * square).sum())
-    return Quantized(values, scales, Errors(error, total))
+    return QuantizedArray(values, scales, QuantizationErrors(error, total))
 
 
 # Scales are normal numbers: hardware may take smaller ones for zero.
@@ -194,10 +194,10 @@ _TINY = np.float32(2.0**-126)
 _SHRUNK = (0.95, 0.9, 0.85)
 
 
-def _int4(x: np.ndarray, group: int) -> Quantized:
+def _int4(x: np.ndarray, group: int) -> QuantizedArray:
     """Packed int4 [I' / 2, O] and scales [I' / group, O] of a matrix [I, O]; I' is I filled up."""
     inputs, outputs = x.shape
-    filled = filled_inputs(inputs)
+    filled = padded_inputs(inputs)
     packed = np.empty((filled // 2, outputs), np.uint8)
     scales = np.empty((filled // group, outputs), _BF16)
     sums, columns = np.zeros(3), _TILE // BLOCK
@@ -212,10 +212,10 @@ def _int4(x: np.ndarray, group: int) -> Quantized:
             packed[row // 2 : (row + BLOCK) // 2, here] = (low & 15) | (high << 4)
             scales[row // group : (row + BLOCK) // group, here] = scale
             sums += tile_sums
-    return Quantized(packed, scales, Errors(*sums.tolist()))
+    return QuantizedArray(packed, scales, QuantizationErrors(*sums.tolist()))
 
 
-def unpacked(packed: np.ndarray) -> np.ndarray:
+def unpack_host(packed: np.ndarray) -> np.ndarray:
     """int8 [..., I] of uint8 [..., I / 2], as `kernels.unpack`, on the host."""
     pairs = packed.view(np.int8).reshape(*packed.shape[:-1], -1, BLOCK // 2)
     return np.stack([(pairs << 4) >> 4, pairs >> 4], -2).reshape(*packed.shape[:-1], -1)
@@ -230,7 +230,7 @@ def _best(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     dequantized is quantized to itself.
 
     Returns:
-      Values [n, g, C], scales fp32 [n, C], and the sums of squares of `Errors`.
+      Values [n, g, C], scales fp32 [n, C], and the sums of squares of `QuantizationErrors`.
     """
     high, low = x.max(1, keepdims=True), x.min(1, keepdims=True)
     largest = np.where(high >= -low, high, low)  # NaN ends up in the scale
@@ -291,7 +291,9 @@ def _squares(x: np.ndarray, axis: int) -> np.ndarray:
 # In memory ----------------------------------------------------------------------------------------
 
 
-def quantized(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -> weights.Params:
+def quantize_params(
+    params: Mapping[str, Any], config: BTLMConfig, to: Quantization
+) -> weights.Params:
     """The weights by layer, quantized; as loading a quantized checkpoint without a mesh gives them.
 
     Args:
@@ -310,9 +312,9 @@ def quantized(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -
     found, on_cpu = {}, jax.default_backend() == "cpu"
     for leaf, x in weights.layers_of(config, params):
         found[leaf.path] = x
-        stored = parts(leaf, to)
+        stored = stored_parts(leaf, to)
         if len(stored) == 2:
-            values, scales, _ = quantize(_as_table(x, leaf), stored[0], to)
+            values, scales, _ = quantize_array(_as_table(x, leaf), stored[0], to)
             kernel = Kernel(
                 jnp.asarray(values), jnp.asarray(scales), leaf.weight.inputs_last({})[-1]
             )

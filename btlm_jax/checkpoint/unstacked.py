@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from btlm_jax.checkpoint import quantization
+from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint import quantization as quantization_lib
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import packed as packed_lib
@@ -37,12 +38,12 @@ Read = Callable[[weights.DiskLeaf, Index], np.ndarray]
 Make = Callable[..., Any]
 
 
-def load(
+def load_unstacked(
     config: BTLMConfig,
     read: Read,
     dtypes: Mapping[weights.Path, DTypeLike],
     *,
-    to: Quantization | None = None,
+    quantization: Quantization | None = None,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
@@ -60,8 +61,8 @@ def load(
 
     Args:
       config: the model.
-      read, dtypes: the stored arrays, those of `quantization.disk_leaves(config, to)`.
-      to: what they are quantized to.
+      read, dtypes: the stored arrays, those of `quantization.stored_leaves(config, to)`.
+      quantization: what they are quantized to.
       dtype: of what is stored in floats and is no scale; None keeps it.
       mesh, rules: as for `checkpoint.load`.
       make: makes the arrays.
@@ -73,7 +74,7 @@ def load(
     on_cpu = mesh is None and jax.default_backend() == "cpu"
     found: dict[weights.Path, Any] = {}
     for leaf in weights.disk_leaves(config):
-        w, parts = leaf.weight, quantization.parts(leaf, to)
+        w, parts = leaf.weight, quantization_lib.stored_parts(leaf, quantization)
         out = placed[w.path] if leaf.layer is None else sharding.of_one_layer(placed[w.path])
         if len(parts) == 1:
             to_dtype = jnp.dtype(dtypes[leaf.path] if dtype is None else dtype)
@@ -87,14 +88,14 @@ def load(
             )
             x = Kernel(values, scales, w.inputs_last({})[-1])
         else:
-            assert to is not None
+            assert quantization is not None
             place, ways = _places(w, mesh, rules, out)
-            x = _kernel(parts, read, to.group, w.inputs_last(pad), place, ways, make)
+            x = _kernel(parts, read, quantization.group, w.inputs_last(pad), place, ways, make)
         found[leaf.path] = x
     return weights.unflatten(found)
 
 
-def abstract(
+def abstract_unstacked(
     config: BTLMConfig,
     dtype: DTypeLike,
     to: Quantization | None,
@@ -114,7 +115,32 @@ def abstract(
     def read(leaf, index) -> np.ndarray:
         raise AssertionError("nothing is read")
 
-    return load(config, read, {}, to=to, dtype=dtype, mesh=mesh, rules=rules, make=make)
+    return load_unstacked(
+        config, read, {}, quantization=to, dtype=dtype, mesh=mesh, rules=rules, make=make
+    )
+
+
+def decoding_dtype(
+    meta: metadata.Metadata, dtype: DTypeLike | None, mesh: Mesh | None
+) -> np.dtype | None:
+    """What `load` has a model compute in whose weights are by layer; None is the platform's.
+
+    Args:
+      meta: of the checkpoint.
+      dtype, mesh: as for `load`.
+
+    Raises:
+      ValueError: float16 on a CPU, in which no product runs as the weights rest.
+    """
+    if mesh is not None or jax.default_backend() != "cpu":
+        return None
+    if meta.quantization is not None:
+        return jnp.dtype(jnp.bfloat16)
+    first = next(x for x in weights.disk_leaves(meta.config) if x.weight.role == "hidden")
+    own = jnp.dtype(meta.leaves[first.path].dtype if dtype is None else dtype)
+    if own == jnp.float16:
+        raise ValueError("weights in float16: CPUs decode in bfloat16 or float32, pass dtype=")
+    return own
 
 
 _inputs_last = jax.jit(packed_lib.inputs_last, static_argnums=1)
@@ -179,7 +205,7 @@ def _kernel(
         *rows, last = index
         start, stop = last.start // BLOCK, -(-last.stop // BLOCK)
         packed = read_values((*rows, slice(start * BLOCK // 2, stop * BLOCK // 2)))
-        found = quantization.unpacked(packed)
+        found = quantization_lib.unpack_host(packed)
         return found[..., last.start - start * BLOCK : last.stop - start * BLOCK]
 
     def repeated(index: Index) -> np.ndarray:

@@ -52,7 +52,7 @@ def block_size(shape: tuple[int, ...], itemsize: int) -> int:
     return block_rows(shape, itemsize) * math.prod(shape[1:])
 
 
-def create(folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
+def create_array(folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
     """Creates an array, in place of whatever an interrupted run left in the folder."""
     rows = block_rows(shape, dtype.itemsize)
     chunk = block_rows((rows, *shape[1:]), dtype.itemsize, _CHUNK_BYTES)
@@ -82,7 +82,7 @@ def create(folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype) -> ts.Te
     return ts.open(spec, create=True, delete_existing=True, context=_context()).result()
 
 
-def write(
+def write_blocks(
     folder: epath.Path, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]
 ):
     """Writes a new array from consecutive blocks. Returns its `Digest`.
@@ -98,7 +98,7 @@ def write(
     """
     digest, start, rows = Digest(), 0, block_rows(shape, dtype.itemsize)
     with _as_os_error(folder):
-        array = create(folder, shape, dtype)
+        array = create_array(folder, shape, dtype)
     pending: ts.WriteFutures | None = None  # while it is written, the next block is read and hashed
     for block in blocks:
         if block.dtype != dtype:
@@ -122,7 +122,7 @@ def write(
     return digest
 
 
-def read(kvstore: str | dict, rows: int) -> Iterator[np.ndarray]:
+def read_blocks(kvstore: str | dict, rows: int) -> Iterator[np.ndarray]:
     """Yields an array in consecutive 1-D blocks of `rows` rows; the last may be shorter.
 
     Raises:
@@ -141,7 +141,7 @@ def read(kvstore: str | dict, rows: int) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(block).reshape(-1)
 
 
-def read_part(kvstore: str | dict, index: tuple[slice, ...]) -> np.ndarray:
+def read_slice(kvstore: str | dict, index: tuple[slice, ...]) -> np.ndarray:
     """Reads a part of an array, of slices with bounds.
 
     Raises:
@@ -162,9 +162,9 @@ class Digest:
         self.nonfinite = 0
 
     def update(self, block: np.ndarray) -> None:
-        """Takes the next block: contiguous, 1-D, of a dtype that `nonfinite` takes."""
+        """Takes the next block: contiguous, 1-D, of a dtype that `count_nonfinite` takes."""
         self._sha256.update(block.view(np.uint8).data)
-        self.nonfinite += nonfinite(block)
+        self.nonfinite += count_nonfinite(block)
 
     @property
     def sha256(self) -> str:
@@ -172,7 +172,7 @@ class Digest:
         return self._sha256.hexdigest()
 
 
-def nonfinite(block: np.ndarray) -> int:
+def count_nonfinite(block: np.ndarray) -> int:
     """The number of NaN and Inf in a contiguous 1-D array: ints, or floats of 16 or 32 bits."""
     if np.issubdtype(block.dtype, np.integer):
         return 0

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             args=[a for a in argv if a not in ("--debug", "--no-compilation-cache")],
         )
         if caching:
-            compile_cache.keep_between_processes()
+            compile_cache.enable_persistent_cache()
         _log_to_stderr()
         code = command.run()
         sys.stdout.flush()

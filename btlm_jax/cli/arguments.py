@@ -11,16 +11,16 @@ from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes, parse_bytes
 
 Bytes = Annotated[
     int,
     PrimitiveConstructorSpec(
         nargs=1,
         metavar="BYTES",
-        instance_from_str=lambda args: byte_size.parse(args[0]),
+        instance_from_str=lambda args: parse_bytes(args[0]),
         is_instance=lambda x: isinstance(x, int),
-        str_from_instance=lambda n: [byte_size.show(n).replace(" ", "")],
+        str_from_instance=lambda n: [format_bytes(n).replace(" ", "")],
     ),
 ]
 
@@ -67,10 +67,10 @@ def write_json(file: Path | None, found: Any) -> None:
     JSON has no numbers that are not finite: null stands for them.
     """
     if file is not None:
-        from btlm_jax.utils import atomic
+        from btlm_jax.utils.format import finite_json
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(atomic.finite(found), indent=2, allow_nan=False) + "\n")
+        file.write_text(json.dumps(finite_json(found), indent=2, allow_nan=False) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, subcommand
 
 from btlm_jax.cli.arguments import Bytes, check_output, write_json
 from btlm_jax.model.remat import Remat
-from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.format import DEFAULT_MEMORY
 
 
 @dataclasses.dataclass(frozen=True)

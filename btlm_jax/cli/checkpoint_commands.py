@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from btlm_jax.cli.arguments import Bytes, check_output, write_json
-from btlm_jax.utils.byte_size import DEFAULT_MEMORY
+from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns, format_bytes
 
 if TYPE_CHECKING:
     from btlm_jax.config import BTLMConfig
@@ -164,9 +164,7 @@ class Info:
         if self.compare:
             return self._compare(config)
         rows = accounting.describe(config, self.length or config.n_positions) + rows
-        width = max(len(what) for what, _ in rows)
-        for what, value in rows:
-            print(f"{what:<{width}}  {value}")
+        print("\n".join(align_columns(rows, "<")))
 
     def _compare(self, config: BTLMConfig) -> None:
         from btlm_jax.perf import comparison, comparison_report
@@ -188,18 +186,18 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     from btlm_jax.convert import auto
     from btlm_jax.convert.conversion_report import format_quantization_errors, weights_digest
     from btlm_jax.model import weights
-    from btlm_jax.utils import byte_size, paths
+    from btlm_jax.utils import paths
 
     if auto.is_huggingface(source):
         return BTLMConfig.from_hf(Path(paths.location(source))), []
-    meta = metadata.read(source)
+    meta = metadata.read_metadata(source)
     stored: Counter[str] = Counter()
     for leaf in meta.leaves.values():
         stored[str(leaf.dtype)] += leaf.size * leaf.dtype.itemsize
-    rows = [("stored", ", ".join(f"{d} {byte_size.show(n)}" for d, n in stored.items()))]
+    rows = [("stored", ", ".join(f"{d} {format_bytes(n)}" for d, n in stored.items()))]
     if meta.quantization is not None:
         bits = 8 * meta.nbytes / weights.count(meta.config)
-        size = f"{byte_size.show(meta.nbytes)}, {bits:.2f} bits a parameter"
+        size = f"{format_bytes(meta.nbytes)}, {bits:.2f} bits a parameter"
         rows.append(("quantized", f"{meta.quantization}: {size}"))
         rows += [("", line) for line in format_quantization_errors(meta.errors)]
     if meta.origin.get("source"):

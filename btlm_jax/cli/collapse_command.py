@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from btlm_jax.cli.arguments import check_output, write_json
+from btlm_jax.utils.format import align_columns
 
 if TYPE_CHECKING:
     from btlm_jax.scaling.collapse_report import Judged, Report
@@ -68,9 +69,7 @@ def _table(runs: list[Run], found: Report) -> list[str]:
             "none" if run.timescale is None else f"{run.timescale:.3g}", run.schedule,
             f"{run.curve.done[-1]:.0%}", _final(judged), _first_half(judged), _verdict(judged),
         ))  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows]  # fmt: skip
+    return align_columns(rows, "<")
 
 
 def _final(judged: Judged) -> str:

@@ -94,7 +94,7 @@ class EvalPerplexity(_Texts):
 
         # Whatever can be refused is, before the weights, which may be large.
         check_output(self.json)
-        meta = metadata.read(self.checkpoint)
+        meta = metadata.read_metadata(self.checkpoint)
         kinds = [Quantization.parse(kind.strip()) for kind in (self.quantize or "").split(",")
                  if self.quantize is not None]  # fmt: skip
         if kinds and meta.quantization is not None:
@@ -185,7 +185,7 @@ class EvalLossByPosition(_Texts):
         check_output(self.plot, ".png")
         if self.plot is not None:
             plots.require_matplotlib()
-        meta = metadata.read(self.checkpoint)
+        meta = metadata.read_metadata(self.checkpoint)
         model = btlm.BTLM(meta.config, compute_dtype=self.dtype)
         trained = context_extension.trained_length(model, self.trained_length)
         length = 4 * trained if self.length is None else self.length
@@ -273,7 +273,7 @@ class EvalRetrieval:
         for name in ("max_new_tokens", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: found {value}, expected at least 1")
-        meta = metadata.read(self.checkpoint)
+        meta = metadata.read_metadata(self.checkpoint)
         tokenizer = btlm.load_tokenizer(self.checkpoint)
         check_vocabulary(tokenizer, meta.config.vocab_size)
         model = btlm.BTLM(meta.config, compute_dtype=self.dtype)

@@ -107,7 +107,7 @@ class Generate:
 
         self._check()
         # The tokenizer first: the weights may be large.
-        meta = metadata.read(self.checkpoint)
+        meta = metadata.read_metadata(self.checkpoint)
         tokenizer = btlm.load_tokenizer(self.checkpoint)
         check_vocabulary(tokenizer, meta.config.vocab_size)
         if self.input is not None:

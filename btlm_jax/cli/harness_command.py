@@ -55,20 +55,20 @@ class Harness:
         import logging
 
         import btlm_jax as btlm
-        from btlm_jax.checkpoint import checkpoint, metadata
+        from btlm_jax.checkpoint import metadata, unstacked
         from btlm_jax.data.tokenizer import check_vocabulary
         from btlm_jax.evaluation import harness, tasks
         from btlm_jax.generation import jsonl
 
         # Whatever can be refused is, before the weights, which may be large.
-        meta = metadata.read(self.checkpoint)
+        meta = metadata.read_metadata(self.checkpoint)
         tokenizer = btlm.load_tokenizer(self.checkpoint)
         check_vocabulary(tokenizer, meta.config.vocab_size)
         mesh = self.mesh.made()
         names = [name.strip() for name in self.tasks.split(",") if name.strip()]
         limits: dict[str, Any] = dict(num_fewshot=self.num_fewshot, limit=self.limit)
         # Not left to the tasks: what one answers must not depend on the others.
-        dtype = self.dtype or checkpoint.decoding_dtype(meta, None, mesh)
+        dtype = self.dtype or unstacked.decoding_dtype(meta, None, mesh)
         model = btlm.BTLM(meta.config, compute_dtype=dtype)
         dtype = str(model.dtype_on(None if mesh is None else mesh.abstract_mesh))
         key = {"checkpoint": jsonl.fingerprint(meta), "dtype": self.dtype, "seed": self.seed}

@@ -42,7 +42,12 @@ from btlm_jax.data.token_shards import (
     token_dtype,
     tokenizer_fingerprint,
 )
-from btlm_jax.data.tokenizer import END_OF_TEXT, check_vocabulary, home_of, load_tokenizer
+from btlm_jax.data.tokenizer import (
+    END_OF_TEXT,
+    check_vocabulary,
+    load_tokenizer,
+    tokenizer_directory,
+)
 from btlm_jax.utils import atomic, paths
 from btlm_jax.utils.progress import Progress
 
@@ -206,7 +211,7 @@ def tokenize(
 def check_token_target(
     target: str | os.PathLike[str], *, overwrite: bool, ours: Callable[[epath.Path], bool]
 ) -> None:
-    """Raises ValueError if tokens cannot lie there; else as `staging.refuse_existing`."""
+    """Raises ValueError if tokens cannot lie there; else as `atomic.refuse_existing`."""
     if paths.is_remote(paths.location(target)):
         raise ValueError(f"{target}: expected a local directory, which can be memory-mapped")
     atomic.refuse_existing(target, overwrite=overwrite, ours=ours)
@@ -215,7 +220,7 @@ def check_token_target(
 def resume_key(
     files: Sequence[TextFile], encoder: Encoder, options: Sequence[Any]
 ) -> dict[str, Any]:
-    """What tells one piece of work from any other (`staging.new_directory`)."""
+    """What tells one piece of work from any other (`atomic.new_directory`)."""
     return {
         "by": f"tokenize, {TokenShardsMetadata.created_by}, format {FORMAT}",
         "files": [f.identity for f in files],
@@ -248,7 +253,7 @@ class Encoder:
             check_vocabulary(tokenizer, vocab_size)
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = vocab_size or max(ids.values()) + 1
-        home = home_of(source)
+        home = tokenizer_directory(source)
         self.assets = {n: (home / n).read_bytes() for n in ASSETS if (home / n).is_file()}
         eos = eos or _named_eos(self.assets) or END_OF_TEXT
         if eos not in ids:
@@ -329,7 +334,7 @@ def _batches(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
         yield batch
 
 
-def _finished(stage: atomic.Stage, dtype: np.dtype) -> list[dict[str, Any]]:
+def _finished(stage: atomic.StagedDirectory, dtype: np.dtype) -> list[dict[str, Any]]:
     """The records of an interrupted run's shards, up to the first that is missing or cut short."""
     done: list[dict[str, Any]] = []
     while record := stage.finished.get(_shard_name(len(done))):
@@ -346,7 +351,7 @@ def _shard_name(index: int) -> str:
 
 
 def _write_shard(
-    stage: atomic.Stage,
+    stage: atomic.StagedDirectory,
     index: int,
     encoded: Iterator[tuple[TextDocument, np.ndarray]],
     shard_tokens: int,

@@ -12,27 +12,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from btlm_jax.utils import paths
 
-# Files that travel with a checkpoint in both directions.
-ASSETS = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    # The original modelling code, which the `auto_map` of config.json names; never run by us.
-    "configuration_btlm.py",
-    "modeling_btlm.py",
-    "configuration_jais.py",
-    "modeling_jais.py",
-)
-# Those of them that `load_tokenizer` reads.
+# The files that `load_tokenizer` reads.
 _READ = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 END_OF_TEXT = "<|endoftext|>"
 
 
-def home_of(directory: str | os.PathLike[str]) -> epath.Path:
+def tokenizer_directory(directory: str | os.PathLike[str]) -> epath.Path:
     """The folder that holds a tokenizer's files.
 
     Args:
@@ -59,7 +44,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
       FileNotFoundError: neither is there; the message says where it looked.
       ValueError: a file that cannot be parsed.
     """
-    home = home_of(directory)
+    home = tokenizer_directory(directory)
     if paths.is_remote(home):  # the tokenizers library reads local files
         found = paths.read_files(home, _READ)
         with tempfile.TemporaryDirectory() as copy:
@@ -120,7 +105,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def same_ids(a: Tokenizer, b: Tokenizer) -> bool:
+def tokenizers_match(a: Tokenizer, b: Tokenizer) -> bool:
     """Whether two tokenizers know the same tokens by the same ids and merge alike.
 
     A `tokenizer.json` and the `vocab.json` and `merges.txt` it was made of are the same.

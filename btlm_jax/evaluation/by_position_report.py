@@ -78,7 +78,7 @@ def draw(path: Path, report: ByPosition, title: str) -> None:
     groups (`by_position.binned`); of a single group, without.
     """
     first, *others = report.curves
-    made, panels = plots.figure(2 if others else 1, 1, (6, 4.2))
+    made, panels = plots.new_figure(2 if others else 1, 1, (6, 4.2))
     names = dict(zip((curve.kind for curve in report.curves), labels(report), strict=True))
     drawn = [report.curves, [difference(curve, first) for curve in others]]
     for axes, curves in zip(panels[0], drawn, strict=False):
@@ -105,4 +105,4 @@ def draw(path: Path, report: ByPosition, title: str) -> None:
         axes.legend()
         axes.set(ylabel=f"loss - that of {names[first.kind]} (nats per token)")
     made.suptitle(title, fontsize="medium")
-    plots.save(path, made)
+    plots.save_png(path, made)

@@ -29,7 +29,7 @@ from btlm_jax.generation.jsonl import Journal
 from btlm_jax.generation.prompts import end_tokens
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.weights import Params
-from btlm_jax.utils import atomic
+from btlm_jax.utils.format import finite_json
 from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def evaluate(
 def to_json(report: Mapping[str, Any]) -> bytes:
     """A report as a file; what JSON cannot hold (functions of tasks) as the harness shows it."""
     shown = lm_eval("utils").handle_non_serializable
-    text = json.dumps(atomic.finite(report), indent=2, default=shown, allow_nan=False)
+    text = json.dumps(finite_json(report), indent=2, default=shown, allow_nan=False)
     return text.encode() + b"\n"
 
 

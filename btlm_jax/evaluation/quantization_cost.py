@@ -16,8 +16,7 @@ from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
 from btlm_jax.evaluation.windows import Windows
 from btlm_jax.model import weights
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.utils import byte_size
-from btlm_jax.utils.table import aligned
+from btlm_jax.utils.format import align_columns, format_bytes
 
 
 class Row(NamedTuple):
@@ -48,13 +47,13 @@ def compare(
       batch_size: as for `cross_entropy`.
 
     Raises:
-      ValueError, FloatingPointError: as `quantization.quantized` and `cross_entropy`.
+      ValueError, FloatingPointError: as `quantization.quantize_params` and `cross_entropy`.
     """
     config, dtype = model.config, params["wte"].dtype
     rows = []
     for to in (None, *kinds):
         kind = str(dtype) if to is None else f"int{to.bits}" + (f":{to.group}" if to.group else "")
-        used = params if to is None else quantization.quantized(params, config, to)
+        used = params if to is None else quantization.quantize_params(params, config, to)
         found = cross_entropy(model, used, windows, batch_size=batch_size, title=kind)
         nbytes = _stored_bytes(config, params, to)
         rows.append(Row(kind, nbytes, 8 * nbytes / weights.count(config), found))
@@ -65,7 +64,7 @@ def _stored_bytes(config: BTLMConfig, params: weights.Params, to: Quantization |
     own = {path: x.dtype for path, x in weights.flatten(params).items()}
     return sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype or own[leaf.weight.path]).itemsize
-        for leaf in quantization.disk_leaves(config, to)
+        for leaf in quantization.stored_leaves(config, to)
     )
 
 
@@ -76,11 +75,11 @@ def table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         nats, perplexity = row.found.nats_per_token, row.found.perplexity
         cells.append((
-            row.kind, byte_size.show(row.nbytes), f"{row.bits:.2f}", f"{nats:.5f}",
+            row.kind, format_bytes(row.nbytes), f"{row.bits:.2f}", f"{nats:.5f}",
             f"{nats - own.nats_per_token:+.5f}", f"{perplexity:.4f}",
             f"{perplexity / own.perplexity - 1:+.3%}",
         ))  # fmt: skip
-    lines = aligned(cells)
+    lines = align_columns(cells)
     if jax.default_backend() == "cpu" and any(row.kind == "int8" for row in rows):
         lines.append("int8 on a CPU: the inputs of the layers' products are rounded to int8 too")
     return lines

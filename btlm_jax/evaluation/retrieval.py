@@ -192,7 +192,7 @@ def to_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 def draw(path: Path, outcomes: Sequence[Outcome], trained: int, title: str) -> None:
     """Draws accuracy against length, with Wilson intervals."""
-    made, panels = plots.figure()
+    made, panels = plots.new_figure()
     axes = panels[0, 0]
     kinds = list(dict.fromkeys(x.scaling for x in outcomes))
     for i, kind in enumerate(kinds):
@@ -215,4 +215,4 @@ def draw(path: Path, outcomes: Sequence[Outcome], trained: int, title: str) -> N
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
-    plots.save(path, made)
+    plots.save_png(path, made)

@@ -159,7 +159,7 @@ def journal(target: Path, key: Mapping[str, Any], *, overwrite: bool) -> Iterato
         raise FileNotFoundError(f"{target}: there is no folder {target.parent}: make it first")
     partial = _partial(target)
     with open(partial, "ab+") as file:
-        atomic.hold(file, target)
+        atomic.lock_file(file, target)
         file.seek(0)
         data = file.read()
         whole = data[: data.rfind(b"\n") + 1]  # a kill may have cut the last line short

@@ -100,7 +100,7 @@ def pipeline(
     """
     if task != TASK:
         raise ValueError(f"task: found {task!r}, expected {TASK!r}")
-    config = metadata.read(path).config
+    config = metadata.read_metadata(path).config
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, config.vocab_size)
     model, params = checkpoint.load(path, dtype=dtype, mesh=mesh, by_layer=True)

@@ -226,7 +226,7 @@ def fold_completep(config: BTLMConfig, params: Mapping[str, Any]) -> tuple[BTLMC
     The factor on residual branches is multiplied into the kernels and biases of their
     out-projections, in their dtype: exact if it is a power of two (and nothing underflows), else
     rounded. The result is for inference and export; what is trained on is the original. `save` it
-    with `assets=manifest.assets_of(path)` to carry the tokenizer of a checkpoint along.
+    with `assets=asset_files(path)` to carry the tokenizer of a checkpoint along.
 
     Args:
       config: with CompleteP or without; then nothing changes.
@@ -349,7 +349,7 @@ class DiskLeaf:
 
     Attributes:
       weight, layer: which weight.
-      part: of a quantized weight, which of its arrays (`quantization.parts`).
+      part: of a quantized weight, which of its arrays (`quantization.stored_parts`).
       part_shape: the shape of the part.
       dtype: the only one it can have; None is any of `STORED_DTYPES`.
     """

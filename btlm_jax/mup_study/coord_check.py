@@ -218,7 +218,7 @@ def draw(path: Path, found: CoordCheck) -> None:
     from matplotlib import colormaps
 
     names, curves = list(found.sizes), list(LIMITS)
-    made, panels = plots.figure(len(curves), len(names), size=(2.6, 2.1))
+    made, panels = plots.new_figure(len(curves), len(names), size=(2.6, 2.1))
     for row, name in zip(panels, names, strict=True):
         for axes, curve in zip(row, curves, strict=True):
             size = found.sizes[name][curve].mean(0)
@@ -241,4 +241,4 @@ def draw(path: Path, found: CoordCheck) -> None:
         f"Coordinate check: mean |change| after steps 1 (dark) to {steps} (light), and its slope "
         "after the last; red: steeper than muP may be", fontsize=11,
     )  # fmt: skip
-    plots.save(path, made, dpi=90)  # a page of panels would be more than a megabyte
+    plots.save_png(path, made, dpi=90)  # a page of panels would be more than a megabyte

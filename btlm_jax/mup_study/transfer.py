@@ -25,6 +25,7 @@ from btlm_jax.model.btlm import BTLM
 from btlm_jax.mup_study.corpus import Corpus
 from btlm_jax.mup_study.parametrization import Family, loss, start, step
 from btlm_jax.utils import atomic, plots
+from btlm_jax.utils.format import finite_json
 from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def transfer(
     points = {(_name(p, w, family.widths), w) for p in COMPARED for w in family.widths}
     expected = sum(3 * seeds * steps * family.cost(w) for _, w in points)
     with (directory / _RUNS).open("a+", encoding="utf-8") as log:
-        atomic.hold(log, directory)
+        atomic.lock_file(log, directory)
         done = {run[:4]: run for run in _ended(log)}
         if done:
             logger.info("%s: going on after %d runs", directory, len(done))
@@ -156,7 +157,7 @@ def transfer(
                     key = (name, width, exponent, seed)
                     if key not in done:
                         run = done[key] = train(Run(*key, math.nan))
-                        log.write(json.dumps(atomic.finite(run._asdict())) + "\n")
+                        log.write(json.dumps(finite_json(run._asdict())) + "\n")
                         log.flush()
                         note = f"{name}, width {width}, rate 2^{exponent}: loss {run.loss:.3f}"
                         progress.update(cost, note)
@@ -165,7 +166,7 @@ def transfer(
 
             _search(family.widths, first, measured)
     found = Transfer(family.widths, tuple(done.values()))
-    report = atomic.finite({"settings": settings, **to_json(found)})
+    report = finite_json({"settings": settings, **to_json(found)})
     atomic.write_text(epath.Path(directory / "transfer.json"), json.dumps(report, indent=2) + "\n")
     draw(directory / "transfer.png", found)
     return found
@@ -309,7 +310,7 @@ def draw(path: Path, found: Transfer) -> None:
     """Loss against learning rate, a line per width, for both; and the optimum against width."""
     from matplotlib import colormaps
 
-    made, panels = plots.figure(3, 1, size=(4.6, 3.8))
+    made, panels = plots.new_figure(3, 1, size=(4.6, 3.8))
     count = len(found.widths)
     for axes, name in zip(panels[0], COMPARED, strict=False):
         for i, width in enumerate(found.widths):
@@ -336,4 +337,4 @@ def draw(path: Path, found: Transfer) -> None:
     axes.set(xlabel="width", ylabel="best learning rate", title="where the optimum goes")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    plots.save(path, made)
+    plots.save_png(path, made)

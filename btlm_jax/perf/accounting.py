@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 
 
 class Flops(NamedTuple):
@@ -87,11 +87,11 @@ def describe(config: BTLMConfig, length: int) -> list[tuple[str, str]]:
         ("muP", mup),
         *([("CompleteP", depth)] if c.completep_base_layers else []),
         ("parameters", f"{n:,} ({', '.join(f'{k} {v:,}' for k, v in by_role.items())})"),
-        ("weights", f"fp32 {byte_size.show(4 * n)}, bf16 {byte_size.show(2 * n)}"),
+        ("weights", f"fp32 {format_bytes(4 * n)}, bf16 {format_bytes(2 * n)}"),
         (
             "KV cache",
             f"{kv_bytes_per_token(c):,} B per token in bf16, "
-            f"{byte_size.show(kv_bytes_per_token(c) * length)} at {length} tokens",
+            f"{format_bytes(kv_bytes_per_token(c) * length)} at {length} tokens",
         ),
         (
             f"forward FLOPs per token at {length}",

@@ -12,7 +12,7 @@ import tomllib
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
-from btlm_jax.checkpoint.quantization import filled_inputs
+from btlm_jax.checkpoint.quantization import padded_inputs
 from btlm_jax.config import BTLMConfig
 
 Precision = Literal["bf16", "int8", "int4"]
@@ -122,7 +122,7 @@ class Shape:
         per_layer = 0
         for inputs, outputs in self.kernels:
             if precision == "int4":
-                filled = filled_inputs(inputs)
+                filled = padded_inputs(inputs)
                 per_layer += outputs * (filled // 2 + filled // 64 * 2)
             else:
                 per_layer += outputs * (inputs + 4)

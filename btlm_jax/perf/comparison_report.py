@@ -9,19 +9,19 @@ import numpy as np
 from btlm_jax.perf import comparison
 from btlm_jax.perf.comparison import CONTEXTS, Memory, Shape
 from btlm_jax.utils import plots
-from btlm_jax.utils.table import aligned
+from btlm_jax.utils.format import align_columns
 
 
 def lines(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> list[str]:
     """What `btlm info --compare` prints: formulas, compute, memory, claims."""
     llama = comparison.peers()[0]
     out = ["formulas", *(f"  {f}" for f in comparison.FORMULAS), "", "compute"]
-    out += ["  " + line for line in aligned(_compute(ours, contexts))]
+    out += ["  " + line for line in align_columns(_compute(ours, contexts))]
     if not comparison.is_released(ours):
         tokens = f"{ours.tokens / 1e9:,.1f}B"
         out.append(f"  {ours.name} is counted as if trained on BTLM-3B-8K's {tokens} tokens")
     out += ["", f"memory of one sequence, of {ours.name} and of {llama.name} (saving)"]
-    out += ["  " + line for line in aligned(_memories(ours, llama, contexts))]
+    out += ["  " + line for line in align_columns(_memories(ours, llama, contexts))]
     out += ["", "claims of the model card"]
     if comparison.is_released(ours):
         for claim in comparison.claims(ours):
@@ -81,7 +81,7 @@ def _show(memory: Memory) -> str:
 def draw(path: Path, ours: Shape) -> None:
     """Training FLOPs, inference FLOPs against context, memory against context, as PNG."""
     shapes, llama = (ours, *comparison.peers()), comparison.peers()[0]
-    made, panels = plots.figure(columns=3, size=(6, 4.4))
+    made, panels = plots.new_figure(columns=3, size=(6, 4.4))
     bars, inference, memory = panels[0]
 
     names = [s.name for s in shapes]
@@ -149,4 +149,4 @@ def draw(path: Path, ours: Shape) -> None:
     memory.set_ylim(low, high * (high / low) ** 0.35)
     for axes in (inference, memory):
         axes.grid(alpha=0.3)
-    plots.save(path, made)
+    plots.save_png(path, made)

@@ -116,7 +116,7 @@ def draw(path: Path, report: Report, curves: Mapping[str, Curve]) -> None:
     bins = len(report.family.shape)
     t = 100 * collapse.centers(bins)
     shown = t > 100 * collapse.IGNORED
-    made, panels = plots.figure(columns=2)
+    made, panels = plots.new_figure(columns=2)
     left, right = panels[0]
     left.set(
         xlabel="% of training", ylabel="loss / final loss", title="Laid over each other",
@@ -158,7 +158,7 @@ def draw(path: Path, report: Report, curves: Mapping[str, Curve]) -> None:
         "laid over\nin this part", (100 * sum(collapse.WINDOW) / 2, 0.03), color="gray",
         xycoords=("data", "axes fraction"), ha="center", fontsize="small",
     )  # fmt: skip
-    plots.save(path, made)
+    plots.save_png(path, made)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,13 +21,14 @@ from typing import IO, Any
 import jax
 from etils import epath
 
-from btlm_jax.utils import byte_size, paths
+from btlm_jax.utils import paths
+from btlm_jax.utils.format import format_bytes
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class StagedDirectory:
     """Work in progress.
 
     Attributes:
@@ -53,8 +53,8 @@ def new_directory(
     overwrite: bool,
     ours: Callable[[epath.Path], bool],
     key: Mapping[str, Any] | None = None,
-) -> Iterator[Stage]:
-    """A context manager whose value is a `Stage`; its content takes the name when the block ends.
+) -> Iterator[StagedDirectory]:
+    """A context manager with a `StagedDirectory`; its content takes the name when the block ends.
 
     A directory that has the name is replaced only then.
 
@@ -85,8 +85,11 @@ def new_directory(
     else:
         work = target.parent / f".{target.name}.partial"
         content = work / target.name
-    with _full_disk_explained(path, resumable=key is not None), _lock(work, target):
-        stage = Stage(content, _take_up(work, content, key), work / "finished")
+    with (
+        _full_disk_explained(path, resumable=key is not None),
+        _locked_work_directory(work, target),
+    ):
+        stage = StagedDirectory(content, _resume_or_clear(work, content, key), work / "finished")
         done = False
         try:
             yield stage
@@ -153,8 +156,8 @@ def require_space(path: str | os.PathLike[str], nbytes: int) -> None:
     if free < nbytes:
         raise OSError(
             errno.ENOSPC,
-            f"no space for {path}: {byte_size.show(nbytes)} are to be written, "
-            f"{byte_size.show(free)} are free; free space or choose another disk",
+            f"no space for {path}: {format_bytes(nbytes)} are to be written, "
+            f"{format_bytes(free)} are free; free space or choose another disk",
         )
 
 
@@ -168,7 +171,7 @@ def leftovers(path: str | os.PathLike[str]) -> list[epath.Path]:
     return [p for name in names if (p := target.parent / name).exists()]
 
 
-def make_folder(path: epath.Path) -> None:
+def make_directory(path: epath.Path) -> None:
     """Makes a folder, if it is not there; object stores know none, but fsspec may make a bucket."""
     if not paths.is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
@@ -209,30 +212,21 @@ def _full_disk_explained(path: str | os.PathLike[str], *, resumable: bool) -> It
 
 
 @contextlib.contextmanager
-def _lock(work: epath.Path, target: epath.Path) -> Iterator[None]:
+def _locked_work_directory(work: epath.Path, target: epath.Path) -> Iterator[None]:
     """Makes the folder and keeps a second process out of it while this one lives.
 
     Object stores know neither folders nor locks.
     """
-    make_folder(work)
+    make_directory(work)
     if paths.is_remote(work):
         yield
         return
     with open(work / "lock", "w") as file:
-        hold(file, target)
+        lock_file(file, target)
         yield
 
 
-def finite(found: Any) -> Any:
-    """Plain values for JSON, which has no numbers that are not finite: None stands for them."""
-    if isinstance(found, dict):
-        return {name: finite(x) for name, x in found.items()}
-    if isinstance(found, list | tuple):
-        return [finite(x) for x in found]
-    return None if isinstance(found, float) and not math.isfinite(found) else found
-
-
-def hold(file: IO[Any], target: Any) -> None:
+def lock_file(file: IO[Any], target: Any) -> None:
     """Keeps other processes from what `file` stands for, until it is closed.
 
     Raises:
@@ -248,7 +242,7 @@ def hold(file: IO[Any], target: Any) -> None:
         ) from None
 
 
-def _take_up(
+def _resume_or_clear(
     work: epath.Path, content: epath.Path, key: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Makes the working folders, and returns the records of an interrupted run with this key."""

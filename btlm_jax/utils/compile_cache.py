@@ -1,4 +1,4 @@
-"""Compilations by XLA: kept between processes, counted and timed."""
+"""CompilationCount by XLA: kept between processes, counted and timed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def keep_between_processes() -> None:
+def enable_persistent_cache() -> None:
     """Has JAX, once it is imported, keep compiled programs in the user's cache directory.
 
     Another directory that the environment names in `JAX_COMPILATION_CACHE_DIR` stays.
@@ -23,7 +23,7 @@ def keep_between_processes() -> None:
 
 
 @dataclasses.dataclass
-class Compilations:
+class CompilationCount:
     """So far: how many programs, and how many seconds; from the cache, those it took to read."""
 
     count: int = 0
@@ -31,11 +31,11 @@ class Compilations:
 
 
 @contextlib.contextmanager
-def compilations() -> Iterator[Compilations]:
+def count_compilations() -> Iterator[CompilationCount]:
     """Counts what XLA compiles, in any thread, while the context lasts."""
     import jax
 
-    found = Compilations()
+    found = CompilationCount()
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _EVENT:

@@ -1,39 +1,71 @@
-"""Amounts of memory and disk, as people write them."""
+"""Text formats: amounts of bytes, aligned columns, and values that JSON can hold."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
+from typing import Any
 
-# Of weights in flight, wherever `max_memory` is an argument. Here, where the command line, which
-# starts without JAX, can have it too.
+# The default of every `max_memory` argument: bytes of weights in flight during a conversion. It is
+# defined here because the command line shows it in `--help` and must not import JAX for that, which
+# the converters do.
 DEFAULT_MEMORY = 512 << 20
 
-_DECIMAL, _BINARY = "kMGT", "KMGT"
-_FACTORS = {"": 1, "B": 1}
-_FACTORS |= {f"{u}B": 1000 ** (i + 1) for i, u in enumerate(_DECIMAL)}
-_FACTORS |= {f"{u}iB": 1024 ** (i + 1) for i, u in enumerate(_BINARY)}
-_LOWER = {unit.lower(): factor for unit, factor in _FACTORS.items()}
+_FACTORS = {"": 1, "b": 1}
+_FACTORS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
+_FACTORS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 
 
-def parse(text: str) -> int:
-    """Bytes of "512MiB", "5GB" (decimal, as in Hugging Face's options), "1.5 GiB" or "1048576".
+def parse_bytes(text: str) -> int:
+    """Returns the number of bytes in "512MiB", "5GB" (decimal), "1.5 GiB" or "1048576".
 
     Raises:
-      ValueError: not an amount above zero.
+      ValueError: `text` is not an amount above zero.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    unit = found[2].lower() if found else "?"
-    if found is None or unit not in _LOWER or not (n := round(float(found[1]) * _LOWER[unit])):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    factor = _FACTORS.get(match[2].lower(), 0) if match else 0
+    nbytes = round(float(match[1]) * factor) if match else 0
+    if not nbytes:
         raise ValueError(
             f"found {text!r}, expected an amount of bytes such as 512MiB, 5GB, 1048576"
         )
-    return n
+    return nbytes
 
 
-def show(n: float) -> str:
-    """An amount of bytes for people: "1.5 GiB"."""
+def format_bytes(nbytes: float) -> str:
+    """Returns an amount of bytes with a binary prefix: "1.5 GiB"."""
     for prefix in ("", "Ki", "Mi", "Gi"):
-        if n < 1024:
-            return f"{n:.1f} {prefix}B" if prefix else f"{n:.0f} B"
-        n /= 1024
-    return f"{n:.1f} TiB"
+        if nbytes < 1024:
+            return f"{nbytes:.1f} {prefix}B" if prefix else f"{nbytes:.0f} B"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def align_columns(rows: Sequence[Sequence[str]], align: str = "<>") -> list[str]:
+    """Returns one line per row, with columns padded to equal width and two spaces apart.
+
+    Args:
+      rows: the cells; every row has as many as the first one.
+      align: "<" (left) or ">" (right) for each column; the last one applies to all further columns.
+
+    Raises:
+      ValueError: the rows differ in length.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligns = align.ljust(len(widths), align[-1])
+    return [
+        "  ".join(
+            f"{cell:{a}{width}}" for cell, a, width in zip(row, aligns, widths, strict=False)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def finite_json(value: Any) -> Any:
+    """Replaces NaN and Inf, which JSON cannot hold, by None in nested dicts, lists and tuples."""
+    if isinstance(value, dict):
+        return {name: finite_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ def require_matplotlib() -> None:
         raise ValueError("pictures need matplotlib: pip install 'btlm-jax[plot]'")
 
 
-def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (7, 4.2)) -> Any:
+def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (7, 4.2)) -> Any:
     """An empty figure of rows x columns panels, each of `size` inches; never a window.
 
     Returns:
@@ -28,13 +28,13 @@ def figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (7, 4.2)
     return made, made.subplots(rows, columns, squeeze=False)
 
 
-def save(path: Path, figure: Any, dpi: int = 150) -> None:
+def save_png(path: Path, figure: Any, dpi: int = 150) -> None:
     """Writes a figure as PNG, with so many pixels for each inch."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
 
 
-def level(axes: Any, value: float, label: str) -> None:
+def draw_level(axes: Any, value: float, label: str) -> None:
     """A dashed line across, to compare with."""
     axes.axhline(value, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
@@ -43,7 +43,7 @@ def level(axes: Any, value: float, label: str) -> None:
     )  # fmt: skip
 
 
-def loss_curve(
+def draw_loss_curve(
     path: Path,
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     levels: Mapping[str, float],
@@ -56,14 +56,14 @@ def loss_curve(
       curves: label -> (steps, nats per token).
       levels: label -> a constant to compare with.
     """
-    made, panels = figure()
+    made, panels = new_figure()
     axes = panels[0, 0]
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     for label, (steps, losses) in curves.items():
         few = len(steps) < 40
         axes.plot(steps, losses, marker="o" if few else None, markersize=4, label=label)
     for label, value in levels.items():
-        level(axes, value, label)
+        draw_level(axes, value, label)
     axes.grid(alpha=0.3)
     axes.legend()
-    save(path, made)
+    save_png(path, made)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -100,5 +100,5 @@ class Progress:
 
 def _count(n: float, unit: str) -> str:
     if unit == "B":
-        return byte_size.show(n)
+        return format_bytes(n)
     return f"{n:.4g} {unit}" if isinstance(n, float) else f"{n} {unit}"

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from btlm_jax.checkpoint import zarr
+from btlm_jax.checkpoint.assets import ASSET_NAMES
 from btlm_jax.convert.hf.advice import REDOWNLOAD
 from btlm_jax.convert.hf.byte_ranges import contiguous_runs, file_identity, read_into
 from btlm_jax.convert.hf.headers import (
@@ -32,7 +33,6 @@ from btlm_jax.convert.hf.headers import (
 )
 from btlm_jax.convert.hf.hub import fetch_from_hub, is_hub_id
 from btlm_jax.convert.hf.torch_pickle import TorchFile
-from btlm_jax.data.tokenizer import ASSETS
 from btlm_jax.utils import paths
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class HFSource:
         directory: where the files lie.
         config: `config.json`, parsed.
         tensors: name -> `TensorInfo`, from the files' headers.
-        assets: those of `ASSETS` (tokenizer and generation files) that are present.
+        assets: those of `ASSET_NAMES` (tokenizer and generation files) that are present.
         description: the form of the weights for logs, e.g. `"safetensors, 2 shards"`.
         revision: the commit on the Hub that was fetched; None for a directory.
         identities: size and time of change of every weight file, on opening.
@@ -192,7 +192,7 @@ def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> H
             f"{path} is a file, expected a checkpoint directory. Fix: pass {path.parent}"
         )
     if isinstance(source, str) and is_hub_id(source):
-        names = ("config.json", *ASSETS)
+        names = ("config.json", *ASSET_NAMES)
         snapshot = fetch_from_hub(source, revision, names, [f.main for f in WEIGHT_FORMS])
         # The Hub's cache names a snapshot by its commit.
         return dataclasses.replace(_open_directory(snapshot), revision=snapshot.name)
@@ -235,7 +235,7 @@ def _open_directory(directory: Path) -> HFSource:
         directory=directory,
         config=config,
         tensors=MappingProxyType(tensors),
-        assets=tuple(directory / n for n in ASSETS if (directory / n).is_file()),
+        assets=tuple(directory / n for n in ASSET_NAMES if (directory / n).is_file()),
         description=form.kind + shards,
         identities=MappingProxyType(identities),
         _torch_files=MappingProxyType(torch_files),

@@ -14,6 +14,7 @@ from orbax.checkpoint import v1 as ocp
 import btlm_jax as btlm
 from btlm_jax import AlibiScaling, BTLMConfig, make_mesh
 from btlm_jax.checkpoint import metadata, unstacked
+from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.model import weights
 from btlm_jax.utils import atomic
 from support.checkpoint_metadata import edit_metadata
@@ -66,7 +67,7 @@ def test_onto_a_mesh_and_back(saved, params, sizes, tmp_path):
     assert "tensor" not in sizes or not loaded["wte"].is_fully_replicated
     # Saving from the mesh strips the padding: the same bits as the original.
     btlm.save(tmp_path / "again", model.config, loaded)
-    assert metadata.read(tmp_path / "again").leaves == metadata.read(saved).leaves
+    assert metadata.read_metadata(tmp_path / "again").leaves == metadata.read_metadata(saved).leaves
     assert same_bits(params, btlm.load(tmp_path / "again")[1])
 
 
@@ -91,8 +92,8 @@ def test_numpy_weights_and_assets(tmp_path, params):
     file.write_text("{}")
     host = jax.tree.map(np.asarray, params)
     btlm.save(tmp_path / "c", CONFIG, host, assets=[file], origin={"note": "x"})
-    assert [p.name for p in metadata.assets_of(tmp_path / "c")] == ["tokenizer.json"]
-    meta = metadata.read(tmp_path / "c")
+    assert [p.name for p in asset_files(tmp_path / "c")] == ["tokenizer.json"]
+    meta = metadata.read_metadata(tmp_path / "c")
     assert meta.origin == {"note": "x"}
     assert meta.nbytes == 4 * weights.count(CONFIG)
     assert same_bits(params, btlm.load(tmp_path / "c")[1])

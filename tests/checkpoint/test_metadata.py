@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
 from btlm_jax import AlibiScaling
-from btlm_jax.checkpoint import metadata, zarr
+from btlm_jax.checkpoint import metadata, orbax_metadata, zarr
 from btlm_jax.convert import convert
 from btlm_jax.model import weights
 from support import golden
@@ -45,7 +45,7 @@ def changed(file: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def edited(checkpoint: Path, *, seal: bool) -> Iterator[Callable]:
     """A function that applies a change to our notes, and seals them again or not."""
-    with changed(checkpoint / metadata.MARK) as file:
+    with changed(checkpoint / metadata.MARKER_FILE) as file:
         values = json.loads(file.read_text())
         notes = values["custom_metadata"]["btlm_jax"]
 
@@ -61,7 +61,9 @@ def edited(checkpoint: Path, *, seal: bool) -> Iterator[Callable]:
 
 
 def notes_of(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / metadata.MARK).read_text())["custom_metadata"]["btlm_jax"]
+    return json.loads((checkpoint / metadata.MARKER_FILE).read_text())["custom_metadata"][
+        "btlm_jax"
+    ]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -70,7 +72,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_read_back(converted):
-    meta = metadata.read(converted)
+    meta = metadata.read_metadata(converted)
     assert meta.config == CASE.config and len(meta.config.alibi_slopes) == CASE.config.n_head
     leaves = {leaf.path: leaf for leaf in weights.disk_leaves(CASE.config)}
     assert set(meta.leaves) == set(meta.sha256) == set(leaves)
@@ -94,7 +96,7 @@ def test_what_is_read_back(converted):
 def test_largest_block_of_large_arrays(converted):
     """A block of ours; in Orbax's own layout, the whole array."""
     large = {("x",): jax.ShapeDtypeStruct((1 << 20, 9), np.float32)}
-    meta = dataclasses.replace(metadata.read(converted), leaves=large)
+    meta = dataclasses.replace(metadata.read_metadata(converted), leaves=large)
     assert meta.largest_block == zarr.BLOCK_BYTES
     assert dataclasses.replace(meta, ocdbt=True).largest_block == 36 << 20
 
@@ -102,14 +104,14 @@ def test_largest_block_of_large_arrays(converted):
 def test_completep_comes_back(tmp_path):
     config = dataclasses.replace(CASE.config, completep_base_layers=1, completep_alpha=0.75)
     btlm.save(tmp_path / "c", config, CASE.params)
-    assert metadata.read(tmp_path / "c").config == config
+    assert metadata.read_metadata(tmp_path / "c").config == config
     assert btlm.load(tmp_path / "c")[0].config == config
 
 
 def test_a_checkpoint_from_before_completep(converted):
     with edited(converted, seal=True) as apply:
         apply(lambda n: [n["config"].pop(f"completep_{x}") for x in ("base_layers", "alpha")])
-        assert metadata.read(converted).config == CASE.config
+        assert metadata.read_metadata(converted).config == CASE.config
 
 
 # The seal --------------------------------------------------------------------------------------
@@ -138,31 +140,31 @@ def test_an_edit_breaks_the_seal(converted, change):
     with edited(converted, seal=False) as apply:
         apply(change)
         with pytest.raises(ValueError, match="its metadata does not match its seal"):
-            metadata.read(converted)
-    metadata.read(converted)
+            metadata.read_metadata(converted)
+    metadata.read_metadata(converted)
 
 
 def test_an_edit_that_is_sealed_is_believed(converted):
     with edited(converted, seal=True) as apply:
         apply(lambda n: n["config"].update(mup_output_alpha=2.23))
-        assert metadata.read(converted).config.mup_output_alpha == 2.23
+        assert metadata.read_metadata(converted).config.mup_output_alpha == 2.23
 
 
 def test_the_order_of_keys_does_not_matter(converted):
     """Another JSON library may write the same notes in another order."""
-    with changed(converted / metadata.MARK) as file:
+    with changed(converted / metadata.MARKER_FILE) as file:
         file.write_text(json.dumps(json.loads(file.read_text()), sort_keys=True, indent=1))
-        assert metadata.read(converted).config == CASE.config
+        assert metadata.read_metadata(converted).config == CASE.config
 
 
 def test_unknown_and_invalid_configuration(converted):
     with edited(converted, seal=True) as apply:
         apply(lambda n: n["config"].update(experts=8))
         with pytest.raises(ValueError, match=r"unknown config fields \['experts'\]"):
-            metadata.read(converted)
+            metadata.read_metadata(converted)
         apply(lambda n: (n["config"].pop("experts"), n["config"].update(n_head=7)))
         with pytest.raises(ValueError, match="n_embd: found 96, expected a multiple of n_head = 7"):
-            metadata.read(converted)
+            metadata.read_metadata(converted)
 
 
 KEYS = ["format", "config", "origin", "sha256", "asset_sha256", "structure_sha256"]
@@ -174,7 +176,7 @@ def test_missing_keys(converted, key):
         apply(lambda n: n.pop(key))
         said = "checkpoint format None" if key == "format" else "does not match its seal"
         with pytest.raises(ValueError, match=said):
-            metadata.read(converted)
+            metadata.read_metadata(converted)
 
 
 @pytest.mark.parametrize("key", KEYS[1:])
@@ -183,37 +185,41 @@ def test_missing_keys_under_a_valid_seal(converted, key):
     with edited(converted, seal=True) as apply:
         apply(lambda n: n.pop(key))
         with pytest.raises(ValueError, match=key):
-            metadata.read(converted)
+            metadata.read_metadata(converted)
 
 
 def test_damaged_key_of_the_list_of_arrays(converted):
     with changed(converted / "state/_METADATA") as file:
         file.write_bytes(file.read_bytes().replace(b'"use_ocdbt"', b'"use_ocdbv"'))
         with pytest.raises(ValueError, match="damaged checkpoint"):
-            metadata.read(converted)
+            metadata.read_metadata(converted)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe", b'"x"'])
-@pytest.mark.parametrize("name", [metadata.MARK, "state/_METADATA"])
+@pytest.mark.parametrize("name", [metadata.MARKER_FILE, "state/_METADATA"])
 def test_metadata_that_is_not_there(converted, name, content):
     with changed(converted / name) as file:
         file.write_bytes(content)
         with pytest.raises(ValueError, match=str(converted)):
-            metadata.read(converted)
+            metadata.read_metadata(converted)
 
 
 # is_ours ---------------------------------------------------------------------------------------
 
 
 def test_is_ours(converted, tmp_path):
-    assert metadata.is_ours(converted) and metadata.is_ours(converted.as_uri())
-    assert not metadata.is_ours(converted.parent / "hf")
-    assert not metadata.is_ours(tmp_path) and not metadata.is_ours(tmp_path / "nothing")
-    assert not metadata.is_ours(converted / metadata.MARK)
+    assert metadata.is_btlm_checkpoint(converted) and metadata.is_btlm_checkpoint(
+        converted.as_uri()
+    )
+    assert not metadata.is_btlm_checkpoint(converted.parent / "hf")
+    assert not metadata.is_btlm_checkpoint(tmp_path) and not metadata.is_btlm_checkpoint(
+        tmp_path / "nothing"
+    )
+    assert not metadata.is_btlm_checkpoint(converted / metadata.MARKER_FILE)
     ocp.save(tmp_path / "foreign", {"x": np.zeros(3)})
-    assert not metadata.is_ours(tmp_path / "foreign")
+    assert not metadata.is_btlm_checkpoint(tmp_path / "foreign")
     ocp.save(tmp_path / "noted", {"x": np.zeros(3)}, custom_metadata={"mine": 1})
-    assert not metadata.is_ours(tmp_path / "noted")
+    assert not metadata.is_btlm_checkpoint(tmp_path / "noted")
 
 
 @pytest.mark.parametrize(
@@ -223,15 +229,15 @@ def test_is_ours(converted, tmp_path):
 )
 def test_broken_marks_are_not_ours(tmp_path, content):
     """Nothing that might be somebody else's is ever replaced."""
-    (tmp_path / metadata.MARK).write_bytes(content)
-    assert not metadata.is_ours(tmp_path)
+    (tmp_path / metadata.MARKER_FILE).write_bytes(content)
+    assert not metadata.is_btlm_checkpoint(tmp_path)
 
 
 # structure_sha256 ------------------------------------------------------------------------------
 
 
 def test_structure_sha256(converted, tmp_path):
-    place, leaves = tmp_path / "c", list(metadata.read(converted).leaves)
+    place, leaves = tmp_path / "c", list(metadata.read_metadata(converted).leaves)
     shutil.copytree(converted, place)
     whole = metadata.structure_sha256(place, leaves)
     assert whole == notes_of(converted)["structure_sha256"] and len(whole) == 64
@@ -275,7 +281,7 @@ def test_another_source_changes_one_note(converted, tmp_path):
     copy = shutil.copytree(converted.parent / "hf", tmp_path / "copy")
     convert(copy, tmp_path / "c")
     ours, theirs = files(tmp_path / "c"), files(converted)
-    assert {n for n in theirs if ours[n] != theirs[n]} == {metadata.MARK}
+    assert {n for n in theirs if ours[n] != theirs[n]} == {metadata.MARKER_FILE}
     ours, theirs = notes_of(tmp_path / "c"), notes_of(converted)
     assert ours["origin"].pop("source") == str(copy) != theirs["origin"].pop("source")
     assert ours.pop("seal") != theirs.pop("seal") and ours == theirs
@@ -285,26 +291,31 @@ def test_two_saves_are_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         btlm.save(tmp_path / name, CASE.config, CASE.params, origin={"run": 1})
     assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert b'nsecs": 1' not in (tmp_path / "a" / metadata.MARK).read_bytes()  # no clock
+    assert b'nsecs": 1' not in (tmp_path / "a" / metadata.MARKER_FILE).read_bytes()  # no clock
 
 
 def test_mark_and_notes_are_deterministic():
     config = dataclasses.replace(CASE.config, alibi_scaling=AlibiScaling(train_seq_len=64))
     sha256 = {("wte",): "a" * 64, ("blocks", "0", "ln_1", "bias"): "b" * 64}
-    made = [metadata.notes(config, {"x": 1}, sha256, {"f": "c" * 64}, "d" * 64) for _ in range(2)]
-    assert made[0] == made[1] and metadata.mark(made[0]) == metadata.mark(made[1])
+    made = [
+        metadata.custom_metadata(config, {"x": 1}, sha256, {"f": "c" * 64}, "d" * 64)
+        for _ in range(2)
+    ]
+    assert made[0] == made[1] and orbax_metadata.commit_marker(
+        made[0]
+    ) == orbax_metadata.commit_marker(made[1])
     inner = made[0]["btlm_jax"]
     assert inner["sha256"] == {"wte": "a" * 64, "blocks.0.ln_1.bias": "b" * 64}
     assert inner["format"] == metadata.FORMAT and inner["config"]["alibi_scaling"] == {
         "factor": None,
         "train_seq_len": 64,
     }
-    values = json.loads(metadata.mark(made[0]))
+    values = json.loads(orbax_metadata.commit_marker(made[0]))
     assert values["custom_metadata"] == json.loads(json.dumps(made[0]))
     assert values["init_timestamp_nsecs"] is values["commit_timestamp_nsecs"] is None
     paths = [("a",), ("b", "c")]
-    assert metadata.list_of_arrays(paths) == metadata.list_of_arrays(paths)
-    listed = json.loads(metadata.list_of_arrays(paths))
+    assert orbax_metadata.array_list(paths) == orbax_metadata.array_list(paths)
+    listed = json.loads(orbax_metadata.array_list(paths))
     assert set(listed["tree_metadata"]) == {"('a',)", "('b', 'c')"}
     assert listed["use_ocdbt"] is False and listed["use_zarr3"] is True
 
@@ -313,4 +324,4 @@ def test_slopes_keep_every_bit_in_json(tmp_path):
     slopes = tuple(float(x) for x in np.random.default_rng(0).uniform(0, 1, CASE.config.n_head))
     config = dataclasses.replace(CASE.config, alibi_slopes=slopes)
     btlm.save(tmp_path / "c", config, CASE.params)
-    assert metadata.read(tmp_path / "c").config.alibi_slopes == slopes
+    assert metadata.read_metadata(tmp_path / "c").config.alibi_slopes == slopes

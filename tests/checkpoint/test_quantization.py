@@ -35,14 +35,16 @@ def leaf_of(inputs: int, outputs: int) -> weights.DiskLeaf:
     return weights.DiskLeaf(w, 0)
 
 
-def quantize(x: np.ndarray, to: Quantization) -> tuple[np.ndarray, np.ndarray, quantization.Errors]:
+def quantize(
+    x: np.ndarray, to: Quantization
+) -> tuple[np.ndarray, np.ndarray, quantization.QuantizationErrors]:
     """Values as int8 [O, I], scales [O, G] and errors of a kernel [I, O]."""
     leaf = leaf_of(*x.shape)
-    values, scales = quantization.parts(leaf, to)
-    found = quantization.quantize(x, values, to)
+    values, scales = quantization.stored_parts(leaf, to)
+    found = quantization.quantize_array(x, values, to)
     for array, part in ((found.values, values), (found.scales, scales)):
         assert array.shape == part.shape and array.dtype == part.dtype
-    whole = found.values if to.group is None else quantization.unpacked(found.values)
+    whole = found.values if to.group is None else quantization.unpack_host(found.values)
     assert not whole[:, len(x) :].any()  # the filling
     return whole[:, : len(x)], found.scales, found.errors
 
@@ -181,19 +183,19 @@ def test_two_int4_share_a_byte():
     x = ((np.arange(256) * 7 + np.arange(256) // 64) % 16 - 8).astype(np.float32)[:, None]
     leaf = leaf_of(256, 1)
     to = Quantization(4, 64)
-    packed = quantization.quantize(x, quantization.parts(leaf, to)[0], to).values
+    packed = quantization.quantize_array(x, quantization.stored_parts(leaf, to)[0], to).values
     assert packed.shape == (1, 128) and packed.dtype == np.uint8
     values = x[:, 0].astype(int).reshape(2, 2, 64)
     np.testing.assert_array_equal(packed.reshape(2, 64) & 15, values[:, 0] & 15)
     np.testing.assert_array_equal(packed.reshape(2, 64) >> 4, values[:, 1] & 15)
-    for back in (quantization.unpacked(packed), packed_lib.unpack(jnp.asarray(packed))):
+    for back in (quantization.unpack_host(packed), packed_lib.unpack(jnp.asarray(packed))):
         assert back.dtype == np.int8
         np.testing.assert_array_equal(back[0], x[:, 0])
 
 
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([64, 128]))))
 def test_unpacking_on_host_and_device_agree(packed):
-    np.testing.assert_array_equal(quantization.unpacked(packed), packed_lib.unpack(packed))
+    np.testing.assert_array_equal(quantization.unpack_host(packed), packed_lib.unpack(packed))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -215,7 +217,7 @@ def params():
 
 @pytest.mark.parametrize("to", KINDS, ids=str)
 def test_quantized(params, to):
-    found = quantization.quantized(params, CONFIG, to)
+    found = quantization.quantize_params(params, CONFIG, to)
     assert weights.check(found, CONFIG) == {}
     flat = weights.flatten(found)
     for leaf in weights.disk_leaves(CONFIG):
@@ -236,42 +238,42 @@ def test_quantized(params, to):
 
 @pytest.mark.parametrize("to", [KINDS[0], Quantization(4, 64, "bfloat16")], ids=str)
 def test_quantized_takes_weights_by_layer(params, to):
-    expected = quantization.quantized(params, CONFIG, to)
+    expected = quantization.quantize_params(params, CONFIG, to)
     apart = weights.flatten(weights.by_layer(CONFIG, params))
     for leaf in weights.disk_leaves(CONFIG):
         if leaf.weight.inputs:
             apart[leaf.path] = packed_lib.inputs_last(apart[leaf.path], leaf.weight.inputs)
     for tree in (weights.by_layer(CONFIG, params), weights.unflatten(apart)):
-        found = quantization.quantized(tree, CONFIG, to)
+        found = quantization.quantize_params(tree, CONFIG, to)
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected))
 
 
 def test_bf16_stays_where_nothing_is_quantized(params):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    found = quantization.quantized(half, CONFIG, Quantization(4, 64, "bfloat16"))
+    found = quantization.quantize_params(half, CONFIG, Quantization(4, 64, "bfloat16"))
     assert found["wte"].values.dtype == found["lm_head"].values.dtype == jnp.bfloat16
     assert found["ln_f"]["scale"].dtype == jnp.bfloat16
-    full = quantization.quantized(params, CONFIG, Quantization(8, embedding="bfloat16"))
+    full = quantization.quantize_params(params, CONFIG, Quantization(8, embedding="bfloat16"))
     assert full["ln_f"]["scale"].dtype == jnp.float32
     np.testing.assert_array_equal(full["wte"].values, half["wte"])
 
 
 def test_what_cannot_be_quantized(params):
-    once = quantization.quantized(params, CONFIG, INT8)
+    once = quantization.quantize_params(params, CONFIG, INT8)
     with pytest.raises(ValueError, match="wte: found int8 with scales, expected floats"):
-        quantization.quantized(once, CONFIG, INT8)
+        quantization.quantize_params(once, CONFIG, INT8)
     padded = weights.init(jax.random.key(0), CONFIG, padding={"mlp": 172})
     with pytest.raises(ValueError, match="padded for a mesh, expected unpadded"):
-        quantization.quantized(padded, CONFIG, INT8)
+        quantization.quantize_params(padded, CONFIG, INT8)
     with pytest.raises(ValueError, match="do not match"):
-        quantization.quantized(params, dataclasses.replace(CONFIG, n_layer=3), INT8)
+        quantization.quantize_params(params, dataclasses.replace(CONFIG, n_layer=3), INT8)
 
 
 # What is stored -----------------------------------------------------------------------------------
 
 
 def test_stored_arrays():
-    leaves = {leaf.path: leaf for leaf in quantization.disk_leaves(CONFIG, KINDS[2])}
+    leaves = {leaf.path: leaf for leaf in quantization.stored_leaves(CONFIG, KINDS[2])}
     c = CONFIG
     expected = {
         ("wte", "int8"): ((c.vocab_size, 64), "int8"),
@@ -287,7 +289,7 @@ def test_stored_arrays():
     assert ("wte",) not in leaves and ("blocks", "1", "mlp", "c_proj", "kernel") not in leaves
     assert leaves["wte", "scales"].hf_name == "transformer.wte.weight.scales"
     assert len({leaf.hf_name for leaf in leaves.values()}) == len(leaves)
-    assert list(quantization.disk_leaves(c, None)) == list(weights.disk_leaves(c))
+    assert list(quantization.stored_leaves(c, None)) == list(weights.disk_leaves(c))
 
 
 def test_parse():

@@ -73,11 +73,11 @@ def blocks_of(array: np.ndarray) -> list[np.ndarray]:
 
 
 def write(folder: Path, array: np.ndarray) -> zarr.Digest:
-    return zarr.write(epath.Path(folder), array.shape, array.dtype, blocks_of(array))
+    return zarr.write_blocks(epath.Path(folder), array.shape, array.dtype, blocks_of(array))
 
 
 def read(folder: Path, rows: int = 3) -> list[np.ndarray]:
-    return list(zarr.read(paths.kvstore(epath.Path(folder)), rows))
+    return list(zarr.read_blocks(paths.kvstore(epath.Path(folder)), rows))
 
 
 def joined(blocks) -> bytes:
@@ -164,7 +164,7 @@ def test_nonfinite(raw, dtype, infinities):
     """Counts what NumPy does not call finite, NaN with any payload and sign included."""
     block = np.frombuffer(raw[: len(raw) // 4 * 4], dtype).copy()
     block[:infinities] = -np.inf
-    assert zarr.nonfinite(block) == nonfinite(block)
+    assert zarr.count_nonfinite(block) == nonfinite(block)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,11 +174,11 @@ def test_nonfinite_of_every_pattern(dtype):
     top = np.arange(1 << 16).astype(unsigned)
     bits = top if width == 16 else np.concatenate([(top << 16) | low for low in (0, 1, 0xFFFF)])
     block = bits.view(dtype)
-    assert zarr.nonfinite(block) == nonfinite(block) > 100
+    assert zarr.count_nonfinite(block) == nonfinite(block) > 100
     # Also past the end of the scratch memory.
     long = np.resize(block, (1 << 17) + 5)
     long[-1] = np.nan
-    assert zarr.nonfinite(long) == nonfinite(long)
+    assert zarr.count_nonfinite(long) == nonfinite(long)
 
 
 @pytest.fixture(params=["random", "zeros"])
@@ -272,13 +272,13 @@ def test_same_bytes_however_often(tmp_path):
 def test_blocks_that_do_not_fit(tmp_path, lengths, said):
     with small(40, 40), pytest.raises(ValueError, match=said):
         parts = [np.ones(n, np.float32) for n in lengths]
-        zarr.write(epath.Path(tmp_path / "a"), (61,), np.dtype(np.float32), parts)
+        zarr.write_blocks(epath.Path(tmp_path / "a"), (61,), np.dtype(np.float32), parts)
 
 
 def test_blocks_of_another_dtype(tmp_path):
     parts = [np.ones(4, np.float16)]
     with pytest.raises(ValueError, match="found a block of float16, expected float32"):
-        zarr.write(epath.Path(tmp_path / "a"), (4,), np.dtype(np.float32), parts)
+        zarr.write_blocks(epath.Path(tmp_path / "a"), (4,), np.dtype(np.float32), parts)
 
 
 # What Orbax makes of it ------------------------------------------------------------------------
@@ -324,7 +324,7 @@ def test_orbax_reads_many_blocks(many_blocks):
 
 def test_our_reader_and_orbax_agree(many_blocks):
     path, _ = many_blocks
-    meta, tree = metadata.read(path), weights.flatten(ocp.load(path))
+    meta, tree = metadata.read_metadata(path), weights.flatten(ocp.load(path))
     for leaf in weights.disk_leaves(CONFIG):
         for width in (None, 4):  # larger blocks than were written
             blocks = list(meta.blocks(leaf, width))

@@ -12,7 +12,7 @@ import pytest
 
 import btlm_jax
 from btlm_jax import cli
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 from support import golden
 
 COMMANDS = ("quickstart", "convert", "export", "info", "eval", "generate", "collapse")
@@ -73,7 +73,7 @@ def test_convert_info_generate_export(capsys, tmp_path):
     assert code == 0 and "2 layers, n_embd 96" in out and str(source) in out
     weights = golden.load("a2_btlm_mup_h32").weights
     nbytes = sum(x.nbytes for name, x in weights.items() if name != golden.SLOPES)
-    assert ["stored", "float32", *byte_size.show(nbytes).split()] in map(str.split, out.split("\n"))
+    assert ["stored", "float32", *format_bytes(nbytes).split()] in map(str.split, out.split("\n"))
     assert (
         run(capsys, "info", source, "--length", "64")[1].split()
         == out[: out.index("stored")].split()

@@ -286,7 +286,7 @@ def _child(job: dict) -> dict:
     if "at" in job:  # which change it is must not depend on threads
         options["max_memory"] = ONE_THREAD
         if job["what"] == "export":
-            options["max_memory"] = 5 * metadata.read(job["source"]).largest_block
+            options["max_memory"] = 5 * metadata.read_metadata(job["source"]).largest_block
     try:
         report = WORK[job["what"]](job["source"], job["target"], **options)
         out |= {"resumed": report.resumed, "tensors": report.tensors}
@@ -353,7 +353,7 @@ def test_killed_while_replacing(what, made, forks, tmp_path):
         if not target.exists():
             found.append("aside")
             with pytest.raises(FileNotFoundError, match=r"\.c\.replaced: the same command continu"):
-                metadata.read(target)
+                metadata.read_metadata(target)
             with full_disk_for(SMALL[what]), pytest.raises(OSError):  # the next run fails too
                 WORK[what](source, target, overwrite=True, **OPTIONS[what])
             assert_same(hidden(target, "replaced"), old)
@@ -592,7 +592,7 @@ def assert_says_what_to_do(error: OSError, target: Path) -> None:
 
 @pytest.mark.parametrize("at", ["opening", "writing"])
 def test_disk_full(at, made, tmp_path, monkeypatch):
-    create, calls = zarr.create, itertools.count()
+    create, calls = zarr.create_array, itertools.count()
 
     def full(*args):
         if next(calls) < 5:
@@ -694,7 +694,9 @@ def test_disk_really_full(what, below, made, small_disk):
 @pytest.mark.parametrize("what", ["convert", "export"])
 def test_too_little_space_is_seen_at_once(what, made, tmp_path, monkeypatch):
     source, expected, *_ = sources(what, made)
-    size = sum(x.size * x.dtype.itemsize for x in metadata.read(made.checkpoint).leaves.values())
+    size = sum(
+        x.size * x.dtype.itemsize for x in metadata.read_metadata(made.checkpoint).leaves.values()
+    )
     begin(what, source, tmp_path / "c", 3)
     Usage = namedtuple("Usage", "total used free")
     with monkeypatch.context() as patch:

@@ -91,9 +91,9 @@ def test_of_a_training_checkpoint_the_weights(tmp_path):
     state = {x.path: tensors[x.hf_name].reshape(x.weight.shape) for x in leaves}
     tree = weights.unflatten(state)
     items = {"state": tree, "optimizer": {"mu": tree, "count": np.array(7)}}
-    notes = metadata.notes(UNTIED.config, {}, {}, {}, None)
+    notes = metadata.custom_metadata(UNTIED.config, {}, {}, {}, None)
     ocp.save_checkpointables(tmp_path / "t", items, custom_metadata=notes)
-    assert metadata.read(tmp_path / "t").ocdbt
+    assert metadata.read_metadata(tmp_path / "t").ocdbt
     report = export(tmp_path / "t", tmp_path / "hf")
     written = load_file(tmp_path / "hf/model.safetensors")
     slopes = written.pop(golden.SLOPES)
@@ -202,7 +202,7 @@ def write_flavor(path: Path, raw: dict) -> dict[str, np.ndarray]:
 
 def saved_again(checkpoint: Path, target: Path, **changes) -> BTLMConfig:
     """Saves a checkpoint with a changed configuration, as training would; returns that."""
-    meta = metadata.read(checkpoint)
+    meta = metadata.read_metadata(checkpoint)
     config = dataclasses.replace(meta.config, **changes)
     leaves = {
         leaf.weight.path: np.concatenate(list(meta.blocks(leaf))).reshape(leaf.weight.shape)
@@ -269,7 +269,7 @@ def test_changes_are_told_in_the_same_flavor(name, changes, tmp_path, notices):
     assert {k for k in raw if written[k] != raw[k]} <= {*changes, *told}
     assert set(written) - set(raw) <= {"alibi_scaling"}
     convert(tmp_path / "back", tmp_path / "c3")
-    assert metadata.read(tmp_path / "c3").config == config
+    assert metadata.read_metadata(tmp_path / "c3").config == config
 
 
 def test_what_jais_13b_cannot_express(tmp_path, notices):
@@ -288,7 +288,7 @@ def test_what_jais_13b_cannot_express(tmp_path, notices):
     assert written == plain.to_hf() | {"torch_dtype": "float32"}
     assert "width_scale" not in written and BTLMConfig.from_hf(written) == plain
     convert(tmp_path / "back", tmp_path / "c3")
-    assert metadata.read(tmp_path / "c3").config == config
+    assert metadata.read_metadata(tmp_path / "c3").config == config
 
 
 def test_old_keys_without_a_width_scale(tmp_path):
@@ -306,7 +306,7 @@ def test_old_keys_without_a_width_scale(tmp_path):
 def test_torch_dtype_of_weights_that_were_widened(tmp_path):
     """A bf16 model trained on in fp32; transformers 5 loads in the dtype that config.json names."""
     convert(golden.write_hf(tmp_path / "hf", BF16), tmp_path / "c")
-    meta = metadata.read(tmp_path / "c")
+    meta = metadata.read_metadata(tmp_path / "c")
     assert BF16.hf_config["torch_dtype"] == "bfloat16" and BF16.params["wte"].dtype == np.float32
     btlm.save(tmp_path / "c2", meta.config, BF16.params, origin=meta.origin)
     export(tmp_path / "c2", tmp_path / "back")

@@ -40,7 +40,9 @@ def assert_same_bits(a: dict, b: dict) -> None:
 def test_round_trip(case, tmp_path):
     golden.write_hf(tmp_path / "hf", case, tokenizer=True)
     report = convert(tmp_path / "hf", tmp_path / "c")
-    assert metadata.read(tmp_path / "c").config == case.config  # stored slopes included, exactly
+    assert (
+        metadata.read_metadata(tmp_path / "c").config == case.config
+    )  # stored slopes included, exactly
     assert report.dtypes == {"bfloat16" if case.bf16 else "float32": report.tensors}
     export(tmp_path / "c", tmp_path / "back")
     assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
@@ -186,7 +188,7 @@ def test_changed_model_gets_a_fresh_config(tmp_path):
     """A config.json that no longer describes the model is not carried along."""
     golden.write_hf(tmp_path / "hf", BF16)
     convert(tmp_path / "hf", tmp_path / "c")
-    meta = metadata.read(tmp_path / "c")
+    meta = metadata.read_metadata(tmp_path / "c")
     scaled = dataclasses.replace(meta.config, alibi_scaling=btlm.AlibiScaling(factor=4.0))
     _, params = btlm.load(tmp_path / "c")
     btlm.save(tmp_path / "c4", scaled, params, origin=meta.origin)

@@ -83,12 +83,12 @@ def test_golden_models(name, to, tmp_path):
     assert model.config == case.config
     dtype = jnp.bfloat16 if case.bf16 else jnp.float32
     source = jax.tree.map(lambda x: x.astype(dtype), case.params)
-    expected = quantization.quantized(source, case.config, to)
+    expected = quantization.quantize_params(source, case.config, to)
     assert same(params, expected) and weights.check(params, model.config) == {}
     convert(tmp_path / "hf", tmp_path / "c")
     quantize(tmp_path / "c", tmp_path / "again", to)
     assert verify(tmp_path / "q") and verify(tmp_path / "q", tmp_path / "again")
-    meta = metadata.read(tmp_path / "q")
+    meta = metadata.read_metadata(tmp_path / "q")
     assert meta.quantization == to and report.nbytes == meta.nbytes
     layers = 5 if case.config.gated else 4
     heads = {"int8": 1 + (not case.config.tie_word_embeddings), "bfloat16": 0}[to.embedding]
@@ -197,15 +197,15 @@ def test_orbax_reads_it_without_us(made):
 
 _KILLED = """
 import os, signal, sys
-from btlm_jax import array_files, checkpoint
+from btlm_jax.checkpoint import checkpoint, zarr
 from btlm_jax.convert import quantize
-left, real = [int(sys.argv[3])], array_files.write
+left, real = [int(sys.argv[3])], zarr.write_blocks
 def write(*args):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
-array_files.write = write
+zarr.write_blocks = write
 quantize(sys.argv[1], sys.argv[2], "int4")
 """
 
@@ -225,7 +225,7 @@ def test_killed(made, tmp_path):
 
 
 def test_failed_at_any_array(made, tmp_path, monkeypatch):
-    expected, real = files(path_of(made, INT4)), zarr.write
+    expected, real = files(path_of(made, INT4)), zarr.write_blocks
     for after in (1, 2, 5, 8):
         calls = itertools.count()
 

@@ -55,7 +55,7 @@ def write_by_orbax(path: Path, config: BTLMConfig, tensors: dict, sha256=None, *
     """A checkpoint as training code may write one: by Orbax itself, with more than the weights."""
     leaves = list(weights.disk_leaves(config))
     state = {x.path: np.asarray(tensors[x.hf_name]).reshape(x.weight.shape) for x in leaves}
-    notes = metadata.notes(config, {}, sha256 or {}, {}, None)
+    notes = metadata.custom_metadata(config, {}, sha256 or {}, {}, None)
     context = ocp.Context()
     for option, value in saving.items():
         setattr(context.array_options.saving, option, value)
@@ -164,24 +164,24 @@ def notes_at(file: Path) -> tuple[int, int]:
 
 def test_flips_in_our_notes(converted):
     """Every one is refused, unless JSON reads the same value: "1e-05" and "1E-05"."""
-    rng, file = random.Random(4), converted / metadata.MARK
+    rng, file = random.Random(4), converted / metadata.MARKER_FILE
     start, stop = notes_at(file)
     exponent = 8 * (file.read_bytes().index(b"1e-05") + 1) + 5
     bits = [8 * start, 8 * stop - 1, *(rng.randrange(8 * start, 8 * stop) for _ in range(80))]
     for bit in bits:
         with flipped(file, bit), pytest.raises(ValueError, match=str(converted)):
             verify(converted)
-    before = metadata.read(converted)
+    before = metadata.read_metadata(converted)
     with flipped(file, exponent):
         assert b"1E-05" in file.read_bytes()
-        assert metadata.read(converted) == before and verify(converted)
+        assert metadata.read_metadata(converted) == before and verify(converted)
 
 
 def test_flips_beside_our_notes_do_no_harm(converted):
     """Orbax's own entries are sealed by nobody: refused, or without effect on what is loaded."""
-    rng, file = random.Random(5), converted / metadata.MARK
+    rng, file = random.Random(5), converted / metadata.MARKER_FILE
     start, stop = notes_at(file)
-    before, expected = metadata.read(converted), weights.flatten(ocp.load(converted))
+    before, expected = metadata.read_metadata(converted), weights.flatten(ocp.load(converted))
     unseen = 0
     bits = [*range(8 * stop, 8 * file.stat().st_size)]
     for bit in bits + [rng.randrange(8 * start) for _ in range(60)]:
@@ -190,7 +190,7 @@ def test_flips_beside_our_notes_do_no_harm(converted):
                 continue
             assert not found
             unseen += 1
-            assert metadata.read(converted) == before
+            assert metadata.read_metadata(converted) == before
             got = weights.flatten(ocp.load(converted))
             assert got.keys() == expected.keys()
             assert all(got[p].tobytes() == expected[p].tobytes() for p in got)
@@ -259,7 +259,7 @@ def forms(tmp_path_factory) -> dict[str, Path]:
     convert(made["bin"], made["orbax"])
     export(made["orbax"], made["export"])
     export(made["orbax"], made["sharded export"], max_shard_bytes=20_000)
-    config = metadata.read(made["orbax"]).config
+    config = metadata.read_metadata(made["orbax"]).config
     made["ocdbt"] = write_by_orbax(folder / "ocdbt", config, tensors)
     made["orbax's own"] = write_by_orbax(folder / "own", config, tensors, use_ocdbt=False)
     return made
@@ -272,7 +272,10 @@ FORMS += ["orbax's own"]
 def test_every_pairing_of_equal_ones(forms):
     """Nothing differs, and the digest is that of the weights, not of the format."""
     assert set(forms) == set(FORMS)
-    assert metadata.read(forms["ocdbt"]).ocdbt and not metadata.read(forms["orbax's own"]).ocdbt
+    assert (
+        metadata.read_metadata(forms["ocdbt"]).ocdbt
+        and not metadata.read_metadata(forms["orbax's own"]).ocdbt
+    )
     digests = set()
     for a in FORMS:
         for b in FORMS:
@@ -307,7 +310,7 @@ def test_every_pairing_of_unequal_ones(forms, tmp_path):
     save_file(tensors | {NAME: changed}, hf / "model.safetensors")
     convert(hf, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "e")
-    config = metadata.read(tmp_path / "c").config
+    config = metadata.read_metadata(tmp_path / "c").config
     write_by_orbax(tmp_path / "t", config, load_file(hf / "model.safetensors"))
     said = f"1 of {changed.size:,} elements differ, max |difference| {difference:.6g}"
     for b in (hf, tmp_path / "c", tmp_path / "e", tmp_path / "t"):
@@ -327,7 +330,7 @@ def test_without_hashes(forms):
 
 def test_hashes_of_a_checkpoint_that_orbax_wrote(forms, tmp_path):
     """Training may record them; then they are checked, and exported from."""
-    meta = metadata.read(forms["orbax"])
+    meta = metadata.read_metadata(forms["orbax"])
     tensors = load_file(forms["safetensors"] / "model.safetensors")
     path = write_by_orbax(tmp_path / "t", meta.config, tensors, dict(meta.sha256))
     assert verify(path).digest == verify(forms["orbax"]).digest
@@ -741,7 +744,7 @@ def run(capsys):
 
 def test_command_equal(run, forms):
     digest = verify(forms["bin"], forms["bin"]).digest
-    nbytes = metadata.read(forms["orbax"]).nbytes
+    nbytes = metadata.read_metadata(forms["orbax"]).nbytes
     expected = f"31 tensors, {nbytes:,} bytes: no difference\nsha256 of the tensors' sha256: "
     for argv in (["orbax"], ["export"], ["bin", "orbax"], ["ocdbt", "sharded export"]):
         code, out, _ = run(*(forms[name] for name in argv))
@@ -773,7 +776,9 @@ def test_command_damage(run, converted):
     with flipped(file, -1):
         code, out, _ = run(converted)
         assert code == 1 and "transformer.ln_f.bias" in out and "damaged checkpoint" in out
-    with flipped(converted / metadata.MARK, 8 * notes_at(converted / metadata.MARK)[0] + 8 * 4):
+    with flipped(
+        converted / metadata.MARKER_FILE, 8 * notes_at(converted / metadata.MARKER_FILE)[0] + 8 * 4
+    ):
         code, out, err = run(converted)
         assert code == 2 and not out and "btlm: error: " in err
     assert run(converted)[0] == 0

@@ -127,12 +127,12 @@ SLOWLY = """
 import sys, time
 from btlm_jax.data.prepare import prepare_tokens
 from btlm_jax.utils import atomic
-record = atomic.Stage.record
+record = atomic.StagedDirectory.record
 def slowly(*args):
     time.sleep(0.01)
     record(*args)
     time.sleep(0.01)
-atomic.Stage.record = slowly
+atomic.StagedDirectory.record = slowly
 made = prepare_tokens(sys.argv[2], sys.argv[1], new_tokenizer=300, held_out=0.3, shard_tokens=150)
 print(*(r.resumed for r in made.values()))
 """

@@ -219,12 +219,12 @@ SLOWLY = """
 import sys, time
 from btlm_jax.data.tokenize import tokenize
 from btlm_jax.utils import atomic
-record = atomic.Stage.record
+record = atomic.StagedDirectory.record
 def slowly(*args):
     time.sleep(0.004)
     record(*args)
     time.sleep(0.004)
-atomic.Stage.record = slowly
+atomic.StagedDirectory.record = slowly
 report = tokenize(sys.argv[3:], sys.argv[1], sys.argv[2], shard_tokens=400)
 print(report.resumed, report.shards)
 """

@@ -7,7 +7,7 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer, same_ids
+from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer, tokenizers_match
 
 TEXT = "The quick brown fox, the lazy dog. Ünïcode 🙂\n\tand tabs"
 
@@ -83,10 +83,10 @@ def test_same_ids(bpe, tmp_path):
     """The two ways to store a tokenizer are one; another merge order or token is another."""
     bpe.model.save(str(tmp_path))
     files = load_tokenizer(tmp_path)
-    assert same_ids(files, bpe) and same_ids(files, files)
+    assert tokenizers_match(files, bpe) and tokenizers_match(files, files)
     state = json.loads(bpe.to_str())
     merges = state["model"]["merges"]
     merges[-1], merges[-2] = merges[-2], merges[-1]
-    assert not same_ids(Tokenizer.from_str(json.dumps(state)), bpe)
+    assert not tokenizers_match(Tokenizer.from_str(json.dumps(state)), bpe)
     files.add_tokens(["<|new|>"])
-    assert not same_ids(files, bpe)
+    assert not tokenizers_match(files, bpe)

@@ -19,7 +19,7 @@ import pytest
 
 import btlm_jax as btlm
 from btlm_jax import cli
-from btlm_jax.checkpoint import checkpoint
+from btlm_jax.checkpoint import unstacked
 from btlm_jax.cli.harness_command import Harness
 from btlm_jax.evaluation import harness
 from btlm_jax.generation import jsonl
@@ -180,7 +180,7 @@ def test_what_is_computed_in_tells_runs_apart(
     monkeypatch.setattr(jsonl.Journal, "add", killed)
     with pytest.raises(KeyboardInterrupt):
         run(bytes_checkpoint, folder, out, "local_text")
-    monkeypatch.setattr(checkpoint, "decoding_dtype", lambda *_: "bfloat16")
+    monkeypatch.setattr(unstacked, "decoding_dtype", lambda *_: "bfloat16")
     with pytest.raises(ValueError, match="compute_dtype: found 'float32', expected 'bfloat16'"):
         run(bytes_checkpoint, folder, out, "local_text")
 

@@ -15,7 +15,7 @@ from btlm_jax.config import AlibiScaling
 from btlm_jax.evaluation import likelihood
 from btlm_jax.evaluation.likelihood import Pair, likelihoods, rows
 from btlm_jax.model import weights
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 from support import golden, reference_numpy
 
 
@@ -83,7 +83,7 @@ def test_few_programs(tiny):
     model, params = tiny
     rng = np.random.default_rng(0)
     pairs = {i: Pair(tuple(rng.integers(0, 512, n)), (1,)) for i, n in enumerate(range(1, 50))}
-    with compilations() as found:
+    with count_compilations() as found:
         answers(model, params, pairs, 48, batch_size=4)
     assert found.count == 3  # widths of 32, 40 and 48
 

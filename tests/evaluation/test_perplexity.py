@@ -28,7 +28,7 @@ from btlm_jax.model import mup, packed, weights
 from btlm_jax.model.loss import IGNORE
 from btlm_jax.train.demo import quickstart
 from btlm_jax.train.step import init_state, make_step
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 from support import golden, reference_numpy
 
 ALIBI = golden.load("a2_btlm_mup_h32").config
@@ -188,7 +188,7 @@ def test_one_program_and_any_batch():
     case = golden.load("a2_btlm_mup_h32")
     windows = cut(case.config, documents(200, 31, 5), 2, length=32, stride=16)
     one = cross_entropy(case.model, case.params, windows, batch_size=4)
-    with compilations() as found:
+    with count_compilations() as found:
         cross_entropy(case.model, case.params, windows, batch_size=4)
         other = cut(case.config, documents(9, 77), 2, length=30, stride=7)
         cross_entropy(case.model, case.params, other, batch_size=4)
@@ -268,7 +268,7 @@ def test_what_quantizing_costs(trained):
     assert 0 < 2 * sizes[0] < sizes[1]
     # Loss of what is stored, independently: dequantized weights in the original's layout.
     for to, row in zip(kinds[1:], rows[2:], strict=True):
-        found = quantization.quantized(params, model.config, to)
+        found = quantization.quantize_params(params, model.config, to)
         again = dequantized(params, found, model.config)
         plain = cross_entropy(model, again, windows).nats_per_token
         assert abs(row.found.nats_per_token - plain) < 1e-4  # fp32, in another order
@@ -276,7 +276,7 @@ def test_what_quantizing_costs(trained):
 
 def changes(model, params, ids, to) -> float:
     """The root mean square, over texts of 60 tokens, of the changes of nats per token."""
-    used = params, quantization.quantized(params, model.config, to)
+    used = params, quantization.quantize_params(params, model.config, to)
     found = []
     for start in range(0, len(ids) - 60, 60):
         windows = cut(model.config, [TokenizedDocument(ids[start:][:60], 60)], 95, length=60)

@@ -9,7 +9,7 @@ import pytest
 from btlm_jax import generate, generate_batch, make_mesh, stream
 from btlm_jax.generation import batch, request, sample
 from btlm_jax.model import kv_cache
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 from support import golden
 
 # More prompts than rows, of several widths of reading, in no order.
@@ -80,7 +80,7 @@ def test_nothing_is_compiled_for_refilling(of_bytes, monkeypatch):
     generate_batch(model, params, PROMPTS, batch_size=3, **DRAWN)
     reads, begin = [], batch.begin
     monkeypatch.setattr(batch, "begin", lambda *a: reads.append(a) or begin(*a))
-    with compilations() as found:
+    with count_compilations() as found:
         generate_batch(model, params, PROMPTS * 2, batch_size=3, **DRAWN | dict(seed=6))
     assert found.count == 0 and len(reads) == 2 * len(PROMPTS)
 

@@ -14,7 +14,7 @@ from scipy import stats
 from btlm_jax import BTLM, BTLMConfig, generate, load_tokenizer, make_mesh, score
 from btlm_jax.generation import prompts
 from btlm_jax.model import sharding, weights
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 from support import golden, gpt2
 
 FP32 = [n for n in golden.NAMES if n != "g_bf16"]
@@ -181,7 +181,7 @@ def test_one_program_per_bucket(tiny):
     how = dict(num_beams=2, eos_token_id=3)
 
     def compiled(prompt_length, new, **more):
-        with compilations() as found:
+        with count_compilations() as found:
             ids = np.arange(prompt_length)[None] % 500
             out = generate(model, params, ids, max_new_tokens=new, **how | more)
         assert prompt_length < out.shape[1] <= prompt_length + new

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import log_softmax
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh, score
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 from support import golden
 
 
@@ -41,7 +41,7 @@ def test_one_program_per_bucket(tiny):
     model, params = tiny
     ids = np.ones((1, 64), int)
     score(model, params, ids[:, :57])
-    with compilations() as found:
+    with count_compilations() as found:
         score(model, params, ids[:, :64])
         score(model, params, ids[:, :60])
     assert found.count == 0

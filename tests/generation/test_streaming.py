@@ -12,7 +12,7 @@ import pytest
 from btlm_jax import generate, stream
 from btlm_jax.generation import request, sample
 from btlm_jax.model import kv_cache
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 
 PROMPT = np.array([72, 101, 108])
 
@@ -55,7 +55,7 @@ def test_nothing_is_compiled_on_the_way(of_bytes, monkeypatch):
     expected = list(stream(model, params, PROMPT, **how))
     tokens = stream(model, params, PROMPT[:2], **how)
     next(tokens)
-    with compilations() as found:
+    with count_compilations() as found:
         list(tokens)
     assert found.count == 0
     monkeypatch.setattr(request, "_FIRST", 8)

@@ -34,7 +34,9 @@ def kernel_of(params, name: str, kind: str) -> Kernel:
         x = weights.flatten(params)[path][0].astype(kind)
         return packed.inputs_last(x, weights.by_path(CONFIG)[path].inputs)
     to = Quantization.parse("int4" if kind == "jnp.int4" else kind)
-    kernel = weights.flatten(quantization.quantized(params, CONFIG, to))["blocks", "0", *path[1:]]
+    kernel = weights.flatten(quantization.quantize_params(params, CONFIG, to))[
+        "blocks", "0", *path[1:]
+    ]
     if kind == "jnp.int4":
         values = packed.unpack(kernel.values).astype(jnp.int4)
         kernel = dataclasses.replace(kernel, values=values)
@@ -109,7 +111,7 @@ def test_products_with_int8_on_cpus_round_the_inputs_of_each_row(params):
 def test_rows(params, embedding):
     wte: Kernel = Kernel(params["wte"], None, 64)
     if embedding == "int8":
-        wte = quantization.quantized(params, CONFIG, Quantization(8))["wte"]
+        wte = quantization.quantize_params(params, CONFIG, Quantization(8))["wte"]
     index = jnp.array([[0, 5], [CONFIG.vocab_size - 1, CONFIG.vocab_size + 7]])
     found = packed.rows(wte, index)
     assert found.dtype == jnp.float32 and found.shape == (2, 2, 64)

@@ -161,7 +161,7 @@ def test_a_damaged_line_is_named(complete, corpus, tmp_path):
 def test_one_process_at_a_time(complete, corpus):
     directory, _ = complete
     with (directory / "runs.jsonl").open("a") as other:
-        atomic.hold(other, directory)
+        atomic.lock_file(other, directory)
         with pytest.raises(FileExistsError, match="is being written by another process"):
             transfer.transfer(directory, FAMILY, corpus, **SMALL)
 

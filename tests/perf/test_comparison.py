@@ -94,7 +94,7 @@ def test_weights_are_the_bytes_we_write(name, precision, to):
     config = BTLMConfig.preset(name)
     stored = sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype or "bfloat16").itemsize
-        for leaf in quantization.disk_leaves(config, to)
+        for leaf in quantization.stored_leaves(config, to)
     )
     assert comparison.of_config(config, name).weight_bytes(precision) == stored
 

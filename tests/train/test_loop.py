@@ -30,7 +30,7 @@ from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
 from btlm_jax.train.metrics import read_lines
 from btlm_jax.train.recipe import Recipe
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 from support import golden
 from support.runs import compiled_once, copy_of, final_weights, losses, same_bits  # noqa: F401
 from support.tokens import write_tokens
@@ -191,12 +191,12 @@ def test_optimizer_state_on_the_host(files, reference, tmp_path, monkeypatch):
 def test_one_compilation_per_shape(files, reference, tmp_path, caplog):
     """Two phases are two programs, compiled at their first steps; the recipe has 12 steps."""
     caplog.set_level("INFO", "btlm_jax")
-    with compilations() as first:
+    with count_compilations() as first:
         train(load(files, "run.seed=3"), tmp_path / "run")
     told = [r.message for r in caplog.records if "compiled its program" in r.message]
     assert len(told) == 2, told
     caplog.clear()
-    with compilations() as second:
+    with count_compilations() as second:
         train(load(files, "run.seed=3", "phases.0.steps=9"), tmp_path / "longer")
     assert 0 < second.count <= first.count  # more steps compile nothing more
 
@@ -469,13 +469,13 @@ def test_stored_slopes_are_trained_with(files, tmp_path, monkeypatch):
         file, run = tmp_path / f"{i}.toml", tmp_path / f"run-{i}"
         file.write_text(f'[model]\ncheckpoint = "{source}"\n{rest}')
         train(load(file, "phases.0.steps=2"), run)
-        assert metadata.read(run).config == case.config, source
+        assert metadata.read_metadata(run).config == case.config, source
         found.append(losses(run))
     assert len(found[0]) == 2 and found[0] == found[1] == found[2]
 
 
 def test_training_checkpoints_are_checkpoints(reference):
-    meta = metadata.read(reference[0])
+    meta = metadata.read_metadata(reference[0])
     assert meta.ocdbt and meta.origin["step"] == 12
     assert json.loads(json.dumps(meta.origin))["recipe"]["phases"][0]["steps"] == 8
 

@@ -234,7 +234,7 @@ def test_what_a_killed_run_put_aside(c):
     write(c.parent / ".c.replaced", "old")
     assert atomic.leftovers(c) == [c.parent / ".c.replaced"]
     with pytest.raises(FileNotFoundError, match=r"an interrupted run left .*\.c\.replaced"):
-        metadata.read(c)
+        metadata.read_metadata(c)
     interrupt(c, "a", key=None)
     assert (c.parent / ".c.replaced/mine").read_text() == "old"
     write(c, "new")
@@ -333,7 +333,7 @@ def test_too_full_to_begin(c, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic, "make_folder", full)
+    monkeypatch.setattr(atomic, "make_directory", full)
     with pytest.raises(OSError, match="no space left while writing"):
         write(c, "x", key=KEY)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.utils.compile_cache import compilations
+from btlm_jax.utils.compile_cache import count_compilations
 
 
 def test_counts_new_programs_only():
     f, x = jax.jit(lambda x: x * 3 + 1), jnp.ones(7)
-    with compilations() as found:
+    with count_compilations() as found:
         f(x), f(x)
         once = found.count
         assert once == 1 and found.seconds > 0

@@ -1,4 +1,4 @@
-"""Amounts of bytes, as people write and read them."""
+"""Amounts of bytes, aligned columns, and values for JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btlm_jax import cli
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import align_columns, finite_json, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from btlm_jax.utils import byte_size
     ],
 )
 def test_parse(text, expected):
-    assert byte_size.parse(text) == expected
+    assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_parse(text, expected):
 )
 def test_parse_refuses(text):
     with pytest.raises(ValueError, match="expected an amount of bytes such as 512MiB") as error:
-        byte_size.parse(text)
+        parse_bytes(text)
     assert repr(text) in str(error.value)
 
 
@@ -55,19 +55,19 @@ def test_parse_refuses(text):
     ],
 )
 def test_show(n, expected):
-    assert byte_size.show(n) == expected
+    assert format_bytes(n) == expected
 
 
 @given(st.integers(1, 1 << 52), st.sampled_from(["", " "]))
 def test_what_is_shown_can_be_parsed(n, space):
-    shown = byte_size.show(n).replace(" ", space)
-    assert byte_size.parse(shown) == pytest.approx(n, rel=0.051)  # one decimal of at least 1.0
-    assert byte_size.parse(str(n)) == byte_size.parse(f"{n}B") == n
+    shown = format_bytes(n).replace(" ", space)
+    assert parse_bytes(shown) == pytest.approx(n, rel=0.051)  # one decimal of at least 1.0
+    assert parse_bytes(str(n)) == parse_bytes(f"{n}B") == n
 
 
 def test_decimals_are_exact():
     for n in range(1000, 10_000):
-        assert byte_size.parse(f"{n / 1000:.3f}kB") == n
+        assert parse_bytes(f"{n / 1000:.3f}kB") == n
 
 
 @pytest.mark.parametrize("command", ["convert", "export", "verify"])
@@ -92,4 +92,26 @@ def test_help_shows_defaults_that_can_be_typed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["export", "--help"])
     out = capsys.readouterr().out
-    assert "512.0MiB" in out and byte_size.parse("512.0MiB") == 512 << 20
+    assert "512.0MiB" in out and parse_bytes("512.0MiB") == 512 << 20
+
+
+ROWS = [("", "n"), ("long name", "1"), ("b", "1,000")]
+
+
+def test_first_column_is_left_aligned_and_others_right_aligned():
+    assert align_columns(ROWS) == ["               n", "long name      1", "b          1,000"]
+
+
+def test_alignment_of_the_last_given_column_applies_to_further_columns():
+    assert align_columns(ROWS, "<") == ["           n", "long name  1", "b          1,000"]
+    assert align_columns([("a", "b", "c"), ("aa", "bb", "cc")], "><") == [" a  b   c", "aa  bb  cc"]
+
+
+def test_rows_of_different_lengths_are_refused():
+    with pytest.raises(ValueError):
+        align_columns([("a", "b"), ("c",)])
+
+
+def test_numbers_that_are_not_finite_become_null():
+    values = {"a": [1.5, float("nan"), (float("inf"), "x")], "b": {"c": -float("inf"), "d": 2}}
+    assert finite_json(values) == {"a": [1.5, None, [None, "x"]], "b": {"c": None, "d": 2}}

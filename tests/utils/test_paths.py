@@ -170,7 +170,7 @@ def test_a_full_pass_through_file_urls(tmp_path, monkeypatch):
     plain = convert(source, tmp_path / "plain")
     assert converted.digest == plain.digest and converted.files == plain.files
     ours, theirs = files(checkpoint), files(tmp_path / "plain")
-    marks = [json.loads(x.pop(metadata.MARK)) for x in (ours, theirs)]
+    marks = [json.loads(x.pop(metadata.MARKER_FILE)) for x in (ours, theirs)]
     assert ours == theirs
     notes = [mark["custom_metadata"]["btlm_jax"] for mark in marks]
     assert [note["origin"].pop("source") for note in notes] == [source.as_uri(), str(source)]

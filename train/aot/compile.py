@@ -23,7 +23,7 @@ from btlm_jax.train.aot.lowering import Lowered, decode_step, mesh_of, train_ste
 from btlm_jax.train.aot.topologies import Topology, devices
 from btlm_jax.train.recipe import Phase, Recipe
 from btlm_jax.train.recipe_file import to_dict
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def _explained(error: Exception) -> ValueError:
 
 
 def _does_not_fit(needed: float, available: float) -> DoesNotFit:
-    show = byte_size.show
+    show = format_bytes
     return DoesNotFit(
         f"does not fit: {show(needed)} per device are needed, {show(available)} are there, "
         f"{show(needed - available)} are missing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 
 Report = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ def lines(r: Report) -> list[str]:
 
 
 def _memory(m: Mapping[str, float], inputs: str) -> list[str]:
-    show = byte_size.show
+    show = format_bytes
     rows = [("parameters", m["parameters"])]
     rows += [("optimizer state", m["optimizer"])] * bool(m["optimizer"])
     rows += [(inputs, m["inputs"]), ("activations, gradients, temporaries", m["rest"])]
@@ -45,7 +45,7 @@ def _memory(m: Mapping[str, float], inputs: str) -> list[str]:
 def _collectives(r: Report) -> list[str]:
     if not r["collectives"]:
         return ["  collectives: none"]
-    show = byte_size.show
+    show = format_bytes
     out = ["  collectives per device and step:        count       arrays     received"]
     for c in r["collectives"]:
         name = f"{c['kind']} ({c['network'].upper()})"

@@ -26,7 +26,7 @@ from btlm_jax.perf.chips import Rates
 from btlm_jax.train.aot.compile import DoesNotFit, compile_phase
 from btlm_jax.train.aot.topologies import Topology, devices, prepare
 from btlm_jax.train.recipe import Mesh, Phase, Recipe
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -103,9 +103,9 @@ def fit(
     if not found:
         least = min(misses, key=lambda m: m[1], default=None)
         near = f"; the nearest, {' '.join(least[0].settings(index))}, needs " \
-               f"{byte_size.show(least[1])}" if least else ""  # fmt: skip
+               f"{format_bytes(least[1])}" if least else ""  # fmt: skip
         raise ValueError(
-            f"{topology.name}: nothing that was tried fits {byte_size.show(rates.memory)} per "
+            f"{topology.name}: nothing that was tried fits {format_bytes(rates.memory)} per "
             f"device{near}: use more chips, or raise --attempts"
         )
     for candidate, report in found:

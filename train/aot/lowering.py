@@ -99,7 +99,7 @@ def decode_step(
     """
     model = recipe.build()
     dtype = model.spec(abstract_weights(model, mesh)).dtype
-    params = unstacked.abstract(model.config, dtype, to, mesh, model.rules)
+    params = unstacked.abstract_unstacked(model.config, dtype, to, mesh, model.rules)
     sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)
 
     def on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

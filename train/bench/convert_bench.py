@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from btlm_jax.train.bench.random_checkpoint import FORMS, make
-from btlm_jax.utils import atomic, byte_size
+from btlm_jax.utils import atomic
+from btlm_jax.utils.format import format_bytes
 
 _BLOCK = 16 << 20
 # What the measured processes run. They time themselves, so that starting Python does not count.
@@ -38,8 +39,8 @@ class Row(NamedTuple):
     peak_rss: int | None
 
     def __str__(self) -> str:
-        rss = f"{byte_size.show(self.peak_rss):>10}" if self.peak_rss else " " * 10
-        rate = byte_size.show(self.nbytes / self.seconds)
+        rss = f"{format_bytes(self.peak_rss):>10}" if self.peak_rss else " " * 10
+        rate = format_bytes(self.nbytes / self.seconds)
         return f"{self.what:<34} {self.seconds:8.2f} s {rate:>12}/s {rss}"
 
 

@@ -238,8 +238,8 @@ def _random_model(preset: str, layers: int | None, kind: str) -> tuple[BTLM, Any
             return np.full(shape, 0.02 / (64 if leaf.dtype == "float32" else 4), leaf.dtype)
         return np.resize(floating, shape)
 
-    dtypes = {x.path: dtype for x in quantization.disk_leaves(config, to)}
-    params = unstacked.load(config, read, dtypes, to=to)
+    dtypes = {x.path: dtype for x in quantization.stored_leaves(config, to)}
+    params = unstacked.load_unstacked(config, read, dtypes, quantization=to)
     return BTLM(config, compute_dtype=dtype.name), params
 
 

@@ -94,7 +94,7 @@ def train(
         print(f"stopped after step {done.step}; go on with: btlm train {RECIPE} "
               f"{shlex.quote(str(run))} {options}")  # fmt: skip
         return
-    plots.loss_curve(
+    plots.draw_loss_curve(
         directory / "loss.png", curves(run), {"unigram entropy": unigram},
         f"BTLM, {weights.count(config) / 1e6:.1f}M parameters, on the Python language reference",
     )  # fmt: skip
@@ -126,9 +126,9 @@ def from_hf(directory: Path, source: str) -> None:
     started = time.monotonic()
     _virtual_devices()
     directory = Path(directory)
-    atomic.refuse_existing(directory, overwrite=False, ours=metadata.is_ours)
+    atomic.refuse_existing(directory, overwrite=False, ours=metadata.is_btlm_checkpoint)
     report = convert(source, directory / "checkpoint")
-    config = metadata.read(directory / "checkpoint").config
+    config = metadata.read_metadata(directory / "checkpoint").config
     print(f"converted {weights.count(config):,} parameters: {report}")
     _show(directory / "checkpoint", _mesh(config))
     _summary(directory, {"checkpoint/": "Orbax checkpoint"}, "checkpoint", started)

@@ -19,7 +19,7 @@ from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare_tokens
 from btlm_jax.model import weights
 from btlm_jax.train.loop import train
 from btlm_jax.train.recipe_file import load
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import format_bytes
 
 HUB, PRESET = "cerebras/btlm-3b-8k-base", "btlm-3b-8k"
 # Set to anything, it asks for the small model.
@@ -113,7 +113,7 @@ def _refused(bytes_per_parameter: float, sharded: bool) -> str | None:
         return f"{SMALL} is set"
     need = round(weights.count(BTLMConfig.preset(PRESET)) * bytes_per_parameter)
     if (found := memory(sharded=sharded)) < need:
-        return f"this takes {byte_size.show(need)} of memory, and there is {byte_size.show(found)}"
+        return f"this takes {format_bytes(need)} of memory, and there is {format_bytes(found)}"
     try:
         open_hf(HUB)
     except ConnectionError as error:

@@ -16,8 +16,9 @@ import pytest
 from huggingface_hub import errors as hub_errors
 from safetensors.numpy import save_file
 
+from btlm_jax.checkpoint.assets import ASSET_NAMES
 from btlm_jax.convert.hf import hub as hf_hub
-from btlm_jax.convert.hf.source import ASSETS, WEIGHT_FORMS, TensorInfo, open_hf
+from btlm_jax.convert.hf.source import WEIGHT_FORMS, TensorInfo, open_hf
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "torch_bin"
 EXPECTED = dict(np.load(GOLDEN / "state_dict.npz"))
@@ -374,7 +375,7 @@ def test_hub_sends_no_stored_token(tmp_path, monkeypatch):
 
 def test_select_files():
     def chosen(*listed):
-        return hf_hub.select_files(listed, ("config.json", *ASSETS), MAINS)
+        return hf_hub.select_files(listed, ("config.json", *ASSET_NAMES), MAINS)
 
     config = "config.json"
     assert chosen(config, "pytorch_model.bin", "training_args.bin") == [config, MAINS[3]]

@@ -10,7 +10,7 @@ import pytest
 from btlm_jax.checkpoint import zarr
 from btlm_jax.convert.threads import num_threads
 from btlm_jax.train.bench import convert_bench
-from btlm_jax.utils import byte_size
+from btlm_jax.utils.format import parse_bytes
 
 
 def test_conversion_stays_within_its_budget(tmp_path):
@@ -30,7 +30,7 @@ def test_conversion_stays_within_its_budget(tmp_path):
     )
     assert lines[0].startswith("bin, 1 layers, 414,675,688 bytes")
     peaks = {
-        line.split("  ")[0]: byte_size.parse(found[1])
+        line.split("  ")[0]: parse_bytes(found[1])
         for line in lines
         if (found := re.search(r"/s\s+([\d.]+ [KMG]iB)$", line))
     }
