@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints to Orbax and back, checked, and straight onto a mesh."""
+"""Conversion between Hugging Face and Orbax checkpoints, verification, and loading onto a mesh."""
 
 from btlm_jax.convert.to_hf import export
 from btlm_jax.convert.to_mesh import load_hf

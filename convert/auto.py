@@ -1,4 +1,4 @@
-"""A checkpoint of either format: which one a source is, and what both can be asked for."""
+"""Loading from a checkpoint of either format, Hugging Face or Orbax, whichever a source is."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from btlm_jax.utils import paths
 
 
 def is_huggingface(source: metadata.PathLike) -> bool:
-    """Whether a source is to be opened as Hugging Face files, not as an Orbax checkpoint.
+    """Returns whether to open a source as Hugging Face files rather than as an Orbax checkpoint.
 
-    It is if it is a local directory with a config.json, or if there is nothing of this name: then
-    it may be a Hub id, and `open_hf` knows what to say if it is none.
+    True for a local directory with a config.json, and for a name that does not exist locally: it
+    may be a Hub id, and `open_hf` raises a helpful error if it is not.
 
     Raises:
       ValueError: a URL that `paths.location` refuses.
     """
-    place = paths.location(source)
-    return not paths.is_remote(place) and (not place.exists() or (place / "config.json").is_file())
+    location = paths.location(source)
+    if paths.is_remote(location):
+        return False
+    return not location.exists() or (location / "config.json").is_file()
 
 
 def read_any_config(source: metadata.PathLike) -> BTLMConfig:
-    """The configuration of a checkpoint of either format, with its stored ALiBi slopes.
+    """Reads the configuration of a checkpoint of either format, with its stored ALiBi slopes.
 
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `open_hf`, `read_source_config` and
-        `read_metadata`.
+        `metadata.read`.
     """
-    return (
-        read_source_config(open_hf(source))
-        if is_huggingface(source)
-        else metadata.read_metadata(source).config
-    )
+    if is_huggingface(source):
+        return read_source_config(open_hf(source))
+    return metadata.read(source).config
 
 
 def read_any_tokenizer(source: metadata.PathLike) -> Tokenizer | None:
-    """The tokenizer that a checkpoint of either format carries; None if it carries none.
+    """Reads the tokenizer of a checkpoint of either format; None if it has no tokenizer files.
 
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `open_hf` and `load_tokenizer`.
     """
-    home = open_hf(source).directory if is_huggingface(source) else tokenizer_directory(source)
+    folder = open_hf(source).directory if is_huggingface(source) else home_of(source)
     try:
-        return load_tokenizer(home)
+        return load_tokenizer(folder)
     except FileNotFoundError:
         return None
 
@@ -64,6 +64,6 @@ def load_any_checkpoint(
     dtype: DTypeLike | None = None,
     by_layer: bool = False,
 ) -> tuple[BTLM, weights.Params]:
-    """`checkpoint.load` or `load_hf`, whichever reads this source."""
-    read = load_hf if is_huggingface(source) else checkpoint.load
-    return read(source, mesh=mesh, dtype=dtype, by_layer=by_layer)
+    """Loads model and weights with `load_hf` or `checkpoint.load`, according to the format."""
+    load = load_hf if is_huggingface(source) else checkpoint.load
+    return load(source, mesh=mesh, dtype=dtype, by_layer=by_layer)

@@ -1,4 +1,4 @@
-"""What a conversion did, for people and for scripts."""
+"""Results of a conversion, an export or a quantization, for people and for scripts."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from btlm_jax.utils.format import format_bytes
 
 @dataclasses.dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion or an export did.
+    """Results of a conversion, an export or a quantization.
 
     Attributes:
-      tensors: how many were written, those of an interrupted run included.
-      resumed: how many of them an interrupted run had written.
-      nbytes: bytes of all of them.
+      tensors: number of tensors in the target, including those of an interrupted run.
+      resumed: number of tensors that an interrupted run had written.
+      nbytes: bytes of all tensors.
       dtypes: dtype -> number of tensors.
-      seconds: of wall clock, of this run.
-      peak_rss: the most memory this process has held, in bytes.
-      digest: `weights_digest` of the weights' SHA-256.
-      files: names of the files carried along (conversion) or of the weights (export).
-      errors: of every quantized weight, by path (`metadata.Metadata.errors`).
+      seconds: wall-clock time of this run.
+      peak_rss: largest resident set of this process, in bytes.
+      digest: `weights_digest` of the tensors.
+      files: names of the carried files (conversion) or of the weight files (export).
+      errors: quantization errors of every quantized weight, by path (`metadata.Metadata.errors`).
     """
 
     tensors: int
@@ -50,16 +50,19 @@ class ConversionReport:
         )
 
 
-def format_quantization_errors(errors: Mapping[weights.Path, Mapping[str, float]]) -> Iterator[str]:
-    """Errors of quantization for people: of each weight, the RMS over its layers and the worst."""
-    layers: dict[str, list[Mapping[str, float]]] = {}
-    for path, found in errors.items():
-        layers.setdefault("/".join(x for x in path if not x.isdigit()), []).append(found)
-    for name, all_found in layers.items():
-        rms, worst = _rms([x["rms"] for x in all_found]), max(x["rms"] for x in all_found)
-        rule = [x["q4_0"] for x in all_found if "q4_0" in x]
-        beside = f"; by the rule of Q4_0 in the same groups {_rms(rule):.5f}" if rule else ""
-        yield f"{name}: relative RMS error {rms:.5f}, at most {worst:.5f}{beside}"
+def format_quantization_errors(
+    errors: Mapping[weights.Path, Mapping[str, float]],
+) -> Iterator[str]:
+    """Yields a line per weight: its quantization error, RMS over the layers and maximum."""
+    by_weight: dict[str, list[Mapping[str, float]]] = {}
+    for path, layer_errors in errors.items():
+        name = "/".join(part for part in path if not part.isdigit())
+        by_weight.setdefault(name, []).append(layer_errors)
+    for name, layers in by_weight.items():
+        rms, worst = _rms([x["rms"] for x in layers]), max(x["rms"] for x in layers)
+        q4_0 = [x["q4_0"] for x in layers if "q4_0" in x]
+        baseline = f"; by the rule of Q4_0 in the same groups {_rms(q4_0):.5f}" if q4_0 else ""
+        yield f"{name}: relative RMS error {rms:.5f}, at most {worst:.5f}{baseline}"
 
 
 def _rms(values: list[float]) -> float:
@@ -67,9 +70,13 @@ def _rms(values: list[float]) -> float:
 
 
 def weights_digest(sha256: Mapping[str, str]) -> str:
-    """One hash for all weights: SHA-256 over lines "Hugging Face name, SHA-256", sorted by name.
+    """Returns one hash for all tensors, equal for equal weights in every format.
 
-    It depends on names, dtypes and values alone, so a checkpoint has the same one in every format.
+    It is the SHA-256 over lines "NAME SHA256", sorted by Hugging Face name, and so depends on
+    names, dtypes and values only.
+
+    Args:
+      sha256: Hugging Face name -> SHA-256 of the tensor's bytes, in hexadecimal.
     """
     lines = "".join(f"{name} {value}\n" for name, value in sorted(sha256.items()))
     return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A few threads over many tensors, within a budget of memory."""
+"""A thread pool for work on many tensors within a memory budget."""
 
 from __future__ import annotations
 
@@ -10,43 +10,51 @@ from typing import Any
 from btlm_jax.checkpoint import zarr
 from btlm_jax.utils.format import format_bytes
 
-# What a thread holds: a block in hand and one on its way to or from the disk, each with the copies
-# that coding and writing make of it.
-_BLOCKS_PER_WORKER = 5
+# A thread holds the block it works on and one on its way to or from the disk, each with the copies
+# that encoding and writing make of it.
+_BLOCKS_PER_THREAD = 5
 # More threads than cores, because each waits for the disk as often as it computes.
-_MOST = 2 + (os.cpu_count() or 1)
+_MAX_THREADS = 2 + (os.cpu_count() or 1)
 
 
 def num_threads(max_memory: int, largest_block: int = zarr.BLOCK_BYTES) -> int:
-    """How many threads may work on blocks at once.
+    """Returns how many threads may work on blocks at once.
 
     Args:
-        max_memory: bytes in flight.
-        largest_block: bytes of the largest block that any of them handles.
+      max_memory: budget for blocks in flight, in bytes.
+      largest_block: size of the largest block that any thread handles, in bytes.
 
     Raises:
-        ValueError: not even one.
+      ValueError: the budget does not suffice for one thread.
     """
-    why = f"{_BLOCKS_PER_WORKER} blocks of {format_bytes(largest_block)}"
-    return num_threads_holding(max_memory, _BLOCKS_PER_WORKER * largest_block, why)
+    purpose = f"{_BLOCKS_PER_THREAD} blocks of {byte_size.show(largest_block)}"
+    return num_threads_holding(max_memory, _BLOCKS_PER_THREAD * largest_block, purpose)
 
 
-def num_threads_holding(max_memory: int, each: int, why: str) -> int:
-    """How many threads that hold `each` bytes may work at once.
+def num_threads_holding(max_memory: int, thread_bytes: int, purpose: str) -> int:
+    """Returns how many threads that hold `thread_bytes` each may work at once.
+
+    Args:
+      max_memory: budget for all threads, in bytes.
+      thread_bytes: memory of one thread, in bytes.
+      purpose: the use of that memory, for the error message.
 
     Raises:
-        ValueError: not even one; `why` says what the bytes are.
+      ValueError: the budget does not suffice for one thread.
     """
-    if max_memory < each:
+    if max_memory < thread_bytes:
         raise ValueError(
-            f"max_memory: found {format_bytes(max_memory)}, expected at least "
-            f"{format_bytes(each)} ({why})"
+            f"max_memory: found {byte_size.show(max_memory)}, expected at least "
+            f"{byte_size.show(thread_bytes)} ({purpose})"
         )
-    return min(max_memory // each, _MOST)
+    return min(max_memory // thread_bytes, _MAX_THREADS)
 
 
 def for_each_in_threads(items: Iterable[Any], work: Callable[[Any], None], threads: int) -> None:
-    """Calls `work` on every item. The first error ends it: what has not begun is not begun."""
+    """Calls `work` on every item in a pool of threads.
+
+    After the first exception no further items are started, and the exception is raised.
+    """
     pool = ThreadPoolExecutor(threads)
     try:
         futures = [pool.submit(work, item) for item in items]

@@ -1,4 +1,4 @@
-"""Orbax -> Hugging Face: a directory that transformers loads with the original modelling code."""
+"""Export of Orbax checkpoints to Hugging Face directories that transformers loads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_SHARD = 5 * 10**9  # transformers' own
+DEFAULT_SHARD_BYTES = 5 * 10**9  # the default of transformers
 INDEX = "model.safetensors.index.json"
 
 
@@ -41,43 +41,44 @@ def export(
     source: metadata.PathLike,
     target: str | os.PathLike[str],
     *,
-    max_shard_bytes: int = DEFAULT_SHARD,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     max_memory: int = DEFAULT_MEMORY,
     overwrite: bool = False,
 ) -> ConversionReport:
     """Exports an Orbax checkpoint to a Hugging Face directory, without loss.
 
     Writes safetensors (with an index if there is more than one file), `config.json`,
-    `generation_config.json` and the tokenizer files. Every array keeps its dtype and its bits, and
+    `generation_config.json` and the tokenizer files. Every tensor keeps its dtype and its bits, and
     is checked against the SHA-256 that the checkpoint records. A tied head is left out, as
-    safetensors wants it; the ALiBi slopes are written in the dtype they were stored in. The
-    `config.json` of a converted checkpoint comes back as it was, key flavor included. Of a
-    training checkpoint the weights are exported. An export that was killed or failed is continued
-    by the same call.
+    safetensors requires; the ALiBi slopes are written in the dtype in which they were stored. A
+    converted checkpoint gets its original `config.json` back, key flavor included. A training
+    checkpoint is exported without its optimizer state. The same call resumes an export that was
+    killed or failed.
 
     Args:
       source: a checkpoint directory or URL.
       target: a local directory that does not exist yet.
-      max_shard_bytes: of one safetensors file.
-      max_memory: bytes of weights in flight.
+      max_shard_bytes: largest size of one safetensors file, in bytes.
+      max_memory: budget for weights in flight, in bytes.
       overwrite: replace an existing export.
 
     Raises:
-      FileNotFoundError, ValueError: the source is not a checkpoint, or damaged; the target is in an
-        object store; the budget is below one block; the source is quantized; the model has
-        CompleteP, which the original code cannot compute (`fold_completep` first).
+      FileNotFoundError: the source does not exist.
       FileExistsError: the target exists.
+      ValueError: the source is not a checkpoint, damaged or quantized; the target is in an object
+        store; the budget is too small for one block; or the model uses CompleteP, which the
+        original code cannot compute (call `fold_completep` first).
       OSError: the disk is full or fails.
     """
     began = time.monotonic()
     if paths.is_remote(paths.location(target)):
         raise ValueError(
-            f"{target}: an export is written to a local directory, from where it can be uploaded"
+            f"{target}: exports are written to local directories: export to one, then upload it"
         )
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
-    atomic.refuse_existing(target, overwrite=overwrite, ours=is_ours)
-    meta = metadata.read_metadata(source)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=is_our_export)
+    meta = metadata.read(source)
     if meta.quantization is not None:
         raise ValueError(
             f"{source} is quantized ({meta.quantization}), which the original code cannot read: "
@@ -93,34 +94,30 @@ def export(
     slopes = slopes_tensor(meta) if meta.config.alibi else None
     if slopes is not None:
         tensors.append(TensorSpec(SLOPES, slopes.dtype, slopes.shape))
-    shards = plan_shards(tensors, max_shard_bytes)
-    names = _names(len(shards))
-    key = _key(meta, names, shards)
-    with atomic.new_directory(target, overwrite=overwrite, ours=is_ours, key=key) as stage:
+    shards = _name_shards(plan_shards(tensors, max_shard_bytes))
+    key = _resume_key(meta, shards)
+    with atomic.new_directory(target, overwrite=overwrite, ours=is_our_export, key=key) as stage:
         content = Path(stage.content)
-        todo = [t for t in tensors if t.name not in stage.finished]
-        total, left = (sum(t.nbytes for t in ts) for ts in (tensors, todo))
-        atomic.require_space(target, left)
+        unfinished = [t for t in tensors if t.name not in stage.finished]
+        total, remaining = (sum(t.nbytes for t in ts) for ts in (tensors, unfinished))
+        atomic.require_space(target, remaining)
         files = {
             name: SafetensorsFile(content / name, shard, __version__)
-            for name, shard in zip(names, shards, strict=True)
+            for name, shard in shards.items()
         }
-        file_of = {t.name: files[n] for n, shard in zip(names, shards, strict=True) for t in shard}
-        with Progress(total, "B", "export", done=total - left) as progress:
+        file_by_tensor = {t.name: files[name] for name, shard in shards.items() for t in shard}
+        with Progress(total, "B", "export", done=total - remaining) as progress:
 
-            def one(tensor: TensorSpec) -> None:
+            def export_tensor(tensor: TensorSpec) -> None:
                 name = tensor.name
-                found: Iterable[np.ndarray] = (
-                    [slopes.reshape(-1)] if slopes is not None and name == SLOPES
-                    else meta.blocks(leaves[name])
-                )  # fmt: skip
 
                 def blocks() -> Iterator[np.ndarray]:
-                    for block in found:
+                    is_slopes = slopes is not None and name == SLOPES
+                    for block in [slopes.reshape(-1)] if is_slopes else meta.blocks(leaves[name]):
                         yield block
                         progress.update(block.nbytes)
 
-                sha256 = file_of[name].write(name, blocks()).sha256
+                sha256 = file_by_tensor[name].write(name, blocks()).sha256
                 recorded = meta.sha256.get(leaves[name].path) if name in leaves else None
                 if recorded is not None and sha256 != recorded:
                     raise metadata.damaged_error(
@@ -128,25 +125,25 @@ def export(
                     )
                 stage.record(name, {"sha256": sha256})
 
-            for_each_in_threads(todo, one, threads)
+            for_each_in_threads(unfinished, export_tensor, threads)
         sha256 = {t.name: stage.finished[t.name]["sha256"] for t in tensors}
         for file in files.values():
             file.finish(sha256)
-        _small_files(meta, config, stage.content, names, shards)
+        _write_small_files(meta, config, stage.content, shards)
     return ConversionReport(
         tensors=len(tensors),
-        resumed=len(tensors) - len(todo),
+        resumed=len(tensors) - len(unfinished),
         nbytes=total,
         dtypes=Counter(str(t.dtype) for t in tensors),
         seconds=time.monotonic() - began,
         peak_rss=peak_rss(),
         digest=weights_digest({name: sha256[name] for name in leaves}),
-        files=tuple(names),
+        files=tuple(shards),
     )
 
 
-def is_ours(path: metadata.PathLike) -> bool:
-    """Whether a directory is an export we wrote: every weight file says so."""
+def is_our_export(path: metadata.PathLike) -> bool:
+    """Returns whether `export` wrote a directory, as the header of every weight file states."""
     files = list(Path(path).glob("*.safetensors"))
     try:
         return bool(files) and all(WRITER in safe_open(f, "np").metadata() for f in files)
@@ -154,31 +151,33 @@ def is_ours(path: metadata.PathLike) -> bool:
         return False
 
 
-def _names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+def _name_shards(shards: list[list[TensorSpec]]) -> dict[str, list[TensorSpec]]:
+    """Names the files of an export as transformers does."""
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    count = len(shards)
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _key(
-    meta: metadata.Metadata, names: list[str], shards: list[list[TensorSpec]]
+def _resume_key(
+    meta: metadata.Metadata, shards: Mapping[str, Sequence[TensorSpec]]
 ) -> dict[str, Any]:
-    """What must be the same for an interrupted export to be continued."""
-    mark = (meta.path / metadata.MARKER_FILE).read_bytes()
+    """Returns the facts that must be unchanged to resume an interrupted export."""
+    mark = (meta.path / metadata.MARK).read_bytes()
     return {
         "by": f"export {__version__}",
         "checkpoint": hashlib.sha256(mark).hexdigest(),
-        "shards": {n: [t.name for t in shard] for n, shard in zip(names, shards, strict=True)},
+        "shards": {name: [t.name for t in shard] for name, shard in shards.items()},
     }
 
 
-def _small_files(
+def _write_small_files(
     meta: metadata.Metadata,
     config: dict[str, Any],
     content: epath.Path,
-    names: list[str],
-    shards: list[list[TensorSpec]],
+    shards: Mapping[str, Sequence[TensorSpec]],
 ) -> None:
+    """Writes everything but the weights: configuration, carried files, and the index of shards."""
     _write_json(content / "config.json", config)
     _write_json(content / "generation_config.json", generation_config(meta.config))
     for file in asset_files(meta.path):
@@ -189,10 +188,10 @@ def _small_files(
                 meta.path, f"{file.name} does not match the recorded SHA-256"
             )
         atomic.write_bytes(content / file.name, data)
-    _mention_missing_code(content)
-    if len(names) > 1:
-        weight_map = {t.name: n for n, shard in zip(names, shards, strict=True) for t in shard}
-        total = sum(t.nbytes for shard in shards for t in shard)
+    _log_missing_code(content)
+    if len(shards) > 1:
+        weight_map = {t.name: name for name, shard in shards.items() for t in shard}
+        total = sum(t.nbytes for shard in shards.values() for t in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_json(content / INDEX, index)
 
@@ -201,8 +200,8 @@ def _write_json(path: epath.Path, value: Any) -> None:
     atomic.write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _mention_missing_code(stage: epath.Path) -> None:
-    """Says which modelling code a config.json names that is not in the directory."""
+def _log_missing_code(stage: epath.Path) -> None:
+    """Logs which modelling code config.json refers to that is not in the directory."""
     named = json.loads((stage / "config.json").read_text()).get("auto_map", {}).values()
     local = {f"{entry.split('.')[0]}.py" for entry in named if "--" not in entry}
     missing = sorted(name for name in local if not (stage / name).is_file())
@@ -215,15 +214,16 @@ def _mention_missing_code(stage: epath.Path) -> None:
 
 
 def slopes_tensor(meta: metadata.Metadata) -> np.ndarray:
-    """The slopes [H, 1], in the dtype they were read in, else the narrowest that holds them.
+    """Returns the ALiBi slopes [H, 1] in the dtype of the source, if that holds them exactly.
 
-    Fresh models have exact slopes, written as fp32, in which the model uses them.
+    A checkpoint that was not converted gets bfloat16, or float32 where bfloat16 would round; fresh
+    models have exact slopes, which the model uses in float32.
     """
     slopes = alibi.model_slopes(meta.config)[:, None]
     stored = meta.origin.get("slopes_dtype")
     candidates = [stored] if stored else ["bfloat16", "float32"]
     for name in candidates:
-        out = slopes.astype(jnp.dtype(name))
-        if np.array_equal(out.astype(np.float64), slopes):
-            return out
+        rounded = slopes.astype(jnp.dtype(name))
+        if np.array_equal(rounded.astype(np.float64), slopes):
+            return rounded
     return slopes.astype(np.float32)

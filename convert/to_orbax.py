@@ -1,4 +1,4 @@
-"""Hugging Face -> Orbax: every tensor through the table of weights, block by block, bit for bit."""
+"""Conversion of Hugging Face checkpoints to Orbax, bit for bit and in bounded memory."""
 
 from __future__ import annotations
 
@@ -36,25 +36,26 @@ def convert(
 ) -> ConversionReport:
     """Converts a Hugging Face checkpoint to an Orbax checkpoint, without loss.
 
-    Every array keeps its dtype and its bits; stored ALiBi slopes are kept exactly, with the
-    configuration; tokenizer files and the original `config.json` are carried along. Arrays are
-    read and written in blocks. A conversion that was killed or failed is continued by the same
-    call, with the same result, byte for byte, as one that was not.
+    Every tensor keeps its dtype and its bits, the stored ALiBi slopes are kept exactly, and the
+    tokenizer files and the original `config.json` are copied. Tensors are read and written in
+    blocks. The same call resumes a conversion that was killed or failed; the result is then byte
+    for byte that of an uninterrupted conversion.
 
     Args:
       source: a directory with `config.json` and safetensors or `.bin` weights, single or sharded,
         or a Hub id such as "cerebras/btlm-3b-8k-base".
       target: a directory that does not exist yet, or a gs:// URL.
       revision: branch, tag or commit on the Hub.
-      max_memory: bytes of weights in flight.
-      allow_nonfinite: convert weights that hold NaN or Inf too, with a warning.
+      max_memory: budget for weights in flight, in bytes.
+      allow_nonfinite: convert weights with NaN or Inf too, with a warning.
       overwrite: replace an existing checkpoint.
 
     Raises:
-      FileNotFoundError, ConnectionError: the source is not there.
+      FileNotFoundError, ConnectionError: the source does not exist or cannot be fetched.
       FileExistsError: the target exists.
-      ValueError: a damaged file, an unsupported configuration, NaN or Inf, a budget below one
-        block, or keys that are missing, unexpected or of the wrong shape or dtype (all listed).
+      ValueError: a damaged file, an unsupported configuration, NaN or Inf, a budget too small for
+        one block, or tensors that are missing, unexpected or of the wrong shape or dtype (the
+        message lists all of them).
       OSError: the disk is full or fails.
     """
     began = time.monotonic()
@@ -71,13 +72,13 @@ def convert(
         overwrite=overwrite,
         key=source_resume_key(hf),
     ) as writer:
-        todo = [leaf for leaf in leaves if not writer.finished(leaf)]
+        unfinished = [leaf for leaf in leaves if not writer.finished(leaf)]
         total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in leaves)
-        left = sum(hf.tensors[leaf.hf_name].nbytes for leaf in todo)
-        atomic.require_space(target, left)
-        with Progress(total, "B", "convert", done=total - left) as progress:
+        remaining = sum(hf.tensors[leaf.hf_name].nbytes for leaf in unfinished)
+        atomic.require_space(target, remaining)
+        with Progress(total, "B", "convert", done=total - remaining) as progress:
 
-            def one(leaf: weights.DiskLeaf) -> None:
+            def convert_tensor(leaf: weights.DiskLeaf) -> None:
                 info = hf.tensors[leaf.hf_name]
                 size = zarr.block_size(leaf.weight.shape, info.dtype.itemsize)
 
@@ -88,12 +89,12 @@ def convert(
 
                 writer.write(leaf, info.dtype, blocks())
 
-            for_each_in_threads(todo, one, threads)
+            for_each_in_threads(unfinished, convert_tensor, threads)
         records = {leaf.hf_name: writer.finished(leaf) or {} for leaf in leaves}
         check_finite(str(hf.directory), records, allow_nonfinite)
     return ConversionReport(
         tensors=len(leaves),
-        resumed=len(leaves) - len(todo),
+        resumed=len(leaves) - len(unfinished),
         nbytes=total,
         dtypes=Counter(str(hf.tensors[leaf.hf_name].dtype) for leaf in leaves),
         seconds=time.monotonic() - began,
@@ -104,7 +105,13 @@ def convert(
 
 
 def source_origin(hf: HFSource, source: str | os.PathLike[str], names: list[str]) -> dict[str, Any]:
-    """What a checkpoint says of where it came from (`metadata.Metadata.origin`)."""
+    """Returns the record of a checkpoint's origin (`metadata.Metadata.origin`).
+
+    Args:
+      hf: the opened source.
+      source: the source as the user named it.
+      names: tensors that are converted.
+    """
     return {
         "source": os.fspath(source),
         "revision": hf.revision,
@@ -116,7 +123,7 @@ def source_origin(hf: HFSource, source: str | os.PathLike[str], names: list[str]
 
 
 def source_resume_key(hf: HFSource) -> dict[str, Any]:
-    """What must be the same for an interrupted conversion to be continued."""
+    """Returns the facts about a source that must be unchanged to resume a conversion of it."""
     return {
         "by": f"convert {__version__}, format {metadata.FORMAT}",
         "config": hf.config,
@@ -125,17 +132,20 @@ def source_resume_key(hf: HFSource) -> dict[str, Any]:
 
 
 def check_finite(source: str, records: Mapping[str, Any], allowed: bool) -> None:
-    """Raises ValueError if arrays that were written hold NaN or Inf; warns where that is allowed.
+    """Checks that the arrays that were written hold no NaN or Inf.
 
     Args:
-      source: where they came from.
-      records: of every array, by name, from `checkpoint.CheckpointWriter`.
-      allowed: what the user said to it.
+      source: the source as the user named it.
+      records: the record of every array, by name, from `checkpoint.Writer`.
+      allowed: log a warning instead of raising.
+
+    Raises:
+      ValueError: some do; the message lists them with their counts.
     """
-    bad = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r["nonfinite"]]
-    if not bad:
+    nonfinite = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r["nonfinite"]]
+    if not nonfinite:
         return
-    found = f"{source} holds NaN or Inf in {len(bad)} tensors:\n  " + "\n  ".join(bad)
+    message = f"{source} holds NaN or Inf in {len(nonfinite)} tensors:\n  " + "\n  ".join(nonfinite)
     if not allowed:
-        raise ValueError(f"{found}\nPass --allow-nonfinite to convert them as they are")
-    logger.warning("%s", found)
+        raise ValueError(f"{message}\nPass --allow-nonfinite to convert them unchanged")
+    logger.warning("%s", message)

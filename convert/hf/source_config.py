@@ -1,4 +1,4 @@
-"""Configuration of an opened Hugging Face checkpoint, after checking its tensors against it."""
+"""The configuration of an opened Hugging Face checkpoint, checked against its tensors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def read_source_config(hf: HFSource) -> BTLMConfig:
-    """The configuration of an opened checkpoint, with its stored slopes, after checking its keys.
+    """Returns the configuration, with the stored ALiBi slopes, after checking the tensors.
 
     Raises:
-      ValueError: see `convert`.
+      ValueError: an unsupported configuration; tensors that are missing, unexpected or of the wrong
+        shape or dtype (all listed); a tied head that differs from the embedding; or a tokenizer
+        whose ids exceed the vocabulary.
     """
     try:
         config = BTLMConfig.from_hf(hf.config)
@@ -39,8 +41,9 @@ def read_source_config(hf: HFSource) -> BTLMConfig:
 
 
 def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
-    """Compares the source's keys, shapes and dtypes with the table; raises with all differences."""
-    if config.n_layer > len(hf.tensors):  # before listing what a wild number would have
+    """Raises ValueError with all differences between the tensors and the table of weights."""
+    # First, because a wild n_layer would make the list of missing tensors endless.
+    if config.n_layer > len(hf.tensors):
         raise ValueError(
             f"{hf.directory}: config.json says n_layer = {config.n_layer}, the files hold only "
             f"{len(hf.tensors)} tensors"
@@ -73,16 +76,17 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
     if LM_HEAD in optional and LM_HEAD in hf.tensors and not _same_bits(hf, LM_HEAD, EMBEDDING):
         raise ValueError(
             f"{hf.directory}: tie_word_embeddings is true, but {LM_HEAD} differs from {EMBEDDING}; "
-            "set tie_word_embeddings to false in config.json if the head is meant to be untied"
+            "set tie_word_embeddings to false in config.json if the head is untied intentionally"
         )
 
 
 def _same_bits(hf: HFSource, a: str, b: str) -> bool:
-    one, two = hf.tensors[a], hf.tensors[b]
-    if one.dtype != two.dtype:
+    """Returns whether two tensors of one shape have equal dtypes and bits."""
+    first, second = hf.tensors[a], hf.tensors[b]
+    if first.dtype != second.dtype:
         return False
-    if one.offset is not None and (one.file, one.offset) == (two.file, two.offset):
+    if first.offset is not None and (first.file, first.offset) == (second.file, second.offset):
         return True  # torch saves tied weights once, under both names
-    size = zarr.BLOCK_BYTES // one.dtype.itemsize
+    size = zarr.BLOCK_BYTES // first.dtype.itemsize
     pairs = zip(hf.blocks(a, size), hf.blocks(b, size), strict=True)
     return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in pairs)
