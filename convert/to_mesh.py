@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint straight into (sharded) device arrays, without Orbax in between."""
+"""Loading of Hugging Face checkpoints straight into (sharded) device arrays."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def load_hf(
 ) -> tuple[BTLM, weights.Params]:
     """Loads a Hugging Face checkpoint onto a device or a mesh.
 
-    Every process reads the bytes its own devices need and no others. The layers of a weight are
-    read one at a time into their place on the devices, so a host holds the local part of one
-    layer's weight, or of the embedding, at any time.
+    Every process reads only the bytes that its own devices need. The layers of a weight are copied
+    to the devices one at a time, so that a host holds only its part of one layer's weight, or of
+    the embedding.
 
     Args:
       source: a directory or Hub id, as for `convert`.
-      mesh: shard the weights over it; None puts them on the default device.
+      mesh: mesh to shard the weights over; None puts them on the default device.
       rules: logical axis -> mesh axis; default `sharding.RULES`.
-      dtype: of the weights in memory; None keeps the stored one.
+      dtype: dtype of the weights in memory; None keeps the stored one.
       revision: branch, tag or commit on the Hub.
-      by_layer: give the weights by layer, as decoding takes them (`unstacked.load_unstacked`).
+      by_layer: return the weights unstacked, for decoding.
 
     Returns:
-      The model and its stacked weights, padded for the mesh, or its weights by layer, as
-      `btlm_jax.load` returns them.
+      The model and its weights as `btlm_jax.load` returns them: stacked and padded for the mesh,
+      or unstacked.
 
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `convert`.
@@ -61,28 +61,29 @@ def load_hf(
     with Progress(total, "B", "load") as progress:
         if by_layer:
 
-            def read(leaf: weights.DiskLeaf, index: Index) -> np.ndarray:
-                found = hf.read_tensor(leaf.hf_name, index, leaf.weight.shape)
-                progress.update(found.nbytes)
-                return found
+            def read_part(leaf: weights.DiskLeaf, index: Index) -> np.ndarray:
+                part = hf.read_tensor(leaf.hf_name, index, leaf.weight.shape)
+                progress.update(part.nbytes)
+                return part
 
             all_leaves = weights.disk_leaves(config)
             dtypes = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in all_leaves}
-            return model, unstacked.load_unstacked(
-                config, read, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
+            return model, unstacked.load(
+                config, read_part, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
             )
         for w in weights.table(config):
             leaves = weights.leaves_of(w, config)
-            to = jnp.dtype(dtype) if dtype is not None else _one_dtype(hf, w, leaves)
+            memory_dtype = jnp.dtype(dtype) if dtype is not None else _one_dtype(hf, w, leaves)
             shape, out = w.padded(pad), placed[w.path]
             if not w.stacked:
-                params[w.path] = _read(hf, leaves[0], shape, to, out)
+                params[w.path] = _read_sharded(hf, leaves[0], shape, memory_dtype, out)
                 progress.update(hf.tensors[leaves[0].hf_name].nbytes)
                 continue
-            one = sharding.of_one_layer(out)
-            stack = _zeros((config.n_layer, *shape), to, out)
+            layer_out = sharding.of_one_layer(out)
+            stack = _zeros((config.n_layer, *shape), memory_dtype, out)
             for i, leaf in enumerate(leaves):
-                stack = _put(stack, _read(hf, leaf, shape, to, one), np.int32(i), out)
+                layer = _read_sharded(hf, leaf, shape, memory_dtype, layer_out)
+                stack = _set_layer(stack, layer, np.int32(i), out)
                 progress.update(hf.tensors[leaf.hf_name].nbytes)
             params[w.path] = stack
     return model, weights.unflatten(params)
@@ -95,16 +96,16 @@ def _one_dtype(hf: HFSource, w: weights.Weight, leaves: list[weights.DiskLeaf]) 
         raise ValueError(f"{hf.directory}: {e}") from None
 
 
-def _read(
+def _read_sharded(
     hf: HFSource, leaf: weights.DiskLeaf, shape: tuple[int, ...], dtype: np.dtype, out: Any
 ) -> jax.Array:
-    """One stored tensor, zero-padded to `shape`, read shard by shard."""
-    stored = leaf.weight.shape
+    """Reads one stored tensor shard by shard, zero-padded to `shape`, with sharding `out`."""
+    stored_shape = leaf.weight.shape
 
-    def part(index: Index) -> np.ndarray:
-        return hf.read_tensor(leaf.hf_name, index, stored)
+    def read_part(index: Index) -> np.ndarray:
+        return hf.read_tensor(leaf.hf_name, index, stored_shape)
 
-    return sharding.from_parts(shape, dtype, out, stored, part)
+    return sharding.from_parts(shape, dtype, out, stored_shape, read_part)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, out: Any) -> jax.Array:
@@ -112,7 +113,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, out: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="out", donate_argnums=0)
-def _put(stack: jax.Array, layer: jax.Array, i: jax.Array, out: Any) -> jax.Array:
-    """`stack` with one layer put in place; donated, so the devices hold one copy."""
+def _set_layer(stack: jax.Array, layer: jax.Array, i: jax.Array, out: Any) -> jax.Array:
+    """Returns `stack` with layer `i` replaced; donated, so that the devices hold one copy."""
     with sharding.on_mesh(sharding.mesh_of(stack)):
         return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)

@@ -1,4 +1,4 @@
-"""A checkpoint of either format -> Orbax in int8 or int4, weight by weight."""
+"""Quantization of a checkpoint of either format to an Orbax checkpoint in int8 or int4."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from btlm_jax.utils.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
-class _Floats:
-    """A checkpoint of floats, of either format.
+class FloatCheckpoint:
+    """An opened checkpoint of floats, of either format.
 
     Attributes:
       config: the model, with its stored slopes.
-      dtypes: of every stored array, by path.
-      blocks: yields an array in 1-D blocks, of the size that `zarr.block_size` gives for
-        elements of so many bytes.
-      assets: files to carry along.
-      origin: what the quantized checkpoint says of where it came from.
-      key: what must be the same for interrupted work to be continued.
+      dtypes: dtype of every stored array, by path.
+      blocks: yields an array in 1-D blocks of the size that `zarr.block_size` gives for elements of
+        the width in bytes that is its second argument.
+      assets: files to copy.
+      origin: record of the origin for the quantized checkpoint.
+      resume_key: facts that must be unchanged to resume interrupted work.
     """
 
     config: BTLMConfig
@@ -51,9 +51,10 @@ class _Floats:
     blocks: Callable[[weights.DiskLeaf, int], Iterator[np.ndarray]]
     assets: list[epath.Path] | tuple[Path, ...]
     origin: Mapping[str, Any]
-    key: Mapping[str, Any]
+    resume_key: Mapping[str, Any]
 
     def nbytes(self, leaf: weights.DiskLeaf) -> int:
+        """Returns the bytes of a stored array of floats."""
         return int(np.prod(leaf.weight.shape)) * self.dtypes[leaf.path].itemsize
 
 
@@ -68,37 +69,35 @@ def quantize(
 ) -> ConversionReport:
     """Converts a checkpoint of floats to an Orbax checkpoint in int8 or int4.
 
-    `checkpoint.quantization` defines which weights are quantized; everything else keeps its dtype
-    and its bits, and configuration, slopes and tokenizer files are carried along as `convert` does.
-    The errors made are recorded in the checkpoint. Work that was killed or failed is continued by
-    the same call, with the same result, byte for byte, as work that was not.
+    `checkpoint.quantization` defines which weights are quantized and to which arrays; all others
+    keep their dtype and their bits. Configuration, slopes and tokenizer files are copied as by
+    `convert`. The checkpoint records the quantization errors. The same call resumes a quantization
+    that was killed or failed; the result is then byte for byte that of an uninterrupted one.
 
     Args:
       source: a Hugging Face directory or Hub id, as for `convert`, or an Orbax checkpoint.
       target: a directory that does not exist yet, or a gs:// URL.
-      to: a `Quantization`, or what `Quantization.parse` reads: "int8", "int4", "int4:128".
+      to: a `Quantization`, or text for `Quantization.parse`: "int8", "int4", "int4:128".
       revision: branch, tag or commit on the Hub.
-      max_memory: bytes of weights in flight; at least what one kernel and its result take.
+      max_memory: budget for weights in flight, in bytes; it must suffice for one weight and its
+        result.
       overwrite: replace an existing checkpoint.
 
     Raises:
-      FileNotFoundError, ConnectionError: the source is not there.
+      FileNotFoundError, ConnectionError: the source does not exist or cannot be fetched.
       FileExistsError: the target exists.
-      ValueError: as `convert`; or the source is quantized already, or weights that are to be
-        quantized hold NaN or Inf.
+      ValueError: as `convert`; or the source is quantized already, or its weights hold NaN or Inf.
       OSError: the disk is full or fails.
     """
     began = time.monotonic()
     to = q.Quantization.parse(to) if isinstance(to, str) else to
-    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_btlm_checkpoint)
-    floats = _open(source, revision)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_ours)
+    floats = _open_floats(source, revision)
     config = floats.config
     leaves = list(weights.disk_leaves(config))
-    each = max(_held(leaf, floats, to) for leaf in leaves)
-    threads = num_threads_holding(
-        max_memory, each, "the largest weight, as it was and as it will be"
-    )
-    stored = list(q.stored_leaves(config, to))
+    thread_bytes = max(_bytes_in_flight(leaf, floats, to) for leaf in leaves)
+    threads = num_threads_holding(max_memory, thread_bytes, "the largest weight and its result")
+    stored = list(q.disk_leaves(config, to))
     nbytes = {x.path: _stored_nbytes(x, floats) for x in stored}
     with checkpoint.open_writer(
         target,
@@ -106,23 +105,25 @@ def quantize(
         assets=floats.assets,
         origin=floats.origin,
         overwrite=overwrite,
-        key={**floats.key, "to": dataclasses.asdict(to)},
-        quantized=to,
+        key={**floats.resume_key, "to": dataclasses.asdict(to)},
+        to=to,
     ) as writer:
-        done = {x.path for x in stored if writer.finished(x)}
-        todo = [x for x in leaves if any(p.path not in done for p in q.stored_parts(x, to))]
-        atomic.require_space(target, sum(n for path, n in nbytes.items() if path not in done))
-        total, left = (sum(map(floats.nbytes, some)) for some in (leaves, todo))
-        with Progress(total, "B", "quantize", done=total - left) as progress:
+        finished = {x.path for x in stored if writer.finished(x)}
+        unfinished = [x for x in leaves if any(p.path not in finished for p in q.parts(x, to))]
+        atomic.require_space(target, sum(n for path, n in nbytes.items() if path not in finished))
+        total, remaining = (sum(map(floats.nbytes, xs)) for xs in (leaves, unfinished))
+        with Progress(total, "B", "quantize", done=total - remaining) as progress:
             for_each_in_threads(
-                todo, lambda leaf: _write(writer, floats, leaf, to, progress), threads
+                unfinished,
+                lambda leaf: _quantize_weight(writer, floats, leaf, to, progress),
+                threads,
             )
         records = {x.hf_name: writer.finished(x) or {} for x in stored}
         check_finite(os.fspath(source), records, False)
     errors = metadata.read_metadata(target).errors
     return ConversionReport(
         tensors=len(stored),
-        resumed=len(done),
+        resumed=len(finished),
         nbytes=sum(nbytes.values()),
         dtypes=Counter(x.dtype or str(floats.dtypes[x.path]) for x in stored),
         seconds=time.monotonic() - began,
@@ -133,7 +134,8 @@ def quantize(
     )
 
 
-def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
+def _open_floats(source: str | os.PathLike[str], revision: str | None) -> FloatCheckpoint:
+    """Opens the source of a quantization, whichever format it has."""
     if auto.is_huggingface(source):
         hf = open_hf(source, revision=revision)
         config = read_source_config(hf)
@@ -142,7 +144,7 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
         def from_hf(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
             return hf.blocks(leaf.hf_name, zarr.block_size(leaf.weight.shape, width))
 
-        return _Floats(
+        return FloatCheckpoint(
             config,
             {path: hf.tensors[name].dtype for path, name in names.items()},
             from_hf,
@@ -153,7 +155,7 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
     if revision is not None:
         raise ValueError(
             f"revision={revision!r} was given with {source}, an Orbax checkpoint, which has none: "
-            "drop it"
+            "omit it"
         )
     meta = metadata.read_metadata(source)
     if meta.quantization is not None:
@@ -168,11 +170,11 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
             hashed.update(block.view(np.uint8).data)
             yield block
         if hashed.hexdigest() != meta.sha256.get(leaf.path, hashed.hexdigest()):
-            why = f"{'/'.join(leaf.path)}: its bytes do not match the recorded SHA-256"
-            raise metadata.damaged_error(meta.path, why)
+            reason = f"{'/'.join(leaf.path)}: its bytes do not match the recorded SHA-256"
+            raise metadata.damaged(meta.path, reason)
 
-    mark = (meta.path / metadata.MARKER_FILE).read_bytes()
-    return _Floats(
+    mark = (meta.path / metadata.MARK).read_bytes()
+    return FloatCheckpoint(
         meta.config,
         {path: np.dtype(leaf.dtype) for path, leaf in meta.leaves.items()},
         from_orbax,
@@ -185,31 +187,32 @@ def _open(source: str | os.PathLike[str], revision: str | None) -> _Floats:
     )
 
 
-def _stored_nbytes(leaf: weights.DiskLeaf, floats: _Floats) -> int:
+def _stored_nbytes(leaf: weights.DiskLeaf, floats: FloatCheckpoint) -> int:
     dtype = floats.dtypes[leaf.path] if leaf.dtype is None else np.dtype(leaf.dtype)
     return int(np.prod(leaf.shape)) * dtype.itemsize
 
 
-def _held(leaf: weights.DiskLeaf, floats: _Floats, to: q.Quantization) -> int:
-    """The bytes that a thread holds at most, to quantize a weight."""
+def _bytes_in_flight(leaf: weights.DiskLeaf, floats: FloatCheckpoint, to: q.Quantization) -> int:
+    """Returns the most memory that a thread needs to quantize a weight, in bytes."""
     block = zarr.BLOCK_BYTES
-    first, *scales = q.stored_parts(leaf, to)
-    whole, result = floats.nbytes(leaf), _stored_nbytes(first, floats)
-    if leaf.weight.stacked and scales:  # blocks that are read; then the result in two layouts
-        return whole + max(3 * block, 2 * result + block)
-    # In blocks: each in hand, and on its way from and to the disk.
-    return 3 * min(whole, block * floats.dtypes[leaf.path].itemsize) + 2 * block
+    values, *scales = q.parts(leaf, to)
+    source, result = floats.nbytes(leaf), _stored_nbytes(values, floats)
+    if leaf.weight.stacked and scales:
+        # The whole weight, and either blocks being read or the result in two layouts.
+        return source + max(3 * block, 2 * result + block)
+    # Block by block: one being quantized, one being read and one being written.
+    return 3 * min(source, block * floats.dtypes[leaf.path].itemsize) + 2 * block
 
 
-def _write(
-    writer: checkpoint.CheckpointWriter,
-    floats: _Floats,
+def _quantize_weight(
+    writer: checkpoint.Writer,
+    floats: FloatCheckpoint,
     leaf: weights.DiskLeaf,
     to: q.Quantization,
     progress: Progress,
 ) -> None:
-    """Writes the arrays of one weight."""
-    stored = q.stored_parts(leaf, to)
+    """Reads one weight and writes its arrays: values and scales, or itself in another dtype."""
+    stored = q.parts(leaf, to)
     dtype = np.dtype(stored[0].dtype or floats.dtypes[leaf.path])
 
     def blocks() -> Iterator[np.ndarray]:
@@ -222,28 +225,30 @@ def _write(
         return
     values, scales = stored
     if leaf.weight.stacked:
-        found = q.quantize_array(_whole(blocks(), leaf, floats), values, to)
-        writer.write(values, dtype, _cut(found.values, values))
-        writer.write(
-            scales, found.scales.dtype, _cut(found.scales, scales), found.errors.relative()
-        )
+        result = q.quantize(_join_blocks(blocks(), leaf, floats), values, to)
+        writer.write(values, dtype, _split_blocks(result.values, values))
+        scale_blocks = _split_blocks(result.scales, scales)
+        writer.write(scales, result.scales.dtype, scale_blocks, result.errors.relative())
         return
-    rows, sums = [], []
+    # Embedding and head have a scale per row, so that their blocks can be quantized one by one.
+    scales_of_blocks, errors_of_blocks = [], []
 
     def quantized() -> Iterator[np.ndarray]:
         for block in blocks():
-            found = q.quantize_array(block.reshape(-1, leaf.weight.shape[1]), values, to)
-            rows.append(found.scales)
-            sums.append(found.errors)
-            yield found.values.reshape(-1)
+            result = q.quantize(block.reshape(-1, leaf.weight.shape[1]), values, to)
+            scales_of_blocks.append(result.scales)
+            errors_of_blocks.append(result.errors)
+            yield result.values.reshape(-1)
 
     writer.write(values, dtype, quantized())
-    errors = q.QuantizationErrors(*np.sum(sums, 0).tolist())
-    together = np.concatenate(rows)
-    writer.write(scales, together.dtype, _cut(together, scales), errors.relative())
+    errors = q.Errors(*np.sum(errors_of_blocks, 0).tolist())
+    all_scales = np.concatenate(scales_of_blocks)
+    writer.write(scales, all_scales.dtype, _split_blocks(all_scales, scales), errors.relative())
 
 
-def _whole(blocks: Iterator[np.ndarray], leaf: weights.DiskLeaf, floats: _Floats) -> np.ndarray:
+def _join_blocks(
+    blocks: Iterator[np.ndarray], leaf: weights.DiskLeaf, floats: FloatCheckpoint
+) -> np.ndarray:
     flat = np.empty(int(np.prod(leaf.weight.shape)), floats.dtypes[leaf.path])
     start = 0
     for block in blocks:
@@ -252,7 +257,7 @@ def _whole(blocks: Iterator[np.ndarray], leaf: weights.DiskLeaf, floats: _Floats
     return flat.reshape(leaf.weight.shape)
 
 
-def _cut(x: np.ndarray, leaf: weights.DiskLeaf) -> Iterator[np.ndarray]:
-    """An array in the blocks that `checkpoint.CheckpointWriter.write` takes."""
+def _split_blocks(x: np.ndarray, leaf: weights.DiskLeaf) -> Iterator[np.ndarray]:
+    """Yields an array in the blocks that `checkpoint.Writer.write` expects."""
     flat, size = x.reshape(-1), zarr.block_size(leaf.shape, x.dtype.itemsize)
     yield from (flat[i : i + size] for i in range(0, len(flat), size))
