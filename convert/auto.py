@@ -37,11 +37,11 @@ def read_any_config(source: metadata.PathLike) -> BTLMConfig:
 
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `open_hf`, `read_source_config` and
-        `metadata.read`.
+        `metadata.read_metadata`.
     """
     if is_huggingface(source):
         return read_source_config(open_hf(source))
-    return metadata.read(source).config
+    return metadata.read_metadata(source).config
 
 
 def read_any_tokenizer(source: metadata.PathLike) -> Tokenizer | None:
@@ -50,7 +50,7 @@ def read_any_tokenizer(source: metadata.PathLike) -> Tokenizer | None:
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `open_hf` and `load_tokenizer`.
     """
-    folder = open_hf(source).directory if is_huggingface(source) else home_of(source)
+    folder = open_hf(source).directory if is_huggingface(source) else tokenizer_directory(source)
     try:
         return load_tokenizer(folder)
     except FileNotFoundError:

@@ -27,7 +27,7 @@ def num_threads(max_memory: int, largest_block: int = zarr.BLOCK_BYTES) -> int:
     Raises:
       ValueError: the budget does not suffice for one thread.
     """
-    purpose = f"{_BLOCKS_PER_THREAD} blocks of {byte_size.show(largest_block)}"
+    purpose = f"{_BLOCKS_PER_THREAD} blocks of {format_bytes(largest_block)}"
     return num_threads_holding(max_memory, _BLOCKS_PER_THREAD * largest_block, purpose)
 
 
@@ -44,8 +44,8 @@ def num_threads_holding(max_memory: int, thread_bytes: int, purpose: str) -> int
     """
     if max_memory < thread_bytes:
         raise ValueError(
-            f"max_memory: found {byte_size.show(max_memory)}, expected at least "
-            f"{byte_size.show(thread_bytes)} ({purpose})"
+            f"max_memory: found {format_bytes(max_memory)}, expected at least "
+            f"{format_bytes(thread_bytes)} ({purpose})"
         )
     return min(max_memory // thread_bytes, _MAX_THREADS)
 

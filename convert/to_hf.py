@@ -78,7 +78,7 @@ def export(
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
     atomic.refuse_existing(target, overwrite=overwrite, ours=is_our_export)
-    meta = metadata.read(source)
+    meta = metadata.read_metadata(source)
     if meta.quantization is not None:
         raise ValueError(
             f"{source} is quantized ({meta.quantization}), which the original code cannot read: "
@@ -163,7 +163,7 @@ def _resume_key(
     meta: metadata.Metadata, shards: Mapping[str, Sequence[TensorSpec]]
 ) -> dict[str, Any]:
     """Returns the facts that must be unchanged to resume an interrupted export."""
-    mark = (meta.path / metadata.MARK).read_bytes()
+    mark = (meta.path / metadata.MARKER_FILE).read_bytes()
     return {
         "by": f"export {__version__}",
         "checkpoint": hashlib.sha256(mark).hexdigest(),

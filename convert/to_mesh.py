@@ -68,7 +68,7 @@ def load_hf(
 
             all_leaves = weights.disk_leaves(config)
             dtypes = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in all_leaves}
-            return model, unstacked.load(
+            return model, unstacked.load_unstacked(
                 config, read_part, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
             )
         for w in weights.table(config):

@@ -136,7 +136,7 @@ def check_finite(source: str, records: Mapping[str, Any], allowed: bool) -> None
 
     Args:
       source: the source as the user named it.
-      records: the record of every array, by name, from `checkpoint.Writer`.
+      records: the record of every array, by name, from `checkpoint.CheckpointWriter`.
       allowed: log a warning instead of raising.
 
     Raises:

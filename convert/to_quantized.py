@@ -91,13 +91,13 @@ def quantize(
     """
     began = time.monotonic()
     to = q.Quantization.parse(to) if isinstance(to, str) else to
-    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_ours)
+    atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_btlm_checkpoint)
     floats = _open_floats(source, revision)
     config = floats.config
     leaves = list(weights.disk_leaves(config))
     thread_bytes = max(_bytes_in_flight(leaf, floats, to) for leaf in leaves)
     threads = num_threads_holding(max_memory, thread_bytes, "the largest weight and its result")
-    stored = list(q.disk_leaves(config, to))
+    stored = list(q.stored_leaves(config, to))
     nbytes = {x.path: _stored_nbytes(x, floats) for x in stored}
     with checkpoint.open_writer(
         target,
@@ -106,10 +106,12 @@ def quantize(
         origin=floats.origin,
         overwrite=overwrite,
         key={**floats.resume_key, "to": dataclasses.asdict(to)},
-        to=to,
+        quantized=to,
     ) as writer:
         finished = {x.path for x in stored if writer.finished(x)}
-        unfinished = [x for x in leaves if any(p.path not in finished for p in q.parts(x, to))]
+        unfinished = [
+            x for x in leaves if any(p.path not in finished for p in q.stored_parts(x, to))
+        ]
         atomic.require_space(target, sum(n for path, n in nbytes.items() if path not in finished))
         total, remaining = (sum(map(floats.nbytes, xs)) for xs in (leaves, unfinished))
         with Progress(total, "B", "quantize", done=total - remaining) as progress:
@@ -171,9 +173,9 @@ def _open_floats(source: str | os.PathLike[str], revision: str | None) -> FloatC
             yield block
         if hashed.hexdigest() != meta.sha256.get(leaf.path, hashed.hexdigest()):
             reason = f"{'/'.join(leaf.path)}: its bytes do not match the recorded SHA-256"
-            raise metadata.damaged(meta.path, reason)
+            raise metadata.damaged_error(meta.path, reason)
 
-    mark = (meta.path / metadata.MARK).read_bytes()
+    mark = (meta.path / metadata.MARKER_FILE).read_bytes()
     return FloatCheckpoint(
         meta.config,
         {path: np.dtype(leaf.dtype) for path, leaf in meta.leaves.items()},
@@ -195,7 +197,7 @@ def _stored_nbytes(leaf: weights.DiskLeaf, floats: FloatCheckpoint) -> int:
 def _bytes_in_flight(leaf: weights.DiskLeaf, floats: FloatCheckpoint, to: q.Quantization) -> int:
     """Returns the most memory that a thread needs to quantize a weight, in bytes."""
     block = zarr.BLOCK_BYTES
-    values, *scales = q.parts(leaf, to)
+    values, *scales = q.stored_parts(leaf, to)
     source, result = floats.nbytes(leaf), _stored_nbytes(values, floats)
     if leaf.weight.stacked and scales:
         # The whole weight, and either blocks being read or the result in two layouts.
@@ -205,14 +207,14 @@ def _bytes_in_flight(leaf: weights.DiskLeaf, floats: FloatCheckpoint, to: q.Quan
 
 
 def _quantize_weight(
-    writer: checkpoint.Writer,
+    writer: checkpoint.CheckpointWriter,
     floats: FloatCheckpoint,
     leaf: weights.DiskLeaf,
     to: q.Quantization,
     progress: Progress,
 ) -> None:
     """Reads one weight and writes its arrays: values and scales, or itself in another dtype."""
-    stored = q.parts(leaf, to)
+    stored = q.stored_parts(leaf, to)
     dtype = np.dtype(stored[0].dtype or floats.dtypes[leaf.path])
 
     def blocks() -> Iterator[np.ndarray]:
@@ -225,7 +227,7 @@ def _quantize_weight(
         return
     values, scales = stored
     if leaf.weight.stacked:
-        result = q.quantize(_join_blocks(blocks(), leaf, floats), values, to)
+        result = q.quantize_array(_join_blocks(blocks(), leaf, floats), values, to)
         writer.write(values, dtype, _split_blocks(result.values, values))
         scale_blocks = _split_blocks(result.scales, scales)
         writer.write(scales, result.scales.dtype, scale_blocks, result.errors.relative())
@@ -235,13 +237,13 @@ def _quantize_weight(
 
     def quantized() -> Iterator[np.ndarray]:
         for block in blocks():
-            result = q.quantize(block.reshape(-1, leaf.weight.shape[1]), values, to)
+            result = q.quantize_array(block.reshape(-1, leaf.weight.shape[1]), values, to)
             scales_of_blocks.append(result.scales)
             errors_of_blocks.append(result.errors)
             yield result.values.reshape(-1)
 
     writer.write(values, dtype, quantized())
-    errors = q.Errors(*np.sum(errors_of_blocks, 0).tolist())
+    errors = q.QuantizationErrors(*np.sum(errors_of_blocks, 0).tolist())
     all_scales = np.concatenate(scales_of_blocks)
     writer.write(scales, all_scales.dtype, _split_blocks(all_scales, scales), errors.relative())
 
@@ -258,6 +260,6 @@ def _join_blocks(
 
 
 def _split_blocks(x: np.ndarray, leaf: weights.DiskLeaf) -> Iterator[np.ndarray]:
-    """Yields an array in the blocks that `checkpoint.Writer.write` expects."""
+    """Yields an array in the blocks that `checkpoint.CheckpointWriter.write` expects."""
     flat, size = x.reshape(-1), zarr.block_size(leaf.shape, x.dtype.itemsize)
     yield from (flat[i : i + size] for i in range(0, len(flat), size))

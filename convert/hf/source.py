@@ -1,7 +1,7 @@
-"""Open a Hugging Face checkpoint: its config, its tensors (headers only) and its tokenizer files.
+"""Opening of Hugging Face checkpoints: configuration, tensors and tokenizer files.
 
-Nothing but headers is read until `HFSource.read_tensor` asks for a tensor, so opening is cheap however
-large the checkpoint is. Every check that needs no tensor data is made on opening.
+Opening reads only the headers of the weight files, so it is cheap for any size, and makes every
+check that needs no tensor data.
 """
 
 from __future__ import annotations
