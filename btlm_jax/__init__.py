@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from btlm_jax.model.btlm import BTLM as BTLM
     from btlm_jax.model.kv_cache import KVCache as KVCache
     from btlm_jax.model.loss import next_token_loss as next_token_loss
+    from btlm_jax.model.params import fold_completep as fold_completep
     from btlm_jax.model.sharding import make_mesh as make_mesh
-    from btlm_jax.model.weights import fold_completep as fold_completep
 
 _HOME = {
     "AlibiScaling": "config",
@@ -37,7 +37,7 @@ _HOME = {
     "BTLMConfig": "config",
     "KVCache": "model.kv_cache",
     "PromptCache": "generation.prompt_cache",
-    "fold_completep": "model.weights",
+    "fold_completep": "model.params",
     "generate": "generation.generate",
     "generate_batch": "generation.batch",
     "load": "checkpoint.checkpoint",

@@ -12,8 +12,8 @@ from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.convert.hf.source_config import read_source_config
 from btlm_jax.convert.to_mesh import load_hf
 from btlm_jax.data.tokenizer import load_tokenizer, tokenizer_directory
-from btlm_jax.model import weights
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.params import Params
 from btlm_jax.utils import paths
 
 
@@ -62,8 +62,8 @@ def load_any_checkpoint(
     *,
     mesh: Mesh | None = None,
     dtype: DTypeLike | None = None,
-    by_layer: bool = False,
-) -> tuple[BTLM, weights.Params]:
+    unstacked: bool = False,
+) -> tuple[BTLM, Params]:
     """Loads model and weights with `load_hf` or `checkpoint.load`, according to the format."""
     load = load_hf if is_huggingface(source) else checkpoint.load
-    return load(source, mesh=mesh, dtype=dtype, by_layer=by_layer)
+    return load(source, mesh=mesh, dtype=dtype, unstacked=unstacked)

@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from btlm_jax.checkpoint import unstacked
+from btlm_jax.checkpoint import unstacked as unstacked_lib
 from btlm_jax.convert.hf.source import HFSource, open_hf
 from btlm_jax.convert.hf.source_config import read_source_config
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.params import Params, unflatten_tree
 from btlm_jax.utils.progress import Progress
 
 Index = tuple[slice, ...]
@@ -29,8 +30,9 @@ def load_hf(
     dtype: DTypeLike | None = None,
     *,
     revision: str | None = None,
-    by_layer: bool = False,
-) -> tuple[BTLM, weights.Params]:
+    unstacked: bool = False,
+    by_layer: bool | None = None,
+) -> tuple[BTLM, Params]:
     """Loads a Hugging Face checkpoint onto a device or a mesh.
 
     Every process reads only the bytes that its own devices need. The layers of a weight are copied
@@ -43,7 +45,8 @@ def load_hf(
       rules: logical axis -> mesh axis; default `sharding.RULES`.
       dtype: dtype of the weights in memory; None keeps the stored one.
       revision: branch, tag or commit on the Hub.
-      by_layer: return the weights unstacked, for decoding.
+      unstacked: return the weights unstacked, for decoding.
+      by_layer: the old name of `unstacked`; deprecated.
 
     Returns:
       The model and its weights as `btlm_jax.load` returns them: stacked and padded for the mesh,
@@ -52,14 +55,15 @@ def load_hf(
     Raises:
       FileNotFoundError, ConnectionError, ValueError: as `convert`.
     """
+    unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
     hf = open_hf(source, revision=revision)
     model = BTLM(read_source_config(hf), rules=rules or sharding.RULES)
     config = model.config
-    pad, placed = sharding.placement(config, mesh, model.rules)
+    pad, placed = sharding.param_layout(config, mesh, model.rules)
     params = {}
     total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in weights.disk_leaves(config))
     with Progress(total, "B", "load") as progress:
-        if by_layer:
+        if unstacked:
 
             def read_part(leaf: weights.DiskLeaf, index: Index) -> np.ndarray:
                 part = hf.read_tensor(leaf.hf_name, index, leaf.weight.shape)
@@ -68,30 +72,30 @@ def load_hf(
 
             all_leaves = weights.disk_leaves(config)
             dtypes = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in all_leaves}
-            return model, unstacked.load_unstacked(
+            return model, unstacked_lib.load_unstacked(
                 config, read_part, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
             )
-        for w in weights.table(config):
-            leaves = weights.leaves_of(w, config)
+        for w in weights.weight_table(config):
+            leaves = weights.disk_leaves_of(w, config)
             memory_dtype = jnp.dtype(dtype) if dtype is not None else _one_dtype(hf, w, leaves)
             shape, out = w.padded(pad), placed[w.path]
             if not w.stacked:
                 params[w.path] = _read_sharded(hf, leaves[0], shape, memory_dtype, out)
                 progress.update(hf.tensors[leaves[0].hf_name].nbytes)
                 continue
-            layer_out = sharding.of_one_layer(out)
+            layer_out = sharding.layer_sharding(out)
             stack = _zeros((config.n_layer, *shape), memory_dtype, out)
             for i, leaf in enumerate(leaves):
                 layer = _read_sharded(hf, leaf, shape, memory_dtype, layer_out)
                 stack = _set_layer(stack, layer, np.int32(i), out)
                 progress.update(hf.tensors[leaf.hf_name].nbytes)
             params[w.path] = stack
-    return model, weights.unflatten(params)
+    return model, unflatten_tree(params)
 
 
 def _one_dtype(hf: HFSource, w: weights.Weight, leaves: list[weights.DiskLeaf]) -> np.dtype:
     try:
-        return weights.one_dtype(w, (hf.tensors[leaf.hf_name].dtype for leaf in leaves))
+        return weights.common_dtype(w, (hf.tensors[leaf.hf_name].dtype for leaf in leaves))
     except ValueError as e:
         raise ValueError(f"{hf.directory}: {e}") from None
 
@@ -105,7 +109,7 @@ def _read_sharded(
     def read_part(index: Index) -> np.ndarray:
         return hf.read_tensor(leaf.hf_name, index, stored_shape)
 
-    return sharding.from_parts(shape, dtype, out, stored_shape, read_part)
+    return sharding.assemble_array(shape, dtype, out, stored_shape, read_part)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, out: Any) -> jax.Array:

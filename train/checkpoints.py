@@ -26,6 +26,7 @@ from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 from btlm_jax.train.distributed import anywhere, barrier
 from btlm_jax.train.step import TrainState, abstract_state
 from btlm_jax.utils import atomic
@@ -65,8 +66,8 @@ class Checkpoints:
         A save that is still being written is waited for. An error of an earlier one is raised here.
         """
         items: dict[str, Any] = {
-            metadata.ITEM: weights.unflatten(
-                checkpoint.unstack_layers(config, weights.flatten(state.params))
+            metadata.ITEM: unflatten_tree(
+                checkpoint.unstack_layers(config, flatten_tree(state.params))
             ),
             _OPTIMIZER: _stored(config, state),
         }
@@ -163,7 +164,7 @@ def restore(
     if meta.config != model.config:
         raise ValueError(f"{path} is of another model: {meta.config}, expected {model.config}")
     config = model.config
-    pad, placed = sharding.placement(config, mesh, model.rules)
+    pad, placed = sharding.param_layout(config, mesh, model.rules)
     like = abstract_state(model, tx, mesh)
     parts = _parts(config, like.opt_state)
 
@@ -188,17 +189,17 @@ def restore(
     _check_optimizer(path, wanted[_OPTIMIZER])
     found = checkpoint.restore_items(meta.path, wanted)
 
-    params = checkpoint.stack_layers(config, weights.flatten(found[metadata.ITEM]), placed)
+    params = checkpoint.stack_layers(config, flatten_tree(found[metadata.ITEM]), placed)
     optimizer = found[_OPTIMIZER]
     for name, part in parts.items():
         if isinstance(part, Mapping):
             places = {p: placed[p] for p in part}
-            parts[name] = checkpoint.stack_layers(config, weights.flatten(optimizer[name]), places)
+            parts[name] = checkpoint.stack_layers(config, flatten_tree(optimizer[name]), places)
         else:
             parts[name] = optimizer[name]
     opt_state = _from_parts(config, like.opt_state, parts)
     counters = {name: optimizer[name] for name in _COUNTERS}
-    return TrainState(weights.unflatten(params), opt_state, **counters), meta
+    return TrainState(unflatten_tree(params), opt_state, **counters), meta
 
 
 def _stored(config: BTLMConfig, state: TrainState) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _stored(config: BTLMConfig, state: TrainState) -> dict[str, Any]:
     stored: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
     for name, part in _parts(config, state.opt_state).items():
         if isinstance(part, Mapping):
-            stored[name] = weights.unflatten(checkpoint.unstack_layers(config, part))
+            stored[name] = unflatten_tree(checkpoint.unstack_layers(config, part))
         else:
             stored[name] = part
     return stored
@@ -217,7 +218,7 @@ def _parts(config: BTLMConfig, opt_state: Any) -> dict[str, Any]:
 
     A leaf belongs to a weight if its keys end in the weight's path, as in every Optax state.
     """
-    known = weights.by_path(config)
+    known = weights.weights_by_path(config)
     parts: dict[str, Any] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(opt_state)[0]:
         name, weight = _split(keys, known)
@@ -229,7 +230,7 @@ def _parts(config: BTLMConfig, opt_state: Any) -> dict[str, Any]:
 
 
 def _from_parts(config: BTLMConfig, like: Any, parts: Mapping[str, Any]) -> Any:
-    known = weights.by_path(config)
+    known = weights.weights_by_path(config)
     flat, tree = jax.tree_util.tree_flatten_with_path(like)
     leaves = []
     for keys, _ in flat:
@@ -270,8 +271,8 @@ def _check_optimizer(path: Path, wanted: Mapping[str, Any]) -> None:
         raise metadata.DamagedCheckpoint(
             f"{path} holds no optimizer state: start from it with model.checkpoint"
         )
-    have = {p: tuple(x.shape) for p, x in weights.flatten(found).items()}
-    want = {p for p, _ in weights.flatten(wanted).items()}
+    have = {p: tuple(x.shape) for p, x in flatten_tree(found).items()}
+    want = {p for p, _ in flatten_tree(wanted).items()}
     odd = ["/".join(p) for p in sorted(set(have) ^ want)]
     if odd:
         raise ValueError(

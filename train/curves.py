@@ -42,7 +42,7 @@ class Run(NamedTuple):
     """
 
     name: str
-    curve: collapse.Curve
+    curve: collapse.LossCurve
     step: int
     steps: int
     parameters: int
@@ -86,13 +86,13 @@ def read(directory: str | Path) -> Run:
     done = np.cumsum(per_step) / recipe.tokens
     steps = np.array([int(line["step"]) for line in finite])
     try:
-        curve = collapse.Curve.of(done[steps - 1], [line["loss"] for line in finite])
+        curve = collapse.LossCurve.of(done[steps - 1], [line["loss"] for line in finite])
     except ValueError as e:
         raise ValueError(f"{directory}: {e}") from None
-    parameters = weights.count(recipe.model_config())
+    parameters = weights.count_parameters(recipe.model_config())
     # From the log, not by `Recipe.learning_rate`: that would take an accelerator that is training.
     rates = np.interp(
-        collapse.centers(collapse.BINS),
+        collapse.bin_centers(collapse.BINS),
         curve.done,
         [line["learning_rate"] / recipe.optimizer.peak_lr for line in finite],
         right=np.nan,
@@ -137,7 +137,7 @@ def differences(runs: Sequence[Run]) -> Iterable[str]:
             if a != b and (a is None or b is None or abs(math.log(b / a)) > SAME):
                 shown = ["none" if x is None else f"{x:.3g}" for x in (b, a)]
                 yield f"{run.name}: {what} {shown[0]}, {first.name} has {shown[1]}"
-        both = (collapse.centers(collapse.BINS) > collapse.IGNORED) & ~np.isnan(run.rates)
+        both = (collapse.bin_centers(collapse.BINS) > collapse.IGNORED) & ~np.isnan(run.rates)
         apart = np.abs(run.rates - first.rates)[both & ~np.isnan(first.rates)].max(initial=0)
         if apart > SAME:
             yield (

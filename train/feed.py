@@ -40,7 +40,8 @@ def batches_on(
       start: the step of the first batch.
     """
     place = NamedSharding(
-        mesh, jax.sharding.PartitionSpec(None, *sharding.spec(sharding.RULES, "batch"), None)
+        mesh,
+        jax.sharding.PartitionSpec(None, *sharding.partition_spec(sharding.RULES, "batch"), None),
     )
 
     def rows(batch_size: int) -> list[int]:

@@ -26,7 +26,7 @@ class Evaluation:
         self._held = held
         if held is None:
             return
-        ways = sharding.ways(mesh, sharding.RULES, "batch")
+        ways = sharding.num_shards(mesh, sharding.RULES, "batch")
         last = recipe.phases[-1]
         length = max(p.length for p in recipe.phases)
         micro = last.microbatch or last.batch_size
@@ -45,7 +45,7 @@ class Evaluation:
     def __call__(self, state: TrainState, log: MetricsLog, step: int) -> float:
         if self._held is None:
             return math.nan
-        spec = jax.sharding.PartitionSpec(*sharding.spec(sharding.RULES, "batch"), None)
+        spec = jax.sharding.PartitionSpec(*sharding.partition_spec(sharding.RULES, "batch"), None)
         place = NamedSharding(self._mesh, spec)
         shape = (self._batch, self._length + 1)
         nll = tokens = 0.0

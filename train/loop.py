@@ -25,6 +25,7 @@ from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.data.tokenizer import load_tokenizer, tokenizers_match
 from btlm_jax.model import mup, sharding, weights
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.params import Params, check_params, is_unstacked
 from btlm_jax.train import batches as batches_lib
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.distributed import agreed
@@ -114,7 +115,7 @@ def train(
     if jax.process_index() == 0:
         logger.info(
             "%s parameters in muP groups:\n%s",
-            f"{weights.count(model.config):,}",
+            f"{weights.count_parameters(model.config):,}",
             mup.format_groups(recipe.param_groups(model.config)),
         )
         for name, epochs in read.epochs.items():
@@ -233,19 +234,19 @@ def _sources(recipe: Recipe) -> list[batches_lib.Source]:
     return [batches_lib.Source(parent)]
 
 
-def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> weights.Params:
+def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> Params:
     """Fresh weights, or those of the checkpoint to start from; fp32 masters."""
     source = recipe.model.checkpoint
     if source is None:
         key = jax.random.key(recipe.run.seed)
         return model.init(key, mesh=mesh, truncation=recipe.model.init_truncation)
     _, params = auto.load_any_checkpoint(source, mesh=mesh, dtype=jnp.float32)
-    if weights.is_by_layer(params):
+    if is_unstacked(params):
         raise ValueError(
             f"model.checkpoint: {source} is quantized, and only floats can be trained: name the "
             "checkpoint it was made from"
         )
-    weights.check(params, model.config)
+    check_params(params, model.config)
     return params
 
 
@@ -257,7 +258,7 @@ def _check(
     held: TokenShards | None,
 ) -> None:
     """Refuses what would fail only later."""
-    ways = sharding.ways(mesh, sharding.RULES, "batch")
+    ways = sharding.num_shards(mesh, sharding.RULES, "batch")
     problems = []
     for i, phase in enumerate(recipe.phases):
         micro = phase.microbatch or phase.batch_size
@@ -267,7 +268,7 @@ def _check(
                 f"phases.{i}.{name}: found {micro}, expected a multiple of {ways}, over which this "
                 f"mesh splits the batch (data x fsdp)"
             )
-        stripes = sharding.stripes(sharding.ways(mesh, sharding.RULES, "sequence"))
+        stripes = sharding.num_chunks(sharding.num_shards(mesh, sharding.RULES, "sequence"))
         if phase.length % stripes:
             problems.append(
                 f"phases.{i}.length: found {phase.length}, expected a multiple of {stripes}, twice "

@@ -253,8 +253,8 @@ class Recipe:
         Raises:
           ValueError: not even one sequence per device is within the limit.
         """
-        ways = sharding.ways(mesh, sharding.RULES, "batch")
-        split = sharding.ways(mesh, sharding.RULES, "sequence")
+        ways = sharding.num_shards(mesh, sharding.RULES, "batch")
+        split = sharding.num_shards(mesh, sharding.RULES, "sequence")
         phases, limit = [], self.run.tokens_per_device
         for i, p in enumerate(self.phases):
             micro = p.microbatch or p.batch_size

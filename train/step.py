@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from btlm_jax.model import mup, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import LossSum, target_loss
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params, unflatten_tree
 
 
 class TrainState(NamedTuple):
@@ -55,9 +55,9 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 def abstract_weights(model: BTLM, mesh: Mesh | None) -> Params:
     """What `model.init(key, mesh=mesh)` would return: shapes, dtypes and shardings."""
     config = model.config
-    pad, placed = sharding.placement(config, mesh, model.rules)
-    shapes = {w.path: weights.stacked_shape(w, config, pad) for w in weights.table(config)}
-    return weights.unflatten(
+    pad, placed = sharding.param_layout(config, mesh, model.rules)
+    shapes = {w.path: weights.stacked_shape(w, config, pad) for w in weights.weight_table(config)}
+    return unflatten_tree(
         {p: jax.ShapeDtypeStruct(s, jnp.float32, sharding=placed[p]) for p, s in shapes.items()}
     )
 

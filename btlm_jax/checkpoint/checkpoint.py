@@ -26,11 +26,19 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax.checkpoint import metadata, orbax_metadata, quantization, unstacked, zarr
+from btlm_jax.checkpoint import metadata, orbax_metadata, quantization, zarr
+from btlm_jax.checkpoint import unstacked as unstacked_lib
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.params import (
+    Params,
+    check_params,
+    flatten_tree,
+    is_unstacked,
+    unflatten_tree,
+)
 from btlm_jax.utils import atomic, paths
 
 
@@ -99,13 +107,13 @@ def save(
         hold something where padding should be.
       OSError: the disk is full or fails.
     """
-    if weights.is_by_layer(params):
+    if is_unstacked(params):
         raise ValueError(
             "weights to save: found them by layer, expected stacked ones, as init and load give "
             "them; quantized checkpoints are made by `btlm convert --quantize`"
         )
-    weights.check(params, config)
-    flat = weights.flatten(params)
+    check_params(params, config)
+    flat = flatten_tree(params)
     odd = {
         "/".join(p): str(x.dtype)
         for p, x in flat.items()
@@ -206,8 +214,9 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules | None = None,
-    by_layer: bool = False,
-) -> tuple[BTLM, weights.Params]:
+    unstacked: bool = False,
+    by_layer: bool | None = None,
+) -> tuple[BTLM, Params]:
     """Reads a checkpoint straight onto a device or a mesh.
 
     Args:
@@ -216,9 +225,10 @@ def load(
       mesh: shard the weights over it, each process reading only its parts; None puts them on the
         default device.
       rules: logical axis -> mesh axis; default `sharding.RULES`.
-      by_layer: give the weights by layer (`weights.by_layer`), as decoding takes them, without
+      unstacked: give every layer its own arrays (`unstack_params`), as decoding takes them, without
         stacking them first. Quantized weights are always unstacked. On a CPU without a mesh the
         model then computes in the dtype of its weights (bfloat16 for quantized ones).
+      by_layer: the old name of `unstacked`; deprecated.
 
     Returns:
       The model and its stacked weights, padded for the mesh; or its weights by layer.
@@ -228,14 +238,15 @@ def load(
       ValueError: not a checkpoint of ours, an unknown format, or arrays that are missing,
         unexpected or of the wrong shape (all listed).
     """
+    unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
     meta = metadata.read_metadata(path)
     model = BTLM(meta.config, rules=rules or sharding.RULES)
-    if by_layer or meta.quantization is not None:
+    if unstacked or meta.quantization is not None:
         to, stored = meta.quantization, {path: leaf.dtype for path, leaf in meta.leaves.items()}
         model = dataclasses.replace(
-            model, compute_dtype=unstacked.decoding_dtype(meta, dtype, mesh)
+            model, compute_dtype=unstacked_lib.decoding_dtype(meta, dtype, mesh)
         )
-        params = unstacked.load_unstacked(
+        params = unstacked_lib.load_unstacked(
             meta.config,
             meta.part,
             stored,
@@ -245,16 +256,16 @@ def load(
             rules=model.rules,
         )
         return model, params
-    pad, placed = sharding.placement(meta.config, mesh, model.rules)
+    pad, placed = sharding.param_layout(meta.config, mesh, model.rules)
     stored = {path: leaf.dtype if dtype is None else dtype for path, leaf in meta.leaves.items()}
     arrays = restore_items(
         meta.path, {metadata.ITEM: restore_targets(meta.config, stored, placed, pad)}
     )
     try:
-        params = stack_layers(meta.config, weights.flatten(arrays[metadata.ITEM]), placed)
+        params = stack_layers(meta.config, flatten_tree(arrays[metadata.ITEM]), placed)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    return model, weights.unflatten(params)
+    return model, unflatten_tree(params)
 
 
 def restore_targets(
@@ -262,7 +273,7 @@ def restore_targets(
     dtypes: Mapping[weights.Path, DTypeLike],
     placed: Mapping[weights.Path, Any],
     pad: Mapping[str, int],
-) -> weights.Params:
+) -> Params:
     """What to ask Orbax for: the tree of stored arrays, padded, each where its stack will be.
 
     Args:
@@ -277,10 +288,10 @@ def restore_targets(
         if leaf.weight.path not in placed:
             continue
         out = placed[leaf.weight.path]
-        one = out if leaf.layer is None else sharding.of_one_layer(out)
+        one = out if leaf.layer is None else sharding.layer_sharding(out)
         shape = leaf.weight.padded(pad)
         wanted[leaf.path] = jax.ShapeDtypeStruct(shape, dtypes[leaf.path], sharding=one)
-    return weights.unflatten(wanted)
+    return unflatten_tree(wanted)
 
 
 def stack_layers(
@@ -294,12 +305,12 @@ def stack_layers(
       ValueError: the layers of a weight are of several dtypes.
     """
     found = {}
-    for w in weights.table(config):
+    for w in weights.weight_table(config):
         if w.path not in placed:
             continue
         # Weight by weight: the copy that stacking makes is never more than one.
-        layers = [arrays.pop(leaf.path) for leaf in weights.leaves_of(w, config)]
-        weights.one_dtype(w, (x.dtype for x in layers))
+        layers = [arrays.pop(leaf.path) for leaf in weights.disk_leaves_of(w, config)]
+        weights.common_dtype(w, (x.dtype for x in layers))
         found[w.path] = _stack(layers, placed[w.path]) if w.stacked else layers[0]
     return found
 
@@ -365,9 +376,7 @@ def _stack(layers: list[jax.Array], out: Any) -> jax.Array:
     return jax.jit(lambda xs: jnp.stack(xs), out_shardings=out)(layers)
 
 
-def restore_items(
-    path: epath.Path, wanted: Mapping[str, weights.Params]
-) -> dict[str, weights.Params]:
+def restore_items(path: epath.Path, wanted: Mapping[str, Params]) -> dict[str, Params]:
     """Restores trees of arrays by Orbax item; shapes larger than stored are zero-padded by Orbax.
 
     Raises:
@@ -384,9 +393,9 @@ def restore_items(
     except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
         raise metadata.damaged_error(path, e) from e
     for item, tree in wanted.items():
-        arrays = weights.flatten(items[item])
+        arrays = flatten_tree(items[item])
         # Orbax hands back the request itself for an array that is missing on disk.
-        asked = weights.flatten(tree)
+        asked = flatten_tree(tree)
         missing = ["/".join(p) for p in asked if not isinstance(arrays.get(p), jax.Array)]
         if missing:
             raise metadata.damaged_error(path, f"not restored: {', '.join(missing)}")

@@ -22,6 +22,7 @@ from btlm_jax.checkpoint.orbax_metadata import ITEM, MARKER_FILE
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import AlibiScaling, BTLMConfig
 from btlm_jax.model import weights
+from btlm_jax.model.params import flatten_tree
 from btlm_jax.utils import atomic, paths
 
 FORMAT = 2
@@ -178,7 +179,7 @@ def read_committed(place: epath.Path) -> Metadata:
     config = _decode(notes["config"])
     leaves = {
         p: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
-        for p, x in weights.flatten(found.metadata).items()
+        for p, x in flatten_tree(found.metadata).items()
     }
     to, errors = _quantization(notes.get("quantization"))
     if problems := list(_misfits(leaves, quantization.stored_leaves(config, to))):

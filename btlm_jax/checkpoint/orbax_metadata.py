@@ -18,6 +18,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from btlm_jax.model import weights
+from btlm_jax.model.params import unflatten_tree
 
 ITEM = "state"  # Orbax's name for the item that `ocp.load(path)` reads: the weights
 MARKER_FILE = "_CHECKPOINT_METADATA"  # a file that Orbax writes into every finished checkpoint
@@ -40,7 +41,7 @@ def _scalar_checkpoint(
     """Saves a tree of scalars. Returns the text of Orbax's array list and of its commit marker."""
     context = ocp.Context()
     context.array_options.saving.use_ocdbt = False
-    tree: Any = weights.unflatten({path: np.zeros((), np.float32) for path in paths})
+    tree: Any = unflatten_tree({path: np.zeros((), np.float32) for path in paths})
     logger = logging.getLogger("absl")
     level = logger.level
     with tempfile.TemporaryDirectory() as folder, context:

@@ -21,6 +21,7 @@ import numpy as np
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
 from btlm_jax.model.packed import BLOCK, Kernel, inputs_last, unpack
+from btlm_jax.model.params import Params, check_params, iter_unstacked, unflatten_tree
 
 GROUPS = (32, 64, 128)
 EMBEDDINGS = ("int8", "bfloat16")
@@ -92,7 +93,7 @@ def stored_parts(leaf: weights.DiskLeaf, to: Quantization | None) -> tuple[weigh
         return (leaf,)
     if not w.stacked and to.embedding == "bfloat16":
         return (dataclasses.replace(leaf, dtype="bfloat16"),)
-    *outputs, inputs = w.inputs_last({})
+    *outputs, inputs = w.transposed_shape({})
     if w.stacked and to.group:
         filled = padded_inputs(inputs)
         stored = ("int4", filled // 2, "uint8"), ("scales", filled // to.group, "bfloat16")
@@ -150,10 +151,10 @@ def quantize_array(x: np.ndarray, leaf: weights.DiskLeaf, to: Quantization) -> Q
         if 0 not in w.inputs:
             found = _int8(x, 1)
         else:
-            flat = x.reshape(-1, math.prod(w.inputs_last({})[:-1]))
+            flat = x.reshape(-1, math.prod(w.transposed_shape({})[:-1]))
             found = _int8(flat, 0) if to.group is None else _int4(flat, to.group)
     if 0 in w.inputs:
-        outputs = w.inputs_last({})[:-1]
+        outputs = w.transposed_shape({})[:-1]
         values = np.ascontiguousarray(found.values.T).reshape(*outputs, -1)
         scales = np.ascontiguousarray(found.scales.T).reshape(*outputs, -1)
         found = QuantizedArray(values, scales, found.errors)
@@ -291,9 +292,7 @@ def _squares(x: np.ndarray, axis: int) -> np.ndarray:
 # In memory ----------------------------------------------------------------------------------------
 
 
-def quantize_params(
-    params: Mapping[str, Any], config: BTLMConfig, to: Quantization
-) -> weights.Params:
+def quantize_params(params: Mapping[str, Any], config: BTLMConfig, to: Quantization) -> Params:
     """The weights by layer, quantized; as loading a quantized checkpoint without a mesh gives them.
 
     Args:
@@ -305,18 +304,18 @@ def quantize_params(
       ValueError: the weights do not match the configuration, are padded, quantized already, or hold
         NaN or Inf.
     """
-    if weights.check(params, config):
+    if check_params(params, config):
         raise ValueError(
             "weights to quantize: found them padded for a mesh, expected unpadded ones"
         )
     found, on_cpu = {}, jax.default_backend() == "cpu"
-    for leaf, x in weights.layers_of(config, params):
+    for leaf, x in iter_unstacked(config, params):
         found[leaf.path] = x
         stored = stored_parts(leaf, to)
         if len(stored) == 2:
             values, scales, _ = quantize_array(_as_table(x, leaf), stored[0], to)
             kernel = Kernel(
-                jnp.asarray(values), jnp.asarray(scales), leaf.weight.inputs_last({})[-1]
+                jnp.asarray(values), jnp.asarray(scales), leaf.weight.transposed_shape({})[-1]
             )
             if kernel.packed and not on_cpu:
                 four = unpack(kernel.values).astype(jnp.int4)
@@ -325,7 +324,7 @@ def quantize_params(
         elif stored[0].dtype is not None:
             x = jnp.asarray(_as_table(x, leaf), stored[0].dtype)
             found[leaf.path] = inputs_last(x, leaf.weight.inputs) if on_cpu else x
-    return weights.unflatten(found)
+    return unflatten_tree(found)
 
 
 def _as_table(x: Any, leaf: weights.DiskLeaf) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.model import packed as packed_lib
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.packed import BLOCK, Kernel
+from btlm_jax.model.params import Params, unflatten_tree
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,16 @@ _FINE = 8
 Index = tuple[slice, ...]
 # Gives a part, of slices with bounds, of a stored array.
 Read = Callable[[weights.DiskLeaf, Index], np.ndarray]
-# As `sharding.from_parts`.
+# As `sharding.assemble_array`.
 Make = Callable[..., Any]
+
+
+def unstacked_option(unstacked: bool, by_layer: bool | None) -> bool:
+    """Returns the value of `unstacked=`, which was called `by_layer=` before."""
+    if by_layer is None:
+        return unstacked
+    warnings.warn("by_layer= was renamed to unstacked=", DeprecationWarning, stacklevel=3)
+    return by_layer
 
 
 def load_unstacked(
@@ -47,8 +57,8 @@ def load_unstacked(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
-    make: Make = sharding.from_parts,
-) -> weights.Params:
+    make: Make = sharding.assemble_array,
+) -> Params:
     """The weights by layer, {"blocks": {"0": {...}, ...}}.
 
     Quantized weights become a `kernels.Kernel`. On a CPU without a mesh int4 stays packed, and
@@ -70,12 +80,12 @@ def load_unstacked(
     Raises:
       ValueError: a weight does not fit the mesh; or what `read` raises.
     """
-    pad, placed = sharding.placement(config, mesh, rules)
+    pad, placed = sharding.param_layout(config, mesh, rules)
     on_cpu = mesh is None and jax.default_backend() == "cpu"
     found: dict[weights.Path, Any] = {}
     for leaf in weights.disk_leaves(config):
         w, parts = leaf.weight, quantization_lib.stored_parts(leaf, quantization)
-        out = placed[w.path] if leaf.layer is None else sharding.of_one_layer(placed[w.path])
+        out = placed[w.path] if leaf.layer is None else sharding.layer_sharding(placed[w.path])
         if len(parts) == 1:
             to_dtype = jnp.dtype(dtypes[leaf.path] if dtype is None else dtype)
             part = functools.partial(read, parts[0])
@@ -86,13 +96,13 @@ def load_unstacked(
             values, scales = (
                 make(p.shape, p.dtype, out, p.shape, functools.partial(read, p)) for p in parts
             )
-            x = Kernel(values, scales, w.inputs_last({})[-1])
+            x = Kernel(values, scales, w.transposed_shape({})[-1])
         else:
             assert quantization is not None
             place, ways = _places(w, mesh, rules, out)
-            x = _kernel(parts, read, quantization.group, w.inputs_last(pad), place, ways, make)
+            x = _kernel(parts, read, quantization.group, w.transposed_shape(pad), place, ways, make)
         found[leaf.path] = x
-    return weights.unflatten(found)
+    return unflatten_tree(found)
 
 
 def abstract_unstacked(
@@ -101,7 +111,7 @@ def abstract_unstacked(
     to: Quantization | None,
     mesh: Mesh,
     rules: sharding.Rules = sharding.RULES,
-) -> weights.Params:
+) -> Params:
     """Shapes, dtypes and shardings of what `load` would give; devices need not be here.
 
     Args:
@@ -159,16 +169,18 @@ def _places(
     outputs = [axis for i, axis in enumerate(w.axes) if i not in w.inputs]
     first, *others = [w.axes[i] for i in w.inputs]
     for axis in others:
-        if sharding.ways(mesh, rules, axis) > 1:
+        if sharding.num_shards(mesh, rules, axis) > 1:
             raise ValueError(
                 f"{w.name}: its inputs {(first, *others)} are split by the rules at {axis!r}; a "
                 f"quantized weight can be split at {first!r} only: change rules or mesh"
             )
 
     def place(split: bool) -> jax.sharding.Sharding:
-        return NamedSharding(mesh, sharding.spec(rules, *outputs, first if split else None))
+        return NamedSharding(
+            mesh, sharding.partition_spec(rules, *outputs, first if split else None)
+        )
 
-    return place, sharding.ways(mesh, rules, first)
+    return place, sharding.num_shards(mesh, rules, first)
 
 
 def _kernel(

@@ -163,19 +163,19 @@ class Info:
             )
         if self.compare:
             return self._compare(config)
-        rows = accounting.describe(config, self.length or config.n_positions) + rows
+        rows = accounting.describe_config(config, self.length or config.n_positions) + rows
         print("\n".join(align_columns(rows, "<")))
 
     def _compare(self, config: BTLMConfig) -> None:
         from btlm_jax.perf import comparison, comparison_report
 
         name = Path(self.source).name
-        shape = comparison.of_config(config, name)
+        shape = comparison.shape_of_config(config, name)
         contexts = tuple(sorted({*comparison.CONTEXTS, self.length}))
-        print("\n".join(comparison_report.lines(shape, contexts)))
-        write_json(self.json, comparison.numbers(shape, contexts))
+        print("\n".join(comparison_report.comparison_lines(shape, contexts)))
+        write_json(self.json, comparison.comparison_numbers(shape, contexts))
         if self.png is not None:
-            comparison_report.draw(self.png, shape)
+            comparison_report.draw_comparison(self.png, shape)
             print(f"picture: {self.png}")
 
 
@@ -196,7 +196,7 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
         stored[str(leaf.dtype)] += leaf.size * leaf.dtype.itemsize
     rows = [("stored", ", ".join(f"{d} {format_bytes(n)}" for d, n in stored.items()))]
     if meta.quantization is not None:
-        bits = 8 * meta.nbytes / weights.count(meta.config)
+        bits = 8 * meta.nbytes / weights.count_parameters(meta.config)
         size = f"{format_bytes(meta.nbytes)}, {bits:.2f} bits a parameter"
         rows.append(("quantized", f"{meta.quantization}: {size}"))
         rows += [("", line) for line in format_quantization_errors(meta.errors)]

@@ -12,7 +12,7 @@ from btlm_jax.cli.arguments import check_output, write_json
 from btlm_jax.utils.format import align_columns
 
 if TYPE_CHECKING:
-    from btlm_jax.scaling.collapse_report import Judged, Report
+    from btlm_jax.scaling.collapse_report import CollapseReport, JudgedRun
     from btlm_jax.train.curves import Run
 
 
@@ -45,7 +45,7 @@ class Collapse:
         runs = {run.name: run for run in map(curves.read, dict.fromkeys(self.runs))}
         finished = {name: run.curve for name, run in runs.items() if run.finished}
         running = {name: run.curve for name, run in runs.items() if not run.finished}
-        found = collapse_report.judge(finished, running)
+        found = collapse_report.judge_runs(finished, running)
         ordered = [runs[name] for name in found.runs]
         print("\n".join(_table(ordered, found)))
         for line in _notes(found):
@@ -53,11 +53,13 @@ class Collapse:
         for line in curves.differences(ordered):
             print(f"warning: {line}: curves collapse only if these are equal")
         write_json(self.json, _numbers(ordered, found))
-        collapse_report.draw(self.png, found, {name: run.curve for name, run in runs.items()})
+        collapse_report.draw_collapse(
+            self.png, found, {name: run.curve for name, run in runs.items()}
+        )
         print(f"picture: {self.png}")
 
 
-def _table(runs: list[Run], found: Report) -> list[str]:
+def _table(runs: list[Run], found: CollapseReport) -> list[str]:
     rows = [(
         "run", "parameters", "TPP", "tau", "learning rate", "done", "final loss",
         "from its first half", "verdict",
@@ -72,21 +74,21 @@ def _table(runs: list[Run], found: Report) -> list[str]:
     return align_columns(rows, "<")
 
 
-def _final(judged: Judged) -> str:
+def _final(judged: JudgedRun) -> str:
     if judged.final is None:
         return "-"
     said = f"{judged.final.loss:.4f} ± {judged.final.std:.4f}"
     return said if judged.finished else f"{said} predicted"
 
 
-def _first_half(judged: Judged) -> str:
+def _first_half(judged: JudgedRun) -> str:
     if judged.predicted is None or judged.final is None or not judged.finished:
         return "-"
     off = judged.predicted.loss / judged.final.loss - 1
     return f"{judged.predicted.loss:.4f} ({off:+.2%})"
 
 
-def _verdict(judged: Judged) -> str:
+def _verdict(judged: JudgedRun) -> str:
     v = judged.verdict
     if v is None:
         return "the only finished run" if judged.finished else "too early to say"
@@ -96,7 +98,7 @@ def _verdict(judged: Judged) -> str:
     return f"{out} at {v.left_at:.0%}, noticed at {v.noticed_at:.0%}, now {v.excess:+.1%}"
 
 
-def _notes(found: Report) -> list[str]:
+def _notes(found: CollapseReport) -> list[str]:
     said = [f"family: {found.family.runs} finished runs, noise {found.family.noise:.2%} in each of "
             f"{len(found.family.shape)} parts of training"]  # fmt: skip
     if found.backtest is not None:
@@ -110,10 +112,10 @@ def _notes(found: Report) -> list[str]:
     return said
 
 
-def _numbers(runs: list[Run], found: Report) -> dict[str, Any]:
-    from btlm_jax.scaling.collapse_report import to_json
+def _numbers(runs: list[Run], found: CollapseReport) -> dict[str, Any]:
+    from btlm_jax.scaling.collapse_report import collapse_numbers
 
-    numbers = to_json(found)
+    numbers = collapse_numbers(found)
     for run in runs:
         numbers["runs"][run.name] |= {
             "parameters": run.parameters,

@@ -53,11 +53,11 @@ class _Texts:
         return (TokenizedDocument(ids[:-1], len(document.text.encode())) for document, ids in found)
 
 
-def _loaded(checkpoint: str, dtype: str | None, mesh: Any, *, by_layer: bool = False) -> Any:
+def _loaded(checkpoint: str, dtype: str | None, mesh: Any, *, unstacked: bool = False) -> Any:
     """Model and weights, which compute in `--dtype` if that is given."""
     import btlm_jax as btlm
 
-    model, params = btlm.load(checkpoint, dtype=dtype, mesh=mesh, by_layer=by_layer)
+    model, params = btlm.load(checkpoint, dtype=dtype, mesh=mesh, unstacked=unstacked)
     return (dataclasses.replace(model, compute_dtype=dtype) if dtype else model), params
 
 
@@ -287,7 +287,7 @@ class EvalRetrieval:
         asked = {n: retrieval.prompts(self.task, tokenizer, n, self.samples, **options)
                  for n in lengths}  # fmt: skip
         mesh = self.mesh.made()
-        model, params = _loaded(self.checkpoint, self.dtype, mesh, by_layer=True)
+        model, params = _loaded(self.checkpoint, self.dtype, mesh, unstacked=True)
         options = dict(new=self.max_new_tokens, batch_size=self.batch_size)
         outcomes = []
         for kind, n in pairs:

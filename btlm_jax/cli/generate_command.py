@@ -140,7 +140,7 @@ class Generate:
         import btlm_jax as btlm
 
         model, params = btlm.load(
-            self.checkpoint, dtype=self.dtype, mesh=self.mesh.made(), by_layer=True
+            self.checkpoint, dtype=self.dtype, mesh=self.mesh.made(), unstacked=True
         )
         if self.dtype:
             model = dataclasses.replace(model, compute_dtype=self.dtype)

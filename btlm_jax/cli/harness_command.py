@@ -79,7 +79,7 @@ class Harness:
 
             def load() -> Any:
                 model, params = btlm.load(
-                    self.checkpoint, dtype=self.dtype, mesh=mesh, by_layer=True
+                    self.checkpoint, dtype=self.dtype, mesh=mesh, unstacked=True
                 )
                 return dataclasses.replace(model, compute_dtype=dtype), params
 

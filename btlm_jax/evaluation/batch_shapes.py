@@ -45,8 +45,8 @@ def batch_shape(
     """
     parts = splits = 1
     if spec.mesh is not None:
-        parts = sharding.ways(spec.mesh, spec.rules, "batch")
-        splits = sharding.stripes(sharding.ways(spec.mesh, spec.rules, "sequence"))
+        parts = sharding.num_shards(spec.mesh, spec.rules, "batch")
+        splits = sharding.num_chunks(sharding.num_shards(spec.mesh, spec.rules, "sequence"))
     width = sharding.round_up(length, math.lcm(_TILE, splits))
     rows = batch_size
     if rows is None:

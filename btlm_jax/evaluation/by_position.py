@@ -26,7 +26,7 @@ from btlm_jax.evaluation.context_extension import Kind
 from btlm_jax.evaluation.long_windows import LongWindows
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import token_predictions
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 from btlm_jax.utils.progress import Progress
 
 # Of the curve that is drawn: bins for each doubling of the position.

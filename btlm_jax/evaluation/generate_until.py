@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from btlm_jax.generation import batch, options
 from btlm_jax.generation.request import Request, request
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 
 # Of `generate`'s options, those of several rows for a prompt.
 _SEVERAL = ("num_beams", "num_return_sequences")

@@ -28,7 +28,7 @@ from btlm_jax.evaluation.tasks import Tasks, lm_eval
 from btlm_jax.generation.jsonl import Journal
 from btlm_jax.generation.prompts import end_tokens
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 from btlm_jax.utils.format import finite_json
 from btlm_jax.utils.progress import Progress
 

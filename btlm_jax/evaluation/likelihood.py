@@ -22,7 +22,7 @@ from btlm_jax.generation.scoring import filled_width
 from btlm_jax.model import alibi, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import token_predictions
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 
 logger = logging.getLogger(__name__)
 

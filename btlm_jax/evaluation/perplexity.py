@@ -13,7 +13,7 @@ from btlm_jax.evaluation.batch_shapes import batch_shape
 from btlm_jax.evaluation.windows import Windows
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import head_loss
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 from btlm_jax.utils.progress import Progress
 
 

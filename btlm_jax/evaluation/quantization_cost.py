@@ -16,6 +16,7 @@ from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
 from btlm_jax.evaluation.windows import Windows
 from btlm_jax.model import weights
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.params import Params, flatten_tree
 from btlm_jax.utils.format import align_columns, format_bytes
 
 
@@ -30,7 +31,7 @@ class Row(NamedTuple):
 
 def compare(
     model: BTLM,
-    params: weights.Params,
+    params: Params,
     windows: Windows,
     kinds: Sequence[Quantization],
     *,
@@ -56,12 +57,12 @@ def compare(
         used = params if to is None else quantization.quantize_params(params, config, to)
         found = cross_entropy(model, used, windows, batch_size=batch_size, title=kind)
         nbytes = _stored_bytes(config, params, to)
-        rows.append(Row(kind, nbytes, 8 * nbytes / weights.count(config), found))
+        rows.append(Row(kind, nbytes, 8 * nbytes / weights.count_parameters(config), found))
     return rows
 
 
-def _stored_bytes(config: BTLMConfig, params: weights.Params, to: Quantization | None) -> int:
-    own = {path: x.dtype for path, x in weights.flatten(params).items()}
+def _stored_bytes(config: BTLMConfig, params: Params, to: Quantization | None) -> int:
+    own = {path: x.dtype for path, x in flatten_tree(params).items()}
     return sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype or own[leaf.weight.path]).itemsize
         for leaf in quantization.stored_leaves(config, to)

@@ -14,7 +14,7 @@ from btlm_jax.evaluation.context_extension import Kind
 from btlm_jax.evaluation.retrieval_texts import MOST, Record, Task, Text
 from btlm_jax.generation.batch import generate_batch
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 from btlm_jax.utils import plots
 
 # From prompts, as ids, to the texts that follow.

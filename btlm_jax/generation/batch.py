@@ -31,7 +31,7 @@ from btlm_jax.generation.sample import State
 from btlm_jax.model import kv_cache, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 
 # Of its rows, a batch waits for one in so many to end before it reads prompts.
 _WAIT = 8

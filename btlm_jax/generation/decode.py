@@ -73,7 +73,7 @@ class Result(NamedTuple):
 def ways(model: BTLM, params: Any) -> int:
     """Into how many parts a mesh splits rows; 1 off any mesh."""
     mesh = sharding.mesh_of(params["wte"])
-    return 1 if mesh is None else sharding.ways(mesh, model.rules, "batch")
+    return 1 if mesh is None else sharding.num_shards(mesh, model.rules, "batch")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity", "dtype"))

@@ -16,7 +16,7 @@ from btlm_jax.generation.processors import Processor, listed
 from btlm_jax.generation.prompt_cache import PromptCache, prompt_of
 from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 
 logger = logging.getLogger(__name__)
 

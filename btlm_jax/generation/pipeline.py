@@ -15,7 +15,7 @@ from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from btlm_jax.generation import batch, text
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 
 TASK = "text-generation"
 
@@ -103,7 +103,7 @@ def pipeline(
     config = metadata.read_metadata(path).config
     tokenizer = load_tokenizer(path)
     check_vocabulary(tokenizer, config.vocab_size)
-    model, params = checkpoint.load(path, dtype=dtype, mesh=mesh, by_layer=True)
+    model, params = checkpoint.load(path, dtype=dtype, mesh=mesh, unstacked=True)
     if dtype is not None:
         model = dataclasses.replace(model, compute_dtype=dtype)
     return TextGeneration(model, params, tokenizer)

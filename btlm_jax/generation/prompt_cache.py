@@ -21,7 +21,7 @@ from btlm_jax.generation.decode import Prompt
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 
 _FORMAT = 1
 

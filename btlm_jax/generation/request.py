@@ -21,10 +21,10 @@ from jax.typing import DTypeLike
 from btlm_jax.config import BTLMConfig
 from btlm_jax.generation import decode, options, prompts, sample, stopping
 from btlm_jax.generation.processors import Processor, listed
-from btlm_jax.model import sharding, weights
+from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params, is_unstacked
 
 logger = logging.getLogger(__name__)
 
@@ -200,11 +200,11 @@ def _naming(name: str) -> Iterator[None]:
 def tell_of_stacked(params: Params) -> None:
     """Warns, once, where decoding is much slower than it need be."""
     size = sum(x.nbytes for x in jax.tree.leaves(params))
-    stacked = not weights.is_by_layer(params)
-    if stacked and size > _SMALL and sharding.platform(sharding.mesh_of(params)) == "cpu":
+    stacked = not is_unstacked(params)
+    if stacked and size > _SMALL and sharding.mesh_platform(sharding.mesh_of(params)) == "cpu":
         _warn_once(
             f"{size / 1e9:.1f} GB of stacked weights decode several times slower on a CPU than "
-            "weights by layer, and are copied: load them with btlm.load(path, by_layer=True)"
+            "weights by layer, and are copied: load them with btlm.load(path, unstacked=True)"
         )
 
 

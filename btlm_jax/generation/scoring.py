@@ -14,7 +14,7 @@ from btlm_jax.generation import decode, prompts
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import token_predictions
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 
 # Widths of more are multiples of it.
 _TILE = 128
@@ -74,6 +74,6 @@ def filled_width(model: BTLM, params: Params, length: int) -> int:
     """The static shape for texts of a length: few programs, splits over a mesh."""
     mesh, parts = sharding.mesh_of(params["wte"]), 1
     if mesh is not None:
-        parts = sharding.stripes(sharding.ways(mesh, model.rules, "sequence"))
+        parts = sharding.num_chunks(sharding.num_shards(mesh, model.rules, "sequence"))
     width = prompts.bucket(length)
     return sharding.round_up(width, math.lcm(min(width, _TILE), parts))

@@ -16,7 +16,7 @@ from btlm_jax.generation.request import Request, begin, request, slots_at_first,
 from btlm_jax.generation.sample import State
 from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 
 
 def stream(

@@ -65,7 +65,7 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     batch, heads, sequence = shard or (None, None, None)
     parts = 1 if sequence is None else mesh.shape[sequence]
-    platform = sharding.platform(mesh)
+    platform = sharding.mesh_platform(mesh)
     chosen = _choose(q, slopes, segments, implementation, parts, platform)
     local_heads = q.shape[1] // (1 if heads is None else mesh.shape[heads])
     local_batch = q.shape[0] // math.prod(mesh.shape[name] for name in sharding.axis_names(batch))
@@ -87,10 +87,13 @@ def _attend(chosen, precision, sequence, q, k, v, slopes, segments, kernel) -> j
     positions = None
     if sequence is not None:
         # The gradients of k and v are scattered back by the transpose of the gather.
-        positions = context_parallel.positions(q.shape[2], sequence)
-        k, v = (context_parallel.gathered(x, sequence, 2) for x in (k, v))
+        positions = context_parallel.local_positions(q.shape[2], sequence)
+        k, v = (context_parallel.gather_in_natural_order(x, sequence, 2) for x in (k, v))
         if segments is not None:
-            segments = segments[0], context_parallel.gathered(segments[1], sequence, 1)
+            segments = (
+                segments[0],
+                context_parallel.gather_in_natural_order(segments[1], sequence, 1),
+            )
     inputs = dict(slopes=slopes, segments=segments)
     if chosen == "splash":
         return attention_fused.splash(q, k, v, **inputs, kernel=kernel)

@@ -84,7 +84,7 @@ class _Causal(mask_lib.Mask):
     def __init__(self, length: int, parts: int) -> None:
         self._length, self._key = length, (length, parts)
         # Read by splash, which then computes the mask within its kernel.
-        self.q_sequence = context_parallel.rows(length, parts).reshape(-1)
+        self.q_sequence = context_parallel.device_positions(length, parts).reshape(-1)
         self.mask_function = _not_later
 
     @property

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import attention, sharding, weights
+from btlm_jax.model import attention, sharding
 from btlm_jax.model.kv_cache import KVCache, Part, Slots, branch
 from btlm_jax.model.layers import Transformer, project_logits
+from btlm_jax.model.params import Params, check_params, init_params, unstack_params
 from btlm_jax.model.remat import KEPT, Remat
 from btlm_jax.model.runtime import Spec
 
@@ -71,21 +72,21 @@ class BTLM:
         dtype: DTypeLike = jnp.float32,
         mesh: Mesh | None = None,
         truncation: float | None = None,
-    ) -> weights.Params:
-        """Draws fresh weights, sharded over `mesh` if one is given; see `weights.init`.
+    ) -> Params:
+        """Draws fresh weights, sharded over `mesh` if one is given; see `init_params`.
 
         Returns:
           A nested dict of arrays; the same values on every mesh, up to zero padding.
         """
         if mesh is None:
-            return weights.init(key, self.config, dtype, truncation=truncation)
-        pad = sharding.padding(self.config, mesh, self.rules)
+            return init_params(key, self.config, dtype, truncation=truncation)
+        pad = sharding.param_padding(self.config, mesh, self.rules)
         placed = sharding.param_shardings(self.config, mesh, self.rules, pad)
-        return weights.init(key, self.config, dtype, pad, placed, truncation)
+        return init_params(key, self.config, dtype, pad, placed, truncation)
 
     def init_cache(
         self,
-        params: weights.Params,
+        params: Params,
         batch_size: int,
         capacity: int,
         *,
@@ -110,7 +111,7 @@ class BTLM:
 
         return _on_devices(params, empty)
 
-    def branch(self, params: weights.Params, cache: KVCache, copies: int, capacity: int) -> KVCache:
+    def branch(self, params: Params, cache: KVCache, copies: int, capacity: int) -> KVCache:
         """An empty cache of `copies` rows for each of `cache`, which they all read and continue.
 
         Of the same dtype. Under jit nothing is copied.
@@ -126,7 +127,7 @@ class BTLM:
 
     def apply(
         self,
-        params: weights.Params,
+        params: Params,
         input_ids: ArrayLike,
         *,
         attention_mask: ArrayLike | None = None,
@@ -198,7 +199,7 @@ class BTLM:
         h, cache, _ = _forward(spec, params, inputs, cache, length, capture=False)
         return h, cache
 
-    def logits(self, params: weights.Params, hidden: jax.Array) -> jax.Array:
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """The fp32 logits [..., V] of final hidden states [..., D]."""
         return _logits(self.spec(params), params, hidden)
 
@@ -212,17 +213,17 @@ class BTLM:
         spec, inputs = self._inputs(
             params, input_ids, attention_mask, segment_ids, positions, token_type_ids, None
         )
-        spec = dataclasses.replace(spec, rules=sharding.whole_sequences(spec.rules))
+        spec = dataclasses.replace(spec, rules=sharding.unshard_sequences(spec.rules))
         h, _, seen = _forward(spec, params, inputs, None, None, capture=True)
         seen["hidden_states"] = jnp.concatenate([seen["hidden_states"], h[None]])
         return Intermediates(logits=_logits(spec, params, h), **seen)
 
-    def spec(self, params: weights.Params) -> Spec:
+    def spec(self, params: Params) -> Spec:
         """What is static in a forward pass with these weights, read off their shapes and types."""
-        padding = weights.check(params, self.config)
+        padding = check_params(params, self.config)
         mesh = sharding.mesh_of(params["wte"])
         if mesh is not None:
-            sharding.check_fit(self.config, mesh, self.rules, tuple(padding.items()))
+            sharding.check_params_fit(self.config, mesh, self.rules, tuple(padding.items()))
         elif padding:
             raise ValueError(
                 f"the weights are larger than the configuration off any mesh: found {padding}, "
@@ -243,7 +244,7 @@ class BTLM:
         """What is computed in on a mesh, or with None off any: see `compute_dtype`."""
         if self.compute_dtype is not None:
             return jnp.dtype(self.compute_dtype)
-        return jnp.dtype(jnp.float32 if sharding.platform(mesh) == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if sharding.mesh_platform(mesh) == "cpu" else jnp.bfloat16)
 
     def _inputs(self, params, ids, mask, segments, positions, types, cache) -> tuple[Spec, dict]:
         """Checks and normalizes the arguments of the forward pass."""
@@ -267,7 +268,7 @@ class BTLM:
             if name != "attention_mask" and not jnp.issubdtype(x.dtype, jnp.integer):
                 raise ValueError(f"{name}: found dtype {x.dtype}, expected integers")
         if cache is not None:  # a step of decoding has nothing to split
-            spec = dataclasses.replace(spec, rules=sharding.whole_sequences(spec.rules))
+            spec = dataclasses.replace(spec, rules=sharding.unshard_sequences(spec.rules))
         spec.check_batch(*shape)
         if not c.alibi and segments is not None and positions is None:
             raise ValueError(
@@ -297,7 +298,7 @@ def _forward(spec: Spec, params, inputs: Mapping[str, jax.Array], cache, length,
     with sharding.on_mesh(spec.mesh):
         inputs = {k: spec.place(x, "batch", "sequence") for k, x in inputs.items()}
         if cache is not None:
-            params = weights.by_layer(spec.config, params)
+            params = unstack_params(spec.config, params)
         return Transformer(spec).apply({"params": params}, inputs, cache, length, capture)
 
 
@@ -307,7 +308,7 @@ def _logits(spec: Spec, params, hidden):
         return project_logits(spec, params, hidden)[..., : spec.config.vocab_size]
 
 
-def _on_devices(params: weights.Params, make: Callable[..., Any], *args: Any) -> Any:
+def _on_devices(params: Params, make: Callable[..., Any], *args: Any) -> Any:
     """What `make` makes, compiled, where the weights live."""
     mesh = sharding.concrete_mesh_of(params["wte"])
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():

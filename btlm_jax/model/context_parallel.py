@@ -14,19 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def rows(length: int, parts: int) -> np.ndarray:
+def device_positions(length: int, parts: int) -> np.ndarray:
     """The positions each device holds, int32 [parts, length / parts]."""
     stripes = np.arange(length, dtype=np.int32).reshape(2 * parts, -1)
     return np.concatenate([stripes[:parts], stripes[: parts - 1 : -1]], axis=1)
 
 
-def positions(count: int, axis: str) -> jax.Array:
+def local_positions(count: int, axis: str) -> jax.Array:
     """The positions of this device's `count` rows, int32 [count]."""
     parts = jax.lax.axis_size(axis)
-    return jnp.asarray(rows(parts * count, parts))[jax.lax.axis_index(axis)]
+    return jnp.asarray(device_positions(parts * count, parts))[jax.lax.axis_index(axis)]
 
 
-def balanced(x: jax.Array, axis: str) -> jax.Array:
+def to_balanced_order(x: jax.Array, axis: str) -> jax.Array:
     """From natural order, where device i holds stripes 2i and 2i + 1; along dimension 1."""
     even, odd = jnp.split(x, 2, axis=1)
     send = _holders(jax.lax.axis_size(axis))
@@ -38,7 +38,7 @@ def balanced(x: jax.Array, axis: str) -> jax.Array:
     return jnp.concatenate([first, second], axis=1)
 
 
-def natural(x: jax.Array, axis: str) -> jax.Array:
+def to_natural_order(x: jax.Array, axis: str) -> jax.Array:
     """The inverse of `balanced`."""
     first, second = jnp.split(x, 2, axis=1)
     even, odd = _swapped_where_odd(first, second, axis)
@@ -50,7 +50,7 @@ def natural(x: jax.Array, axis: str) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def gathered(x: jax.Array, axis: str, dim: int) -> jax.Array:
+def gather_in_natural_order(x: jax.Array, axis: str, dim: int) -> jax.Array:
     """The whole of a balanced sequence, in natural order, along dimension `dim`."""
     x = jax.lax.all_gather(x, axis, axis=dim)  # [..., c, 2 stripes, ...]
     early, late = jnp.split(x, 2, axis=dim + 1)

@@ -31,11 +31,12 @@ from btlm_jax.model import (
     kv_cache,
     packed,
     remat,
-    weights,
 )
 from btlm_jax.model.kv_cache import KVCache, Part
 from btlm_jax.model.packed import Kernel
+from btlm_jax.model.params import is_unstacked
 from btlm_jax.model.runtime import Spec
+from btlm_jax.model.weights import Weight, weights_by_path
 
 
 class Shared(NamedTuple):
@@ -73,21 +74,21 @@ class Layer(nn.Module):
             x = jnp.reshape(x, (*x.shape[:-n], -1), out_sharding=of_input)
         return kernel_product(spec, w, x, value, *axes)
 
-    def _stored(self, name: str) -> tuple[weights.Weight, Any, tuple[str | None, ...]]:
+    def _stored(self, name: str) -> tuple[Weight, Any, tuple[str | None, ...]]:
         """Its entry in the table, the weight as it rests, and the logical axes of its use."""
         path = tuple(part for part in self.path if not part.isdigit())  # without the layer
-        w = weights.by_path(self.spec.config)[(*path, name)]
-        value = self.get_variable("params", name)  # never drawn here: `weights.init`
+        w = weights_by_path(self.spec.config)[(*path, name)]
+        value = self.get_variable("params", name)  # never drawn here: `init_params`
         return w, value, _used(w)
 
 
-def _used(w: weights.Weight) -> tuple[str | None, ...]:
+def _used(w: Weight) -> tuple[str | None, ...]:
     """The logical axes in which a weight is used: gathered from its fsdp shards."""
     return tuple(None if a == "embed" else a for a in w.axes)
 
 
 def kernel_product(
-    spec: Spec, w: weights.Weight, x: jax.Array, kernel: Kernel, *axes: str | None
+    spec: Spec, w: Weight, x: jax.Array, kernel: Kernel, *axes: str | None
 ) -> jax.Array:
     """`kernels.product`, fp32, sharded by the logical axes of the result."""
     if spec.mesh is not None:
@@ -250,7 +251,9 @@ class Transformer(Layer):
         if not c.alibi and "positions" not in inputs:
             slots = jnp.broadcast_to(jnp.atleast_1d(start)[:, None] + jnp.arange(T), (B, T))
             inputs = {**inputs, "positions": spec.place(slots, "batch", "sequence")}
-        inputs = {k: spec.reordered(x, context_parallel.balanced) for k, x in inputs.items()}
+        inputs = {
+            k: spec.reordered(x, context_parallel.to_balanced_order) for k, x in inputs.items()
+        }
 
         h = self._embed(inputs)
         slopes = None
@@ -266,13 +269,13 @@ class Transformer(Layer):
             assert cache is not None
             shared, segments = self._continued(cache, slopes, segments)
 
-        if weights.is_by_layer(self.variables["params"]):
+        if is_unstacked(self.variables["params"]):
             run: Any = Blocks(spec, capture, name="blocks")
             h, result = run(h, shared, cache)
         else:
             assert cache is None  # `model` takes the layers apart
             h, result = _scanned(spec, capture)(h, shared)
-        h = spec.reordered(LayerNorm(spec, name="ln_f")(h), context_parallel.natural)
+        h = spec.reordered(LayerNorm(spec, name="ln_f")(h), context_parallel.to_natural_order)
         if cache is None:
             return h, None, result
         if segments is None:
@@ -377,7 +380,7 @@ def project_logits(spec: Spec, params, hidden: jax.Array) -> jax.Array:
     own = jax.typeof(hidden).sharding.spec
     lead = ("batch", *("sequence" if axis else None for axis in own[1:-1]))
     if isinstance(w, Kernel):
-        of_head = weights.by_path(spec.config)[("wte",)]
+        of_head = weights_by_path(spec.config)[("wte",)]
         product = kernel_product(spec, of_head, hidden, w, *lead, "vocab")
     else:
         w = spec.place(w.astype(spec.dtype), "vocab", None)

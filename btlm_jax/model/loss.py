@@ -19,8 +19,8 @@ from btlm_jax.model import einsum, packed, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.layers import head_logits, head_weight
 from btlm_jax.model.packed import Kernel
+from btlm_jax.model.params import Params
 from btlm_jax.model.runtime import Spec
-from btlm_jax.model.weights import Params
 
 # Positions with this label are left out of the loss, as in PyTorch and transformers.
 IGNORE = -100
@@ -213,7 +213,7 @@ def token_predictions(
         if spec.mesh is None:
             nll, likeliest = _local_predictions(spec, (), w, h_BTD, targets)
         else:
-            axes = functools.partial(sharding.spec, spec.rules)
+            axes = functools.partial(sharding.partition_spec, spec.rules)
             of_h, of_rows = axes("batch", "sequence", None), axes("batch", "sequence")
             vocab_axes = sharding.mesh_axes(spec.rules, "vocab")
             nll, likeliest = jax.shard_map(
@@ -281,7 +281,7 @@ def _chunked(spec: Spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, *, gradien
     if spec.mesh is None:
         found = local((), (), (), w, h_BTD, targets_BT, weights_BT)
     else:
-        axes = functools.partial(sharding.spec, spec.rules)
+        axes = functools.partial(sharding.partition_spec, spec.rules)
         of_w, of_h = axes("vocab", None), axes("batch", "sequence", None)
         of_rows = axes("batch", "sequence")
         names = functools.partial(sharding.mesh_axes, spec.rules)

@@ -36,6 +36,7 @@ from optax.contrib import MuonDimensionNumbers, ScheduleFreeState, scale_by_muon
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 
 Decay = Literal["original", "coupled", "independent"]
 """What a hidden matrix loses per step, relative to itself; r is its factor on the learning rate.
@@ -70,7 +71,7 @@ def _factors(
             'decay: found "original" with CompleteP, expected "coupled", its rule, or "independent"'
         )
     factors = {}
-    for w in weights.table(config):
+    for w in weights.weight_table(config):
         width = depth = 1.0
         if w.role == "hidden":
             # Muon is for the matrices of layers: an untied head stays with Adam.
@@ -92,12 +93,12 @@ def _eps(config: BTLMConfig, eps: float) -> float:
 def multipliers(config: BTLMConfig, optimizer: Optimizer = "adam") -> dict[str, Any]:
     """The learning-rate multiplier of every weight: a tree of floats like the parameters."""
     factors = _factors(config, optimizer, "coupled")  # any decay: only rates are used
-    return weights.unflatten({path: rate for path, (rate, _) in factors.items()})
+    return unflatten_tree({path: rate for path, (rate, _) in factors.items()})
 
 
 def decay_mask(config: BTLMConfig) -> dict[str, Any]:
     """Which weights decay: a tree of bools like the parameters (matrices and embeddings do)."""
-    return weights.unflatten({w.path: w.decay for w in weights.table(config)})
+    return unflatten_tree({w.path: w.decay for w in weights.weight_table(config)})
 
 
 class ScaleByMupState(NamedTuple):
@@ -115,7 +116,7 @@ def scale_by_mup(config: BTLMConfig, optimizer: Optimizer = "adam") -> optax.Gra
     Raises:
       ValueError: unknown optimizer; on update, a tree that is not of this configuration's weights.
     """
-    scales = weights.flatten(multipliers(config, optimizer))
+    scales = flatten_tree(multipliers(config, optimizer))
     return _multiply(scales, config, ScaleByMupState())
 
 
@@ -134,10 +135,10 @@ def _multiply(factors: Mapping[weights.Path, float], config: BTLMConfig, state: 
 
 def _map(f: Callable, tree: Mapping[str, Any], config: BTLMConfig) -> dict[str, Any]:
     """f(path, leaf) over a tree like the parameters; what optax masked (MaskedNode) stays so."""
-    flat = weights.flatten(tree)
-    if odd := sorted("/".join(p) for p in set(flat) ^ set(weights.by_path(config))):
+    flat = flatten_tree(tree)
+    if odd := sorted("/".join(p) for p in set(flat) ^ set(weights.weights_by_path(config))):
         raise ValueError(f"mup: the weights do not match the configuration at {odd}")
-    return weights.unflatten({p: jax.tree.map(partial(f, p), x) for p, x in flat.items()})
+    return unflatten_tree({p: jax.tree.map(partial(f, p), x) for p, x in flat.items()})
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -270,9 +271,9 @@ def muon(
     """
     rms = consistent_rms is not None
     eps = _eps(config, eps)
-    table = weights.table(config)
+    table = weights.weight_table(config)
     seen = {w.path: _matrix(w, rms) for w in table if w.role == "hidden" and w.stacked}
-    labels = weights.unflatten({w.path: "muon" if w.path in seen else "adam" for w in table})
+    labels = unflatten_tree({w.path: "muon" if w.path in seen else "adam" for w in table})
 
     def axes(tree):
         return _map(lambda path, _: seen[path][0], tree, config)
@@ -297,7 +298,7 @@ def _optimizer(config, clip_norm, normalize, weight_decay, factors, rate):
     """The order of every optimizer here. In it a group's learning rate multiplies its decay."""
     decays = []
     for factor in sorted({decay for _, decay in factors.values()} - {0.0}):
-        mask = weights.unflatten({path: decay == factor for path, (_, decay) in factors.items()})
+        mask = unflatten_tree({path: decay == factor for path, (_, decay) in factors.items()})
         decays.append(optax.add_decayed_weights(weight_decay * factor, mask))
     return chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
@@ -404,8 +405,10 @@ def group_norms(tree: Mapping[str, Any], config: BTLMConfig) -> dict[str, jax.Ar
     Raises:
       ValueError: the tree is not of this configuration's weights.
     """
-    fp32 = weights.flatten(_map(lambda _, x: x.astype(jnp.float32), tree, config))
+    fp32 = flatten_tree(_map(lambda _, x: x.astype(jnp.float32), tree, config))
     return {
-        role: optax.tree.norm([fp32[w.path] for w in weights.table(config) if w.role == role])
+        role: optax.tree.norm(
+            [fp32[w.path] for w in weights.weight_table(config) if w.role == role]
+        )
         for role in _ROLES
     }

@@ -36,17 +36,19 @@ class Spec:
 
     def axes(self, *axes: str | None) -> PartitionSpec | None:
         """The PartitionSpec of an activation with these logical axes; None off any mesh."""
-        return sharding.spec(self.rules, *axes) if self.mesh is not None else None
+        return sharding.partition_spec(self.rules, *axes) if self.mesh is not None else None
 
     def place(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Shards an array by logical axes; the identity off any mesh."""
         if self.mesh is None:
             return x
-        return reshard(x, jax.sharding.NamedSharding(self.mesh, sharding.spec(self.rules, *axes)))
+        return reshard(
+            x, jax.sharding.NamedSharding(self.mesh, sharding.partition_spec(self.rules, *axes))
+        )
 
     def reordered(self, x: jax.Array, order: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
         """x [B, T, ...] by `context.balanced` or `.natural`, where sequences are split."""
-        if self.mesh is None or sharding.ways(self.mesh, self.rules, "sequence") == 1:
+        if self.mesh is None or sharding.num_shards(self.mesh, self.rules, "sequence") == 1:
             return x
         shards = self.axes("batch", "sequence", *(None,) * (x.ndim - 2))
         assert shards is not None
@@ -74,7 +76,7 @@ class Spec:
     @property
     def on_cpu(self) -> bool:
         """Whether this runs on CPUs, whose compiler wants some products written otherwise."""
-        return sharding.platform(self.mesh) == "cpu"
+        return sharding.mesh_platform(self.mesh) == "cpu"
 
     def check_cache(self, cache: KVCache, batch_size: int) -> None:
         """Raises ValueError if a cache was made for another model, batch, dtype or mesh."""

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def spec(rules: Rules, *axes: str | None) -> PartitionSpec:
+def partition_spec(rules: Rules, *axes: str | None) -> PartitionSpec:
     """The PartitionSpec of an array with these logical axes.
 
     Raises:
@@ -154,7 +155,7 @@ def spec(rules: Rules, *axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(p if len(p) > 1 else p[0] if p else None for p in parts))
 
 
-def ways(mesh: Mesh | jax.sharding.AbstractMesh, rules: Rules, axis: str | None) -> int:
+def num_shards(mesh: Mesh | jax.sharding.AbstractMesh, rules: Rules, axis: str | None) -> int:
     """The number of parts a logical axis is split into."""
     return math.prod(mesh.shape[name] for name in mesh_axes(rules, axis))
 
@@ -170,7 +171,7 @@ def check_mesh(mesh: Mesh | jax.sharding.AbstractMesh) -> None:
         )
 
 
-def padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, int]:
+def param_padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, int]:
     """The sizes to which awkward axes are zero-padded on a mesh, by logical axis.
 
     The size becomes a multiple of the parts it is split into, and of 128 as well where that costs
@@ -179,8 +180,8 @@ def padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, i
     """
     check_mesh(mesh)
     padded = {}
-    for axis, size in weights.padded_sizes(config).items():
-        parts = ways(mesh, rules, axis)
+    for axis, size in weights.paddable_sizes(config).items():
+        parts = num_shards(mesh, rules, axis)
         tiled = round_up(size, math.lcm(_TILE, parts))
         target = tiled if tiled <= size * (1 + _TILE_COST) else round_up(size, parts)
         if target != size:
@@ -211,10 +212,10 @@ def param_specs(
     """
     check_mesh(mesh)
     specs, problems = {}, []
-    for w in weights.table(config):
+    for w in weights.weight_table(config):
         shape = w.padded(pad or {})
         for axis, size in zip(w.axes, shape, strict=True):
-            parts = ways(mesh, rules, axis)
+            parts = num_shards(mesh, rules, axis)
             if size % parts:
                 fits = [n for n in range(1, parts + 1) if size % n == 0]
                 problems.append(
@@ -222,16 +223,18 @@ def param_specs(
                     f"{mesh_axes(rules, axis)} = {parts}; {fits[-1]} would fit"
                 )
         try:
-            specs[w.path] = spec(rules, *(None,) * w.stacked, *w.axes)
+            specs[w.path] = partition_spec(rules, *(None,) * w.stacked, *w.axes)
         except ValueError as e:
             problems.append(f"{w.name} of shape {shape}: {e}")
     if problems:
         raise ValueError("weights do not fit the mesh:\n  " + "\n  ".join(problems))
-    return weights.unflatten(specs)
+    return unflatten_tree(specs)
 
 
 @functools.cache
-def check_fit(config: BTLMConfig, mesh, rules: Rules, pad: tuple[tuple[str, int], ...]) -> None:
+def check_params_fit(
+    config: BTLMConfig, mesh, rules: Rules, pad: tuple[tuple[str, int], ...]
+) -> None:
     """Raises ValueError if weights of these padded sizes do not fit the mesh they live on."""
     try:
         param_specs(config, mesh, rules, dict(pad))
@@ -250,7 +253,7 @@ def param_shardings(
     )
 
 
-def placement(
+def param_layout(
     config: BTLMConfig, mesh: Mesh | None, rules: Rules = RULES
 ) -> tuple[dict[str, int], dict[weights.Path, jax.sharding.Sharding]]:
     """Where stored weights go: padded sizes by logical axis, and the sharding of each by path.
@@ -260,19 +263,19 @@ def placement(
     """
     if mesh is None:
         single = SingleDeviceSharding(jax.devices()[0])
-        return {}, {w.path: single for w in weights.table(config)}
-    pad = padding(config, mesh, rules)
-    return pad, weights.flatten(param_shardings(config, mesh, rules, pad))
+        return {}, {w.path: single for w in weights.weight_table(config)}
+    pad = param_padding(config, mesh, rules)
+    return pad, flatten_tree(param_shardings(config, mesh, rules, pad))
 
 
-def of_one_layer(stacked: jax.sharding.Sharding) -> jax.sharding.Sharding:
+def layer_sharding(stacked: jax.sharding.Sharding) -> jax.sharding.Sharding:
     """The sharding of one layer out of a stack."""
     if isinstance(stacked, NamedSharding):
         return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
     return stacked
 
 
-def from_parts(
+def assemble_array(
     shape: tuple[int, ...],
     dtype: Any,
     out: jax.sharding.Sharding,
@@ -316,7 +319,7 @@ def on_mesh(mesh: jax.sharding.AbstractMesh | None) -> contextlib.AbstractContex
     return jax.sharding.use_abstract_mesh(mesh) if mesh is not None else contextlib.nullcontext()
 
 
-def stripes(parts: int) -> int:
+def num_chunks(parts: int) -> int:
     """What divides the length of a sequence that is split into `parts`: two for each (`context`),
     an early and a late one; 1 if it is whole."""
     return 2 * parts if parts > 1 else 1
@@ -332,9 +335,9 @@ def check_batch(
     sizes = {"batch": batch_size} | ({} if length is None else {"sequence": length})
     names = {"batch": "batch size", "sequence": "sequence length"}
     for axis, size in sizes.items():
-        parts = ways(mesh, rules, axis)
+        parts = num_shards(mesh, rules, axis)
         if axis == "sequence":
-            parts = stripes(parts)
+            parts = num_chunks(parts)
         if size % parts:
             raise ValueError(
                 f"{names[axis]} {size} does not divide over mesh axes {mesh_axes(rules, axis)}, "
@@ -342,12 +345,12 @@ def check_batch(
             )
 
 
-def whole_sequences(rules: Rules) -> Rules:
+def unshard_sequences(rules: Rules) -> Rules:
     """The rules with sequences left whole: those of a model that decodes with a cache."""
     return tuple((name, None if name == "sequence" else axes) for name, axes in rules)
 
 
-def platform(mesh: jax.sharding.AbstractMesh | None) -> str:
+def mesh_platform(mesh: jax.sharding.AbstractMesh | None) -> str:
     """ "cpu", "tpu" or "gpu": of the devices of a mesh, which need not be here, or of the default.
 
     `btlm compile` makes programs for devices that it does not have.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params
 from btlm_jax.mup_study.corpus import Corpus
 from btlm_jax.mup_study.parametrization import (
     PARAMETRIZATIONS,

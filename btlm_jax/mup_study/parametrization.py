@@ -22,7 +22,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.model import mup, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import target_loss
-from btlm_jax.model.weights import Params
+from btlm_jax.model.params import Params, flatten_tree, unflatten_tree
 
 
 class Rules(NamedTuple):
@@ -121,14 +121,14 @@ def reparametrized(model: BTLM, params: Params, rules: Rules) -> Params:
     The factor on queries goes into their projection, that on logits into ln_f, which only they
     read; gradients come back through the factors, as if the model itself had them.
     """
-    flat = weights.flatten(params)
-    for w in weights.table(model.config):
+    flat = flatten_tree(params)
+    for w in weights.weight_table(model.config):
         if "qkv" in w.axes:  # their projection and its bias, [..., qkv, heads, head_dim]
             queries_first = jnp.stack([rules.queries, 1.0, 1.0])[:, None, None]
             flat[w.path] = flat[w.path] * queries_first
         elif w.role == "vector" and not w.stacked:  # ln_f
             flat[w.path] = flat[w.path] * rules.logits
-    return weights.unflatten(flat)
+    return unflatten_tree(flat)
 
 
 class Trial(NamedTuple):
@@ -142,12 +142,12 @@ class Trial(NamedTuple):
 def start(model: BTLM, seed: jax.Array, rules: Rules) -> Trial:
     """Fresh weights of a seed; hidden matrices times `rules.hidden_init`."""
     params = model.init(jax.random.key(seed))
-    by_path = weights.by_path(model.config)
+    by_path = weights.weights_by_path(model.config)
     flat = {
         path: x * rules.hidden_init if by_path[path].role == "hidden" else x
-        for path, x in weights.flatten(params).items()
+        for path, x in flatten_tree(params).items()
     }
-    params = weights.unflatten(flat)
+    params = unflatten_tree(flat)
     return Trial(params, _optimizer(model).init(params))
 
 
@@ -165,11 +165,11 @@ def step(
     changes, opt_state = _optimizer(model).update(grads, trial.opt_state, trial.params)
     updates: Any = changes
     factors = {"hidden": rules.hidden_rate, "embedding": rules.embedding_rate, "vector": 1.0}
-    by_path = weights.by_path(model.config)
+    by_path = weights.weights_by_path(model.config)
     flat = {
-        path: u * rate * factors[by_path[path].role] for path, u in weights.flatten(updates).items()
+        path: u * rate * factors[by_path[path].role] for path, u in flatten_tree(updates).items()
     }
-    params: Any = optax.apply_updates(trial.params, weights.unflatten(flat))
+    params: Any = optax.apply_updates(trial.params, unflatten_tree(flat))
     return Trial(params, opt_state), mean
 
 

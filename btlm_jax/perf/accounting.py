@@ -63,11 +63,11 @@ def array_bytes(shape: tuple[int, ...], dtype: Any) -> int:
     return -(-n // 2) if dtype == jnp.int4 else n * dtype.itemsize
 
 
-def describe(config: BTLMConfig, length: int) -> list[tuple[str, str]]:
+def describe_config(config: BTLMConfig, length: int) -> list[tuple[str, str]]:
     """The rows `btlm info` prints: (what, value)."""
-    c, n = config, weights.count(config)
+    c, n = config, weights.count_parameters(config)
     flops = flops_per_token(c, length)
-    table = weights.table(c)
+    table = weights.weight_table(c)
     by_role = {
         role: sum(_size(w, c) for w in table if w.role == role)
         for role in ("embedding", "hidden", "vector")

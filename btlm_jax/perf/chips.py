@@ -105,12 +105,12 @@ CHIPS = {
 }  # fmt: skip
 
 
-def of_device_kind(kind: str) -> Chip | None:
+def chip_of_device_kind(kind: str) -> Chip | None:
     """The chip behind a JAX device's `device_kind`; None if it is not in the table."""
     return next((c for c in CHIPS.values() if kind in c.kinds), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of a device by its `device_kind`; None if it is not known here."""
-    chip = of_device_kind(device_kind)
+    chip = chip_of_device_kind(device_kind)
     return None if chip is None else chip.per_device().flops

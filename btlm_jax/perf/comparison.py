@@ -36,7 +36,7 @@ FORMULAS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class DecoderShape:
     """What of a decoder FLOPs and bytes depend on.
 
     Attributes:
@@ -138,7 +138,7 @@ class Shape:
         return 2 * self.layers * self.kv_heads * of_head * context
 
 
-class Memory(NamedTuple):
+class SequenceMemory(NamedTuple):
     """Bytes of weights and cache, which mean nothing without the other three."""
 
     bytes: int
@@ -153,7 +153,9 @@ class Memory(NamedTuple):
         return f"{self.bytes / 1e9:.2f} GB ({self.precision} weights, {cache})"
 
 
-def memory(shape: Shape, precision: Precision, context: int, cache: Cache) -> Memory:
+def sequence_memory(
+    shape: DecoderShape, precision: Precision, context: int, cache: Cache
+) -> SequenceMemory:
     """What weights and the cache of one sequence take.
 
     Raises:
@@ -162,34 +164,34 @@ def memory(shape: Shape, precision: Precision, context: int, cache: Cache) -> Me
     if context < 0:
         raise ValueError(f"context: found {context}, expected a number of tokens >= 0")
     n = shape.weight_bytes(precision) + shape.cache_bytes(context, cache)
-    return Memory(n, precision, context, cache)
+    return SequenceMemory(n, precision, context, cache)
 
 
 @functools.cache
-def peers() -> tuple[Shape, ...]:
+def load_peers() -> tuple[DecoderShape, ...]:
     """The 7B models of `peers.toml`."""
     text = resources.files("btlm_jax.perf").joinpath("peers.toml").read_text(encoding="utf-8")
     found = []
     for raw in tomllib.loads(text)["model"]:
         sources = raw.pop("shape"), raw.pop("training")
         phases = tuple((float(tokens), int(length)) for tokens, length in raw.pop("phases"))
-        found.append(Shape(**raw, phases=phases, sources=sources))
+        found.append(DecoderShape(**raw, phases=phases, sources=sources))
     return tuple(found)
 
 
-def of_config(config: BTLMConfig, name: str) -> Shape:
+def shape_of_config(config: BTLMConfig, name: str) -> DecoderShape:
     """A model of ours, as if trained like BTLM-3B-8K: on 627.7B tokens, 157B of them at 8k."""
     c = config
-    return Shape(
+    return DecoderShape(
         name=name, vocab=c.vocab_size, width=c.n_embd, layers=c.n_layer, heads=c.n_head,
         kv_heads=c.n_head, inner=c.n_inner, gated=c.gated, tied=c.tie_word_embeddings, biases=True,
         norms=2, norm_arrays=2, phases=BTLM_PHASES, positions=0 if c.alibi else c.n_positions,
     )  # fmt: skip
 
 
-def is_released(shape: Shape) -> bool:
+def is_released(shape: DecoderShape) -> bool:
     """Whether it is of BTLM-3B-8K's shape, of which the claims are."""
-    released = of_config(BTLMConfig.preset("btlm-3b-8k"), shape.name)
+    released = shape_of_config(BTLMConfig.preset("btlm-3b-8k"), shape.name)
     return shape == released
 
 
@@ -206,14 +208,14 @@ class Claim(NamedTuple):
     found: tuple[str, ...]
 
 
-def claims(ours: Shape) -> list[Claim]:
+def check_claims(ours: DecoderShape) -> list[Claim]:
     """The card's four claims, judged by our own counts."""
-    others = peers()
+    others = load_peers()
     return [_training(ours, others), _inference(ours, others), _memory(ours, others),
             _three_gigabytes(ours)]  # fmt: skip
 
 
-def _training(ours: Shape, others: tuple[Shape, ...]) -> Claim:
+def _training(ours: DecoderShape, others: tuple[DecoderShape, ...]) -> Claim:
     found, by_tokens = [], dict[float, dict[str, float]]()
     for p in sorted(others, key=lambda p: p.tokens):
         saved = saving(ours.training_flops, p.training_flops)
@@ -225,7 +227,7 @@ def _training(ours: Shape, others: tuple[Shape, ...]) -> Claim:
     return Claim("71 % fewer training FLOPs", "holds" if holds else "does not hold", tuple(found))
 
 
-def _inference(ours: Shape, others: tuple[Shape, ...]) -> Claim:
+def _inference(ours: DecoderShape, others: tuple[DecoderShape, ...]) -> Claim:
     found = []
     for context in CONTEXTS:
         ratios = {p.name: p.forward_flops(context) / ours.forward_flops(context) for p in others}
@@ -246,8 +248,8 @@ def _inference(ours: Shape, others: tuple[Shape, ...]) -> Claim:
 class Combination(NamedTuple):
     """Memory of ours and of a peer under the same conditions."""
 
-    ours: Memory
-    theirs: Memory
+    ours: SequenceMemory
+    theirs: SequenceMemory
 
     @property
     def saving(self) -> float:
@@ -255,13 +257,14 @@ class Combination(NamedTuple):
         return saving(self.ours.bytes, self.theirs.bytes)
 
 
-def combinations(
-    ours: Shape, peer: Shape, contexts: tuple[int, ...] = CONTEXTS
+def memory_combinations(
+    ours: DecoderShape, peer: DecoderShape, contexts: tuple[int, ...] = CONTEXTS
 ) -> list[Combination]:
     """Every precision, context and cache dtype; without context, a cache dtype once."""
     return [
         Combination(
-            memory(ours, precision, context, cache), memory(peer, precision, context, cache)
+            sequence_memory(ours, precision, context, cache),
+            sequence_memory(peer, precision, context, cache),
         )
         for precision in PRECISIONS
         for cache in CACHES
@@ -270,10 +273,10 @@ def combinations(
     ]
 
 
-def _memory(ours: Shape, others: tuple[Shape, ...]) -> Claim:
+def _memory(ours: DecoderShape, others: tuple[DecoderShape, ...]) -> Claim:
     found, any_holds = [], False
     llama = next(p for p in others if p.name == "LLaMA-7B")
-    every = combinations(ours, llama)
+    every = memory_combinations(ours, llama)
     weights = [c.saving for c in every if not c.ours.context]
     found.append(f"weights alone, against LLaMA-7B: {min(weights):.1%} to {max(weights):.1%}")
     for c in every:
@@ -290,27 +293,27 @@ def _memory(ours: Shape, others: tuple[Shape, ...]) -> Claim:
     return Claim("58 % less memory", verdict, tuple(found))
 
 
-def longest(shape: Shape, precision: Precision, cache: Cache, limit: float) -> int:
+def longest_context(shape: DecoderShape, precision: Precision, cache: Cache, limit: float) -> int:
     """The longest context whose weights and cache fit into `limit` bytes; 0 if none does."""
     room = limit - shape.weight_bytes(precision)
     return max(0, int(room // shape.cache_bytes(1, cache)))
 
 
-def _three_gigabytes(ours: Shape) -> Claim:
+def _three_gigabytes(ours: DecoderShape) -> Claim:
     found = [
-        f"up to {longest(ours, 'int4', cache, 3e9):,} tokens in a cache of {cache}; "
-        + ", ".join(str(memory(ours, "int4", context, cache)) for context in CONTEXTS[2:])
+        f"up to {longest_context(ours, 'int4', cache, 3e9):,} tokens in a cache of {cache}; "
+        + ", ".join(str(sequence_memory(ours, "int4", context, cache)) for context in CONTEXTS[2:])
         for cache in CACHES
     ]
-    holds = longest(ours, "int4", "int8", 3e9) > 0
+    holds = longest_context(ours, "int4", "int8", 3e9) > 0
     verdict = "holds under conditions" if holds else "does not hold"
     return Claim("3 GB at 4 bits", verdict, tuple(found))
 
 
-def numbers(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> dict[str, Any]:
+def comparison_numbers(ours: DecoderShape, contexts: tuple[int, ...] = CONTEXTS) -> dict[str, Any]:
     """All of it as plain values, for a file."""
 
-    def described(shape: Shape) -> dict[str, Any]:
+    def described(shape: DecoderShape) -> dict[str, Any]:
         return dataclasses.asdict(shape) | {
             "parameters": shape.parameters,
             "tokens": shape.tokens,
@@ -318,7 +321,7 @@ def numbers(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> dict[str, Any]
             "six_n_d": shape.six_n_d,
             "forward_flops": {str(s): shape.forward_flops(s) for s in contexts},
             "memory": [
-                memory(shape, precision, context, cache)._asdict()
+                sequence_memory(shape, precision, context, cache)._asdict()
                 for precision in PRECISIONS
                 for cache in CACHES
                 for context in contexts
@@ -338,7 +341,7 @@ def numbers(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> dict[str, Any]
                     str(s): p.forward_flops(s) / ours.forward_flops(s) for s in contexts
                 },
             }
-            for p in peers()
+            for p in load_peers()
         ],
-        "claims": [c._asdict() for c in claims(ours)] if released else [],
+        "claims": [c._asdict() for c in check_claims(ours)] if released else [],
     }

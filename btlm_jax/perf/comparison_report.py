@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from btlm_jax.perf import comparison
-from btlm_jax.perf.comparison import CONTEXTS, Memory, Shape
+from btlm_jax.perf.comparison import CONTEXTS, DecoderShape, SequenceMemory
 from btlm_jax.utils import plots
 from btlm_jax.utils.format import align_columns
 
 
-def lines(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> list[str]:
+def comparison_lines(ours: DecoderShape, contexts: tuple[int, ...] = CONTEXTS) -> list[str]:
     """What `btlm info --compare` prints: formulas, compute, memory, claims."""
-    llama = comparison.peers()[0]
+    llama = comparison.load_peers()[0]
     out = ["formulas", *(f"  {f}" for f in comparison.FORMULAS), "", "compute"]
     out += ["  " + line for line in align_columns(_compute(ours, contexts))]
     if not comparison.is_released(ours):
@@ -24,7 +24,7 @@ def lines(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> list[str]:
     out += ["  " + line for line in align_columns(_memories(ours, llama, contexts))]
     out += ["", "claims of the model card"]
     if comparison.is_released(ours):
-        for claim in comparison.claims(ours):
+        for claim in comparison.check_claims(ours):
             out.append(f"  {claim.claim}: {claim.verdict}")
             out += [f"    {line}" for line in claim.found]
     else:
@@ -32,12 +32,12 @@ def lines(ours: Shape, contexts: tuple[int, ...] = CONTEXTS) -> list[str]:
     return out
 
 
-def _compute(ours: Shape, contexts: tuple[int, ...]) -> list[tuple[str, ...]]:
+def _compute(ours: DecoderShape, contexts: tuple[int, ...]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [(
         "model", "parameters", "tokens", "training FLOPs", "6 N D", "saved", "of 6 N D",
         *(f"inference at {s:,}" for s in contexts),
     )]  # fmt: skip
-    for shape in (ours, *comparison.peers()):
+    for shape in (ours, *comparison.load_peers()):
         own = shape is ours
         saved = [
             "" if own else f"{comparison.saving(a, b):.1%}"
@@ -57,7 +57,9 @@ def _compute(ours: Shape, contexts: tuple[int, ...]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _memories(ours: Shape, peer: Shape, contexts: tuple[int, ...]) -> list[tuple[str, ...]]:
+def _memories(
+    ours: DecoderShape, peer: DecoderShape, contexts: tuple[int, ...]
+) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("weights", "cache", *(f"{s:,} tokens" if s else "no cache" for s in contexts))
     ]
@@ -65,28 +67,28 @@ def _memories(ours: Shape, peer: Shape, contexts: tuple[int, ...]) -> list[tuple
         for cache in comparison.CACHES:
             cells = []
             for context in contexts:
-                a = comparison.memory(ours, precision, context, cache)
-                b = comparison.memory(peer, precision, context, cache)
+                a = comparison.sequence_memory(ours, precision, context, cache)
+                b = comparison.sequence_memory(peer, precision, context, cache)
                 saved = comparison.saving(a.bytes, b.bytes)
                 cells.append(f"{_show(a)} and {_show(b)} ({saved:.1%})")
             rows.append((precision, cache, *cells))
     return rows
 
 
-def _show(memory: Memory) -> str:
+def _show(memory: SequenceMemory) -> str:
     small = memory.bytes < 5e7
     return f"{memory.bytes / 1e6:.2f} MB" if small else f"{memory.bytes / 1e9:.2f} GB"
 
 
-def draw(path: Path, ours: Shape) -> None:
+def draw_comparison(path: Path, ours: DecoderShape) -> None:
     """Training FLOPs, inference FLOPs against context, memory against context, as PNG."""
-    shapes, llama = (ours, *comparison.peers()), comparison.peers()[0]
+    shapes, llama = (ours, *comparison.load_peers()), comparison.load_peers()[0]
     made, panels = plots.new_figure(columns=3, size=(6, 4.4))
     bars, inference, memory = panels[0]
 
     names = [s.name for s in shapes]
     flops = [s.training_flops / 1e22 for s in shapes]
-    drawn = bars.barh(names, flops, color=["C0"] + ["0.75"] * len(comparison.peers()))
+    drawn = bars.barh(names, flops, color=["C0"] + ["0.75"] * len(comparison.load_peers()))
     labels = [f"{f:.2f}" for f in flops[:1]]
     labels += [f"{f:.2f}  (saves {comparison.saving(flops[0], f):.1%})" for f in flops[1:]]
     bars.bar_label(drawn, labels, padding=3, fontsize="small")
@@ -97,7 +99,7 @@ def draw(path: Path, ours: Shape) -> None:
     )  # fmt: skip
 
     contexts = np.linspace(0, 8192, 65)
-    same: dict[float, list[Shape]] = {}  # models of one shape are one line
+    same: dict[float, list[DecoderShape]] = {}  # models of one shape are one line
     for shape in shapes:
         same.setdefault(shape.forward_flops(1), []).append(shape)
     for group in same.values():
@@ -124,7 +126,8 @@ def draw(path: Path, ours: Shape) -> None:
         for shape, style in ((ours, "-"), (llama, ":")):
             for cache, width in (("bf16", 2.0), ("int8", 1.0)):
                 y = [
-                    comparison.memory(shape, precision, int(s), cache).bytes / 1e9 for s in contexts
+                    comparison.sequence_memory(shape, precision, int(s), cache).bytes / 1e9
+                    for s in contexts
                 ]
                 memory.plot(contexts, y, style, color=f"C{i}", linewidth=width)
     for i, precision in enumerate(comparison.PRECISIONS):

@@ -44,7 +44,7 @@ class Collective(NamedTuple):
     received: float
 
 
-class Program(NamedTuple):
+class CollectiveCounts(NamedTuple):
     """What `read` finds."""
 
     collectives: tuple[Collective, ...]
@@ -67,7 +67,7 @@ class _Module:
     partitions: int
 
 
-def read(text: str) -> Program:
+def count_collectives(text: str) -> CollectiveCounts:
     """The collectives of a compiled program, from `jax.stages.Compiled.as_text()`.
 
     Raises:
@@ -87,7 +87,7 @@ def read(text: str) -> Program:
             bytes=old.bytes + times * nbytes,
             received=old.received + times * received,
         )
-    return Program(tuple(sorted(found.values())), unknown)
+    return CollectiveCounts(tuple(sorted(found.values())), unknown)
 
 
 def _module(text: str) -> _Module:

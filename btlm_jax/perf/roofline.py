@@ -25,7 +25,7 @@ from btlm_jax.perf.chips import Rates
 _BF16, _FP32 = 2, 4
 
 
-class Work(NamedTuple):
+class DeviceWork(NamedTuple):
     """What a device does in a step."""
 
     flops: float
@@ -34,7 +34,7 @@ class Work(NamedTuple):
     dcn: float = 0.0  # bytes received from other slices
 
 
-class Bound(NamedTuple):
+class TimeBound(NamedTuple):
     """The least seconds each kind of work takes."""
 
     compute: float
@@ -58,13 +58,13 @@ class Bound(NamedTuple):
         return self._fields[self.index(max(self))]
 
 
-def bound(work: Work, rates: Rates) -> Bound:
+def time_bound(work: DeviceWork, rates: Rates) -> TimeBound:
     """Work over rates. Infinite where there is work and no such link."""
 
     def over(amount: float, rate: float) -> float:
         return amount / rate if rate else math.inf if amount else 0.0
 
-    return Bound(
+    return TimeBound(
         over(work.flops, rates.flops),
         over(work.hbm, rates.hbm),
         over(work.ici, rates.ici),
@@ -107,7 +107,7 @@ def kept_bytes_per_token(config: BTLMConfig, remat: Remat) -> int:
     return _BF16 * numbers[remat]
 
 
-def training(
+def training_work(
     config: BTLMConfig,
     mesh: Mapping[str, int],
     *,
@@ -115,7 +115,7 @@ def training(
     tokens: int,
     microbatches: int,
     remat: Remat,
-) -> Work:
+) -> DeviceWork:
     """The work of a training step with AdamW, fp32 masters and bf16 products; network by formula.
 
     FLOPs: R (3 forward_causal + recomputed), R = tokens / devices whatever the mesh.
@@ -138,7 +138,7 @@ def training(
         3 * accounting.flops_per_token(c, length).forward_causal
         + recomputed_flops_per_token(c, length, remat)
     )
-    P, tensor = weights.count(c), mesh["tensor"]
+    P, tensor = weights.count_parameters(c), mesh["tensor"]
     shards = mesh["fsdp"] * mesh["context"] * tensor
     uses = 4 if remat in ("none", "dots") else 5
     gathered = microbatches * uses * _BF16 * P / tensor
@@ -148,12 +148,12 @@ def training(
     rows = tokens * tensor / devices
     whole = kept_bytes_per_token(c, "full")
     kept = c.n_layer * rows * (whole + (kept_bytes_per_token(c, remat) - whole) / tensor)
-    return Work(flops, gathered + gradients + update + 2 * kept, network(
+    return DeviceWork(flops, gathered + gradients + update + 2 * kept, network_bytes(
         c, mesh, tokens=tokens, microbatches=microbatches, remat=remat,
     ))  # fmt: skip
 
 
-def network(
+def network_bytes(
     config: BTLMConfig,
     mesh: Mapping[str, int],
     *,
@@ -170,7 +170,7 @@ def network(
     that is recomputed; keys and values are gathered over context and their gradients scattered.
     """
     c, devices = config, math.prod(mesh.values())
-    P, tensor = weights.count(c), mesh["tensor"]
+    P, tensor = weights.count_parameters(c), mesh["tensor"]
     shards = mesh["fsdp"] * mesh["context"]
     rows = tokens * tensor / devices  # a tensor group has these tokens in common
 
@@ -185,7 +185,7 @@ def network(
     return fsdp + data + stream + c.n_layer * ring(keys, mesh["context"])
 
 
-def memory(
+def training_memory(
     config: BTLMConfig,
     mesh: Mapping[str, int],
     *,
@@ -201,7 +201,7 @@ def memory(
     gradients; three times what one layer keeps under "none", for the layer that is differentiated.
     """
     c, devices = config, math.prod(mesh.values())
-    P, tensor = weights.count(c), mesh["tensor"]
+    P, tensor = weights.count_parameters(c), mesh["tensor"]
     rows = microbatch * length * tensor / devices
     whole = kept_bytes_per_token(c, "full")
 
@@ -215,7 +215,7 @@ def memory(
     return state + c.n_layer * kept(remat) + gathered + 3 * kept("none")
 
 
-def decoding(
+def decoding_work(
     config: BTLMConfig,
     mesh: Mapping[str, int],
     *,
@@ -223,7 +223,7 @@ def decoding(
     capacity: int,
     weight_bytes: float | None = None,
     slot_bytes: float | None = None,
-) -> Work:
+) -> DeviceWork:
     """The work of one decoding step: a token for every sequence, against `capacity` slots.
 
     Every weight (gathered: / tensor) and every slot of the cache is read once. The residual stream
@@ -242,8 +242,8 @@ def decoding(
     rows = batch_size / (mesh["data"] * mesh["fsdp"])
     flops = rows / tensor * (accounting.flops_per_token(c, 1).forward_full
                              + 4.0 * c.n_layer * c.n_embd * (capacity - 1))  # fmt: skip
-    held = (weight_bytes or _BF16 * weights.count(c)) / tensor
+    held = (weight_bytes or _BF16 * weights.count_parameters(c)) / tensor
     cache = rows / tensor * capacity * (slot_bytes or accounting.kv_bytes_per_token(c, _BF16))
     written = 2 * held if shards > 1 else 0.0  # as shards are gathered
     stream = 2 * 2 * c.n_layer * _BF16 * rows * c.n_embd * (tensor - 1) / tensor
-    return Work(flops, held + written + cache, held * (shards - 1) / shards + stream)
+    return DeviceWork(flops, held + written + cache, held * (shards - 1) / shards + stream)

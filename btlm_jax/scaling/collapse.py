@@ -33,7 +33,7 @@ _SLACK = 0.75  # in standard deviations: what the monitor lets pass
 _FINEST = 1e-4  # of a loss: what is finer than 0.01 % is nobody's fault
 
 
-class Curve(NamedTuple):
+class LossCurve(NamedTuple):
     """A training curve.
 
     Attributes:
@@ -46,7 +46,7 @@ class Curve(NamedTuple):
     loss: np.ndarray
 
     @classmethod
-    def of(cls, done: ArrayLike, loss: ArrayLike) -> Curve:
+    def of(cls, done: ArrayLike, loss: ArrayLike) -> LossCurve:
         """A checked curve.
 
         Raises:
@@ -70,7 +70,7 @@ class Curve(NamedTuple):
         return cls(t, y)
 
 
-def bins_for(curves: Sequence[Curve]) -> int:
+def choose_bins(curves: Sequence[LossCurve]) -> int:
     """Bins that every curve fills with two points at least, `BINS` at most.
 
     Raises:
@@ -86,12 +86,12 @@ def bins_for(curves: Sequence[Curve]) -> int:
     return bins
 
 
-def centers(bins: int) -> np.ndarray:
+def bin_centers(bins: int) -> np.ndarray:
     """The middles of the bins, as fractions of training: [bins]."""
     return (np.arange(bins) + 0.5) / bins
 
 
-def binned(curve: Curve, bins: int) -> np.ndarray:
+def bin_curve(curve: LossCurve, bins: int) -> np.ndarray:
     """log(loss) averaged over bins of training: float64 [bins], NaN where the run is not yet.
 
     The average is of the line through the points, so that a bin in which points lie early and late
@@ -114,14 +114,14 @@ def binned(curve: Curve, bins: int) -> np.ndarray:
 @functools.cache
 def _end_weights(bins: int) -> np.ndarray:
     """[bins]: their product with a curve's bins is its value at the end of training."""
-    t = centers(bins) - 1
+    t = bin_centers(bins) - 1
     last = t > -_END
     weights = np.zeros(bins)
     weights[last] = np.linalg.pinv(np.vander(t[last], 3))[-1]
     return weights
 
 
-class Value(NamedTuple):
+class LossEstimate(NamedTuple):
     """A loss in nats, and one standard deviation of it."""
 
     loss: float
@@ -129,7 +129,7 @@ class Value(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class CurveFamily:
     """Finished runs of one shape.
 
     Attributes:
@@ -144,7 +144,7 @@ class Family:
     noise: float
 
 
-def family(curves: Sequence[Curve], bins: int) -> Family:
+def fit_family(curves: Sequence[LossCurve], bins: int) -> CurveFamily:
     """The family of finished runs.
 
     Runs are laid over each other by all of their curves after `IGNORED`, not by their last, noisy
@@ -159,8 +159,8 @@ def family(curves: Sequence[Curve], bins: int) -> Family:
     """
     if not curves:
         raise ValueError("family: found no finished run, expected one or more to compare with")
-    y = np.stack([binned(c, bins) for c in curves])
-    used = centers(bins) > IGNORED
+    y = np.stack([bin_curve(c, bins) for c in curves])
+    used = bin_centers(bins) > IGNORED
     if np.isnan(y[:, used]).any():
         which = int(np.flatnonzero(np.isnan(y[:, used]).any(1))[0])
         raise ValueError(
@@ -177,7 +177,7 @@ def family(curves: Sequence[Curve], bins: int) -> Family:
         for size, values in ((1, wandering), (_BLOCK, blocks)):
             degrees = (len(y) - 1) * (values.shape[1] - 1)
             noise = max(noise, float(np.sqrt(size * np.square(values).sum() / degrees)))
-    return Family(mean - _end_weights(bins)[used] @ mean[used], len(y), noise)
+    return CurveFamily(mean - _end_weights(bins)[used] @ mean[used], len(y), noise)
 
 
 def _roughness(y: np.ndarray) -> float:
@@ -185,15 +185,15 @@ def _roughness(y: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(np.diff(y, 2))) / 6))
 
 
-def final_loss(curve: Curve, bins: int) -> Value:
+def final_loss(curve: LossCurve, bins: int) -> LossEstimate:
     """What a finished run ends at: the end of a parabola through the last fifth of its training."""
-    y, weights = binned(curve, bins), _end_weights(bins)
-    used = centers(bins) > IGNORED
+    y, weights = bin_curve(curve, bins), _end_weights(bins)
+    used = bin_centers(bins) > IGNORED
     loss = float(np.exp(weights[used] @ y[used]))
-    return Value(loss, loss * _roughness(y[used]) * float(np.linalg.norm(weights)))
+    return LossEstimate(loss, loss * _roughness(y[used]) * float(np.linalg.norm(weights)))
 
 
-class Aligned(NamedTuple):
+class AlignedCurve(NamedTuple):
     """A run laid over its family.
 
     Attributes:
@@ -203,25 +203,25 @@ class Aligned(NamedTuple):
         before `IGNORED`.
     """
 
-    final: Value
+    final: LossEstimate
     residuals: np.ndarray
 
 
-class TooEarly(ValueError):
+class TooEarlyError(ValueError):
     """A run that has not come far enough to be compared."""
 
 
-def align(of: Family, curve: Curve) -> Aligned:
+def align_curve(of: CurveFamily, curve: LossCurve) -> AlignedCurve:
     """Lays a run, finished or not, over the family.
 
     Raises:
-      TooEarly: it has not come far enough into `WINDOW`.
+      TooEarlyError: it has not come far enough into `WINDOW`.
     """
-    bins, y = len(of.shape), binned(curve, len(of.shape))
-    t = centers(bins)
+    bins, y = len(of.shape), bin_curve(curve, len(of.shape))
+    t = bin_centers(bins)
     window = (t > WINDOW[0]) & (t < WINDOW[1]) & ~np.isnan(y)
     if window.sum() < 0.05 * bins:
-        raise TooEarly(
+        raise TooEarlyError(
             f"curve: found {curve.done[-1]:.1%} of the training, expected "
             f"{WINDOW[0] + 0.05:.0%} or more: too early to compare it with a family"
         )
@@ -231,10 +231,10 @@ def align(of: Family, curve: Curve) -> Aligned:
     end = of.noise**2 / of.runs * float(np.square(_end_weights(bins)).sum())
     std = float(np.sqrt(each / window.sum() + end))
     residuals = np.where(t > IGNORED, y - of.shape - level, np.nan)
-    return Aligned(Value(float(np.exp(level)), float(np.exp(level)) * std), residuals)
+    return AlignedCurve(LossEstimate(float(np.exp(level)), float(np.exp(level)) * std), residuals)
 
 
-class Verdict(NamedTuple):
+class CollapseVerdict(NamedTuple):
     """Whether a run stays in its family.
 
     Attributes:
@@ -251,7 +251,7 @@ class Verdict(NamedTuple):
     threshold: float
 
 
-def monitor(of: Family, curve: Curve) -> Verdict:
+def monitor_curve(of: CurveFamily, curve: LossCurve) -> CollapseVerdict:
     """Whether and where a run leaves the family, above or below.
 
     Page's cumulative sum of the residuals in units of their noise, less a slack: it returns to zero
@@ -263,8 +263,8 @@ def monitor(of: Family, curve: Curve) -> Verdict:
     Raises:
       ValueError: as `align`.
     """
-    bins, t = len(of.shape), centers(len(of.shape))
-    residuals = align(of, curve).residuals
+    bins, t = len(of.shape), bin_centers(len(of.shape))
+    residuals = align_curve(of, curve).residuals
     used = ~np.isnan(residuals)
     r, t = residuals[used], t[used]
     noise = np.sqrt(max(_roughness(r), of.noise) ** 2 + of.noise**2 / of.runs)
@@ -275,12 +275,12 @@ def monitor(of: Family, curve: Curve) -> Verdict:
     side = int(np.argmax(sums.max(1)))
     excess = float(r[-_BLOCK:].mean())
     if sums[side].max() <= threshold:
-        return Verdict(None, None, excess, float(sums.max()), threshold)
+        return CollapseVerdict(None, None, excess, float(sums.max()), threshold)
     alarm = int(np.argmax(sums[side] > threshold))
     before = np.flatnonzero(sums[side][:alarm] == 0)
     start = int(before[-1]) + 1 if len(before) else 0
     left, noticed = t[start] - 0.5 / bins, t[alarm] + 0.5 / bins
-    return Verdict(float(left), float(noticed), excess, float(sums.max()), threshold)
+    return CollapseVerdict(float(left), float(noticed), excess, float(sums.max()), threshold)
 
 
 def _sums(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -303,7 +303,7 @@ def _threshold(bins: int, first: int, window: int) -> float:
     return float(np.quantile(largest, 1 - FALSE_ALARM))
 
 
-def backtest(curves: Sequence[Curve], bins: int) -> np.ndarray:
+def backtest_family(curves: Sequence[LossCurve], bins: int) -> np.ndarray:
     """log(predicted / own final loss) of each finished run, from its first half, by the others.
 
     Args:
@@ -317,13 +317,13 @@ def backtest(curves: Sequence[Curve], bins: int) -> np.ndarray:
         raise ValueError(f"backtest: found {len(curves)} finished runs, expected 2 or more")
     found = []
     for i, curve in enumerate(curves):
-        others = family([c for j, c in enumerate(curves) if j != i], bins)
-        predicted = align(others, curve).final.loss
+        others = fit_family([c for j, c in enumerate(curves) if j != i], bins)
+        predicted = align_curve(others, curve).final.loss
         found.append(np.log(predicted / final_loss(curve, bins).loss))
     return np.array(found)
 
 
-def faithful(curves: Sequence[Curve], bins: int) -> list[int]:
+def family_members(curves: Sequence[LossCurve], bins: int) -> list[int]:
     """The runs that are a family: without those that leave the rest, the worst first.
 
     Two runs that differ do not say which of them is at fault, so two are always left.
@@ -332,8 +332,8 @@ def faithful(curves: Sequence[Curve], bins: int) -> list[int]:
     while len(kept) > 2:
         scores = {}
         for i in kept:
-            rest = family([curves[j] for j in kept if j != i], bins)
-            verdict = monitor(rest, curves[i])
+            rest = fit_family([curves[j] for j in kept if j != i], bins)
+            verdict = monitor_curve(rest, curves[i])
             scores[i] = verdict.statistic / verdict.threshold
         worst = max(scores, key=lambda i: scores[i])
         if scores[worst] <= 1:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from btlm_jax.scaling import collapse
-from btlm_jax.scaling.collapse import Curve, Family, Value, Verdict
+from btlm_jax.scaling.collapse import CollapseVerdict, CurveFamily, LossCurve, LossEstimate
 from btlm_jax.utils import plots
 
 _SMOOTH = 5  # bins, of the residuals that are drawn
 
 
-class Judged(NamedTuple):
+class JudgedRun(NamedTuple):
     """A run beside its family.
 
     Attributes:
@@ -27,24 +27,26 @@ class Judged(NamedTuple):
       finished, member: whether the run has ended, and belongs to the family.
     """
 
-    final: Value | None
-    predicted: Value | None
-    verdict: Verdict | None
+    final: LossEstimate | None
+    predicted: LossEstimate | None
+    verdict: CollapseVerdict | None
     residuals: np.ndarray
     finished: bool
     member: bool
 
 
-class Report(NamedTuple):
+class CollapseReport(NamedTuple):
     """What `judge` found: the family of all its members, how far predictions from first halves were
     off (root mean square, relative; None of a family of one), and every run by name."""
 
-    family: Family
+    family: CurveFamily
     backtest: float | None
-    runs: dict[str, Judged]
+    runs: dict[str, JudgedRun]
 
 
-def judge(finished: Mapping[str, Curve], running: Mapping[str, Curve]) -> Report:
+def judge_runs(
+    finished: Mapping[str, LossCurve], running: Mapping[str, LossCurve]
+) -> CollapseReport:
     """Compares every run with the family of the finished ones, a finished one with the others.
 
     Args:
@@ -56,14 +58,14 @@ def judge(finished: Mapping[str, Curve], running: Mapping[str, Curve]) -> Report
     """
     if not finished:
         raise ValueError("runs: found no finished one, expected one or more to compare with")
-    bins = collapse.bins_for([*finished.values(), *running.values()])
+    bins = collapse.choose_bins([*finished.values(), *running.values()])
     names, curves = list(finished), list(finished.values())
-    kept = collapse.faithful(curves, bins)
+    kept = collapse.family_members(curves, bins)
     members = [curves[i] for i in kept]
-    family = collapse.family(members, bins)
+    family = collapse.fit_family(members, bins)
     off = None
     if len(members) > 1:
-        off = float(np.sqrt(np.mean(np.square(collapse.backtest(members, bins)))))
+        off = float(np.sqrt(np.mean(np.square(collapse.backtest_family(members, bins)))))
     found = {}
     for i, (name, curve) in enumerate(zip(names, curves, strict=True)):
         others = [curves[j] for j in kept if j != i]
@@ -71,24 +73,24 @@ def judge(finished: Mapping[str, Curve], running: Mapping[str, Curve]) -> Report
         residuals = np.full(bins, np.nan)
         predicted = verdict = None
         if others:
-            rest = collapse.family(others, bins)
-            predicted, residuals = collapse.align(rest, curve)
-            verdict = collapse.monitor(rest, curve)
-        found[name] = Judged(final, predicted, verdict, residuals, True, i in kept)
+            rest = collapse.fit_family(others, bins)
+            predicted, residuals = collapse.align_curve(rest, curve)
+            verdict = collapse.monitor_curve(rest, curve)
+        found[name] = JudgedRun(final, predicted, verdict, residuals, True, i in kept)
     for name, curve in running.items():
         try:
-            predicted, residuals = collapse.align(family, curve)
-        except collapse.TooEarly:
-            found[name] = Judged(None, None, None, np.full(bins, np.nan), False, False)
+            predicted, residuals = collapse.align_curve(family, curve)
+        except collapse.TooEarlyError:
+            found[name] = JudgedRun(None, None, None, np.full(bins, np.nan), False, False)
             continue
         std = max(predicted.std, (off or 0.0) * predicted.loss)
-        predicted = Value(predicted.loss, std)
-        verdict = collapse.monitor(family, curve)
-        found[name] = Judged(predicted, predicted, verdict, residuals, False, False)
-    return Report(family, off, found)
+        predicted = LossEstimate(predicted.loss, std)
+        verdict = collapse.monitor_curve(family, curve)
+        found[name] = JudgedRun(predicted, predicted, verdict, residuals, False, False)
+    return CollapseReport(family, off, found)
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def collapse_numbers(report: CollapseReport) -> dict[str, Any]:
     """Plain values."""
     return {
         "family": {
@@ -111,10 +113,10 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def draw(path: Path, report: Report, curves: Mapping[str, Curve]) -> None:
+def draw_collapse(path: Path, report: CollapseReport, curves: Mapping[str, LossCurve]) -> None:
     """The curves laid over each other, and what is left of each beside the family, as PNG."""
     bins = len(report.family.shape)
-    t = 100 * collapse.centers(bins)
+    t = 100 * collapse.bin_centers(bins)
     shown = t > 100 * collapse.IGNORED
     made, panels = plots.new_figure(columns=2)
     left, right = panels[0]
@@ -137,7 +139,7 @@ def draw(path: Path, report: Report, curves: Mapping[str, Curve]) -> None:
         if level is None:
             continue
         style: dict[str, Any] = {"color": f"C{i % 10}", "linewidth": 1 if judged.finished else 2}
-        y = collapse.binned(curves[name], bins)
+        y = collapse.bin_curve(curves[name], bins)
         ratio = np.exp(y - np.log(level.loss))
         label = name if judged.finished else f"{name} (running)"
         left.plot(t[shown], ratio[shown], label=label, **style)

@@ -27,7 +27,7 @@ _SHIFT = (0.1,), (1e-4, 10.0)
 _STARTS = 64
 
 
-class Power(NamedTuple):
+class PowerFactor(NamedTuple):
     """(variable + shift) to the exponent times sign; `exponent` and `shift` name parameters."""
 
     variable: str
@@ -36,15 +36,15 @@ class Power(NamedTuple):
     shift: str | None = None
 
 
-class Term(NamedTuple):
+class LawTerm(NamedTuple):
     """The parameter `coefficient` times powers."""
 
     coefficient: str
-    powers: tuple[Power, ...] = ()
+    powers: tuple[PowerFactor, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Law:
+class ScalingLaw:
     """A form to fit.
 
     Attributes:
@@ -53,7 +53,7 @@ class Law:
     """
 
     formula: str
-    terms: tuple[Term, ...]
+    terms: tuple[LawTerm, ...]
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -99,30 +99,30 @@ class Law:
         return np.exp(logsumexp(np.stack(np.broadcast_arrays(*logs)), axis=0))
 
 
-CHINCHILLA = Law(
+CHINCHILLA = ScalingLaw(
     "L(N, D) = E + A / N^alpha + B / D^beta",
     (
-        Term("E"),
-        Term("A", (Power("N", "alpha", -1),)),
-        Term("B", (Power("D", "beta", -1),)),
+        LawTerm("E"),
+        LawTerm("A", (PowerFactor("N", "alpha", -1),)),
+        LawTerm("B", (PowerFactor("D", "beta", -1),)),
     ),
 )
 """Of N parameters and D tokens (arXiv 2203.15556, approach 3)."""
 
-D_CPT = Law(
+D_CPT = ScalingLaw(
     "L(N, D, r) = E + A / N^alpha + B r^eta / D^beta + C / (r + epsilon)^gamma",
     (
-        Term("E"),
-        Term("A", (Power("N", "alpha", -1),)),
-        Term("B", (Power("r", "eta", 1), Power("D", "beta", -1))),
-        Term("C", (Power("r", "gamma", -1, "epsilon"),)),
+        LawTerm("E"),
+        LawTerm("A", (PowerFactor("N", "alpha", -1),)),
+        LawTerm("B", (PowerFactor("r", "eta", 1), PowerFactor("D", "beta", -1))),
+        LawTerm("C", (PowerFactor("r", "gamma", -1, "epsilon"),)),
     ),
 )
 """Of continued pre-training; r is the share of the domain in the data (arXiv 2406.01375)."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class FittedLaw:
     """A law with its numbers.
 
     Attributes:
@@ -134,7 +134,7 @@ class Fit:
       at_bound: parameters that ended at a bound of the search: the data do not determine them.
     """
 
-    law: Law
+    law: ScalingLaw
     values: dict[str, float]
     rms: float
     agreeing: int
@@ -146,15 +146,15 @@ class Fit:
         return self.law.predict(self.values, **variables)
 
 
-def fit(
-    law: Law,
+def fit_law(
+    law: ScalingLaw,
     losses: ArrayLike,
     *,
     delta: float = 1e-3,
     starts: int = _STARTS,
     seed: int = 0,
     **variables: ArrayLike,
-) -> Fit:
+) -> FittedLaw:
     """Fits a law to losses.
 
     Args:
@@ -219,7 +219,7 @@ def fit(
         for p in t.powers:
             values[t.coefficient] /= middle[p.variable] ** (p.sign * values[p.exponent])
     error = _log_sum(law, scaled, best.x)[0] - log_y
-    return Fit(
+    return FittedLaw(
         law,
         {name: float(v) for name, v in values.items()},
         rms=float(np.sqrt(np.mean(error**2))),
@@ -234,7 +234,7 @@ def fit(
 
 
 def _log_sum(
-    law: Law, x: Mapping[str, np.ndarray], theta: np.ndarray
+    law: ScalingLaw, x: Mapping[str, np.ndarray], theta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """log of the law [points] and its gradient [parameters, points]; theta has log coefficients,
     exponents and log shifts."""
@@ -263,7 +263,7 @@ def _drawn(axes: list[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
     return [grid[i] for i in sorted(chosen)]
 
 
-def _checked(law: Law, variables: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
+def _checked(law: ScalingLaw, variables: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     if set(variables) != set(law.variables):
         raise ValueError(
             f"variables: found {', '.join(sorted(variables)) or 'none'}, expected "

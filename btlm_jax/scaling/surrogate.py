@@ -25,8 +25,8 @@ _M, _E1, _E2 = 0.05, 0.001, 0.1
 _STARTS = ((0.1, 0.5), (0.3, 1.0), (0.03, 2.0))  # of b and q
 
 
-class Observed(NamedTuple):
-    """A curve to fit: `done` and `loss` [points] as in `collapse.Curve`, in any unit; `rate`
+class ObservedCurve(NamedTuple):
+    """A curve to fit: `done` and `loss` [points] as in `collapse.LossCurve`, in any unit; `rate`
     [points], the learning rate as a part of its peak; the run's timescale and TPP."""
 
     done: np.ndarray
@@ -76,7 +76,7 @@ class Surrogate:
         return raw(done, rate) / raw(1.0, final_rate)
 
 
-def fit(curves: Sequence[Observed]) -> Surrogate:
+def fit_surrogate(curves: Sequence[ObservedCurve]) -> Surrogate:
     """Fits the formula to logarithms of losses after `IGNORED`; each curve's level is free.
 
     An exponent that the curves cannot determine, because all have the same timescale or TPP, is 0.

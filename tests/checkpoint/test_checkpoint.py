@@ -16,6 +16,7 @@ from btlm_jax import AlibiScaling, BTLMConfig, make_mesh
 from btlm_jax.checkpoint import metadata, unstacked
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.model import weights
+from btlm_jax.model.params import check_params, flatten_tree, unflatten_tree
 from btlm_jax.utils import atomic
 from support.checkpoint_metadata import edit_metadata
 
@@ -58,7 +59,7 @@ def test_round_trip(saved, params):
 def test_onto_a_mesh_and_back(saved, params, sizes, tmp_path):
     mesh = make_mesh(**sizes)
     model, loaded = btlm.load(saved, mesh=mesh)
-    pad = weights.check(loaded, CONFIG)
+    pad = check_params(loaded, CONFIG)
     assert pad == ({"vocab": 512} if sizes.get("tensor") != 4 else {"vocab": 512, "mlp": 172})
     expected = btlm.BTLM(CONFIG).init(jax.random.key(0), mesh=mesh)
     for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
@@ -95,7 +96,7 @@ def test_numpy_weights_and_assets(tmp_path, params):
     assert [p.name for p in asset_files(tmp_path / "c")] == ["tokenizer.json"]
     meta = metadata.read_metadata(tmp_path / "c")
     assert meta.origin == {"note": "x"}
-    assert meta.nbytes == 4 * weights.count(CONFIG)
+    assert meta.nbytes == 4 * weights.count_parameters(CONFIG)
     assert same_bits(params, btlm.load(tmp_path / "c")[1])
 
 
@@ -178,11 +179,11 @@ def test_what_weights_by_layer_are_computed_in(tmp_path, params, monkeypatch):
         half = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
         btlm.save(tmp_path / dtype, CONFIG, half)
     for stored, asked in (("float32", None), ("bfloat16", None), ("float16", "bfloat16")):
-        model, found = btlm.load(tmp_path / stored, dtype=asked, by_layer=True)
+        model, found = btlm.load(tmp_path / stored, dtype=asked, unstacked=True)
         assert model.compute_dtype == model.spec(found).dtype == jnp.dtype(asked or stored)
     monkeypatch.setattr(unstacked, "load", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match="weights in float16: CPUs decode in bfloat16 or float32"):
-        btlm.load(tmp_path / "float16", by_layer=True)
+        btlm.load(tmp_path / "float16", unstacked=True)
 
 
 def test_dtypes_that_are_not_stored(tmp_path, params):
@@ -245,10 +246,10 @@ def test_truncated_data(saved):
 
 
 def test_missing_array_is_never_a_placeholder(saved, params, tmp_path):
-    half = weights.flatten(ocp.load(saved))
+    half = flatten_tree(ocp.load(saved))
     half.pop(("blocks", "1", "ln_1", "scale"))
     notes = ocp.metadata(saved).custom_metadata
-    ocp.save(tmp_path / "half", weights.unflatten(half), custom_metadata=notes)
+    ocp.save(tmp_path / "half", unflatten_tree(half), custom_metadata=notes)
     with pytest.raises(ValueError, match="missing: blocks/1/ln_1/scale"):
         btlm.load(tmp_path / "half")
 

@@ -19,6 +19,13 @@ from btlm_jax.checkpoint import quantization
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model import packed as packed_lib
 from btlm_jax.model import weights
+from btlm_jax.model.params import (
+    check_params,
+    flatten_tree,
+    init_params,
+    unflatten_tree,
+    unstack_params,
+)
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 INT8 = Quantization(8)
@@ -30,7 +37,7 @@ CONFIG = dataclasses.replace(BTLMConfig.preset("tiny"), n_inner=171, tie_word_em
 def leaf_of(inputs: int, outputs: int) -> weights.DiskLeaf:
     """A kernel of a layer."""
     w = dataclasses.replace(
-        weights.by_path(CONFIG)["blocks", "mlp", "c_fc", "kernel"], shape=(inputs, outputs)
+        weights.weights_by_path(CONFIG)["blocks", "mlp", "c_fc", "kernel"], shape=(inputs, outputs)
     )
     return weights.DiskLeaf(w, 0)
 
@@ -212,17 +219,17 @@ def test_what_is_not_finite_is_refused(to, bad):
 
 @pytest.fixture(scope="module")
 def params():
-    return weights.init(jax.random.key(0), CONFIG)
+    return init_params(jax.random.key(0), CONFIG)
 
 
 @pytest.mark.parametrize("to", KINDS, ids=str)
 def test_quantized(params, to):
     found = quantization.quantize_params(params, CONFIG, to)
-    assert weights.check(found, CONFIG) == {}
-    flat = weights.flatten(found)
+    assert check_params(found, CONFIG) == {}
+    flat = flatten_tree(found)
     for leaf in weights.disk_leaves(CONFIG):
         w, got = leaf.weight, flat[leaf.path]
-        x = weights.flatten(params)[w.path]
+        x = flatten_tree(params)[w.path]
         x = np.asarray(x if leaf.layer is None else x[leaf.layer])
         if not w.inputs:
             np.testing.assert_array_equal(got, x)
@@ -239,11 +246,11 @@ def test_quantized(params, to):
 @pytest.mark.parametrize("to", [KINDS[0], Quantization(4, 64, "bfloat16")], ids=str)
 def test_quantized_takes_weights_by_layer(params, to):
     expected = quantization.quantize_params(params, CONFIG, to)
-    apart = weights.flatten(weights.by_layer(CONFIG, params))
+    apart = flatten_tree(unstack_params(CONFIG, params))
     for leaf in weights.disk_leaves(CONFIG):
         if leaf.weight.inputs:
             apart[leaf.path] = packed_lib.inputs_last(apart[leaf.path], leaf.weight.inputs)
-    for tree in (weights.by_layer(CONFIG, params), weights.unflatten(apart)):
+    for tree in (unstack_params(CONFIG, params), unflatten_tree(apart)):
         found = quantization.quantize_params(tree, CONFIG, to)
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected))
 
@@ -262,7 +269,7 @@ def test_what_cannot_be_quantized(params):
     once = quantization.quantize_params(params, CONFIG, INT8)
     with pytest.raises(ValueError, match="wte: found int8 with scales, expected floats"):
         quantization.quantize_params(once, CONFIG, INT8)
-    padded = weights.init(jax.random.key(0), CONFIG, padding={"mlp": 172})
+    padded = init_params(jax.random.key(0), CONFIG, padding={"mlp": 172})
     with pytest.raises(ValueError, match="padded for a mesh, expected unpadded"):
         quantization.quantize_params(padded, CONFIG, INT8)
     with pytest.raises(ValueError, match="do not match"):

@@ -25,6 +25,7 @@ import btlm_jax as btlm
 from btlm_jax import BTLMConfig, make_mesh
 from btlm_jax.checkpoint import metadata, zarr
 from btlm_jax.model import weights
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 from btlm_jax.utils import paths
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), zarr.BF16]
@@ -146,7 +147,7 @@ def test_blocks_of_the_released_model():
     assert zarr.block_rows((2560,), 4) == 2560
     assert zarr.block_rows((0, 3), 4) == 1
     config = BTLMConfig.preset("btlm-3b-8k")
-    for w in weights.table(config):
+    for w in weights.weight_table(config):
         for itemsize in (2, 4):
             nbytes = zarr.block_size(w.shape, itemsize) * itemsize
             assert nbytes <= zarr.BLOCK_BYTES
@@ -292,9 +293,9 @@ def many_blocks(request, tmp_path_factory):
     """A checkpoint of many files and chunks, and its weights."""
     path = tmp_path_factory.mktemp(request.param) / "c"
     rng = np.random.default_rng(0)
-    shapes = {w.path: weights.stacked_shape(w, CONFIG) for w in weights.table(CONFIG)}
+    shapes = {w.path: weights.stacked_shape(w, CONFIG) for w in weights.weight_table(CONFIG)}
     flat = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
-    params = weights.unflatten({path: jnp.asarray(x, request.param) for path, x in flat.items()})
+    params = unflatten_tree({path: jnp.asarray(x, request.param) for path, x in flat.items()})
     with small(8 << 10, 2 << 10):
         btlm.save(path, CONFIG, params)
     state = path / "state"
@@ -313,7 +314,7 @@ def same_bits(a, b) -> bool:
 
 def test_orbax_reads_many_blocks(many_blocks):
     path, params = many_blocks
-    tree, flat = weights.flatten(ocp.load(path)), weights.flatten(params)
+    tree, flat = flatten_tree(ocp.load(path)), flatten_tree(params)
     leaves = list(weights.disk_leaves(CONFIG))
     assert set(tree) == {leaf.path for leaf in leaves}
     for leaf in leaves:
@@ -324,7 +325,7 @@ def test_orbax_reads_many_blocks(many_blocks):
 
 def test_our_reader_and_orbax_agree(many_blocks):
     path, _ = many_blocks
-    meta, tree = metadata.read_metadata(path), weights.flatten(ocp.load(path))
+    meta, tree = metadata.read_metadata(path), flatten_tree(ocp.load(path))
     for leaf in weights.disk_leaves(CONFIG):
         for width in (None, 4):  # larger blocks than were written
             blocks = list(meta.blocks(leaf, width))

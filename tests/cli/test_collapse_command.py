@@ -68,7 +68,7 @@ def runs(tmp_path):
 
 def test_what_a_run_says_of_itself(runs):
     found = curves.read(runs[-1])
-    n = weights.count(BTLMConfig.preset("tiny"))
+    n = weights.count_parameters(BTLMConfig.preset("tiny"))
     tokens = 1000 * 8 * 128 + 1000 * 4 * 128
     assert found.parameters == n and found.tokens_per_parameter == pytest.approx(tokens / n)
     # Half the tokens are seen after three quarters of the first phase, whose steps have twice as

@@ -11,7 +11,7 @@ import pytest
 
 from btlm_jax.convert import auto, convert
 from btlm_jax.convert.hf import source as hf_source
-from btlm_jax.model import weights
+from btlm_jax.model.params import flatten_tree
 from support import golden
 
 
@@ -42,7 +42,7 @@ def test_both_give_the_same_model(tmp_path, monkeypatch):
         assert auto.read_any_config(source) == case.config
         model, params = auto.load_any_checkpoint(source, dtype=jnp.float32)
         assert model.config == case.config
-        found, expected = weights.flatten(params), weights.flatten(case.params)
+        found, expected = flatten_tree(params), flatten_tree(case.params)
         assert found.keys() == expected.keys()
         for path, x in found.items():
             assert x.dtype == jnp.float32

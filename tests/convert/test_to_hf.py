@@ -25,6 +25,7 @@ from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf.safetensors_writer import SafetensorsFile, TensorSpec, plan_shards
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.model import alibi, weights
+from btlm_jax.model.params import unflatten_tree
 from support import golden
 
 BF16, UNTIED = golden.load("g_bf16"), golden.load("i_untied")
@@ -89,7 +90,7 @@ def test_of_a_training_checkpoint_the_weights(tmp_path):
     leaves = list(weights.disk_leaves(UNTIED.config))
     tensors = UNTIED.weights
     state = {x.path: tensors[x.hf_name].reshape(x.weight.shape) for x in leaves}
-    tree = weights.unflatten(state)
+    tree = unflatten_tree(state)
     items = {"state": tree, "optimizer": {"mu": tree, "count": np.array(7)}}
     notes = metadata.custom_metadata(UNTIED.config, {}, {}, {}, None)
     ocp.save_checkpointables(tmp_path / "t", items, custom_metadata=notes)
@@ -209,7 +210,7 @@ def saved_again(checkpoint: Path, target: Path, **changes) -> BTLMConfig:
         for leaf in weights.disk_leaves(meta.config)
     }
     stacked = {p: x[None] if p[0] == "blocks" else x for p, x in leaves.items()}
-    btlm.save(target, config, weights.unflatten(stacked), origin=meta.origin)
+    btlm.save(target, config, unflatten_tree(stacked), origin=meta.origin)
     return config
 
 

@@ -26,6 +26,7 @@ from btlm_jax import make_mesh
 from btlm_jax.convert import convert, load_hf
 from btlm_jax.convert.hf import source as hf_source
 from btlm_jax.model import weights
+from btlm_jax.model.params import Params, check_params, flatten_tree
 from support import golden
 from support.processes import free_port
 
@@ -52,7 +53,7 @@ def write(path: Path, config: btlm.BTLMConfig, tensors: dict[str, np.ndarray]) -
 def stacked(config: btlm.BTLMConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The weights as they should lie in memory, unpadded, by path."""
     out = {}
-    for w in weights.table(config):
+    for w in weights.weight_table(config):
         names = [w.hf_name.format(layer=i) for i in range(config.n_layer if w.stacked else 1)]
         layers = [tensors[n].reshape(w.shape) for n in names]
         out[w.name] = np.stack(layers) if w.stacked else layers[0]
@@ -78,7 +79,7 @@ def both(source: Path, target: Path, **kwargs):
     return direct
 
 
-def logits_error(case: golden.Case, model: btlm.BTLM, params: weights.Params) -> float:
+def logits_error(case: golden.Case, model: btlm.BTLM, params: Params) -> float:
     """Of the golden prompts, repeated so that they divide over any mesh here."""
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     ids, rows = case["plain/input_ids"], case.exact_logits
@@ -127,8 +128,8 @@ def test_padding_and_casts(sizes, stored, tmp_path):
     padding = {"vocab": 512} | ({"mlp": 172} if "tensor" in sizes else {})
     for dtype in (None, jnp.float32 if stored == ml_dtypes.bfloat16 else jnp.bfloat16):
         model, params = both(source, tmp_path / "c", mesh=mesh, dtype=dtype)
-        assert weights.check(params, model.config) == padding
-        flat = {"/".join(p): np.array(x) for p, x in weights.flatten(params).items()}
+        assert check_params(params, model.config) == padding
+        flat = {"/".join(p): np.array(x) for p, x in flatten_tree(params).items()}
         for name, expected in stacked(ODD, tensors).items():
             inside = tuple(slice(n) for n in expected.shape)
             assert flat[name][inside].tobytes() == expected.astype(dtype or stored).tobytes()
@@ -144,7 +145,7 @@ def test_bin_files(form, sizes, tmp_path):
     assert model.config.alibi_slopes == (0.83984375, 0.0625)
     with np.load(BIN / "weights.npz") as z:
         tensors = {name: z[name].view(ml_dtypes.bfloat16) for name in z.files}
-    for path, x in weights.flatten(params).items():
+    for path, x in flatten_tree(params).items():
         expected = stacked(model.config, tensors)["/".join(path)]
         inside = tuple(slice(n) for n in expected.shape)
         assert np.asarray(x)[inside].tobytes() == expected.tobytes()
@@ -238,7 +239,8 @@ rank, port, source, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.a
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=60)
 assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
 import numpy as np
-from btlm_jax import make_mesh, weights
+from btlm_jax import make_mesh
+from btlm_jax.model.params import Params, check_params, flatten_tree
 from btlm_jax.convert import hf_source, load_hf
 
 read, counted = hf_source.read_into, []
@@ -252,7 +254,7 @@ for k, sizes in enumerate(json.loads(sys.argv[5])):
     counted.clear()
     model, params = load_hf(source, make_mesh(**sizes))
     arrays, places = {}, []
-    for path, x in weights.flatten(params).items():
+    for path, x in flatten_tree(params).items():
         for shard in x.addressable_shards:
             bounds = [s.indices(n)[:2] for s, n in zip(shard.index, x.shape)]
             arrays[str(len(places))] = np.asarray(shard.data)

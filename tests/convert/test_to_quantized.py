@@ -26,6 +26,7 @@ from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.convert import auto, convert, export, quantize, verify
 from btlm_jax.model import packed, weights
 from btlm_jax.model.packed import Kernel
+from btlm_jax.model.params import check_params, flatten_tree, init_params, is_unstacked
 from btlm_jax.train import loop, recipe_file
 from support import golden
 from support.checkpoint_metadata import edit_metadata
@@ -49,7 +50,7 @@ def dequantized(params) -> dict[weights.Path, np.ndarray]:
     def one(x):
         return np.asarray(packed.dequantized(x, jnp.float32) if isinstance(x, Kernel) else x)
 
-    return {path: one(x) for path, x in weights.flatten(params).items()}
+    return {path: one(x) for path, x in flatten_tree(params).items()}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -60,7 +61,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def made(tmp_path_factory) -> Path:
     """A checkpoint of floats and what is made of it."""
     folder = tmp_path_factory.mktemp("made")
-    params = weights.init(jax.random.key(0), CONFIG)
+    params = init_params(jax.random.key(0), CONFIG)
     btlm.save(folder / "floats", CONFIG, params)
     for to in KINDS:
         quantize(folder / "floats", folder / str(to.bits) / str(to.group), to)
@@ -84,7 +85,7 @@ def test_golden_models(name, to, tmp_path):
     dtype = jnp.bfloat16 if case.bf16 else jnp.float32
     source = jax.tree.map(lambda x: x.astype(dtype), case.params)
     expected = quantization.quantize_params(source, case.config, to)
-    assert same(params, expected) and weights.check(params, model.config) == {}
+    assert same(params, expected) and check_params(params, model.config) == {}
     convert(tmp_path / "hf", tmp_path / "c")
     quantize(tmp_path / "c", tmp_path / "again", to)
     assert verify(tmp_path / "q") and verify(tmp_path / "q", tmp_path / "again")
@@ -107,7 +108,7 @@ def test_onto_a_mesh(made, to, sizes, caplog):
     mesh = btlm.make_mesh(**sizes)
     _, alone = btlm.load(path_of(made, to))
     params = btlm.load(path_of(made, to), mesh=mesh)[1]
-    pad = weights.check(params, CONFIG)
+    pad = check_params(params, CONFIG)
     assert pad.get("mlp") == {2: 172, 4: 172}.get(sizes.get("tensor", 1))
     got, expected = dequantized(params), dequantized(alone)
     for path, x in expected.items():
@@ -121,7 +122,7 @@ def test_onto_a_mesh(made, to, sizes, caplog):
         (("mlp", "c_fc"), P("tensor", rows)),
         (("mlp", "c_proj"), P(rows, "tensor")),
     ):
-        kernel = weights.flatten(params)["blocks", "0", *path, "kernel"]
+        kernel = flatten_tree(params)["blocks", "0", *path, "kernel"]
         assert kernel.values.sharding.spec == spec
         assert kernel.values.dtype == (jnp.int4 if to.bits == 4 else jnp.int8)
         split = spec if kernel.scales.shape[-1] > 1 else P(*spec[:-1], None)
@@ -157,12 +158,12 @@ def test_dtype_is_of_floats(made, dtype):
 def test_floats_by_layer(made, sizes, dtype):
     """Without stacking; inputs last on a CPU, as the table has them on a mesh."""
     mesh = btlm.make_mesh(**sizes) if sizes else None
-    model, apart = btlm.load(made / "floats", by_layer=True, mesh=mesh, dtype=dtype)
+    model, apart = btlm.load(made / "floats", unstacked=True, mesh=mesh, dtype=dtype)
     _, stacked = btlm.load(made / "floats", mesh=mesh, dtype=dtype)
-    assert weights.check(apart, CONFIG) == weights.check(stacked, CONFIG)
-    expected = weights.flatten(stacked)
+    assert check_params(apart, CONFIG) == check_params(stacked, CONFIG)
+    expected = flatten_tree(stacked)
     for leaf in weights.disk_leaves(model.config):
-        x, got = expected[leaf.weight.path], weights.flatten(apart)[leaf.path]
+        x, got = expected[leaf.weight.path], flatten_tree(apart)[leaf.path]
         if leaf.layer is not None:
             with jax.set_mesh(mesh) if mesh else jax.numpy_dtype_promotion("standard"):
                 x = jax.jit(lambda x, i=leaf.layer: x[i])(x)
@@ -178,9 +179,9 @@ def test_hf_files_by_layer(sizes, tmp_path):
     mesh = btlm.make_mesh(**sizes) if sizes else None
     golden.write_hf(tmp_path / "hf", golden.load("i_untied"))
     convert(tmp_path / "hf", tmp_path / "c")
-    _, found = auto.load_any_checkpoint(tmp_path / "hf", mesh=mesh, by_layer=True)
-    _, expected = auto.load_any_checkpoint(tmp_path / "c", mesh=mesh, by_layer=True)
-    assert weights.is_by_layer(found) and same(found, expected)
+    _, found = auto.load_any_checkpoint(tmp_path / "hf", mesh=mesh, unstacked=True)
+    _, expected = auto.load_any_checkpoint(tmp_path / "c", mesh=mesh, unstacked=True)
+    assert is_unstacked(found) and same(found, expected)
 
 
 def test_orbax_reads_it_without_us(made):

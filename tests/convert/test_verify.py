@@ -26,6 +26,7 @@ from btlm_jax.checkpoint import metadata, zarr
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf import source as hf_source
 from btlm_jax.model import alibi, weights
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 from support import golden
 
 BF16, UNTIED = golden.load("g_bf16"), golden.load("i_untied")
@@ -60,7 +61,7 @@ def write_by_orbax(path: Path, config: BTLMConfig, tensors: dict, sha256=None, *
     for option, value in saving.items():
         setattr(context.array_options.saving, option, value)
     optimizer = {"mu": np.ones(7, np.float32), "count": np.array(4)}
-    items = {"state": weights.unflatten(state), "optimizer": optimizer}
+    items = {"state": unflatten_tree(state), "optimizer": optimizer}
     with context:
         ocp.save_checkpointables(path, items, custom_metadata=notes)
     return path
@@ -181,7 +182,7 @@ def test_flips_beside_our_notes_do_no_harm(converted):
     """Orbax's own entries are sealed by nobody: refused, or without effect on what is loaded."""
     rng, file = random.Random(5), converted / metadata.MARKER_FILE
     start, stop = notes_at(file)
-    before, expected = metadata.read_metadata(converted), weights.flatten(ocp.load(converted))
+    before, expected = metadata.read_metadata(converted), flatten_tree(ocp.load(converted))
     unseen = 0
     bits = [*range(8 * stop, 8 * file.stat().st_size)]
     for bit in bits + [rng.randrange(8 * start) for _ in range(60)]:
@@ -191,7 +192,7 @@ def test_flips_beside_our_notes_do_no_harm(converted):
             assert not found
             unseen += 1
             assert metadata.read_metadata(converted) == before
-            got = weights.flatten(ocp.load(converted))
+            got = flatten_tree(ocp.load(converted))
             assert got.keys() == expected.keys()
             assert all(got[p].tobytes() == expected[p].tobytes() for p in got)
     assert 0 < unseen < 50
@@ -705,9 +706,9 @@ def test_logits_of_different_configurations_are_not_compared(tmp_path, logits_ca
 
 def test_logits_of_a_fresh_model_and_its_export(tmp_path, logits_calls):
     config = BTLMConfig.preset("tiny")
-    shapes = {w.path: weights.stacked_shape(w, config) for w in weights.table(config)}
+    shapes = {w.path: weights.stacked_shape(w, config) for w in weights.weight_table(config)}
     flat = {path: np.ones(shape, np.float32) for path, shape in shapes.items()}
-    btlm.save(tmp_path / "c", config, weights.unflatten(flat))
+    btlm.save(tmp_path / "c", config, unflatten_tree(flat))
     export(tmp_path / "c", tmp_path / "e")
     assert verify(tmp_path / "c", tmp_path / "e", logits=True)
     assert len(logits_calls) == 2

@@ -31,7 +31,9 @@ def test_shape_on_a_mesh():
     whole = spec(data=2, fsdp=2, tensor=1, context=2)
     rows, width = batch_shapes.batch_shape(whole, 1000, None, None)
     assert width == 1024
-    assert rows == batch_shapes.TOKENS // width * sharding.ways(whole.mesh, whole.rules, "batch")
+    assert rows == batch_shapes.TOKENS // width * sharding.num_shards(
+        whole.mesh, whole.rules, "batch"
+    )
 
 
 def test_a_size_given_is_kept_or_refused():

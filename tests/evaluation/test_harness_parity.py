@@ -25,6 +25,7 @@ from btlm_jax import BTLM, BTLMConfig
 from btlm_jax.convert import convert, export
 from btlm_jax.evaluation import harness
 from btlm_jax.model import weights
+from btlm_jax.model.params import Params, unflatten_tree
 from support import golden, gpt2, reference_numpy
 from support.harness_tasks import TASKS, write_tasks
 
@@ -58,11 +59,11 @@ def write_gpt2(home: Path) -> None:
     rng = np.random.RandomState(17)
     flat = {
         w.path: rng.normal(0, 0.35, weights.stacked_shape(w, config, {})).astype(np.float32)
-        for w in weights.table(config)
+        for w in weights.weight_table(config)
     }
     write_tokenizer(home)
     assets = [home / "tokenizer.json"]
-    btlm.save(home / "checkpoint", config, weights.unflatten(flat), assets=assets)
+    btlm.save(home / "checkpoint", config, unflatten_tree(flat), assets=assets)
 
 
 def write_btlm(home: Path) -> None:
@@ -82,7 +83,7 @@ class Subject:
     name: str
     checkpoint: Path
     model: BTLM
-    params: weights.Params
+    params: Params
     tokenizer: Tokenizer
 
     def greedy(self, question: str) -> str:

@@ -14,7 +14,7 @@ from btlm_jax import BTLM, BTLMConfig, make_mesh
 from btlm_jax.config import AlibiScaling
 from btlm_jax.evaluation import likelihood
 from btlm_jax.evaluation.likelihood import Pair, likelihoods, rows
-from btlm_jax.model import weights
+from btlm_jax.model.params import unstack_params
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden, reference_numpy
 
@@ -117,7 +117,7 @@ def test_a_mesh_answers_alike(axes):
 def test_weights_by_layer(tiny):
     model, params = tiny
     pairs = random_pairs(np.random.default_rng(2), 512, 5)
-    got = answers(model, weights.by_layer(model.config, params), pairs, 32)
+    got = answers(model, unstack_params(model.config, params), pairs, 32)
     for i, (logprob, _) in answers(model, params, pairs, 32).items():
         assert abs(got[i].logprob - logprob) < 2e-5 * (1 + len(pairs[i].continuation))
 

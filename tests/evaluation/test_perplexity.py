@@ -26,6 +26,7 @@ from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
 from btlm_jax.evaluation.windows import TokenizedDocument, Windows, cut
 from btlm_jax.model import mup, packed, weights
 from btlm_jax.model.loss import IGNORE
+from btlm_jax.model.params import Params, flatten_tree, unflatten_tree
 from btlm_jax.train.demo import quickstart
 from btlm_jax.train.step import init_state, make_step
 from btlm_jax.utils.compile_cache import count_compilations
@@ -286,10 +287,10 @@ def changes(model, params, ids, to) -> float:
     return float(np.sqrt(np.square(found).mean()))
 
 
-def dequantized(params, quantized_params, config) -> weights.Params:
+def dequantized(params, quantized_params, config) -> Params:
     """Stacked float weights of the values times scales that `quantized` made."""
-    made = {path: [] for path in weights.flatten(params)}
-    flat = weights.flatten(quantized_params)
+    made = {path: [] for path in flatten_tree(params)}
+    flat = flatten_tree(quantized_params)
     for leaf in weights.disk_leaves(config):
         w, x = leaf.weight, flat[leaf.path]
         if isinstance(x, packed.Kernel):
@@ -299,8 +300,8 @@ def dequantized(params, quantized_params, config) -> weights.Params:
             x = x.reshape([w.shape[i] for i in order]).transpose(np.argsort(order))
         made[w.path].append(x)
     stacked = {w.path: jnp.stack(made[w.path]) if w.stacked else made[w.path][0]
-               for w in weights.table(config)}  # fmt: skip
-    return weights.unflatten(stacked)
+               for w in weights.weight_table(config)}  # fmt: skip
+    return unflatten_tree(stacked)
 
 
 def test_the_table():

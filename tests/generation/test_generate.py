@@ -14,6 +14,7 @@ from scipy import stats
 from btlm_jax import BTLM, BTLMConfig, generate, load_tokenizer, make_mesh, score
 from btlm_jax.generation import prompts
 from btlm_jax.model import sharding, weights
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden, gpt2
 
@@ -79,15 +80,15 @@ def on_a_mesh():
     """i_untied on a mesh: its vocabulary of 97 is padded to 98, a batch of three to four."""
     case = golden.load("i_untied")
     mesh, model = make_mesh(fsdp=4, tensor=2), case.model
-    pad = sharding.padding(model.config, mesh)
-    shardings = weights.flatten(sharding.param_shardings(model.config, mesh, pad=pad))
+    pad = sharding.param_padding(model.config, mesh)
+    shardings = flatten_tree(sharding.param_shardings(model.config, mesh, pad=pad))
     sharded = {}
-    for w in weights.table(model.config):
-        x = np.asarray(weights.flatten(case.params)[w.path])
+    for w in weights.weight_table(model.config):
+        x = np.asarray(flatten_tree(case.params)[w.path])
         target = weights.stacked_shape(w, model.config, pad)
         x = np.pad(x, [(0, n - m) for m, n in zip(x.shape, target, strict=True)])
         sharded[w.path] = jax.device_put(x, shardings[w.path])
-    return case, weights.unflatten(sharded)
+    return case, unflatten_tree(sharded)
 
 
 @pytest.mark.parametrize("how", [{}, BEAMS], ids=["greedy", "beams"])

@@ -163,18 +163,18 @@ def test_split_over_a_mesh(segmented, groups, monkeypatch):
 
             split = jax.reshard(jnp.asarray(ids), jax.P(None, "context"))
             split = jax.shard_map(
-                lambda x: context_parallel.balanced(x, "context"),
+                lambda x: context_parallel.to_balanced_order(x, "context"),
                 in_specs=jax.P(None, "context"),
                 out_specs=jax.P(None, "context"),
             )(split)
             out = attention.attention(
-                *(order(x, context_parallel.balanced) for x in (q, k, v)),
+                *(order(x, context_parallel.to_balanced_order) for x in (q, k, v)),
                 slopes=jax.reshard(slopes, jax.P("tensor")),
                 segments=(split, split) if segmented else None,
                 implementation="splash",
                 shard=shard,
             )
-            return jax.reshard(order(out, context_parallel.natural), jax.P())
+            return jax.reshard(order(out, context_parallel.to_natural_order), jax.P())
 
         out, grads = both(fn, q, k, v, weight)
     assert max_error(out, expected) < 1e-4
@@ -205,7 +205,7 @@ def test_positions_up_to_65536():
         kernel=jax.tree.map(of_the_first, whole),
     )
     out, grads = both(fn, q, k, v, weight)
-    rows = context_parallel.rows(S, parts)[0]
+    rows = context_parallel.device_positions(S, parts)[0]
     assert (rows[0], rows[-1]) == (0, S - 1)
     expected, expected_grads = exact(q, k, v, weight, slopes, positions=rows)
     errors = [relative(out, expected), *map(relative, grads, expected_grads)]
@@ -258,7 +258,7 @@ def test_padding_is_told(caplog):
     assert attention_fused.splash_length(2816, parts=11) == 2816
     kernel = attention_fused.splash_kernel(2816, 1, 11, True)
     np.testing.assert_array_equal(
-        kernel.fwd_mask_info.q_sequence.reshape(11, -1), context_parallel.rows(2816, 11)
+        kernel.fwd_mask_info.q_sequence.reshape(11, -1), context_parallel.device_positions(2816, 11)
     )
     attention._warn_once.cache_clear()
     x = jax.ShapeDtypeStruct((1, 1, 1100, 8), jnp.bfloat16)

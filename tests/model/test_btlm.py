@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from btlm_jax import BTLM, BTLMConfig, fold_completep, make_mesh, next_token_loss
 from btlm_jax.model import alibi, sharding, weights
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 from support import golden, reference_numpy
 from support.golden import max_error
 
@@ -275,9 +276,9 @@ def deep(**changes):
     c, rng = dataclasses.replace(BTLMConfig.preset("tiny"), **config), np.random.default_rng(0)
     params = {
         w.path: (w.mean + 0.1 * rng.normal(size=weights.stacked_shape(w, c))).astype(np.float32)
-        for w in weights.table(c)
+        for w in weights.weight_table(c)
     }
-    return c, weights.unflatten(params), rng.integers(0, c.vocab_size, (2, 12))
+    return c, unflatten_tree(params), rng.integers(0, c.vocab_size, (2, 12))
 
 
 def test_completep_forward_and_backward():
@@ -420,8 +421,8 @@ def test_mesh_equals_one_device(sizes):
     got = model.apply(many, ids)
     assert got.shape == expected.shape
     assert max_error(got, expected) < 1e-5
-    expected_grads, got_grads = (weights.flatten(grads(p)) for p in (one, many))
-    shardings = weights.flatten(jax.tree.map(lambda x: x.sharding, many))
+    expected_grads, got_grads = (flatten_tree(grads(p)) for p in (one, many))
+    shardings = flatten_tree(jax.tree.map(lambda x: x.sharding, many))
     for path, e in expected_grads.items():
         g = got_grads[path]
         assert g.sharding == shardings[path]
@@ -642,7 +643,7 @@ def test_remat_policies_trade_memory_for_work():
 
 def lowered(platform, remat, monkeypatch) -> str:
     """The program of the gradient for a platform that is not here."""
-    monkeypatch.setattr(sharding, "platform", lambda mesh: platform)
+    monkeypatch.setattr(sharding, "mesh_platform", lambda mesh: platform)
     # A configuration of its own: what is traced here must not serve another platform.
     config = dataclasses.replace(
         BTLMConfig.preset("tiny"), n_positions={"tpu": 129, "gpu": 130}[platform]

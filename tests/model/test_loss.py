@@ -86,7 +86,7 @@ def head(dtype="float32", sizes=None, tied=True, vocab_size=509, width=64):
     w = np.random.default_rng(7).normal(size=(vocab_size, width)).astype(np.float32)
     devices = jax.devices()[: np.prod(list(sizes.values()))] if sizes else None
     mesh = make_mesh(**sizes, devices=devices) if sizes else None
-    pad = sharding.padding(config, mesh) if mesh else {}
+    pad = sharding.param_padding(config, mesh) if mesh else {}
     spec = Spec(
         config,
         jnp.dtype(dtype),
@@ -265,7 +265,7 @@ def test_microbatches_on_a_mesh():
     mesh = make_mesh(fsdp=2, context=2, tensor=2)
     state = init_state(model.init(jax.random.key(0), mesh=mesh), tx)
     batch = jax.device_put(
-        tokens, NamedSharding(mesh, sharding.spec(sharding.RULES, None, "batch", None))
+        tokens, NamedSharding(mesh, sharding.partition_spec(sharding.RULES, None, "batch", None))
     )
     state, metrics = make_step(model, tx, z_loss=z_loss)(state, batch)
     assert float(metrics.loss) == pytest.approx(float(nll), rel=1e-6)

@@ -15,6 +15,7 @@ from optax.contrib import schedule_free
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss
 from btlm_jax.model import mup, weights
+from btlm_jax.model.params import check_params, flatten_tree, unflatten_tree
 from support import golden as golden_lib
 from support import reference_numpy
 
@@ -38,7 +39,7 @@ MAKES = (mup.adamw, mup.lion, mup.muon)
 
 
 def test_released_model_has_160_scaled_layer_weights():
-    scales = weights.flatten(mup.multipliers(B3))
+    scales = flatten_tree(mup.multipliers(B3))
     per_layer = [scales[leaf.weight.path] for leaf in weights.disk_leaves(B3)]
     assert per_layer.count(0.1) == 160
     assert per_layer.count(1.0) == len(per_layer) - 160
@@ -49,8 +50,8 @@ def test_released_model_has_160_scaled_layer_weights():
 )
 def test_multipliers_by_optimizer(optimizer, expected):
     """As the coordinate checks have it: 1/m, 1 and 1/sqrt(m) for matrices, Adam's for the rest."""
-    scales = weights.flatten(mup.multipliers(SMALL, optimizer))
-    for w in weights.table(SMALL):
+    scales = flatten_tree(mup.multipliers(SMALL, optimizer))
+    for w in weights.weight_table(SMALL):
         wanted = 1.0 if w.role != "hidden" else expected if w.stacked else 0.1
         assert scales[w.path] == wanted, w.name
 
@@ -67,7 +68,7 @@ def test_groups_are_the_originals(case, decay, variant):
         assert sorted(ours.params) == sorted(theirs["params"])
         assert ours.lr == pytest.approx(theirs["lr"], rel=1e-12)
         assert ours.weight_decay == pytest.approx(theirs["weight_decay"], rel=1e-12)
-    assert sum(g.count for g in groups) == weights.count(case.config)
+    assert sum(g.count for g in groups) == weights.count_parameters(case.config)
 
 
 def test_group_table():
@@ -173,8 +174,8 @@ def assert_equal(a, b, tolerance=0.0):
 
 def partition(config, make, kind=lambda w: w.role):
     """optax.partition with an optimizer make(kind) for the weights of each kind, as a reference."""
-    kinds = {w.path: kind(w) for w in weights.table(config)}
-    return optax.partition({k: make(k) for k in set(kinds.values())}, weights.unflatten(kinds))
+    kinds = {w.path: kind(w) for w in weights.weight_table(config)}
+    return optax.partition({k: make(k) for k in set(kinds.values())}, unflatten_tree(kinds))
 
 
 def is_matrix(w):
@@ -255,8 +256,8 @@ def test_muon_is_a_partition_after_50_steps(rms):
 def test_muon_has_adams_learning_rate_apart():
     params = start(SMALL)
     apart, _ = run(mup.muon(1e-2, SMALL, adam_learning_rate=0.0, clip_norm=None), params, 4)
-    both, apart, params = (weights.flatten(t) for t in (plain(mup.muon), apart, params))
-    for w in weights.table(SMALL):
+    both, apart, params = (flatten_tree(t) for t in (plain(mup.muon), apart, params))
+    for w in weights.weight_table(SMALL):
         wanted = both if is_matrix(w) else params
         assert golden_lib.max_error(apart[w.path], wanted[w.path]) < 1e-6
 
@@ -282,9 +283,9 @@ def test_muon_against_numpy_layer_by_layer(rms):
         _, state = tx.update(grads[0], tx.init(params), params)
         return *grads, tx.update(grads[1], state, params)[0]
 
-    first, second, got = (weights.flatten(t) for t in jax.device_get(two_steps(params)))
+    first, second, got = (flatten_tree(t) for t in jax.device_get(two_steps(params)))
     beta, compared = 0.95, 0
-    for w in weights.table(SMALL):
+    for w in weights.weight_table(SMALL):
         if not is_matrix(w):
             continue
         g1, g2 = (g[w.path].astype(np.float64) for g in (first, second))
@@ -316,9 +317,9 @@ def test_multipliers_of_one_are_the_identity_bitwise():
     assert_equal(ours, run(optax.lion(1e-2, 0.9, 0.99, weight_decay=0.1, mask=mask), params, 5)[0])
 
     def axes(tree):
-        dims = weights.flatten(axes_of(tree))
-        roles = {w.path: w.role for w in weights.table(M1)}
-        return weights.unflatten({p: d if roles[p] == "hidden" else None for p, d in dims.items()})
+        dims = flatten_tree(axes_of(tree))
+        roles = {w.path: w.role for w in weights.weight_table(M1)}
+        return unflatten_tree({p: d if roles[p] == "hidden" else None for p, d in dims.items()})
 
     ours, _ = run(mup.muon(1e-2, M1, weight_decay=0.0, clip_norm=None), params, 5)
     plain = optax.contrib.muon(1e-2, adam_b2=0.95, muon_weight_dimension_numbers=axes)
@@ -341,8 +342,8 @@ def test_what_decay_leaves_after_1000_steps_without_gradients(make, decay, kept)
     tx = make(0.012, SMALL, weight_decay=0.1, decay=decay)
     params = jax.tree.map(jnp.ones_like, start(SMALL))
     after, _ = run(tx, params, 1000, lambda p, i: jax.tree.map(jnp.zeros_like, p))
-    after = weights.flatten(after)
-    for w in weights.table(SMALL):
+    after = flatten_tree(after)
+    for w in weights.weight_table(SMALL):
         muon = make is mup.muon and is_matrix(w)
         wanted = {"vector": 1.0, "embedding": 0.301, "hidden": 0.301 if muon else kept}[w.role]
         np.testing.assert_allclose(after[w.path], wanted, atol=5e-4)
@@ -369,7 +370,7 @@ def test_clipping_is_of_the_global_norm():
 def test_momentum_dtype(make):
     state = jax.eval_shape(make(1e-2, SMALL, mu_dtype=jnp.bfloat16).init, start(SMALL))
     dtypes = [x.dtype for x in jax.tree.leaves(state) if x.ndim]
-    weight = len(weights.table(SMALL))
+    weight = len(weights.weight_table(SMALL))
     assert dtypes.count(jnp.bfloat16) == weight
     assert all(d == jnp.float32 for d in dtypes if d != jnp.bfloat16)
 
@@ -412,12 +413,14 @@ def test_injected_learning_rate_is_used():
 @pytest.mark.parametrize("make", MAKES)
 def test_with_frozen_weights(make):
     """optax masks what another transformation takes: here embeddings and some of the matrices."""
-    frozen = {w.path: w.role == "embedding" or "c_fc" in w.path for w in weights.table(SMALL)}
-    labels = weights.unflatten({p: "freeze" if f else "train" for p, f in frozen.items()})
+    frozen = {
+        w.path: w.role == "embedding" or "c_fc" in w.path for w in weights.weight_table(SMALL)
+    }
+    labels = unflatten_tree({p: "freeze" if f else "train" for p, f in frozen.items()})
     parts = {"train": make(1e-2, SMALL, clip_norm=None), "freeze": optax.set_to_zero()}
     got, state = run(optax.partition(parts, labels), start(SMALL), 4)
     mup.check(state)
-    got, before, trained = (weights.flatten(t) for t in (got, start(SMALL), plain(make)))
+    got, before, trained = (flatten_tree(t) for t in (got, start(SMALL), plain(make)))
     assert sum(frozen.values()) == 3
     for path, is_frozen in frozen.items():
         assert golden_lib.max_error(got[path], (before if is_frozen else trained)[path]) < 1e-6
@@ -568,7 +571,7 @@ def test_completep_is_a_partition():
     assert_equal(ours, run(partition(DEEP, reference, kind), start(DEEP), 10)[0], 1e-6)
 
     groups = mup.param_groups(DEEP, 1e-2, 0.1, "coupled")
-    assert sum(g.count for g in groups) == weights.count(DEEP)
+    assert sum(g.count for g in groups) == weights.count_parameters(DEEP)
     rates = {name: g.lr for g in groups for name in g.params}
     assert rates["transformer.h.3.ln_2.weight"] == pytest.approx(1e-2 * 0.5)
     assert rates["transformer.ln_f.weight"] == rates["transformer.wte.weight"] == 1e-2
@@ -591,8 +594,8 @@ def test_completep_slows_what_is_in_layers(make):
         grads = descend(params, 0)
         return [tx.update(grads, tx.init(params), params)[0] for tx in (slow, full)]
 
-    a, b = (weights.flatten(x) for x in updates(start(DEEP)))
-    for w in weights.table(DEEP):
+    a, b = (flatten_tree(x) for x in updates(start(DEEP)))
+    for w in weights.weight_table(DEEP):
         # Updates of about the learning rate; eps, which differs too, is 1e-8 of gradients of 0.1.
         assert golden_lib.max_error(a[w.path], (0.5 if w.stacked else 1.0) * b[w.path]) < 1e-7, (
             w.name
@@ -642,9 +645,9 @@ def movement(n_layer, base_layers):
     rng = np.random.default_rng(1)
     draws = {
         w.path: (w.mean + w.std * rng.normal(size=weights.stacked_shape(w, config))).astype("f4")
-        for w in weights.table(config)
+        for w in weights.weight_table(config)
     }
-    params = weights.unflatten(draws)
+    params = unflatten_tree(draws)
     before = stream(params)
     return [np.abs(stream(after(params, steps)) - before).mean() for steps in (1, 10)]
 
@@ -684,8 +687,8 @@ def on_mesh():
 
 def split(tree):
     """Every array of a padded tree as (true entries, padding)."""
-    for w in weights.table(PADDED):
-        x = np.array(weights.flatten(tree)[w.path])
+    for w in weights.weight_table(PADDED):
+        x = np.array(flatten_tree(tree)[w.path])
         true = tuple(slice(n) for n in weights.stacked_shape(w, PADDED))
         inside = x[true].copy()
         x[true] = 0.0
@@ -695,7 +698,7 @@ def split(tree):
 @pytest.mark.parametrize("make", MAKES)
 def test_padding_stays_zero(make):
     mesh, params, grads = on_mesh()
-    assert weights.check(params, PADDED) == {"vocab": 512, "mlp": 172}
+    assert check_params(params, PADDED) == {"vocab": 512, "mlp": 172}
     tx = make(1e-2, PADDED)
 
     @jax.jit
@@ -720,8 +723,8 @@ def test_sharded_is_single_device(make):
         sharded, _ = run(tx, params, 3, shrink)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, sharded, params))
     single, _ = run(tx, start(PADDED), 3, shrink)
-    for w, (inside, padding) in zip(weights.table(PADDED), split(sharded), strict=True):
-        assert golden_lib.max_error(inside, weights.flatten(single)[w.path]) < 1e-6, w.name
+    for w, (inside, padding) in zip(weights.weight_table(PADDED), split(sharded), strict=True):
+        assert golden_lib.max_error(inside, flatten_tree(single)[w.path]) < 1e-6, w.name
         assert not padding.any()
 
 
@@ -732,7 +735,7 @@ def test_group_norms():
         tree = grads(params)
         got = norms(tree)
     squares = dict.fromkeys(("hidden", "embedding", "vector"), 0.0)
-    for w, (inside, _) in zip(weights.table(PADDED), split(tree), strict=True):
+    for w, (inside, _) in zip(weights.weight_table(PADDED), split(tree), strict=True):
         squares[w.role] += np.square(inside.astype(np.float64)).sum()
     assert set(got) == set(squares)
     for role, norm in got.items():

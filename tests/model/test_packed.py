@@ -15,6 +15,7 @@ from btlm_jax.checkpoint import quantization
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model import packed, weights
 from btlm_jax.model.packed import Kernel
+from btlm_jax.model.params import flatten_tree, init_params
 
 # 171 inputs are filled up to 256; c_attn has outputs [3, H, K], attn/c_proj inputs [H, K].
 CONFIG = dataclasses.replace(BTLMConfig.preset("tiny"), n_inner=171)
@@ -24,17 +25,17 @@ KINDS = ["float32", "bfloat16", "int8", "int4", "int4:128", "jnp.int4"]
 
 @pytest.fixture(scope="module")
 def params():
-    return weights.init(jax.random.key(0), CONFIG)
+    return init_params(jax.random.key(0), CONFIG)
 
 
 def kernel_of(params, name: str, kind: str) -> Kernel:
     """The kernel of layer 0."""
     path = ("blocks", *name.split("/"), "kernel")
     if kind in ("float32", "bfloat16"):
-        x = weights.flatten(params)[path][0].astype(kind)
-        return packed.inputs_last(x, weights.by_path(CONFIG)[path].inputs)
+        x = flatten_tree(params)[path][0].astype(kind)
+        return packed.inputs_last(x, weights.weights_by_path(CONFIG)[path].inputs)
     to = Quantization.parse("int4" if kind == "jnp.int4" else kind)
-    kernel = weights.flatten(quantization.quantize_params(params, CONFIG, to))[
+    kernel = flatten_tree(quantization.quantize_params(params, CONFIG, to))[
         "blocks", "0", *path[1:]
     ]
     if kind == "jnp.int4":

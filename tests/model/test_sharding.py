@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from btlm_jax import BTLMConfig
 from btlm_jax.model import sharding, weights
+from btlm_jax.model.params import flatten_tree
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 
@@ -26,23 +27,23 @@ def test_mesh_sizes():
 def test_padding_of_the_released_model(caplog):
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     with caplog.at_level(logging.WARNING):
-        assert sharding.padding(B3, mesh) == {"vocab": 50304, "mlp": 6912}
+        assert sharding.param_padding(B3, mesh) == {"vocab": 50304, "mlp": 6912}
     assert "zero-padded from 6826 to 6912" in caplog.text and "+1.26 %" in caplog.text
 
 
 def test_padding_is_minimal_for_small_models():
     small = dataclasses.replace(B3, vocab_size=97, n_inner=170)
-    assert sharding.padding(small, sharding.make_mesh(fsdp=2, tensor=4)) == {
+    assert sharding.param_padding(small, sharding.make_mesh(fsdp=2, tensor=4)) == {
         "vocab": 100,
         "mlp": 172,
     }
-    assert sharding.padding(small, sharding.make_mesh(fsdp=8)) == {}
+    assert sharding.param_padding(small, sharding.make_mesh(fsdp=8)) == {}
 
 
 def test_specs_of_the_released_model():
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
-    pad = sharding.padding(B3, mesh)
-    specs = weights.flatten(sharding.param_specs(B3, mesh, pad=pad))
+    pad = sharding.param_padding(B3, mesh)
+    specs = flatten_tree(sharding.param_specs(B3, mesh, pad=pad))
     assert specs[("wte",)] == P("tensor", ("fsdp", "context"))
     embed = ("fsdp", "context")
     qkv = P(None, embed, None, "tensor", None)
@@ -50,7 +51,7 @@ def test_specs_of_the_released_model():
     assert specs[("blocks", "attn", "c_proj", "bias")] == P(None, None)
     assert specs[("blocks", "mlp", "c_proj", "kernel")] == P(None, "tensor", embed)
     # Every matrix is split over the whole mesh: nothing large is replicated.
-    for w in weights.table(B3):
+    for w in weights.weight_table(B3):
         if len(w.shape) > 1 and w.role != "vector":
             assert {embed, "tensor"} <= {s for s in specs[w.path] if s}, w.name
 
@@ -59,7 +60,7 @@ def test_sizes_that_do_not_divide_are_named():
     three = jax.devices()[:3]
     mesh = sharding.make_mesh(tensor=3, devices=three)
     with pytest.raises(ValueError, match=r"'heads' of size 32 does not divide over.* 2 would fit"):
-        sharding.param_specs(B3, mesh, pad=sharding.padding(B3, mesh))
+        sharding.param_specs(B3, mesh, pad=sharding.param_padding(B3, mesh))
 
 
 def test_colliding_rules_name_every_weight():
@@ -72,6 +73,6 @@ def test_colliding_rules_name_every_weight():
 
 def test_bad_rules():
     with pytest.raises(ValueError, match="collide"):
-        sharding.spec((("vocab", "fsdp"), ("embed", "fsdp")), "vocab", "embed")
+        sharding.partition_spec((("vocab", "fsdp"), ("embed", "fsdp")), "vocab", "embed")
     with pytest.raises(ValueError, match="no sharding rule"):
-        sharding.spec(sharding.RULES, "emebd")
+        sharding.partition_spec(sharding.RULES, "emebd")

@@ -11,13 +11,14 @@ import pytest
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh
 from btlm_jax.model import weights
+from btlm_jax.model.params import check_params, flatten_tree, init_params, unflatten_tree
 from support import golden
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 
 
 def test_released_model_has_its_parameters():
-    assert weights.count(B3) == 2_646_255_744
+    assert weights.count_parameters(B3) == 2_646_255_744
     names = [leaf.hf_name for leaf in weights.disk_leaves(B3)]
     assert len(names) == len(set(names)) == 451  # 452 keys with the slopes
     shapes = {leaf.hf_name: leaf.weight.hf_shape for leaf in weights.disk_leaves(B3)}
@@ -33,20 +34,20 @@ def test_names_and_shapes_are_the_originals(case):
 
 
 def test_init_scales_of_the_released_model():
-    std = {w.hf_name: w.std for w in weights.table(B3)}
+    std = {w.hf_name: w.std for w in weights.weight_table(B3)}
     assert std["transformer.wte.weight"] == 0.073
     assert std["transformer.h.{layer}.attn.c_attn.weight"] == pytest.approx(0.0230846, rel=1e-5)
     for name in ("attn", "mlp"):
         key = f"transformer.h.{{layer}}.{name}.c_proj.weight"
         assert std[key] == pytest.approx(0.00288558, rel=1e-5)
-    untied = weights.by_path(dataclasses.replace(B3, tie_word_embeddings=False))
+    untied = weights.weights_by_path(dataclasses.replace(B3, tie_word_embeddings=False))
     assert untied[("lm_head",)].std == pytest.approx(0.0230846, rel=1e-5)
 
 
 def test_init_scales_under_completep():
     """Out-projections as every other kernel: no 1 / sqrt(2 L). Nothing else changes."""
-    deep = weights.by_path(dataclasses.replace(B3, completep_base_layers=2))
-    for w in weights.table(B3):
+    deep = weights.weights_by_path(dataclasses.replace(B3, completep_base_layers=2))
+    for w in weights.weight_table(B3):
         std = w.std * math.sqrt(64) if w.path[-2:] == ("c_proj", "kernel") else w.std
         assert deep[w.path] == dataclasses.replace(w, std=pytest.approx(std, rel=1e-12))
 
@@ -58,8 +59,8 @@ def test_init_draws_what_the_table_says(base_layers):
         tie_word_embeddings=False,
         completep_base_layers=base_layers,
     )
-    flat = weights.flatten(BTLM(c).init(jax.random.key(0)))
-    for w in weights.table(c):
+    flat = flatten_tree(BTLM(c).init(jax.random.key(0)))
+    for w in weights.weight_table(c):
         x = np.asarray(flat[w.path], np.float64)
         assert x.shape == weights.stacked_shape(w, c)
         if w.std == 0:
@@ -76,8 +77,8 @@ def test_init_draws_what_the_table_says(base_layers):
 
 def test_padding_changes_no_value():
     c = BTLMConfig.preset("tiny")
-    plain = weights.flatten(weights.init(jax.random.key(1), c))
-    padded = weights.flatten(weights.init(jax.random.key(1), c, padding={"mlp": 192, "vocab": 640}))
+    plain = flatten_tree(init_params(jax.random.key(1), c))
+    padded = flatten_tree(init_params(jax.random.key(1), c, padding={"mlp": 192, "vocab": 640}))
     for path, x in plain.items():
         inner = tuple(slice(n) for n in x.shape)
         np.testing.assert_array_equal(padded[path][inner], x)
@@ -88,18 +89,18 @@ def test_padding_changes_no_value():
 
 def test_flatten_inverts():
     tree = {"a": 1, "b": {"c": 2, "d": {"e": 3}}}
-    assert weights.flatten(tree) == {("a",): 1, ("b", "c"): 2, ("b", "d", "e"): 3}
-    assert weights.unflatten(weights.flatten(tree)) == tree
+    assert flatten_tree(tree) == {("a",): 1, ("b", "c"): 2, ("b", "d", "e"): 3}
+    assert unflatten_tree(flatten_tree(tree)) == tree
 
 
 def test_check_lists_everything():
     c = BTLMConfig.preset("tiny")
-    params = weights.init(jax.random.key(0), c)
-    assert weights.check(params, c) == {}
+    params = init_params(jax.random.key(0), c)
+    assert check_params(params, c) == {}
     params["extra"] = params.pop("ln_f")
     params["blocks"]["attn"]["c_proj"]["bias"] = np.zeros((2, 65))
     with pytest.raises(ValueError) as error:
-        weights.check(params, c)
+        check_params(params, c)
     for part in ("missing: ln_f/scale", "missing: ln_f/bias", "unexpected: extra/scale", "(2, 65)"):
         assert part in str(error.value)
 
@@ -107,12 +108,12 @@ def test_check_lists_everything():
 def test_truncated_init_is_the_original_trainings():
     """Within 2 sigma of the untruncated normal, whose variance shrinks: 0.7737 of it at 2."""
     model = BTLM(BTLMConfig.preset("tiny"))
-    flat = weights.flatten(model.init(jax.random.key(0), truncation=2.0))
-    for w in weights.table(model.config):
+    flat = flatten_tree(model.init(jax.random.key(0), truncation=2.0))
+    for w in weights.weight_table(model.config):
         x = np.asarray(flat[w.path], np.float64)
         assert np.abs(x - w.mean).max() <= 2 * w.std * (1 + 1e-6)
         if w.std:
             assert abs(x.std() / w.std - math.sqrt(0.773741)) < 5 / math.sqrt(2 * x.size)
     many = model.init(jax.random.key(0), mesh=make_mesh(fsdp=4, tensor=2), truncation=2.0)
-    for path, x in weights.flatten(many).items():
+    for path, x in flatten_tree(many).items():
         np.testing.assert_array_equal(np.asarray(x), flat[path])

@@ -13,6 +13,7 @@ import pytest
 from btlm_jax import BTLM, BTLMConfig
 from btlm_jax.model import mup, weights
 from btlm_jax.model.loss import target_loss
+from btlm_jax.model.params import flatten_tree
 from btlm_jax.mup_study import parametrization
 from btlm_jax.mup_study.parametrization import PARAMETRIZATIONS, Family, Rules, reparametrized
 from btlm_jax.train import step
@@ -68,7 +69,7 @@ def test_all_ones_is_the_step_of_training():
         theirs, metrics = take(theirs, TOKENS[None])
         assert float(loss) == pytest.approx(float(metrics.loss), rel=1e-6)
     # But for the biases of keys, which no softmax sees: Adam turns what rounding leaves into steps.
-    got, expected = ({**weights.flatten(x.params)} for x in (mine, theirs))
+    got, expected = ({**flatten_tree(x.params)} for x in (mine, theirs))
     path = ("blocks", "attn", "c_attn", "bias")
     got[path], expected[path] = (x[path].at[:, 1].set(0) for x in (got, expected))
     # Gradients of the mean, or of the sum and divided: Adam's first steps amplify their rounding.
@@ -84,9 +85,9 @@ def test_rates_multiply_updates_of_their_group(name, role):
         )[0]
         for r in (ONES, rules)
     )
-    first = weights.flatten(parametrization.start(MODEL, np.int32(0), ONES).params)
-    a, b = weights.flatten(plain.params), weights.flatten(other.params)
-    for w in weights.table(MODEL.config):
+    first = flatten_tree(parametrization.start(MODEL, np.int32(0), ONES).params)
+    a, b = flatten_tree(plain.params), flatten_tree(other.params)
+    for w in weights.weight_table(MODEL.config):
         factor = 0.25 if w.role == role else 1.0
         expected = first[w.path] + factor * (a[w.path] - first[w.path])
         assert np.abs(b[w.path] - expected).max() < 1e-6
@@ -104,10 +105,10 @@ def test_a_hidden_rate_of_m_is_adamw_that_knows_no_width():
         return objective / found.tokens
 
     updates, _ = blind.update(jax.grad(mean)(before), blind.init(before), before)
-    expected = weights.flatten(optax.apply_updates(before, updates))
+    expected = flatten_tree(optax.apply_updates(before, updates))
     after, _ = parametrization.step(MODEL, trial, TOKENS, np.float32(0.05), rules)
-    got = weights.flatten(after.params)
-    for w in weights.table(MODEL.config):
+    got = flatten_tree(after.params)
+    for w in weights.weight_table(MODEL.config):
         if w.role == "hidden":
             # Adam's first step is the sign of a gradient, whatever its size: where it is next to
             # nothing, rounding decides.
@@ -121,9 +122,9 @@ def test_the_start():
         MODEL, np.int32(5), ONES._replace(hidden_init=np.float32(3))
     ).params
     assert_close(plain, MODEL.init(jax.random.key(5)), 1e-6)
-    flat = weights.flatten(plain)
-    for path, x in weights.flatten(wide).items():
-        factor = 3 if weights.by_path(MODEL.config)[path].role == "hidden" else 1
+    flat = flatten_tree(plain)
+    for path, x in flatten_tree(wide).items():
+        factor = 3 if weights.weights_by_path(MODEL.config)[path].role == "hidden" else 1
         assert np.abs(x - factor * flat[path]).max() < 1e-6
 
 

@@ -53,13 +53,13 @@ def test_bad_length():
 
 
 def test_description():
-    rows = dict(accounting.describe(B3, 8192))
+    rows = dict(accounting.describe_config(B3, 8192))
     assert "2,646,255,744" in rows["parameters"]
     assert rows["weights"] == "fp32 9.9 GiB, bf16 4.9 GiB"
     assert rows["KV cache"] == "327,680 B per token in bf16, 2.5 GiB at 8192 tokens"
     assert "CompleteP" not in rows
     deep = dataclasses.replace(B3, completep_base_layers=4)
-    said = dict(accounting.describe(deep, 8192))["CompleteP"]
+    said = dict(accounting.describe_config(deep, 8192))["CompleteP"]
     assert said == "tuned at depth 4, alpha 1, residual branches times 0.125"
 
 

@@ -43,6 +43,6 @@ def test_device_kinds_are_those_of_jax():
     assert chips.peak_flops("TPU v5 lite") == 197e12
     assert chips.peak_flops("TPU7x") == 2307e12 / 2
     assert chips.peak_flops("NVIDIA H200") == 989e12
-    assert chips.peak_flops("cpu") is None and chips.of_device_kind("cpu") is None
+    assert chips.peak_flops("cpu") is None and chips.chip_of_device_kind("cpu") is None
     kinds = [k for chip in CHIPS.values() for k in chip.kinds]
     assert len(set(kinds)) == len(kinds)

@@ -12,25 +12,27 @@ import pytest
 from btlm_jax import BTLMConfig, cli
 from btlm_jax.checkpoint import quantization
 from btlm_jax.config import PRESETS
-from btlm_jax.model import weights as weights_lib
+from btlm_jax.model import weights
 from btlm_jax.model.kv_cache import Slots
 from btlm_jax.perf import accounting, comparison, comparison_report
 from support import golden
 
-B3 = comparison.of_config(BTLMConfig.preset("btlm-3b-8k"), "BTLM-3B-8K")
-PEERS = {p.name: p for p in comparison.peers()}
+B3 = comparison.shape_of_config(BTLMConfig.preset("btlm-3b-8k"), "BTLM-3B-8K")
+PEERS = {p.name: p for p in comparison.load_peers()}
 
 
 def test_parameters_are_exact():
     assert B3.parameters == 2_646_255_744
     for name in PRESETS:
         config = BTLMConfig.preset(name)
-        assert comparison.of_config(config, name).parameters == weights_lib.count(config)
+        assert comparison.shape_of_config(config, name).parameters == weights.count_parameters(
+            config
+        )
     learned = dataclasses.replace(
         BTLMConfig.preset("tiny"), position_embedding_type="learned", tie_word_embeddings=False,
         activation_function="gelu", n_inner=256,
     )  # fmt: skip
-    assert comparison.of_config(learned, "x").parameters == weights_lib.count(learned)
+    assert comparison.shape_of_config(learned, "x").parameters == weights.count_parameters(learned)
     # Of the published checkpoints.
     assert PEERS["LLaMA-7B"].parameters == PEERS["LLaMA-2-7B"].parameters == 6_738_415_616
     assert PEERS["RedPajama-7B"].parameters == 6_857_302_016
@@ -96,12 +98,12 @@ def test_weights_are_the_bytes_we_write(name, precision, to):
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype or "bfloat16").itemsize
         for leaf in quantization.stored_leaves(config, to)
     )
-    assert comparison.of_config(config, name).weight_bytes(precision) == stored
+    assert comparison.shape_of_config(config, name).weight_bytes(precision) == stored
 
 
 def test_cache_is_the_bytes_we_hold():
     config = BTLMConfig.preset("tiny")
-    shape, rows, slots = comparison.of_config(config, "tiny"), 1, 24
+    shape, rows, slots = comparison.shape_of_config(config, "tiny"), 1, 24
     x = jnp.zeros((rows, config.n_head, slots, config.head_dim))
     for cache, dtype in (("bf16", jnp.bfloat16), ("int8", jnp.int8)):
         held = Slots.of(x, dtype)
@@ -115,25 +117,27 @@ def test_cache_is_the_bytes_we_hold():
 
 
 def test_memory_says_under_which_conditions():
-    said = str(comparison.memory(B3, "int4", 8192, "int8"))
+    said = str(comparison.sequence_memory(B3, "int4", 8192, "int8"))
     assert said == "2.88 GB (int4 weights, a cache of 8,192 tokens in int8)"
-    assert str(comparison.memory(B3, "bf16", 0, "bf16")) == "5.29 GB (bf16 weights, no cache)"
+    assert (
+        str(comparison.sequence_memory(B3, "bf16", 0, "bf16")) == "5.29 GB (bf16 weights, no cache)"
+    )
     with pytest.raises(ValueError, match="context: found -1"):
-        comparison.memory(B3, "bf16", -1, "bf16")
+        comparison.sequence_memory(B3, "bf16", -1, "bf16")
 
 
 def test_three_gigabytes():
     """Reference: to 4k of a cache in fp16, 8k in int8."""
     for cache, low, high in (("bf16", 4096, 4700), ("int8", 8192, 8900)):
-        longest = comparison.longest(B3, "int4", cache, 3e9)
+        longest = comparison.longest_context(B3, "int4", cache, 3e9)
         assert low <= longest <= high
-        assert comparison.memory(B3, "int4", longest, cache).bytes <= 3e9
-        assert comparison.memory(B3, "int4", longest + 1, cache).bytes > 3e9
-    assert comparison.longest(B3, "bf16", "bf16", 3e9) == 0
+        assert comparison.sequence_memory(B3, "int4", longest, cache).bytes <= 3e9
+        assert comparison.sequence_memory(B3, "int4", longest + 1, cache).bytes > 3e9
+    assert comparison.longest_context(B3, "bf16", "bf16", 3e9) == 0
 
 
 def test_claims():
-    found = {c.claim: c for c in comparison.claims(B3)}
+    found = {c.claim: c for c in comparison.check_claims(B3)}
     training = found["71 % fewer training FLOPs"]
     assert training.verdict == "holds" and "LLaMA-7B 71.6%" in training.found[0]
     inference = found["2.5x less inference compute"]
@@ -151,11 +155,11 @@ def test_claims():
 
 def test_claims_can_fail():
     """Of a model twice as deep none of them holds."""
-    twice = {c.claim: c for c in comparison.claims(dataclasses.replace(B3, layers=64))}
+    twice = {c.claim: c for c in comparison.check_claims(dataclasses.replace(B3, layers=64))}
     assert [c.verdict for c in twice.values()] == [
         "does not hold", "does not hold", "does not hold", "holds under conditions"
     ]  # fmt: skip
-    four = comparison.claims(dataclasses.replace(B3, layers=128))
+    four = comparison.check_claims(dataclasses.replace(B3, layers=128))
     assert all(c.verdict == "does not hold" for c in four)
 
 
@@ -185,7 +189,9 @@ def test_command_of_a_checkpoint(capsys, tmp_path):
     assert code == 0, err
     assert "as if trained on BTLM-3B-8K's 627.7B tokens" in out and "3,000" in out
     assert "whose shape hf does not have" in out and "holds" not in out
-    comparison_report.draw(tmp_path / "c.png", comparison.of_config(BTLMConfig.preset("tiny"), "t"))
+    comparison_report.draw_comparison(
+        tmp_path / "c.png", comparison.shape_of_config(BTLMConfig.preset("tiny"), "t")
+    )
     assert (tmp_path / "c.png").exists()
 
 

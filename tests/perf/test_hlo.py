@@ -70,7 +70,7 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 
 
 def test_recorded_tpu_program():
-    program = hlo.read(TPU)
+    program = hlo.count_collectives(TPU)
     gathered, scattered = 32 * 2 * 2560 * 6912, 32 * 4 * 6912 * 2560
     reduced, permuted = 4 + 4 * 2560 + 2 * 4, 4 * 288 * 2560
     across = 2 * 2 * 320 * 6912
@@ -87,14 +87,14 @@ def test_recorded_tpu_program():
 
 def test_a_loop_of_unknown_length_is_reported():
     text = TPU.replace("direction=LT", "direction=NE")
-    program = hlo.read(text)
+    program = hlo.count_collectives(text)
     assert program.unknown_loops == 1
     assert {c.count for c in program.collectives} == {1}
 
 
 def test_not_hlo():
     with pytest.raises(ValueError, match="not the text of an HLO module: found 'hello'"):
-        hlo.read("hello")
+        hlo.count_collectives("hello")
 
 
 def test_programs_compiled_here():
@@ -116,7 +116,7 @@ def test_programs_compiled_here():
 
     x = jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=jax.NamedSharding(mesh, P("b", None)))
     mapped = jax.shard_map(fn, mesh=mesh, out_specs=P("b"), check_vma=False)
-    program = hlo.read(jax.jit(mapped).lower(x).compile().as_text())
+    program = hlo.count_collectives(jax.jit(mapped).lower(x).compile().as_text())
     assert program.unknown_loops == 0
     found = {c.kind: c for c in program.collectives}
     whole = 16 * 16 * 4
@@ -128,4 +128,4 @@ def test_programs_compiled_here():
 
 def test_no_collectives():
     text = jax.jit(lambda x: x + 1).lower(1.0).compile().as_text()
-    assert hlo.read(text) == ((), 0)
+    assert hlo.count_collectives(text) == ((), 0)

@@ -10,7 +10,7 @@ from btlm_jax import BTLMConfig
 from btlm_jax.model import weights
 from btlm_jax.perf import accounting, roofline
 from btlm_jax.perf.chips import CHIPS, Rates
-from btlm_jax.perf.roofline import Bound, Work
+from btlm_jax.perf.roofline import DeviceWork, TimeBound
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 P, D, F, L, V = 2_646_255_744, 2560, 6826, 32, 50257
@@ -19,10 +19,10 @@ ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 
 def test_bound():
     rates = Rates(flops=100.0, hbm=10.0, ici=5.0, dcn=0.0, memory=1)
-    b = roofline.bound(Work(flops=200.0, hbm=30.0, ici=5.0), rates)
-    assert b == Bound(2.0, 3.0, 1.0, 0.0)
+    b = roofline.time_bound(DeviceWork(flops=200.0, hbm=30.0, ici=5.0), rates)
+    assert b == TimeBound(2.0, 3.0, 1.0, 0.0)
     assert (b.seconds, b.in_turn, b.limit) == (3.0, 6.0, "hbm")
-    across = roofline.bound(Work(1.0, 1.0, 1.0, 1.0), rates)
+    across = roofline.time_bound(DeviceWork(1.0, 1.0, 1.0, 1.0), rates)
     assert across.seconds == math.inf and across.limit == "dcn"
 
 
@@ -30,7 +30,9 @@ def test_training_step_on_sixteen_v5e():
     """One 8k sequence per chip, everything recomputed."""
     mesh = ONE | {"fsdp": 16}
     tokens = 16 * 8192
-    work = roofline.training(B3, mesh, length=8192, tokens=tokens, microbatches=1, remat="full")
+    work = roofline.training_work(
+        B3, mesh, length=8192, tokens=tokens, microbatches=1, remat="full"
+    )
     products = 2 * L * (4 * D * D + 3 * F * D)
     attention = 2 * L * D * 8193  # (T + 1) / 2 keys, QK^T and PV, two FLOPs each
     head = 2 * V * D
@@ -39,7 +41,7 @@ def test_training_step_on_sixteen_v5e():
     hbm = 5 * 2 * P + 8 * P / 16 + 24 * P / 16 + 2 * L * 8192 * 2 * D
     assert work.hbm == pytest.approx(hbm, rel=1e-12)
     assert work.ici == pytest.approx(15 / 16 * 8 * P, rel=1e-12)
-    b = roofline.bound(work, CHIPS["v5e"].per_device((4, 4)))
+    b = roofline.time_bound(work, CHIPS["v5e"].per_device((4, 4)))
     assert b.limit == "compute" and b.compute == pytest.approx(work.flops / 197e12)
     assert b.ici == pytest.approx(work.ici / 90e9)
 
@@ -58,7 +60,7 @@ def test_recomputation():
 
 def test_network_over_every_axis():
     def received(**mesh):
-        return roofline.network(B3, ONE | mesh, tokens=8192, microbatches=2, remat="dots")
+        return roofline.network_bytes(B3, ONE | mesh, tokens=8192, microbatches=2, remat="dots")
 
     assert received() == 0
     assert received(fsdp=4) == pytest.approx(2 * 3 / 4 * 8 * P)
@@ -74,7 +76,7 @@ def test_network_over_every_axis():
 
 def test_memory_estimate_falls_where_it_should():
     def needed(remat="full", micro=16, **mesh):
-        return roofline.memory(
+        return roofline.training_memory(
             B3, ONE | {"fsdp": 16} | mesh, length=8192, microbatch=micro, microbatches=1,
             remat=remat,
         )  # fmt: skip
@@ -87,12 +89,12 @@ def test_memory_estimate_falls_where_it_should():
 
 
 def test_decoding_reads_weights_and_cache_once():
-    work = roofline.decoding(B3, ONE, batch_size=4, capacity=2048)
-    assert work.hbm == 2 * weights.count(B3) + 4 * 2048 * 327_680
+    work = roofline.decoding_work(B3, ONE, batch_size=4, capacity=2048)
+    assert work.hbm == 2 * weights.count_parameters(B3) + 4 * 2048 * 327_680
     assert work.flops == 4 * (2 * (L * (4 * D * D + 3 * F * D) + V * D) + 4 * L * D * 2048)
     assert work.ici == 0
-    split = roofline.decoding(B3, ONE | {"tensor": 4}, batch_size=4, capacity=2048)
+    split = roofline.decoding_work(B3, ONE | {"tensor": 4}, batch_size=4, capacity=2048)
     assert split.hbm == work.hbm / 4 and split.flops == work.flops / 4
     assert split.ici == 4 * L * 2 * 4 * D * 3 / 4
-    sharded = roofline.decoding(B3, ONE | {"fsdp": 4}, batch_size=4, capacity=2048)
+    sharded = roofline.decoding_work(B3, ONE | {"fsdp": 4}, batch_size=4, capacity=2048)
     assert sharded.ici == 2 * P * 3 / 4

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btlm_jax.scaling import collapse, surrogate
-from btlm_jax.scaling.collapse import Curve
-from btlm_jax.scaling.collapse_report import draw, judge, to_json
+from btlm_jax.scaling.collapse import LossCurve
+from btlm_jax.scaling.collapse_report import collapse_numbers, draw_collapse, judge_runs
 
 SHAPE = surrogate.Surrogate(b_c=0.1, b_e=0.0, q_c=0.5, q_e=0.0)
 FINALS = (2.6, 2.9, 3.2, 3.4)
@@ -22,7 +22,7 @@ def made(seed, final, points, *, noise=0.01, until=1.0, drift=None):
     if drift:
         loss *= 1 + drift[1] * np.clip((t - drift[0]) / (1 - drift[0]), 0, None)
     loss *= 1 + noise * np.random.default_rng(seed).standard_normal(points)
-    return Curve.of(t[t <= until], loss[t <= until])
+    return LossCurve.of(t[t <= until], loss[t <= until])
 
 
 def family_of(seed, points, **kwargs):
@@ -37,8 +37,8 @@ def test_final_loss_from_the_first_half():
     """
     errors, sigmas = [], []
     for seed in range(40):
-        of = collapse.family(family_of(seed, 16_000), 100)
-        found = collapse.align(of, made(100 * seed + 99, 2.3, 16_000, until=0.5)).final
+        of = collapse.fit_family(family_of(seed, 16_000), 100)
+        found = collapse.align_curve(of, made(100 * seed + 99, 2.3, 16_000, until=0.5)).final
         errors.append(found.loss / 2.3 - 1)
         sigmas.append(errors[-1] / (found.std / found.loss))
     assert np.sqrt(np.mean(np.square(errors))) < 5e-4
@@ -52,8 +52,8 @@ def test_uncertainty_of_a_prediction(points):
     """What is stated holds at other numbers of points too: 2 standard deviations, 95 % of runs."""
     inside = []
     for seed in range(150):
-        of = collapse.family(family_of(seed, points), 100)
-        found = collapse.align(of, made(100 * seed + 99, 2.3, points, until=0.5)).final
+        of = collapse.fit_family(family_of(seed, points), 100)
+        found = collapse.align_curve(of, made(100 * seed + 99, 2.3, points, until=0.5)).final
         inside.append(abs(found.loss - 2.3) < 2 * found.std)
     assert 0.90 <= np.mean(inside) <= 1.0
 
@@ -63,9 +63,9 @@ def test_runs_of_the_family_are_not_flagged(until):
     """At most 1 % by construction: of 300 runs 3 ± 1.7. Measured over 1,000 runs: 0.1 %."""
     flagged = 0
     for seed in range(300):
-        of = collapse.family(family_of(seed, 2000), 100)
+        of = collapse.fit_family(family_of(seed, 2000), 100)
         run = made(100 * seed + 99, 2.3, 2000, until=until)
-        flagged += collapse.monitor(of, run).left_at is not None
+        flagged += collapse.monitor_curve(of, run).left_at is not None
     assert flagged <= 6
 
 
@@ -77,8 +77,8 @@ def test_a_fault_is_found_where_it_begins():
     """
     left, noticed, excess = [], [], []
     for seed in range(100):
-        of = collapse.family(family_of(seed, 2000), 100)
-        verdict = collapse.monitor(of, made(100 * seed + 99, 2.3, 2000, drift=(0.6, 0.02)))
+        of = collapse.fit_family(family_of(seed, 2000), 100)
+        verdict = collapse.monitor_curve(of, made(100 * seed + 99, 2.3, 2000, drift=(0.6, 0.02)))
         assert verdict.left_at is not None and verdict.noticed_at is not None
         left.append(verdict.left_at)
         noticed.append(verdict.noticed_at)
@@ -90,16 +90,16 @@ def test_a_fault_is_found_where_it_begins():
 
 
 def test_a_fall_is_found_too():
-    of = collapse.family(family_of(0, 2000), 100)
-    verdict = collapse.monitor(of, made(99, 2.3, 2000, drift=(0.7, -0.03)))
+    of = collapse.fit_family(family_of(0, 2000), 100)
+    verdict = collapse.monitor_curve(of, made(99, 2.3, 2000, drift=(0.7, -0.03)))
     assert verdict.left_at == pytest.approx(0.7, abs=0.1) and verdict.excess < -0.02
 
 
 def test_a_noisier_run_is_no_fault():
     """A smaller batch: four times the noise."""
-    of = collapse.family(family_of(0, 2000), 100)
+    of = collapse.fit_family(family_of(0, 2000), 100)
     flagged = [
-        collapse.monitor(of, made(seed, 2.3, 2000, noise=0.04)).left_at is not None
+        collapse.monitor_curve(of, made(seed, 2.3, 2000, noise=0.04)).left_at is not None
         for seed in range(100)
     ]
     assert sum(flagged) <= 4
@@ -112,17 +112,20 @@ def test_a_family_that_wanders_says_so():
              for i, c in enumerate(family_of(0, 2000))]  # fmt: skip
     odd = made(99, 2.3, 2000)
     odd = odd._replace(loss=odd.loss * (1 + 0.01 * np.sin(12 * t + 2.5)))
-    assert collapse.monitor(collapse.family(family_of(0, 2000), 100), odd).left_at is not None
-    assert collapse.monitor(collapse.family(waves, 100), odd).left_at is None
+    assert (
+        collapse.monitor_curve(collapse.fit_family(family_of(0, 2000), 100), odd).left_at
+        is not None
+    )
+    assert collapse.monitor_curve(collapse.fit_family(waves, 100), odd).left_at is None
 
 
 def test_the_faulty_one_of_finished_runs():
     runs = family_of(0, 2000)
     runs[1] = made(7, 2.9, 2000, drift=(0.6, 0.03))
-    assert collapse.faithful(runs, 100) == [0, 2, 3]
-    assert collapse.faithful(runs[:3], 100) == [0, 2]
-    assert collapse.faithful(family_of(0, 2000), 100) == [0, 1, 2, 3]
-    assert collapse.faithful(runs[:2], 100) == [0, 1]  # two do not say which
+    assert collapse.family_members(runs, 100) == [0, 2, 3]
+    assert collapse.family_members(runs[:3], 100) == [0, 2]
+    assert collapse.family_members(family_of(0, 2000), 100) == [0, 1, 2, 3]
+    assert collapse.family_members(runs[:2], 100) == [0, 1]  # two do not say which
 
 
 def test_bins_are_averages():
@@ -130,9 +133,9 @@ def test_bins_are_averages():
     t = (np.arange(100_000) + 1) / 100_000
     exact = np.log(3 * SHAPE(t, 1 - t, 1, 1)).reshape(50, -1).mean(1)
     for points in (100, 130, 1000, 10_000):
-        found = collapse.binned(made(0, 3, points, noise=0), 50)
+        found = collapse.bin_curve(made(0, 3, points, noise=0), 50)
         assert np.abs(found - exact)[10:].max() < 1e-4
-    half = collapse.binned(made(0, 3, 1000, noise=0, until=0.5), 50)
+    half = collapse.bin_curve(made(0, 3, 1000, noise=0, until=0.5), 50)
     assert not np.isnan(half[:25]).any() and np.isnan(half[25:]).all()
 
 
@@ -142,11 +145,11 @@ def test_units_do_not_matter(factor, points):
     """Bits or nats: the same shape, verdict and relative prediction."""
     curves, run = family_of(1, points), made(5, 2.3, points, until=0.6)
     scaled = [c._replace(loss=factor * c.loss) for c in (*curves, run)]
-    bins = collapse.bins_for(curves)
-    assert collapse.bins_for(scaled) == bins
-    a, b = collapse.family(curves, bins), collapse.family(scaled[:-1], bins)
+    bins = collapse.choose_bins(curves)
+    assert collapse.choose_bins(scaled) == bins
+    a, b = collapse.fit_family(curves, bins), collapse.fit_family(scaled[:-1], bins)
     np.testing.assert_allclose(a.shape, b.shape, atol=1e-9)
-    x, y = collapse.align(a, run).final, collapse.align(b, scaled[-1]).final
+    x, y = collapse.align_curve(a, run).final, collapse.align_curve(b, scaled[-1]).final
     assert y.loss == pytest.approx(factor * x.loss, rel=1e-9)
     assert y.std == pytest.approx(factor * x.std, rel=1e-6)
 
@@ -154,7 +157,7 @@ def test_units_do_not_matter(factor, points):
 def test_the_end_of_a_curve():
     clean = made(0, 2.5, 2000, noise=0)
     assert collapse.final_loss(clean, 100).loss == pytest.approx(2.5, rel=5e-4)
-    assert collapse.family([clean], 100).shape[-1] == pytest.approx(
+    assert collapse.fit_family([clean], 100).shape[-1] == pytest.approx(
         np.log(SHAPE(0.995, 0.005, 1, 1)), abs=5e-4
     )
     found = [collapse.final_loss(made(s, 2.5, 2000), 100) for s in range(100)]
@@ -164,9 +167,9 @@ def test_the_end_of_a_curve():
 
 def test_a_family_of_one():
     """It has the noise of its own bumps, and predicts."""
-    of = collapse.family([made(0, 2.9, 4000)], 100)
+    of = collapse.fit_family([made(0, 2.9, 4000)], 100)
     assert of.noise == pytest.approx(0.01 / np.sqrt(40), rel=0.3)
-    assert collapse.align(of, made(1, 2.3, 4000, until=0.5)).final.loss == pytest.approx(
+    assert collapse.align_curve(of, made(1, 2.3, 4000, until=0.5)).final.loss == pytest.approx(
         2.3, rel=5e-3
     )
 
@@ -178,7 +181,7 @@ def observed(true, tau, tpp, seed, noise=0.01, points=1000):
     t = (np.arange(points) + 1) / points
     loss = 2.5 * true(t, 1 - t, tau, tpp)
     loss *= 1 + noise * np.random.default_rng(seed).standard_normal(points)
-    return surrogate.Observed(t, loss, 1 - t, tau, tpp)
+    return surrogate.ObservedCurve(t, loss, 1 - t, tau, tpp)
 
 
 def test_surrogate_formula():
@@ -190,8 +193,8 @@ def test_surrogate_formula():
 def test_surrogate_predicts_other_timescales_and_lengths():
     true = surrogate.Surrogate(b_c=0.12, b_e=-0.4, q_c=1.5, q_e=-0.2)
     cases = [(tau, tpp) for tau in (0.03, 0.06, 0.12) for tpp in (20, 80, 200)]
-    found = surrogate.fit([observed(true, *c, seed=i) for i, c in enumerate(cases)])
-    exact = surrogate.fit([observed(true, *c, seed=0, noise=0) for c in cases])
+    found = surrogate.fit_surrogate([observed(true, *c, seed=i) for i, c in enumerate(cases)])
+    exact = surrogate.fit_surrogate([observed(true, *c, seed=0, noise=0) for c in cases])
     t = np.linspace(0.2, 1, 50)
     assert vars(exact) == pytest.approx(vars(true), rel=1e-6)
     beyond = found(t, 1 - t, 0.02, 300) / true(t, 1 - t, 0.02, 300)
@@ -199,7 +202,7 @@ def test_surrogate_predicts_other_timescales_and_lengths():
 
 
 def test_surrogate_of_one_timescale_has_no_exponents():
-    found = surrogate.fit([observed(SHAPE, 1.0, 1.0, 0, noise=0.002)])
+    found = surrogate.fit_surrogate([observed(SHAPE, 1.0, 1.0, 0, noise=0.002)])
     assert found.b_e == found.q_e == 0
     t = np.linspace(0.2, 1, 50)
     assert np.abs(found(t, 1 - t, 1, 1) / SHAPE(t, 1 - t, 1, 1) - 1).max() < 2e-3
@@ -216,7 +219,7 @@ def test_report(tmp_path):
         "leaving": made(61, 2.2, 2000, until=0.9, drift=(0.6, 0.03)),
         "young": made(62, 2.1, 2000, until=0.1),
     }
-    found = judge(finished, running)
+    found = judge_runs(finished, running)
     assert found.family.runs == 4
     assert [name for name, r in found.runs.items() if r.member] == list("abcd")
     left = {name for name, r in found.runs.items() if r.verdict and r.verdict.left_at}
@@ -224,10 +227,10 @@ def test_report(tmp_path):
     fine = found.runs["fine"].final
     assert abs(fine.loss - 2.3) < 3 * fine.std and fine.std / fine.loss >= found.backtest
     assert found.runs["young"].final is None
-    numbers = to_json(found)["runs"]
+    numbers = collapse_numbers(found)["runs"]
     assert numbers["leaving"]["verdict"]["left_at"] == pytest.approx(0.6, abs=0.1)
     assert numbers["fine"]["residuals"][-1] is None  # the run is not there yet
-    draw(tmp_path / "c.png", found, finished | running)
+    draw_collapse(tmp_path / "c.png", found, finished | running)
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
 
@@ -247,25 +250,27 @@ def test_report(tmp_path):
 )
 def test_bad_curves(done, loss, message):
     with pytest.raises(ValueError, match=message):
-        Curve.of(done, loss)
+        LossCurve.of(done, loss)
 
 
 def test_bad_comparisons():
     with pytest.raises(ValueError, match="found 30 losses in a whole training, expected 40"):
-        collapse.bins_for([made(0, 2, 30)])
+        collapse.choose_bins([made(0, 2, 30)])
     with pytest.raises(ValueError, match="found no finished run"):
-        collapse.family([], 100)
+        collapse.fit_family([], 100)
     with pytest.raises(ValueError, match="run 1 reaches 70%"):
-        collapse.family([made(0, 2, 500), made(0, 2, 500, until=0.7)], 100)
+        collapse.fit_family([made(0, 2, 500), made(0, 2, 500, until=0.7)], 100)
     with pytest.raises(ValueError, match=r"found 28.0% of the training, expected 30%"):
-        collapse.align(collapse.family([made(0, 2, 500)], 100), made(1, 2, 500, until=0.28))
+        collapse.align_curve(
+            collapse.fit_family([made(0, 2, 500)], 100), made(1, 2, 500, until=0.28)
+        )
     with pytest.raises(ValueError, match="found 1 finished runs, expected 2"):
-        collapse.backtest([made(0, 2, 500)], 100)
+        collapse.backtest_family([made(0, 2, 500)], 100)
     with pytest.raises(ValueError, match="found no finished one"):
-        judge({}, {"a": made(0, 2, 500)})
+        judge_runs({}, {"a": made(0, 2, 500)})
     with pytest.raises(ValueError, match="found no curves"):
-        surrogate.fit([])
+        surrogate.fit_surrogate([])
     with pytest.raises(ValueError, match="found 8 points of curve 0"):
-        surrogate.fit([observed(SHAPE, 1, 1, 0, points=10)])
+        surrogate.fit_surrogate([observed(SHAPE, 1, 1, 0, points=10)])
     with pytest.raises(ValueError, match="positive losses, timescale and TPP in curve 0"):
-        surrogate.fit([observed(SHAPE, 1.0, 1.0, 0)._replace(timescale=-1.0)])
+        surrogate.fit_surrogate([observed(SHAPE, 1.0, 1.0, 0)._replace(timescale=-1.0)])

@@ -44,7 +44,7 @@ def test_formulas():
 )
 def test_planted_parameters_are_found(law, true, points, starts):
     """Without noise the optimum is exact; measured: 1e-13 and 1e-7 of each parameter."""
-    found = laws.fit(law, law.predict(true, **points), starts=starts, **points)
+    found = laws.fit_law(law, law.predict(true, **points), starts=starts, **points)
     assert found.values == pytest.approx(true, rel=1e-5)
     assert found.rms < 1e-7 and not found.at_bound
     assert found.agreeing == found.starts == starts
@@ -55,7 +55,7 @@ def test_noise_is_no_bias():
     clean, errors = laws.CHINCHILLA.predict(CHINCHILLA, N=N, D=D), []
     for seed in range(10):
         noise = np.exp(0.002 * np.random.default_rng(seed).standard_normal(len(N)))
-        found = laws.fit(laws.CHINCHILLA, clean * noise, N=N, D=D, starts=1)
+        found = laws.fit_law(laws.CHINCHILLA, clean * noise, N=N, D=D, starts=1)
         assert found.rms == pytest.approx(0.002, rel=0.35)  # 42 points, 5 of them spent
         errors.append([found.values[x] / CHINCHILLA[x] - 1 for x in ("alpha", "beta", "E")])
     mean, std = np.mean(errors, 0), np.std(errors, 0)
@@ -67,8 +67,8 @@ def test_outliers_weigh_little():
     """Three of 42 losses 30 % too high: Huber's rule hardly moves, least squares does."""
     y = laws.CHINCHILLA.predict(CHINCHILLA, N=N, D=D)
     y[[3, 17, 30]] *= 1.3
-    robust = laws.fit(laws.CHINCHILLA, y, N=N, D=D, starts=4)
-    squares = laws.fit(laws.CHINCHILLA, y, N=N, D=D, starts=4, delta=10.0)
+    robust = laws.fit_law(laws.CHINCHILLA, y, N=N, D=D, starts=4)
+    squares = laws.fit_law(laws.CHINCHILLA, y, N=N, D=D, starts=4, delta=10.0)
     at = dict(N=7e10, D=1.4e12)
     true = laws.CHINCHILLA.predict(CHINCHILLA, **at)
     assert abs(robust.predict(**at) / true - 1) < 1e-3
@@ -85,7 +85,7 @@ def test_gradient():
 
 def test_what_the_data_do_not_determine_is_said():
     """Losses that do not depend on D: its term is nothing, or a constant."""
-    found = laws.fit(laws.CHINCHILLA, 2 + 100 / N**0.3, N=N, D=D, starts=8)
+    found = laws.fit_law(laws.CHINCHILLA, 2 + 100 / N**0.3, N=N, D=D, starts=8)
     assert {"B", "beta"} & set(found.at_bound)
 
 
@@ -106,4 +106,4 @@ def test_bad_input(change, message):
     arguments = dict(losses=np.full(42, 2.0), N=N, D=D) | change
     losses = arguments.pop("losses")
     with pytest.raises(ValueError, match=message):
-        laws.fit(laws.CHINCHILLA, losses, **arguments)
+        laws.fit_law(laws.CHINCHILLA, losses, **arguments)

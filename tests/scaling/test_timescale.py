@@ -20,7 +20,7 @@ def test_of_btlm():
     """Reference: 0.0522 for hidden matrices, 0.0052 for the embedding, 237 tokens per parameter."""
     assert timescale(1.2e-3, 0.1, 159_636) == pytest.approx(0.0522, abs=5e-5)
     assert timescale(1.2e-2, 0.1, 159_636) == pytest.approx(0.0052, abs=5e-5)
-    n = weights.count(BTLMConfig.preset("btlm-3b-8k"))
+    n = weights.count_parameters(BTLMConfig.preset("btlm-3b-8k"))
     budget = Budget(n, 3_932_160, 159_636)
     assert budget.tokens == 159_636 * 3_932_160
     assert budget.tokens_per_parameter == pytest.approx(237, abs=0.5)

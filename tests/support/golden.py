@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from btlm_jax import BTLM, BTLMConfig
 from btlm_jax.model import weights
+from btlm_jax.model.params import Params, flatten_tree, unflatten_tree
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = (
@@ -39,7 +40,7 @@ class Case:
     arrays: dict[str, np.ndarray]
     hf_config: dict[str, Any]
     config: BTLMConfig
-    params: weights.Params
+    params: Params
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self.arrays[key]
@@ -79,19 +80,19 @@ def load(name: str) -> Case:
         stored = arrays[f"weights/{SLOPES}"].ravel()
         config = dataclasses.replace(config, alibi_slopes=tuple(float(s) for s in stored))
     flat = {}
-    for w in weights.table(config):
+    for w in weights.weight_table(config):
         if w.stacked:
             names = [w.hf_name.format(layer=i) for i in range(config.n_layer)]
             layers = [arrays[f"weights/{n}"].reshape(w.shape) for n in names]
             flat[w.path] = jnp.asarray(np.stack(layers))
         else:
             flat[w.path] = jnp.asarray(arrays[f"weights/{w.hf_name}"].reshape(w.shape))
-    return Case(name, arrays, hf_config, config, weights.unflatten(flat))
+    return Case(name, arrays, hf_config, config, unflatten_tree(flat))
 
 
-def by_hf_name(config: BTLMConfig, params: weights.Params) -> dict[str, np.ndarray]:
+def by_hf_name(config: BTLMConfig, params: Params) -> dict[str, np.ndarray]:
     """A stacked tree (weights, gradients) as flat arrays under Hugging Face names and shapes."""
-    flat, out = weights.flatten(params), {}
+    flat, out = flatten_tree(params), {}
     for leaf in weights.disk_leaves(config):
         x = np.asarray(flat[leaf.weight.path])
         x = x if leaf.layer is None else x[leaf.layer]

@@ -17,6 +17,7 @@ import numpy as np
 
 from btlm_jax import BTLM, BTLMConfig, generate
 from btlm_jax.model import weights
+from btlm_jax.model.params import unflatten_tree
 
 RECORDED = Path(__file__).parents[1] / "golden" / "generate_gpt2.json"
 VOCAB = 23
@@ -35,9 +36,9 @@ def ours():
     rng = np.random.RandomState(0)  # its stream never changes
     flat = {
         w.path: jnp.asarray(rng.normal(0, 0.35, weights.stacked_shape(w, config, {})), jnp.float32)
-        for w in weights.table(config)
+        for w in weights.weight_table(config)
     }
-    return BTLM(config, compute_dtype=jnp.float32), weights.unflatten(flat)
+    return BTLM(config, compute_dtype=jnp.float32), unflatten_tree(flat)
 
 
 def answer(case: dict):

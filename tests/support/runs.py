@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import btlm_jax as btlm
-from btlm_jax.model import weights
+from btlm_jax.model.params import flatten_tree
 from btlm_jax.train.metrics import read_lines
 
 
@@ -35,7 +35,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def final_weights(run: Path) -> dict:
-    return weights.flatten(btlm.load(run)[1])
+    return flatten_tree(btlm.load(run)[1])
 
 
 def copy_of(run: Path, to: Path) -> Path:

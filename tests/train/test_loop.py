@@ -23,7 +23,7 @@ from btlm_jax import cli
 from btlm_jax.checkpoint import metadata
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf import source as hf_source
-from btlm_jax.model import weights
+from btlm_jax.model.params import flatten_tree
 from btlm_jax.train import loop
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.checkpoints import Checkpoints
@@ -122,7 +122,7 @@ def test_export_takes_the_run(reference, tmp_path):
     export(run, tmp_path / "hf")
     assert verify(run, tmp_path / "hf")
     _, params = btlm.convert.load_hf(tmp_path / "hf")
-    assert same_bits(weights.flatten(params), final_weights(run))
+    assert same_bits(flatten_tree(params), final_weights(run))
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_gradients_that_are_not_finite(files, tmp_path):
         state, metrics = step(state, np.ones((1, 8, 9), np.int32))
         assert (int(state.step), int(state.skipped), int(state.bad_in_a_row)) == (i, i, i)
         assert not np.isfinite(metrics.loss)
-    assert same_bits(weights.flatten(before), weights.flatten(state.params))
+    assert same_bits(flatten_tree(before), flatten_tree(state.params))
     assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state))
     with pytest.raises(FloatingPointError, match=r"2 steps in a row .* there is no checkpoint"):
         train(

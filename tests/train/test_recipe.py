@@ -11,6 +11,7 @@ import pytest
 
 from btlm_jax import BTLM, AlibiScaling, BTLMConfig, make_mesh
 from btlm_jax.model import weights
+from btlm_jax.model.params import flatten_tree
 from btlm_jax.train import recipe
 from btlm_jax.train import recipe_file as recipes
 from btlm_jax.train.recipe import Model, Optimizer, Phase, Recipe
@@ -73,7 +74,9 @@ def test_ours_load_and_come_back(name):
 def test_ladder_trains_on_20_tokens_per_parameter():
     for name in ("btlm-40m", "btlm-130m", "btlm-450m", "btlm-1.7b"):
         r = recipes.load(name)
-        assert r.tokens / weights.count(r.model_config()) == pytest.approx(20, rel=0.02), name
+        assert r.tokens / weights.count_parameters(r.model_config()) == pytest.approx(
+            20, rel=0.02
+        ), name
         assert r.optimizer.peak_lr == B3.optimizer.peak_lr  # that is what muP is for
 
 
@@ -134,7 +137,7 @@ def updates(*overrides):
     state = tx.init(params)
     for sign in (1.0, 1.0, -0.5):  # tells b2 = 0.99 from 0.95 in Lion, which takes the sign
         change, state = tx.update(jax.tree.map(lambda p, s=sign: s * p, params), state, params)
-    return {k: np.asarray(v) for k, v in weights.flatten(change).items()}
+    return {k: np.asarray(v) for k, v in flatten_tree(change).items()}
 
 
 def test_each_optimizer_keeps_its_own_betas():

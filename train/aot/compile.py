@@ -57,8 +57,8 @@ def compile_phase(
     Returns:
       The report. Bytes and FLOPs are per device and step. "memory" splits the compiler's peak into
       the arguments and "rest" (activations, gradients, temporaries); "collectives" are those of
-      the optimized program; "bound" is `roofline.Bound`, whose network seconds come from them and
-      whose compute and HBM seconds from the formulas of `roofline.training`.
+      the optimized program; "bound" is `roofline.TimeBound`, whose network seconds come from them
+      and whose compute and HBM seconds from the formulas of `roofline.training_work`.
 
     Raises:
       DoesNotFit: with what is missing and what would help.
@@ -93,7 +93,7 @@ def compile_phase(
         raise DoesNotFit(f"{topology.name}, phase {index}: {e}; {advice}",
                          e.needed, e.available) from None  # fmt: skip
     config, tokens = lowered.model.config, phase.tokens_per_step
-    work = roofline.training(
+    work = roofline.training_work(
         config,
         shape,
         length=phase.length,
@@ -156,7 +156,7 @@ def compile_decoding(
     shape, c = dict(mesh.shape), lowered.model.config
     # int8 has a scale in fp32 for every head of every slot.
     slot = accounting.kv_bytes_per_token(c, 1) * (1 + 4 / c.head_dim) if cache_dtype else None
-    work = roofline.decoding(
+    work = roofline.decoding_work(
         c,
         shape,
         batch_size=batch_size,
@@ -193,7 +193,7 @@ def _compile(lowered: Lowered, rates: Rates, began: float) -> tuple[Any, dict[st
         raise _explained(e) from None
     done = time.monotonic()
     memory: Any = compiled.memory_analysis()
-    program = hlo.read(compiled.as_text() or "")
+    program = hlo.count_collectives(compiled.as_text() or "")
     # The compiler's peak counts what rests in the host's memory too.
     parts, peak = lowered.parts, memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
     if peak > rates.memory:  # XLA refuses on TPUs only
@@ -211,12 +211,12 @@ def _compile(lowered: Lowered, rates: Rates, began: float) -> tuple[Any, dict[st
     }
 
 
-def _bounds(work: roofline.Work, measured: dict[str, Any], rates: Rates) -> dict[str, Any]:
+def _bounds(work: roofline.DeviceWork, measured: dict[str, Any], rates: Rates) -> dict[str, Any]:
     received = {"ici": 0.0, "dcn": 0.0}
     for c in measured["collectives"]:
         received[c["network"]] += c["received"]
     work = work._replace(**received)
-    bound = roofline.bound(work, rates)
+    bound = roofline.time_bound(work, rates)
     return {
         "work": work._asdict(),
         "bound": bound._asdict()
@@ -250,7 +250,7 @@ def _advice(
     config = recipe.model_config()
 
     def estimate(micro: int, remat: Remat) -> float:
-        return roofline.memory(
+        return roofline.training_memory(
             config,
             shape,
             length=phase.length,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model.remat import KEPT, Remat
-from btlm_jax.model.sharding import AXES, stripes
+from btlm_jax.model.sharding import AXES, num_chunks
 from btlm_jax.perf import roofline
 from btlm_jax.perf.chips import Rates
 from btlm_jax.train.aot.compile import DoesNotFit, compile_phase
@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
     mesh: tuple[int, ...]  # sizes of AXES
     microbatch: int
     remat: Remat
-    bound: roofline.Bound  # by formula
+    bound: roofline.TimeBound  # by formula
     memory: float  # by estimate, bytes
 
     def settings(self, index: int) -> list[str]:
@@ -131,7 +131,7 @@ def candidates(
                 continue
             n = phase.batch_size // micro
             for remat in KEPT:
-                work = roofline.training(
+                work = roofline.training_work(
                     config,
                     sizes,
                     length=phase.length,
@@ -139,7 +139,7 @@ def candidates(
                     microbatches=n,
                     remat=remat,
                 )
-                needed = roofline.memory(
+                needed = roofline.training_memory(
                     config,
                     sizes,
                     length=phase.length,
@@ -149,7 +149,9 @@ def candidates(
                 )
                 if slices > 1:  # the formula does not tell the networks apart
                     work = work._replace(dcn=_across(config, sizes, n))
-                found.append(Candidate(mesh, micro, remat, roofline.bound(work, rates), needed))
+                found.append(
+                    Candidate(mesh, micro, remat, roofline.time_bound(work, rates), needed)
+                )
     found = [c for c in found if c.memory <= _SLACK * rates.memory]
     return sorted(found, key=lambda c: (c.bound.seconds, c.bound.in_turn, c.memory))
 
@@ -161,7 +163,7 @@ def _across(config: BTLMConfig, mesh: dict[str, int], microbatches: int) -> floa
     """
     alone = dict.fromkeys(AXES, 1)
     span = {"data": mesh["data"]} if mesh["data"] > 1 else {"fsdp": mesh["fsdp"]}
-    nbytes = roofline.network(
+    nbytes = roofline.network_bytes(
         config, alone | span, tokens=0, microbatches=microbatches, remat="dots"
     )
     return nbytes / (mesh["fsdp"] * mesh["context"] * mesh["tensor"] if "data" in span else 1)
@@ -174,7 +176,7 @@ def _meshes(
         if n_devices % (tensor * context) or config.n_head % tensor:
             continue
         ways = n_devices // (tensor * context)
-        if phase.batch_size % ways or phase.length % stripes(context) or config.n_embd % context:
+        if phase.batch_size % ways or phase.length % num_chunks(context) or config.n_embd % context:
             continue
         for data in _divisors(ways):
             over_fsdp = slices // math.gcd(data, slices)

@@ -61,7 +61,9 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
         state = state._replace(opt_state=jax.tree.map(_on_host, state.opt_state))
     micro = phase.microbatch or phase.batch_size
     sharding.check_batch(micro, mesh.abstract_mesh, model.rules, phase.length)
-    place = NamedSharding(mesh, PartitionSpec(None, *sharding.spec(model.rules, "batch"), None))
+    place = NamedSharding(
+        mesh, PartitionSpec(None, *sharding.partition_spec(model.rules, "batch"), None)
+    )
     shape = (phase.batch_size // micro, micro, phase.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
     batch = (tokens, tokens) if recipe.data.mask_documents else (tokens,)
@@ -111,7 +113,7 @@ def decode_step(
         lambda p: model.init_cache(p, batch_size, capacity, dtype=cache_dtype), params
     )
     cache = jax.tree.map(on_devices, dataclasses.replace(empty, fresh=False))
-    place = NamedSharding(mesh, sharding.spec(model.rules, "batch", None))
+    place = NamedSharding(mesh, sharding.partition_spec(model.rules, "batch", None))
     tokens = jax.ShapeDtypeStruct((batch_size, 1), jnp.int32, sharding=place)
 
     def step(params, tokens, cache):

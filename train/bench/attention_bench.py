@@ -51,7 +51,7 @@ def bench_attention(
         or results that differ.
     """
     config = BTLMConfig.preset(preset)
-    platform = sharding.platform(None)
+    platform = sharding.mesh_platform(None)
     T = (1024 if platform == "cpu" else 8192) if length is None else length
     dtype = dtype or ("float32" if platform == "cpu" else "bfloat16")
     measure.check_sizes(length=T, batch_size=batch_size, rounds=rounds)

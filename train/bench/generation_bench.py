@@ -303,7 +303,7 @@ def _row(found: dict[str, list[float]], work: float, tokens: int) -> dict[str, A
 
 def _peak_bytes() -> int:
     """The most memory this process has held: of the device, or on CPU of the process."""
-    if sharding.platform(None) != "cpu":
+    if sharding.mesh_platform(None) != "cpu":
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     return peak_rss()
 

@@ -20,6 +20,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.data import token_shards
 from btlm_jax.model import alibi, mup, sharding, weights
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.params import flatten_tree
 from btlm_jax.model.remat import Remat
 from btlm_jax.perf import accounting
 from btlm_jax.train import batches as batches_lib
@@ -120,7 +121,8 @@ def _our_step(model: BTLM, params, tokens: np.ndarray) -> tuple[Callable, float]
     batch: Any = jnp.asarray(tokens[None])
     if mesh is not None:
         batch = jax.device_put(
-            batch, jax.NamedSharding(mesh, sharding.spec(sharding.RULES, None, "batch", None))
+            batch,
+            jax.NamedSharding(mesh, sharding.partition_spec(sharding.RULES, None, "batch", None)),
         )
     began = time.perf_counter()
     step_fn: Any = make_step(model, tx)
@@ -195,7 +197,7 @@ def _peers(
     c = config
     if not (c.alibi and c.gated and c.tie_word_embeddings and c.alibi_scaling is None):
         raise ValueError("PyTorch's step is written for BTLM: ALiBi, SwiGLU and a tied head")
-    flat = weights.flatten(params)
+    flat = flatten_tree(params)
     arrays = {}
     for leaf in weights.disk_leaves(c):
         x = flat[leaf.weight.path]

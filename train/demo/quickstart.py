@@ -82,7 +82,8 @@ def train(
     print(f"text: Python's language reference, {len(taught):,} tokens to train on, {len(held):,} "
           f"held out; unigram entropy of those {unigram:.3f} nats per token")  # fmt: skip
     shape = ", ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1) or "one device"
-    print(f"model: {weights.count(config):,} parameters, width {config.n_embd} (muP base "
+    parameters = weights.count_parameters(config)
+    print(f"model: {parameters:,} parameters, width {config.n_embd} (muP base "
           f"{config.n_embd * config.mup_width_scale:.0f}), on a mesh of {mesh.size} "
           f"{jax.default_backend()} devices ({shape})")  # fmt: skip
 
@@ -96,7 +97,7 @@ def train(
         return
     plots.draw_loss_curve(
         directory / "loss.png", curves(run), {"unigram entropy": unigram},
-        f"BTLM, {weights.count(config) / 1e6:.1f}M parameters, on the Python language reference",
+        f"BTLM, {parameters / 1e6:.1f}M parameters, on the Python language reference",
     )  # fmt: skip
     bits = done.held_out * len(held) / math.log(2) / held.metadata.text_bytes
     print(f"held-out loss {done.held_out:.3f} nats per token ({bits:.2f} bits per byte), "
@@ -129,7 +130,7 @@ def from_hf(directory: Path, source: str) -> None:
     atomic.refuse_existing(directory, overwrite=False, ours=metadata.is_btlm_checkpoint)
     report = convert(source, directory / "checkpoint")
     config = metadata.read_metadata(directory / "checkpoint").config
-    print(f"converted {weights.count(config):,} parameters: {report}")
+    print(f"converted {weights.count_parameters(config):,} parameters: {report}")
     _show(directory / "checkpoint", _mesh(config))
     _summary(directory, {"checkpoint/": "Orbax checkpoint"}, "checkpoint", started)
 
@@ -152,7 +153,7 @@ def _shortened(full: Recipe, steps: int | None) -> list[str]:
 
 def _fitting(full: Recipe, mesh: Mesh) -> list[str]:
     """What to set for the recipe to run on the mesh: its axes, and a batch that they divide."""
-    parts = sharding.ways(mesh, sharding.RULES, "batch")
+    parts = sharding.num_shards(mesh, sharding.RULES, "batch")
     batch_size = -(-full.phases[0].batch_size // parts) * parts
     return [f"mesh.tensor={mesh.shape['tensor']}", f"phases.0.batch_size={batch_size}"]
 

@@ -111,7 +111,7 @@ def _refused(bytes_per_parameter: float, sharded: bool) -> str | None:
     """Why the released model cannot be used, in words; None if it can."""
     if os.environ.get(SMALL):
         return f"{SMALL} is set"
-    need = round(weights.count(BTLMConfig.preset(PRESET)) * bytes_per_parameter)
+    need = round(weights.count_parameters(BTLMConfig.preset(PRESET)) * bytes_per_parameter)
     if (found := memory(sharded=sharded)) < need:
         return f"this takes {format_bytes(need)} of memory, and there is {format_bytes(found)}"
     try:

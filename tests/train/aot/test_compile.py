@@ -71,7 +71,7 @@ def test_report(saved):
     held = [sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(t))
             for t in (state.params, state[1:], tokens)]  # fmt: skip
     assert [m["parameters"], m["optimizer"], m["inputs"]] == held
-    assert m["parameters"] == pytest.approx(4 * weights.count(config) / 8, rel=0.2)
+    assert m["parameters"] == pytest.approx(4 * weights.count_parameters(config) / 8, rel=0.2)
     assert m["peak"] == m["parameters"] + m["optimizer"] + m["inputs"] + m["rest"]
     assert m["available"] == int(15.75 * 2**30)
     flops = accounting.flops_per_token(config, 32)
@@ -82,7 +82,7 @@ def test_report(saved):
     assert r["work"]["ici"] == received > 0 and r["work"]["dcn"] == 0
     # Weights in fp32 here, gathered for both passes of both microbatches, each half of them.
     gathered = next(c["received"] for c in r["collectives"] if c["kind"] == "all-gather")
-    assert gathered > 2 * 4 * weights.count(config) / 2 * 3 / 4
+    assert gathered > 2 * 4 * weights.count_parameters(config) / 2 * 3 / 4
     b = r["bound"]
     assert b["seconds"] == max(b["compute"], b["hbm"], b["ici"], b["dcn"]) == b[b["limit"]]
     assert r["tokens_per_second_per_device"] == share / b["seconds"]
@@ -273,10 +273,10 @@ def test_two_layers_of_3b_for_real_topologies(name, tmp_path):
     (r,) = json.loads(file.read_text())
     config = load("btlm-3b-8k", ["model.fields.n_layer=2"]).model_config()
     state = r["memory"]["parameters"] + r["memory"]["optimizer"]
-    assert state == pytest.approx(12 * weights.count(config) / r["devices"], rel=0.02)
+    assert state == pytest.approx(12 * weights.count_parameters(config) / r["devices"], rel=0.02)
     assert state < r["memory"]["peak"] < 6 * 2**30
     assert r["unknown_loops"] == 0
     # Gathered in bf16 for both passes, over all devices.
     gathered = next(c for c in r["collectives"] if c["kind"] == "all-gather")
-    assert gathered["bytes"] == pytest.approx(4 * weights.count(config), rel=0.35)
+    assert gathered["bytes"] == pytest.approx(4 * weights.count_parameters(config), rel=0.35)
     assert 0.1 < r["mfu_causal"] <= 1.0

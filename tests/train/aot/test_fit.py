@@ -9,7 +9,7 @@ import pytest
 
 from btlm_jax import BTLMConfig
 from btlm_jax.perf.chips import CHIPS
-from btlm_jax.perf.roofline import Bound
+from btlm_jax.perf.roofline import TimeBound
 from btlm_jax.train.aot import fit as fit_lib
 from btlm_jax.train.aot import fit_table, topologies
 from btlm_jax.train.aot.fit import Candidate, candidates, search
@@ -56,7 +56,7 @@ def test_slices_divide_over_data_and_fsdp():
 
 
 def test_settings():
-    c = Candidate((1, 16, 1, 1), 32, "full", Bound(1, 1, 1, 0), 1.0)
+    c = Candidate((1, 16, 1, 1), 32, "full", TimeBound(1, 1, 1, 0), 1.0)
     assert c.settings(1) == [
         "mesh.data=1", "mesh.fsdp=16", "mesh.context=1", "mesh.tensor=1",
         "phases.1.microbatch=32", "run.remat=full",
@@ -64,7 +64,7 @@ def test_settings():
 
 
 def row(estimate: float, remat="full", micro=1):
-    return Candidate((1, 1, 1, 1), micro, remat, Bound(1, 1, 1, 0), estimate)
+    return Candidate((1, 1, 1, 1), micro, remat, TimeBound(1, 1, 1, 0), estimate)
 
 
 def searched(ordered, needs, jobs=1, keep=2, attempts=10):

@@ -38,7 +38,7 @@ def test_ways_of_other_platforms():
 
 def test_a_kernel_that_cannot_serve_is_an_error(monkeypatch):
     """It must not be measured under the name of another."""
-    monkeypatch.setattr(sharding, "platform", lambda mesh: "gpu")
+    monkeypatch.setattr(sharding, "mesh_platform", lambda mesh: "gpu")
     sizes = dict(preset="tiny", length=64, batch_size=1, rounds=1)
     with pytest.raises(ValueError, match="'cudnn': found dtype float32, expected bfloat16"):
         attention_bench.bench_attention(**sizes, dtype="float32")

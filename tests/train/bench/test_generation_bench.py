@@ -28,7 +28,7 @@ def test_decode(small, tmp_path, capsys):
     out = capsys.readouterr().out
     found = json.loads(file.read_text())
     c = BTLMConfig.preset("tiny")
-    assert found["weight_bytes"] == 2 * weights.count(c)
+    assert found["weight_bytes"] == 2 * weights.count_parameters(c)
     # Slots: of the context, and of the new tokens in a bucket of 32; keys and values in bf16.
     slot = 2 * c.n_layer * c.n_embd * 2
     for rows in (1, 2):

@@ -12,6 +12,7 @@ from btlm_jax import BTLMConfig
 from btlm_jax.convert import verify
 from btlm_jax.convert.auto import load_any_checkpoint, read_any_config, read_any_tokenizer
 from btlm_jax.model import weights
+from btlm_jax.model.params import check_params
 from btlm_jax.train.demo import snapshot
 from btlm_jax.train.metrics import curves
 
@@ -31,7 +32,7 @@ def choose(tmp_path, bytes_per_parameter=3.0):
 
 
 def test_the_released_model_where_there_is_room(fetched, tmp_path, monkeypatch, capsys):
-    count = weights.count(BTLMConfig.preset(snapshot.PRESET))
+    count = weights.count_parameters(BTLMConfig.preset(snapshot.PRESET))
     monkeypatch.setattr(snapshot, "memory", lambda sharded: 3 * count)
     assert choose(tmp_path) == snapshot.HUB
     assert fetched == [snapshot.HUB]
@@ -84,7 +85,7 @@ def test_the_small_one_is_trained_once(tmp_path):
     config, tokenizer = read_any_config(files), read_any_tokenizer(files)
     assert tokenizer is not None and tokenizer.get_vocab_size() == config.vocab_size
     model, params = load_any_checkpoint(files)
-    weights.check(params, model.config)
+    check_params(params, model.config)
     assert verify(files, tmp_path / "small/run")
     (steps, losses) = curves(tmp_path / "small/run")["training"]
     assert steps[-1] == 4 and losses[-1] < losses[0]

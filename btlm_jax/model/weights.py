@@ -1,0 +1,244 @@
+"""The table of weights: every trainable array of the model, declared once.
+
+Init, abstract shapes, shardings, optimizer groups, conversion in both directions, checkpoints and
+parameter counts follow from `table(config)`; nothing else lists weights by name.
+
+In memory the weights of a layer are stacked: one leaf [L, ...] per weight under "blocks", so that
+the layers can be scanned. On disk every layer has its own leaf (`disk_leaves`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from btlm_jax.config import BTLMConfig
+
+Path = tuple[str, ...]
+Role = Literal["embedding", "hidden", "vector"]
+# The dtypes weights are stored in, by us and in the checkpoints we convert.
+STORED_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One trainable array.
+
+    Attributes:
+      path: where it stands in the tree; weights under "blocks" exist once per layer.
+      shape: of one layer, unpadded.
+      axes: the logical axis of each dimension (`sharding.RULES` maps them to mesh axes); None is
+        replicated by design.
+      inputs: the dimensions over which a product with it sums; none for what is only added. These
+        weights can be quantized (`kernels.Kernel`).
+      mean, std: the init is N(mean, std²), untruncated; std 0 is a constant.
+      role: the muP group (FACTS of the original's `get_mup_param_groups`): "hidden" arrays get
+        their learning rate multiplied by mup_width_scale.
+      decay: whether weight decay applies.
+      hf_name: its Hugging Face name, with `{layer}` where there is one per layer.
+      hf_shape: its shape there, a reshape of `shape` (never a transpose).
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    inputs: tuple[int, ...]
+    mean: float
+    std: float
+    role: Role
+    decay: bool
+    hf_name: str
+    hf_shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one per layer."""
+        return self.path[0] == "blocks"
+
+    @property
+    def name(self) -> str:
+        """The path joined with slashes, for messages."""
+        return "/".join(self.path)
+
+    def transposed_shape(self, padding: Mapping[str, int]) -> tuple[int, ...]:
+        """The padded shape as `kernels.Kernel` has it: outputs, then all inputs as one."""
+        shape = self.padded(padding)
+        outputs = (n for i, n in enumerate(shape) if i not in self.inputs)
+        return (*outputs, math.prod(shape[i] for i in self.inputs))
+
+    def padded(self, padding: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of one layer with the logical axes in `padding` enlarged to the given sizes."""
+        return tuple(
+            padding.get(a, n) if a else n for a, n in zip(self.axes, self.shape, strict=True)
+        )
+
+
+@functools.cache
+def weight_table(config: BTLMConfig) -> tuple[Weight, ...]:
+    """Every weight of the model, in the order of the forward pass."""
+    c = config
+    D, H, K, F, V = c.n_embd, c.n_head, c.head_dim, c.n_inner, c.vocab_size
+    std = c.initializer_range
+    hidden = std * math.sqrt(c.mup_width_scale)
+    # Under CompleteP the forward pass has a factor in its place.
+    residual = hidden if c.completep_base_layers else hidden / math.sqrt(2 * c.n_layer)
+
+    def embedding(name: str, size: int, axis: str) -> Weight:
+        axes, hf = (axis, "embed"), f"transformer.{name}.weight"
+        inputs = (1,) if name == "wte" else ()
+        shape = (size, D)
+        return Weight((name,), shape, axes, inputs, 0.0, std, "embedding", True, hf, shape)
+
+    def vector(path: Path, shape: tuple[int, ...], axes: tuple, mean: float, hf: str) -> Weight:
+        hf_shape = (math.prod(shape),)
+        return Weight(path, shape, axes, (), mean, 0.0, "vector", False, hf, hf_shape)
+
+    def layer_norm(path: Path, hf: str) -> list[Weight]:
+        return [
+            vector((*path, "scale"), (D,), (None,), 1.0, f"{hf}.weight"),
+            vector((*path, "bias"), (D,), (None,), 0.0, f"{hf}.bias"),
+        ]
+
+    def linear(module: str, name: str, n_in: int, shape, axes, bias_from: int, std: float):
+        """A kernel whose dimensions from `bias_from` on are outputs, and its bias."""
+        path, hf = ("blocks", module, name), f"transformer.h.{{layer}}.{module}.{name}"
+        hf_shape = (n_in, math.prod(shape) // n_in)
+        bias = (*path, "bias"), shape[bias_from:], axes[bias_from:]
+        kernel = (*path, "kernel")
+        # The outputs of a projection back into the residual stream are not sharded: their bias is
+        # added after the reduction over the tensor axis.
+        bias_axes = tuple(None if a == "embed" else a for a in bias[2])
+        return [
+            Weight(
+                kernel,
+                shape,
+                axes,
+                tuple(range(bias_from)),
+                0.0,
+                std,
+                "hidden",
+                True,
+                f"{hf}.weight",
+                hf_shape,
+            ),
+            vector(bias[0], bias[1], bias_axes, 0.0, f"{hf}.bias"),
+        ]
+
+    qkv_axes = ("embed", "qkv", "heads", "head_dim")
+    block = [
+        *layer_norm(("blocks", "ln_1"), "transformer.h.{layer}.ln_1"),
+        *linear("attn", "c_attn", D, (D, 3, H, K), qkv_axes, 1, hidden),
+        *linear("attn", "c_proj", D, (H, K, D), ("heads", "head_dim", "embed"), 2, residual),
+        *layer_norm(("blocks", "ln_2"), "transformer.h.{layer}.ln_2"),
+        *linear("mlp", "c_fc", D, (D, F), ("embed", "mlp"), 1, hidden),
+        *(linear("mlp", "c_fc2", D, (D, F), ("embed", "mlp"), 1, hidden) if c.gated else []),
+        *linear("mlp", "c_proj", F, (F, D), ("mlp", "embed"), 1, residual),
+    ]
+    weights = [
+        embedding("wte", V, "vocab"),
+        *([] if c.alibi else [embedding("wpe", c.n_positions, "positions")]),
+        *block,
+        *layer_norm(("ln_f",), "transformer.ln_f"),
+    ]
+    if not c.tie_word_embeddings:
+        shape, axes = (V, D), ("vocab", "embed")
+        head = Weight(
+            ("lm_head",), shape, axes, (1,), 0.0, hidden, "hidden", True, "lm_head.weight", shape
+        )
+        weights.append(head)
+    return tuple(weights)
+
+
+@functools.cache
+def weights_by_path(config: BTLMConfig) -> Mapping[Path, Weight]:
+    """The table keyed by tree path."""
+    return {w.path: w for w in weight_table(config)}
+
+
+def count_parameters(config: BTLMConfig) -> int:
+    """The number of trainable parameters (tied embeddings once, slopes not counted)."""
+    return sum(math.prod(stacked_shape(w, config)) for w in weight_table(config))
+
+
+def stacked_shape(w: Weight, config: BTLMConfig, padding: Mapping[str, int] | None = None):
+    """The in-memory shape: `[L, ...]` for the weights of a layer, with padded axes if given."""
+    return (config.n_layer,) * w.stacked + w.padded(padding or {})
+
+
+def paddable_sizes(config: BTLMConfig) -> dict[str, int]:
+    """The logical axes that a mesh may zero-pad, with their true sizes."""
+    return {"vocab": config.vocab_size, "mlp": config.n_inner}
+
+
+# One leaf per layer: the layout on disk and of Hugging Face ---------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskLeaf:
+    """One array as stored: a weight of one layer, or outside the layers; or a part of such a one.
+
+    Attributes:
+      weight, layer: which weight.
+      part: of a quantized weight, which of its arrays (`quantization.stored_parts`).
+      part_shape: the shape of the part.
+      dtype: the only one it can have; None is any of `STORED_DTYPES`.
+    """
+
+    weight: Weight
+    layer: int | None
+    part: str | None = None
+    part_shape: tuple[int, ...] = ()
+    dtype: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """Its path in a checkpoint: "blocks" is followed by the layer's number."""
+        whole = self.weight.path
+        if self.layer is not None:
+            whole = ("blocks", str(self.layer), *whole[1:])
+        return whole if self.part is None else (*whole, self.part)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stored array."""
+        return self.weight.shape if self.part is None else self.part_shape
+
+    @property
+    def hf_name(self) -> str:
+        """The weight's Hugging Face name; a part's is ours and follows it."""
+        name = self.weight.hf_name.format(layer=self.layer)
+        return name if self.part is None else f"{name}.{self.part}"
+
+
+def disk_leaves_of(w: Weight, config: BTLMConfig) -> list[DiskLeaf]:
+    """The stored arrays of one weight, by layer."""
+    return [DiskLeaf(w, i) for i in range(config.n_layer)] if w.stacked else [DiskLeaf(w, None)]
+
+
+def common_dtype(w: Weight, dtypes: Iterable[Any]) -> Any:
+    """The dtype in which the arrays of one weight are stored.
+
+    Raises:
+      ValueError: there are several.
+    """
+    found = {str(d): d for d in dtypes}
+    if len(found) > 1:
+        raise ValueError(
+            f"the layers of {w.name} are stored as {', '.join(sorted(found))} and cannot be "
+            "stacked as they are; pass dtype="
+        )
+    return next(iter(found.values()))
+
+
+def disk_leaves(config: BTLMConfig) -> Iterator[DiskLeaf]:
+    """Every stored array, layer by layer."""
+    weights = weight_table(config)
+    stacked = [w for w in weights if w.stacked]
+    first = weights.index(stacked[0])
+    yield from (DiskLeaf(w, None) for w in weights[:first])
+    for layer in range(config.n_layer):
+        yield from (DiskLeaf(w, layer) for w in stacked)
+    yield from (DiskLeaf(w, None) for w in weights[first + len(stacked) :])
