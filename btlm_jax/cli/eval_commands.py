@@ -35,8 +35,9 @@ class _Texts:
     """The token that documents start after; default the tokenizer's own EOS."""
 
     def _documents(self, encoder: Any) -> Iterator[TokenizedDocument]:
-        from btlm_jax.data.text_files import TextReader, expand_inputs
-        from btlm_jax.data.tokenize import encode_documents
+        from btlm_jax.data.encoder import encode_documents
+        from btlm_jax.data.text_files import expand_inputs
+        from btlm_jax.data.text_reader import TextReader
         from btlm_jax.evaluation.windows import TokenizedDocument
 
         given = {".txt": self.text, ".jsonl": self.jsonl}
@@ -87,7 +88,7 @@ class EvalPerplexity(_Texts):
     def run(self) -> None:
         from btlm_jax.checkpoint import metadata
         from btlm_jax.checkpoint.quantization import Quantization
-        from btlm_jax.data.tokenize import Encoder
+        from btlm_jax.data.encoder import Encoder
         from btlm_jax.evaluation import quantization_cost, windows
         from btlm_jax.evaluation.batch_shapes import check_batch_size
         from btlm_jax.evaluation.perplexity import cross_entropy
@@ -172,7 +173,7 @@ class EvalLossByPosition(_Texts):
     def run(self) -> None:
         import btlm_jax as btlm
         from btlm_jax.checkpoint import metadata
-        from btlm_jax.data.tokenize import Encoder
+        from btlm_jax.data.encoder import Encoder
         from btlm_jax.evaluation import by_position_report as report
         from btlm_jax.evaluation import context_extension
         from btlm_jax.evaluation.batch_shapes import check_batch_size

@@ -1,4 +1,4 @@
-"""Text of one's own -> all that `btlm train` reads: a tokenizer, tokens, and tokens held out."""
+"""Your own text to everything that `btlm train` reads: a tokenizer, tokens and held-out tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 from etils import epath
 
-from btlm_jax.data import split, token_shards
-from btlm_jax.data.split import SplitPart
+from btlm_jax.data.encoder import Encoder
+from btlm_jax.data.split import SplitPart, check_fraction
 from btlm_jax.data.text_files import OnError, TextFile, expand_inputs
-from btlm_jax.data.tokenize import Encoder, TokenizeReport, check_token_target, resume_key, tokenize
+from btlm_jax.data.token_shards import is_token_directory
+from btlm_jax.data.tokenize import TokenizeReport, check_token_target, resume_key, tokenize
 from btlm_jax.data.train_tokenizer import sample_texts, train_bpe
 from btlm_jax.utils import atomic
 
@@ -34,35 +35,35 @@ def prepare_tokens(
     overwrite: bool = False,
     **options: Any,
 ) -> dict[Path, TokenizeReport]:
-    """Tokenizes text, with a tokenizer trained on it if there is none, and holds out a part of it.
+    """Tokenizes text, optionally with a tokenizer trained on it, and holds out a part of it.
 
-    With `held_out`, the tokens lie in `target/train` and `target/held_out`; without, in `target`.
-    What is held out follows from the text alone (`split.SplitPart`): whole documents by a hash of their
-    text; of a single .txt file, which is one document, the end. A new tokenizer learns from what is
-    not held out, at most from its first 64 Mi characters, spread evenly over the files. A run that
-    was killed is continued by the same call, with the same result, byte for byte.
+    With `held_out`, writes `target/train` and `target/held_out`; without, writes `target`. The
+    split follows from the text alone (`SplitPart`): it assigns whole documents by a hash of their
+    text; a single .txt file, which is one document, is cut, and its end held out. A new tokenizer
+    learns from at most 64 Mi characters of the training part, spread evenly over the files. After a
+    kill, the same call continues, with the same result, byte for byte.
 
     Args:
-      inputs, target, field, on_error, overwrite, options: as of `tokenize`.
-      tokenizer: a directory with its files, or a checkpoint of ours. This, or `new_tokenizer`:
-      new_tokenizer: train a byte-level BPE of so many tokens, `<|endoftext|>` among them.
+      inputs, target, field, on_error, overwrite, options: as in `tokenize`.
+      tokenizer: a directory with its files, or a checkpoint of ours. Excludes `new_tokenizer`.
+      new_tokenizer: train a byte-level BPE with this many tokens, including `<|endoftext|>`.
       held_out: fraction of the documents to hold out.
 
     Returns:
-      Of each directory of tokens, what was done for it.
+      The report of each directory of tokens.
 
     Raises:
       ValueError: both or neither of `tokenizer` and `new_tokenizer`; a vocabulary or fraction out
-        of range; nothing held out, or nothing left; standard input, which cannot be read twice.
-      FileNotFoundError, FileExistsError, ValueError: as `tokenize`.
+        of range; an empty part; standard input, which cannot be read twice.
+      FileNotFoundError, FileExistsError, ValueError: as in `tokenize`.
     """
     if (tokenizer is None) == (new_tokenizer is None):
-        found = "neither" if tokenizer is None else "both"
+        count = "neither" if tokenizer is None else "both"
         raise ValueError(
-            f"tokenizer, new_tokenizer: found {found}, expected one: a directory with a tokenizer, "
+            f"tokenizer, new_tokenizer: found {count}, expected one: a directory with a tokenizer, "
             "or the size of the vocabulary to train one with"
         )
-    ours = token_shards.is_token_directory if held_out is None else _is_split
+    ours = is_token_directory if held_out is None else _is_split_directory
     check_token_target(target, overwrite=overwrite, ours=ours)
     options |= dict(field=field, on_error=on_error)
     if tokenizer is not None and held_out is None:
@@ -75,54 +76,59 @@ def prepare_tokens(
         )
     part = None
     if held_out is not None:
-        split.check_fraction(held_out)
-        part = SplitPart(held_out, held_out=False, one_document=[f.kind for f in files] == [".txt"])
-    with _tokenizer(tokenizer, new_tokenizer, files, field, on_error, part) as home:
+        check_fraction(held_out)
+        one_document = [f.kind for f in files] == [".txt"]
+        part = SplitPart(held_out, held_out=False, one_document=one_document)
+    with _tokenizer_folder(tokenizer, new_tokenizer, files, field, on_error, part) as folder:
         if part is None:
-            return {Path(target): tokenize(inputs, target, home, overwrite=overwrite, **options)}
-        encoder = Encoder(home, options.get("eos"), options.get("vocab_size"))
+            return {Path(target): tokenize(inputs, target, folder, overwrite=overwrite, **options)}
+        encoder = Encoder(folder, options.get("eos"), options.get("vocab_size"))
         key = resume_key(files, encoder, [field, options.get("shard_tokens"), part])
         with atomic.new_directory(target, overwrite=overwrite, ours=ours, key=key) as stage:
-            reports = {}
-            # The smaller part first: that there is nothing in it is then known at once.
-            for name, one in ((HELD_OUT, part._replace(held_out=True)), (TRAIN, part)):
-                if name in stage.finished:
-                    done = TokenizeReport(**stage.finished[name])
-                    report = dataclasses.replace(
-                        done, resumed=done.shards, fresh_tokens=0, seconds=0.0
-                    )
-                else:  # overwriting what was complete, but without a record, when a run was killed
-                    report = tokenize(
-                        inputs, stage.content / name, home, overwrite=True, part=one, **options
-                    )
-                    stage.record(name, dataclasses.asdict(report))
-                reports[Path(target) / name] = report
-    return reports
+            # The smaller part first: if it is empty, that shows early.
+            parts = {HELD_OUT: part._replace(held_out=True), TRAIN: part}
+            return {
+                Path(target) / name: _tokenize_part(stage, name, one, inputs, folder, options)
+                for name, one in parts.items()
+            }
+
+
+def _tokenize_part(
+    stage: atomic.Stage, name: str, part: SplitPart, inputs: Any, folder: Any, options: Any
+) -> TokenizeReport:
+    """Tokenizes a part into the stage, unless an interrupted run has finished it."""
+    if name in stage.finished:
+        report = TokenizeReport(**stage.finished[name])
+        return dataclasses.replace(report, resumed=report.shards, fresh_tokens=0, seconds=0.0)
+    # A kill may have left a complete part without its record: overwrite it.
+    report = tokenize(inputs, stage.content / name, folder, overwrite=True, part=part, **options)
+    stage.record(name, dataclasses.asdict(report))
+    return report
 
 
 @contextlib.contextmanager
-def _tokenizer(
-    given: str | os.PathLike[str] | None,
+def _tokenizer_folder(
+    tokenizer: str | os.PathLike[str] | None,
     vocab_size: int | None,
     files: Sequence[TextFile],
     field: str,
     on_error: OnError,
     part: SplitPart | None,
 ) -> Iterator[str | os.PathLike[str]]:
-    """A directory with the tokenizer's files.
+    """Yields a directory with the tokenizer's files.
 
-    A new one is trained again when a run is taken up: the same text gives the same tokenizer.
+    A resumed run trains a new tokenizer again: the same text gives the same tokenizer.
     """
     if vocab_size is None:
-        assert given is not None
-        yield given
+        assert tokenizer is not None
+        yield tokenizer
         return
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory() as folder:
         texts = sample_texts(files, field, on_error=on_error, part=part)
-        train_bpe(texts, vocab_size).save(str(Path(home) / "tokenizer.json"))
-        yield home
+        train_bpe(texts, vocab_size).save(str(Path(folder) / "tokenizer.json"))
+        yield folder
 
 
-def _is_split(directory: epath.Path) -> bool:
-    """Whether a directory was written by `prepare`, with a part held out."""
-    return all(token_shards.is_token_directory(directory / name) for name in (TRAIN, HELD_OUT))
+def _is_split_directory(directory: epath.Path) -> bool:
+    """Returns whether `prepare_tokens` wrote the directory, with a held-out part."""
+    return all(is_token_directory(directory / name) for name in (TRAIN, HELD_OUT))

@@ -1,4 +1,4 @@
-"""The quickstart's text: Python's language reference, found on every machine with Python."""
+"""The quickstart's text: Python's language reference, which every Python installation contains."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pydoc_data.topics import topics
 
 
 def read_sample_text() -> str:
-    """The pages of `pydoc_data.topics`, in the order of their names; paragraphs end in blank lines.
+    """Returns the pages of `pydoc_data.topics`, sorted by name; paragraphs end in blank lines.
 
-    Pages quote one another at length, so each paragraph is kept once only: none that is held out
+    Pages quote one another at length, so each paragraph appears only once: no held-out paragraph
     has been trained on.
     """
     paragraphs = (p for name in sorted(topics) for p in topics[name].strip().split("\n\n"))

@@ -1,4 +1,4 @@
-"""Which part of the text is held out: a function of the text itself, so always the same."""
+"""The split into training and held-out text: a function of the text alone, so always the same."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 
 class SplitPart(NamedTuple):
-    """One of the two parts of a split text; both together are all of it, in order.
+    """One of the two parts of a split text; together they hold all of it, in order.
 
-    Whole documents, chosen by a hash of their text: whatever else is in the input, a document stays
-    on its side, and so do its copies. A larger fraction holds out more documents and the same ones.
-    An input that is a single document is cut instead, and its end held out.
+    Whole documents are assigned by a hash of their text: whatever else the input contains, a
+    document stays in its part, and so do its copies. A larger fraction holds out the same documents
+    and more. An input that is a single document is cut instead, and its end is held out.
 
     Attributes:
-      fraction: to hold out, in (0, 1).
-      held_out: whether this is the held-out part or that to train on.
-      one_document: whether to cut each document rather than to choose whole ones.
+      fraction: fraction of the text to hold out, in (0, 1).
+      held_out: whether this is the held-out part, rather than the training part.
+      one_document: whether to cut each document, rather than to assign whole documents.
     """
 
     fraction: float
@@ -24,19 +24,19 @@ class SplitPart(NamedTuple):
     one_document: bool
 
     def select(self, text: str) -> str:
-        """What of a document is in this part; "" if nothing is."""
+        """Returns the portion of a document that belongs to this part, "" if there is none."""
         if self.one_document:
             start = len(text) - round(len(text) * self.fraction)
             return text[start:] if self.held_out else text[:start]
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        chosen = int.from_bytes(digest, "big") < self.fraction * 2**64
-        return text if chosen == self.held_out else ""
+        is_held_out = int.from_bytes(digest, "big") < self.fraction * 2**64
+        return text if is_held_out == self.held_out else ""
 
     def empty_message(self, documents: int) -> str:
-        """What to tell the user if no document is in this part.
+        """Returns the error message for a part that contains none of the input's documents.
 
         Args:
-          documents: how many there are.
+          documents: number of documents in the input.
         """
         fix = (
             "give more text"
@@ -51,7 +51,7 @@ class SplitPart(NamedTuple):
 
 
 def check_fraction(fraction: float) -> None:
-    """Raises ValueError unless the fraction leaves something on both sides."""
+    """Raises ValueError unless the fraction leaves some text in both parts."""
     if not 0 < fraction < 1:
         raise ValueError(
             f"held_out: found {fraction}, expected more than 0 and less than 1, such as 0.1"

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers, trained on text of one's own."""
+"""Byte-level BPE tokenizers, trained on your own text."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from collections.abc import Iterable, Iterator, Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from btlm_jax.data.split import SplitPart
-from btlm_jax.data.text_files import OnError, TextFile, TextReader
+from btlm_jax.data.text_files import OnError, TextFile
+from btlm_jax.data.text_reader import TextReader
 from btlm_jax.data.tokenizer import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
 
 SAMPLE_CHARACTERS = 64 << 20  # more would hardly change which pairs are frequent
-_SMALLEST = 257  # every byte, and the end of a document
+_MIN_VOCAB_SIZE = 257  # every byte, and the end of a document
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE as GPT-2's; `<|endoftext|>` is token 0. The same texts, the same BPE.
+    """Trains a byte-level BPE like GPT-2's, with `<|endoftext|>` as token 0. Deterministic.
 
     Args:
-      texts: to learn the merges from.
-      vocab_size: tokens in all; fewer, with a warning, if the texts do not hold as many pairs.
+      texts: the text to learn merges from.
+      vocab_size: total number of tokens; the result has fewer, with a warning, if the texts do not
+        contain enough pairs.
 
     Raises:
-      ValueError: the vocabulary is smaller than that of the bytes.
+      ValueError: the vocabulary is too small to hold every byte.
     """
-    if vocab_size < _SMALLEST:
+    if vocab_size < _MIN_VOCAB_SIZE:
         raise ValueError(
-            f"new_tokenizer: found {vocab_size}, expected at least {_SMALLEST}: the bytes and "
-            f"{END_OF_TEXT}"
+            f"new_tokenizer: found {vocab_size}, expected at least {_MIN_VOCAB_SIZE}: the bytes "
+            f"and {END_OF_TEXT}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -43,8 +45,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     logger.info("training a tokenizer of %d tokens", vocab_size)
     tokenizer.train_from_iterator(texts, trainer)
-    if (found := tokenizer.get_vocab_size()) < vocab_size:
-        logger.warning("the text gives the tokenizer %d tokens, not %d", found, vocab_size)
+    if (trained_size := tokenizer.get_vocab_size()) < vocab_size:
+        logger.warning("the text gives the tokenizer %d tokens, not %d", trained_size, vocab_size)
     return tokenizer
 
 
@@ -56,17 +58,17 @@ def sample_texts(
     part: SplitPart | None = None,
     characters: int = SAMPLE_CHARACTERS,
 ) -> Iterator[str]:
-    """The beginning of every file: text to learn a tokenizer from, and no more than is needed.
+    """Yields the beginning of every file, as text to train a tokenizer on.
 
-    Each file gives its first documents up to an equal share of what is left of `characters`; what
-    a small file leaves goes to those after it.
+    Each file contributes its first documents, up to an equal share of the remaining characters; the
+    unused share of a small file goes to the files after it.
 
     Args:
-      files, field, on_error, part: as of `TextReader`.
-      characters: in all.
+      files, field, on_error, part: as in `TextReader`.
+      characters: total number of characters to yield, at most.
 
     Raises:
-      ValueError: as `TextReader.documents`.
+      ValueError: as in `TextReader.documents`.
     """
     left = characters
     for i, file in enumerate(files):

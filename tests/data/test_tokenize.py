@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -19,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import zstandard
+from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
-from btlm_jax.data import text_files
+from btlm_jax.data import encoder as encoder_lib
+from btlm_jax.data import text_files, text_reader
 from btlm_jax.data import tokenize as tokenize_lib
 from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.data.tokenize import tokenize
@@ -70,7 +72,11 @@ def test_documents_survive(tokenizer, tmp_path_factory, documents, shard_tokens,
     ]  # fmt: skip
     for shard in metadata.shards[:-1]:
         assert shard.tokens >= shard_tokens  # and not without its last document
-    TokenShards(home / "one").verify()
+    written = contents(home / "one")
+    for shard in metadata.shards:
+        assert shard.sha256 == hashlib.sha256(written[shard.name]).hexdigest()
+    tokenizer_json = written["tokenizer/tokenizer.json"]
+    assert metadata.tokenizer_sha256 == hashlib.sha256(tokenizer_json).hexdigest()
 
 
 def write_all_kinds(home: Path) -> list[str]:
@@ -78,7 +84,7 @@ def write_all_kinds(home: Path) -> list[str]:
     data = jsonl(DOCUMENTS)
     (home / "a.jsonl").write_bytes(data.replace(b"\n", b"\r\n\r\n"))  # blank lines are nothing
     (home / "a.jsonl.gz").write_bytes(gzip.compress(data[:500]) + gzip.compress(data[500:]))
-    frames = [zstandard.compress(part) for part in (data[:700], b"", data[700:])]
+    frames = [zstd.compress(part) for part in (data[:700], b"", data[700:])]
     (home / "a.jsonl.zst").write_bytes(b"".join(frames))
     table = pa.table({"meta": list(range(30)), "text": DOCUMENTS})
     pq.write_table(table, home / "a.parquet", row_group_size=7)
@@ -105,11 +111,11 @@ def test_all_kinds_give_the_same_tokens(tokenizer, tmp_path):
 def test_reading_can_begin_after_any_document(tmp_path):
     for kind in write_all_kinds(tmp_path):
         files = text_files.expand_inputs(str(tmp_path / kind))
-        whole = list(text_files.TextReader(files, "text").documents())
+        whole = list(text_reader.TextReader(files, "text").documents())
         assert [d.text for d in whole] == DOCUMENTS
         for i in range(0, len(whole), 4):
             before = [whole[j].counts for j in range(i + 1) if kind == "*.txt"]
-            again = text_files.TextReader(
+            again = text_reader.TextReader(
                 files, "text", begin=whole[i].next, counts=before or [whole[i].counts]
             )
             assert list(again.documents()) == whole[i + 1 :]
@@ -193,11 +199,11 @@ def test_few_documents_are_held(tokenizer):
         nonlocal read
         for i in range(10_000):
             read += 1
-            position = text_files.ReadPosition(0, i)
-            yield text_files.TextDocument("word " * 20_000, position, text_files.DocumentCounts())
+            position = text_reader.ReadPosition(0, i)
+            yield text_reader.TextDocument("word " * 20_000, position, text_reader.DocumentCounts())
 
-    encoder = tokenize_lib.Encoder(tokenizer, None, None)
-    encoded = tokenize_lib.encode_documents(documents(), encoder, 2)
+    encoder = encoder_lib.Encoder(tokenizer, None, None)
+    encoded = encoder_lib.encode_documents(documents(), encoder, 2)
     for _ in range(10):
         next(encoded)
     encoded.close()
@@ -234,7 +240,7 @@ def test_killed_and_continued(tokenizer, tmp_path):
     """Six times, anywhere; finished shards are not made again, and the bytes are the same."""
     documents = [d + str(i) for i, d in enumerate(DOCUMENTS * 40)]
     (tmp_path / "a.jsonl").write_bytes(jsonl(documents[:400]))
-    (tmp_path / "b.jsonl.zst").write_bytes(zstandard.compress(jsonl(documents[400:800])))
+    (tmp_path / "b.jsonl.zst").write_bytes(zstd.compress(jsonl(documents[400:800])))
     table = pa.table({"text": documents[800:]})
     pq.write_table(table, tmp_path / "c.parquet", row_group_size=50)
     for i in range(40):
@@ -271,7 +277,7 @@ def test_killed_and_continued(tokenizer, tmp_path):
 
 def test_bad_record_can_be_skipped_later(tokenizer, tmp_path, caplog, monkeypatch):
     """What was finished before the bad record is kept."""
-    monkeypatch.setattr(tokenize_lib, "_BATCH_BYTES", 1000)
+    monkeypatch.setattr(encoder_lib, "_BATCH_CHARACTERS", 1000)
     bad = b'{"text": "cut\n{"txt": "other"}\n'
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS * 100) + bad + jsonl(["last"]) + bad)
     arguments = tmp_path / "a.jsonl", tmp_path / "t", tokenizer
@@ -378,7 +384,7 @@ def test_columns(tokenizer, tmp_path):
 def test_damaged_files(tokenizer, tmp_path):
     data = jsonl([d + random.Random(i).randbytes(40).hex() for i, d in enumerate(DOCUMENTS)])
     pq.write_table(pa.table({"text": DOCUMENTS}), tmp_path / "whole.parquet")
-    checked = zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    checked = zstd.compress(data, options={zstd.CompressionParameter.checksum_flag: 1})
     parquet = (tmp_path / "whole.parquet").read_bytes()
 
     def flipped(data: bytes) -> bytes:
@@ -459,7 +465,9 @@ def test_existing_targets(tokenizer, tmp_path):
     tokenize(tmp_path / "a.jsonl", tmp_path / "t", tokenizer, overwrite=True)
 
 
-@pytest.mark.parametrize("package, name", [("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")])
+@pytest.mark.parametrize(
+    "package, name", [("backports.zstd", "a.jsonl.zst"), ("pyarrow", "a.parquet")]
+)
 def test_missing_packages(tokenizer, tmp_path, monkeypatch, package, name):
     write_all_kinds(tmp_path)
     monkeypatch.setitem(sys.modules, package, None)

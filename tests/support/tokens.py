@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from btlm_jax.data import token_shards
-from btlm_jax.data.token_shards import TextSource, TokenShard, TokenShardsMetadata
+from btlm_jax.data.token_shards_metadata import (
+    TextSource,
+    TokenShard,
+    TokenShardsMetadata,
+    token_dtype,
+)
 
 EOS = 0
 
@@ -17,7 +21,7 @@ def write_tokens(
     path: Path, tokens, *, vocab_size: int = 50257, shard_tokens: int = 1 << 40, eos_id: int = EOS
 ) -> Path:
     """A directory of tokens as `tokenize` makes it, cut anywhere, with a tokenizer in name only."""
-    tokens = np.asarray(tokens).astype(token_shards.token_dtype(vocab_size))
+    tokens = np.asarray(tokens).astype(token_dtype(vocab_size))
     (path / "tokenizer").mkdir(parents=True)
     (path / "tokenizer/tokenizer.json").write_text("{}")
     shards = []

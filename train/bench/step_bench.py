@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.config import BTLMConfig
-from btlm_jax.data import token_shards
+from btlm_jax.data import token_shards_metadata
 from btlm_jax.model import alibi, mup, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import flatten_tree
@@ -164,16 +164,16 @@ def _loader(config: BTLMConfig, batch_size: int, length: int) -> Iterator[Callab
 
 def _write_shards(directory: Path, config: BTLMConfig, n: int) -> None:
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, n)
-    raw = tokens.astype(token_shards.token_dtype(config.vocab_size)).tobytes()
+    raw = tokens.astype(token_shards_metadata.token_dtype(config.vocab_size)).tobytes()
     (directory / "tokenizer").mkdir(parents=True)
     (directory / "tokenizer/tokenizer.json").write_text("{}")
     (directory / "tokens-00000.bin").write_bytes(raw)
-    manifest = token_shards.TokenShardsMetadata(
+    manifest = token_shards_metadata.TokenShardsMetadata(
         vocab_size=config.vocab_size,
         eos_id=0,
-        tokenizer_sha256=token_shards.tokenizer_fingerprint({"tokenizer.json": b"{}"}),
+        tokenizer_sha256=token_shards_metadata.tokenizer_fingerprint({"tokenizer.json": b"{}"}),
         shards=(
-            token_shards.TokenShard(
+            token_shards_metadata.TokenShard(
                 "tokens-00000.bin",
                 n,
                 int((tokens == 0).sum()),
@@ -181,7 +181,7 @@ def _write_shards(directory: Path, config: BTLMConfig, n: int) -> None:
                 hashlib.sha256(raw).hexdigest(),
             ),
         ),
-        sources=(token_shards.TextSource("random", n, 1, n),),
+        sources=(token_shards_metadata.TextSource("random", n, 1, n),),
     )
     (directory / "manifest.json").write_text(manifest.to_json())
 
