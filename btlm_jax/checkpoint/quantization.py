@@ -20,7 +20,7 @@ import numpy as np
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
-from btlm_jax.model.packed import BLOCK, Kernel, inputs_last, unpack
+from btlm_jax.model.packed import BLOCK, PackedWeight, transposed, unpack
 from btlm_jax.model.params import Params, check_params, iter_unstacked, unflatten_tree
 
 GROUPS = (32, 64, 128)
@@ -314,7 +314,7 @@ def quantize_params(params: Mapping[str, Any], config: BTLMConfig, to: Quantizat
         stored = stored_parts(leaf, to)
         if len(stored) == 2:
             values, scales, _ = quantize_array(_as_table(x, leaf), stored[0], to)
-            kernel = Kernel(
+            kernel = PackedWeight(
                 jnp.asarray(values), jnp.asarray(scales), leaf.weight.transposed_shape({})[-1]
             )
             if kernel.packed and not on_cpu:
@@ -323,7 +323,7 @@ def quantize_params(params: Mapping[str, Any], config: BTLMConfig, to: Quantizat
             found[leaf.path] = kernel
         elif stored[0].dtype is not None:
             x = jnp.asarray(_as_table(x, leaf), stored[0].dtype)
-            found[leaf.path] = inputs_last(x, leaf.weight.inputs) if on_cpu else x
+            found[leaf.path] = transposed(x, leaf.weight.inputs) if on_cpu else x
     return unflatten_tree(found)
 
 
@@ -333,7 +333,7 @@ def _as_table(x: Any, leaf: weights.DiskLeaf) -> np.ndarray:
     Raises:
       ValueError: it is quantized.
     """
-    if not isinstance(x, Kernel):
+    if not isinstance(x, PackedWeight):
         return np.asarray(x)
     if x.scales is not None:
         raise ValueError(

@@ -25,7 +25,7 @@ from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import packed as packed_lib
 from btlm_jax.model import sharding, weights
-from btlm_jax.model.packed import BLOCK, Kernel
+from btlm_jax.model.packed import BLOCK, PackedWeight
 from btlm_jax.model.params import Params, unflatten_tree
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def load_unstacked(
 ) -> Params:
     """The weights by layer, {"blocks": {"0": {...}, ...}}.
 
-    Quantized weights become a `kernels.Kernel`. On a CPU without a mesh int4 stays packed, and
+    Quantized weights become a `packed.PackedWeight`. On a CPU without a mesh int4 stays packed, and
     float kernels get their inputs last, as CPUs read them fastest. Elsewhere int4 is an array of
     jnp.int4, 4 bits each on TPUs and GPUs, and float kernels are as the table has them.
 
@@ -96,7 +96,7 @@ def load_unstacked(
             values, scales = (
                 make(p.shape, p.dtype, out, p.shape, functools.partial(read, p)) for p in parts
             )
-            x = Kernel(values, scales, w.transposed_shape({})[-1])
+            x = PackedWeight(values, scales, w.transposed_shape({})[-1])
         else:
             assert quantization is not None
             place, ways = _places(w, mesh, rules, out)
@@ -153,7 +153,7 @@ def decoding_dtype(
     return own
 
 
-_inputs_last = jax.jit(packed_lib.inputs_last, static_argnums=1)
+_inputs_last = jax.jit(packed_lib.transposed, static_argnums=1)
 
 
 def _places(
@@ -191,18 +191,18 @@ def _kernel(
     place: Callable[[bool], jax.sharding.Sharding],
     ways: int,
     make: Make,
-) -> Kernel:
+) -> PackedWeight:
     """A quantized kernel of padded `shape` [*O, I] with its inputs split `ways`, int4 unpacked."""
     values, scales = parts
     *outputs, inputs = shape
     read_values, read_scales = (functools.partial(read, part) for part in parts)
     if group is None or values.part == "int8":
-        return Kernel(
+        return PackedWeight(
             make(shape, jnp.int8, place(True), values.shape, read_values),
             make((*outputs, 1), jnp.float32, place(False), scales.shape, read_scales),
             inputs,
         )
-    # Where inputs are whole, filling stays: `kernels.dequantized` cuts it off.
+    # Where inputs are whole, filling stays: `packed.dequantize` cuts it off.
     filled = values.shape[-1] * 2
     length = inputs if ways > 1 else filled
     finer = math.gcd(length // ways, group)
@@ -227,7 +227,7 @@ def _kernel(
         return found[..., last.start - start * repeats : last.stop - start * repeats]
 
     stored = values.shape[:-1]
-    return Kernel(
+    return PackedWeight(
         make((*outputs, length), jnp.int4, place(True), (*stored, filled), unpacked),
         make(
             (*outputs, length // finer),

@@ -117,7 +117,7 @@ class EvalPerplexity(_Texts):
               f"bytes; {len(cut):,} windows of {cut.length} tokens, stride {cut.stride}",
               flush=True)  # fmt: skip
         model, params = _loaded(self.checkpoint, self.dtype, mesh)
-        dtype = str(model.spec(params).dtype)
+        dtype = str(model.runtime(params).dtype)
         report: dict[str, Any] = {
             "checkpoint": self.checkpoint, "documents": len(cut.documents), "tokens": cut.tokens,
             "text_bytes": cut.text_bytes, "length": cut.length, "stride": cut.stride,
@@ -206,7 +206,7 @@ class EvalLossByPosition(_Texts):
             **options,
         )
         model, params = _loaded(self.checkpoint, self.dtype, mesh)
-        dtype = str(model.spec(params).dtype)
+        dtype = str(model.runtime(params).dtype)
         options = dict(trained=trained, kinds=kinds, batch_size=self.batch_size)
         found = loss_by_position(model, params, windows, **options)
         of = "one stream" if self.concatenate else f"{len(found.windows):,} documents"
@@ -300,7 +300,7 @@ class EvalRetrieval:
         report: dict[str, Any] = {
             "checkpoint": self.checkpoint, "task": self.task, "trained": trained,
             "seed": self.seed, "lead": self.lead,
-            "compute_dtype": str(model.spec(params).dtype),
+            "compute_dtype": str(model.runtime(params).dtype),
             "outcomes": retrieval.to_json(outcomes),
         }  # fmt: skip
         write_json(self.json, report)

@@ -7,7 +7,7 @@ import math
 from jax.sharding import AbstractMesh, Mesh
 
 from btlm_jax.model import sharding
-from btlm_jax.model.runtime import Spec
+from btlm_jax.model.runtime import Runtime
 
 # A device's share of a batch, where the caller does not say.
 TOKENS = 8192
@@ -30,12 +30,12 @@ def check_batch_size(
 
 
 def batch_shape(
-    spec: Spec, length: int, count: int | None, batch_size: int | None
+    runtime: Runtime, length: int, count: int | None, batch_size: int | None
 ) -> tuple[int, int]:
     """Rows and width of the batches in which windows are read.
 
     Args:
-      spec: of the model on its mesh.
+      runtime: of the model on its mesh.
       length: of the windows, in tokens.
       count: how many there are, if that is known.
       batch_size: rows; default about 8192 tokens on each device.
@@ -44,13 +44,13 @@ def batch_shape(
       ValueError: a batch that does not divide over the mesh.
     """
     parts = splits = 1
-    if spec.mesh is not None:
-        parts = sharding.num_shards(spec.mesh, spec.rules, "batch")
-        splits = sharding.num_chunks(sharding.num_shards(spec.mesh, spec.rules, "sequence"))
+    if runtime.mesh is not None:
+        parts = sharding.num_shards(runtime.mesh, runtime.rules, "batch")
+        splits = sharding.num_chunks(sharding.num_shards(runtime.mesh, runtime.rules, "sequence"))
     width = sharding.round_up(length, math.lcm(_TILE, splits))
     rows = batch_size
     if rows is None:
         rows = max(1, TOKENS // width) * parts
         rows = rows if count is None else min(rows, sharding.round_up(count, parts))
-    check_batch_size(rows, spec.mesh, spec.rules)
+    check_batch_size(rows, runtime.mesh, runtime.rules)
     return rows, width

@@ -120,7 +120,7 @@ def read(
       ids, targets: int32 [B, W], of which only `length` are meant.
     """
     h, _ = model.hidden(params, ids, length=length)
-    return token_predictions(model.spec(params), params, h, targets).nll
+    return token_predictions(model.runtime(params), params, h, targets).nll
 
 
 def losses(
@@ -132,9 +132,9 @@ def losses(
       model: with the scaling that is measured.
       inputs, targets: int32 [B, T].
     """
-    spec, found, done = model.spec(params), [], 0
+    runtime, found, done = model.runtime(params), [], 0
     for end in ends:
-        _, width = batch_shape(spec, end, None, len(inputs))
+        _, width = batch_shape(runtime, end, None, len(inputs))
         ids, labels = (np.pad(x[:, :end], ((0, 0), (0, width - end))) for x in (inputs, targets))
         nll = read(model, params, ids, labels, np.int32(end))
         found.append(np.asarray(nll)[:, done:end])
@@ -170,7 +170,7 @@ def loss_by_position(
     check_length(T, trained)
     edges = bin_edges(trained, T)
     models = {kind: context_extension.scaled(model, kind, trained, T) for kind in kinds}
-    rows, _ = batch_shape(model.spec(params), T, windows.most, batch_size)
+    rows, _ = batch_shape(model.runtime(params), T, windows.most, batch_size)
     nll, squares = ({kind: np.zeros(T) for kind in kinds} for _ in range(2))
     of_groups: dict[Kind, dict[int, np.ndarray]] = {kind: {} for kind in kinds}
     seen: dict[int, int] = {}

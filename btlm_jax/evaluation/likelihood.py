@@ -108,7 +108,7 @@ def _likelihoods(
     model: BTLM, params: Params, rows: Rows, batch_size: int | None
 ) -> Iterator[tuple[Any, Likelihood]]:
     parts = decode.ways(model, params)
-    exact = alibi.varies(model.config.alibi_scaling, max(map(len, rows), default=1))
+    exact = alibi.scale_varies(model.config.alibi_scaling, max(map(len, rows), default=1))
     widths: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for inputs in sorted(rows, key=len, reverse=True):
         width = filled_width(model, params, len(inputs))
@@ -153,17 +153,17 @@ def _read(model: BTLM, params: Params, ids: jax.Array, lengths: jax.Array, lasts
       bool [B, T]; after the last: the log-probabilities of `lasts`, fp32 [B, A], and the likeliest,
       int [B].
     """
-    spec = model.spec(params)
+    runtime = model.runtime(params)
     positions = None
     if not model.config.alibi:  # the filling must not ask for more than there are
         positions = jnp.minimum(jnp.arange(ids.shape[1]), lengths[:, None] - 1)
-    with sharding.on_mesh(spec.mesh):
+    with sharding.on_mesh(runtime.mesh):
         h, _ = model.hidden(params, ids, positions=positions, length=lengths.max())
         targets = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
-        nll, greedy = token_predictions(spec, params, h, targets)
+        nll, greedy = token_predictions(runtime, params, h, targets)
         # A row's last state, without gathering the others' devices.
         here = jnp.arange(ids.shape[1]) == lengths[:, None] - 1
-        last = jnp.where(spec.place(here, "batch", "sequence")[..., None], h, 0).sum(1)
-        log_p = jax.nn.log_softmax(spec.place(model.logits(params, last), "batch", None), -1)
-        lasts = spec.place(lasts, "batch", None)
+        last = jnp.where(runtime.shard(here, "batch", "sequence")[..., None], h, 0).sum(1)
+        log_p = jax.nn.log_softmax(runtime.shard(model.logits(params, last), "batch", None), -1)
+        lasts = runtime.shard(lasts, "batch", None)
         return -nll, greedy, jnp.take_along_axis(log_p, lasts, -1), log_p.argmax(-1)

@@ -70,7 +70,7 @@ def cross_entropy(
     """The cross-entropy of documents, in batches of one shape; whole logits are never held.
 
     Every batch is summed in fp32, batches in float64. The head of quantized weights is dequantized;
-    their other products are as `kernels.product` makes them.
+    their other products are as `packed.packed_matmul` makes them.
 
     Args:
       model, params: the model and its weights, stacked or by layer, on a device or a mesh.
@@ -82,8 +82,8 @@ def cross_entropy(
       ValueError: a batch that does not divide over the mesh.
       FloatingPointError: a loss that is not finite.
     """
-    spec = model.spec(params)
-    rows, width = batch_shape(spec, windows.length, len(windows), batch_size)
+    runtime = model.runtime(params)
+    rows, width = batch_shape(runtime, windows.length, len(windows), batch_size)
     positions = None
     if not model.config.alibi:  # the filling must not ask for more than there are
         positions = np.minimum(np.arange(width, dtype=np.int32), windows.length - 1)
@@ -93,7 +93,7 @@ def cross_entropy(
         for batch in windows.batches(rows, width, model.config):
             options: dict[str, Any] = dict(positions=positions, length=np.int32(batch.length))
             h, _ = model.hidden(params, batch.inputs, **options)
-            found = jax.device_get(head_loss(spec, params, h, batch.targets)[1])
+            found = jax.device_get(head_loss(runtime, params, h, batch.targets)[1])
             if not math.isfinite(found.nll):
                 raise FloatingPointError(
                     f"cross-entropy: found {found.nll} after {tokens} tokens, expected a number: "

@@ -39,7 +39,8 @@ def compare(
 ) -> list[Row]:
     """The loss of the weights as they are, and quantized in memory to each kind.
 
-    On a CPU, products with int8 weights round their other inputs to int8 too (`kernels.product`).
+    On a CPU, products with int8 weights round their other inputs to int8 too
+    (`packed.packed_matmul`).
 
     Args:
       model, params: with float weights, stacked, on one device.

@@ -85,7 +85,7 @@ class Windows:
 
         With an ALiBi that depends on the length, windows of one length only share a batch.
         """
-        depends = alibi.varies(config.alibi_scaling, self.length)
+        depends = alibi.scale_varies(config.alibi_scaling, self.length)
         for _, alike in itertools.groupby(self, lambda w: len(w.inputs) if depends else None):
             while some := list(itertools.islice(alike, rows)):
                 inputs = np.zeros((rows, width), np.int32)

@@ -174,7 +174,7 @@ def _run(
         busy = np.array([i is not None for i in slots])
         if used[busy].max() == capacity:
             capacity = min(2 * capacity, shapes.room)
-            s = s._replace(cache=kv_cache.grown(s.cache, capacity))
+            s = s._replace(cache=kv_cache.resized(s.cache, capacity))
         wait = min(shapes.read * shapes.parts, int(busy.sum()))
         steps, patience = capacity - used[busy].max(), (~busy).sum() + wait
         s = sample.advance(

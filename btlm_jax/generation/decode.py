@@ -87,7 +87,7 @@ def read(model: BTLM, params: Any, ids, mask, length, capacity: int, dtype: Any 
       capacity: slots of the cache, >= P.
       dtype: of the cache (`BTLM.init_cache`).
     """
-    with sharding.on_mesh(model.spec(params).mesh):
+    with sharding.on_mesh(model.runtime(params).mesh):
         # Made here: an argument would be held beside the result.
         cache = model.init_cache(params, ids.shape[0], capacity, dtype=dtype)
         return _read(model, params, ids, mask, length, cache, 0)
@@ -101,8 +101,8 @@ def read_on(model: BTLM, params: Any, ids, length, cache: KVCache, capacity: int
       ids: int32 [B, T], of which `length` are meant.
       capacity: slots of the new cache; the filling needs them too.
     """
-    with sharding.on_mesh(model.spec(params).mesh):
-        cache = kv_cache.grown(cache, capacity)
+    with sharding.on_mesh(model.runtime(params).mesh):
+        cache = kv_cache.resized(cache, capacity)
         real = jnp.where(cache.segment_ids > 0, 1, 0)
         real = real * (jnp.arange(cache.capacity) < cache.length[:, None])
         return _read(model, params, ids, None, length, cache, real.sum(1, keepdims=True))
@@ -124,7 +124,7 @@ def _read(model: BTLM, params: Any, ids, mask, length, cache: KVCache, before) -
     h, cache = read
     cache = dataclasses.replace(cache, length=cache.length - longest + lengths)
     # A sum rather than a gather, whose rows are split over a mesh.
-    is_last = model.spec(params).place(slot == lengths[:, None] - 1, "batch", None)
+    is_last = model.runtime(params).shard(slot == lengths[:, None] - 1, "batch", None)
     last = jnp.where(is_last[:, :, None], h, 0).sum(1, keepdims=True)
     return Prompt(cache, next_logits(model, params, last))
 
@@ -132,7 +132,7 @@ def _read(model: BTLM, params: Any, ids, mask, length, cache: KVCache, before) -
 def next_logits(model: BTLM, params: Any, h_R1D: jax.Array) -> jax.Array:
     """fp32 [R, V], replicated: choosing is cheap, and done everywhere at once."""
     logits = model.logits(params, h_R1D)
-    return model.spec(params).place(logits, None, None, None)[:, 0]
+    return model.runtime(params).shard(logits, None, None, None)[:, 0]
 
 
 def forward(

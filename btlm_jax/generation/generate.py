@@ -221,7 +221,7 @@ def _run(program, params, prompt, rows, ids, table, stop_state, room: int) -> An
         if loop.ended(s):
             return loop.result(program, s), s.kept
         used, capacity = capacity, min(2 * capacity, room)
-        s = s._replace(cache=kv_cache.grown(s.cache, capacity))
+        s = s._replace(cache=kv_cache.resized(s.cache, capacity))
 
 
 def _fill(pad: int | None, eos: tuple[int, ...], beams: bool) -> int:

@@ -182,15 +182,15 @@ def _blank(model: BTLM, params: Params, *, rows: int, capacity: int, dtype: str)
 @functools.partial(jax.jit, static_argnames="model")
 def _rows(model: BTLM, params: Params, prompt: Prompt, index) -> Prompt:
     """The prompts of the rows `index`."""
-    spec = model.spec(params)
-    with sharding.on_mesh(spec.mesh):
+    runtime = model.runtime(params)
+    with sharding.on_mesh(runtime.mesh):
 
         def of(x, *axes):
             axes = (*axes, *(None,) * (x.ndim - len(axes)))
-            return x.at[index].get(out_sharding=spec.axes(*axes))
+            return x.at[index].get(out_sharding=runtime.axes(*axes))
 
         cache = prompt.cache
         layers = jax.tree.map(lambda x: of(x, "batch", "heads"), cache.layers)
         ids, segment = of(cache.segment_ids, "batch"), of(cache.segment, "batch")
-        cache = KVCache(layers, ids, segment, of(cache.length), cache.at)
+        cache = KVCache(layers, ids, segment, of(cache.length), cache.cursor)
         return Prompt(cache, of(prompt.logits))

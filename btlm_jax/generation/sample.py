@@ -44,9 +44,9 @@ def start(
       capacity: slots for new tokens, at first.
     """
     model = program.model
-    with sharding.on_mesh(model.spec(params).mesh):
+    with sharding.on_mesh(model.runtime(params).mesh):
         of_row = decode.source(program, prompt.logits.shape[0])
-        cache = model.branch(params, prompt.cache, program.options.copies, capacity)
+        cache = model.fork(params, prompt.cache, program.options.copies, capacity)
         logits = prompt.logits[of_row]
         begun = State(
             rows,
@@ -82,7 +82,7 @@ def advance(
         s = s._replace(cache=dataclasses.replace(cache, length=length, prefix=None))
         return i + 1, _append(program, s, logits, table)
 
-    with sharding.on_mesh(program.model.spec(params).mesh):
+    with sharding.on_mesh(program.model.runtime(params).mesh):
         return jax.lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
 
 

@@ -60,12 +60,12 @@ def score(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _score(model: BTLM, params: Params, ids, mask, length):
-    spec = model.spec(params)
-    with sharding.on_mesh(spec.mesh):
+    runtime = model.runtime(params)
+    with sharding.on_mesh(runtime.mesh):
         at = None if model.config.alibi else jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
         h, _ = model.hidden(params, ids, attention_mask=mask, positions=at, length=length)
         after = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
-        found = spec.place(-token_predictions(spec, params, h, after).nll, "batch", None)
+        found = runtime.shard(-token_predictions(runtime, params, h, after).nll, "batch", None)
         # Of the token at a place, from the state before it.
         return jnp.concatenate([found[:, -1:], found[:, :-1]], 1)
 

@@ -35,9 +35,9 @@ def start(
 ) -> State:
     """Begins searches, and takes the first step; arguments as in `sample.start`."""
     model, K = program.model, program.options.num_beams
-    with sharding.on_mesh(model.spec(params).mesh):
+    with sharding.on_mesh(model.runtime(params).mesh):
         B, S = len(prompt.logits), ids.shape[1]
-        cache = model.branch(params, prompt.cache, K, capacity)
+        cache = model.fork(params, prompt.cache, K, capacity)
         logits = prompt.logits[decode.source(program, B)]
         tracks = {
             "ids": ids.reshape(B, K, S),
@@ -75,7 +75,7 @@ def advance(program: Program, params: Any, prompts: KVCache, state: State, table
         s = s._replace(cache=dataclasses.replace(cache, prefix=None))
         return i + 1, _append(program, params, s, logits, table)
 
-    with sharding.on_mesh(program.model.spec(params).mesh):
+    with sharding.on_mesh(program.model.runtime(params).mesh):
         return jax.lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
 
 
@@ -133,12 +133,12 @@ def _append(program: Program, params: Any, s: State, logits: jax.Array, table) -
         s.beams, found, tracks, hit, step + 1, most - prompt_length,
         powers.astype(np.float32), options, active,
     )  # fmt: skip
-    spec = program.model.spec(params)
-    parents = spec.place(jnp.take_along_axis(found.parents, kept, 1), "batch", None)
+    runtime = program.model.runtime(params)
+    parents = runtime.shard(jnp.take_along_axis(found.parents, kept, 1), "batch", None)
     return State(
         rows,
         length + 1,
         beams,
-        kv_cache.reordered(s.cache, parents, spec.attention_shard),
+        kv_cache.reordered(s.cache, parents, runtime.attention_shard),
         decode.record(s.kept, step, scores=scores, logits=logits),
     )

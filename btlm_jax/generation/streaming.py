@@ -86,7 +86,7 @@ def _tokens(asked: Request, params: Params, chunk: int) -> Iterator[list[int]]:
         coming, before, length = ahead, length, T + 1 + used
         if capacity - used < chunk and capacity < room:
             capacity = min(2 * capacity, room)
-            s = s._replace(cache=kv_cache.grown(s.cache, capacity))
+            s = s._replace(cache=kv_cache.resized(s.cache, capacity))
         steps = min(chunk, capacity - used)
         s = sample.advance(
             asked.program, params, cache, s, asked.table, np.int32(steps), np.int32(len(rows))

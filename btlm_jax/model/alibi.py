@@ -57,7 +57,7 @@ def scale(scaling: AlibiScaling | None, key_length: int | jax.Array) -> float | 
     return max(1.0, key_length / trained)
 
 
-def varies(scaling: AlibiScaling | None, longest: int) -> bool:
+def scale_varies(scaling: AlibiScaling | None, longest: int) -> bool:
     """Whether `scale` depends on the length, up to `longest` keys: batches must then be alike."""
     return bool(scale(scaling, 1) != scale(scaling, longest))
 

@@ -96,10 +96,10 @@ def _attend(chosen, precision, sequence, q, k, v, slopes, segments, kernel) -> j
             )
     inputs = dict(slopes=slopes, segments=segments)
     if chosen == "splash":
-        return attention_fused.splash(q, k, v, **inputs, kernel=kernel)
+        return attention_fused.splash_attention(q, k, v, **inputs, kernel=kernel)
     if chosen == "cudnn":
-        return attention_fused.cudnn(q, k, v, **inputs, positions=positions)
-    out = attention_xla.attend(q, k, v, **inputs, positions=positions, precision=precision)
+        return attention_fused.cudnn_attention(q, k, v, **inputs, positions=positions)
+    out = attention_xla.xla_attention(q, k, v, **inputs, positions=positions, precision=precision)
     return checkpoint_name(out, remat.ATTENTION)
 
 

@@ -114,7 +114,7 @@ def _divisor(n: int, limit: int) -> int:
     return next(size for size in range(limit, 0, -_LANES) if n % size == 0)
 
 
-def splash(q, k, v, *, slopes, segments, kernel) -> jax.Array:
+def splash_attention(q, k, v, *, slopes, segments, kernel) -> jax.Array:
     """JAX's splash attention; arguments as in `attention.attention`, `kernel` for this length."""
     T = q.shape[2]
     rows = len(kernel.fwd_mask_info.q_sequence) - T  # of padding, at the end
@@ -128,7 +128,7 @@ def splash(q, k, v, *, slopes, segments, kernel) -> jax.Array:
     return jax.vmap(kernel)(q, k, v, ids)[:, :, :T]
 
 
-def cudnn(
+def cudnn_attention(
     q,
     k,
     v,
@@ -138,7 +138,7 @@ def cudnn(
     positions,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> jax.Array:
-    """cuDNN's flash attention through JAX; arguments as in `attention_xla.attend`.
+    """cuDNN's flash attention through JAX; arguments as in `attention_xla.xla_attention`.
 
     Causal masks are its own; segments and other positions are a boolean [B, 1, T, S].
 

@@ -22,7 +22,7 @@ _STRIPES, _STRIPE_ROWS = 8, 128
 _MASKED = jnp.finfo(jnp.float32).min  # finite, so that a row with no key at all is not NaN
 
 
-def attend(q, k, v, *, slopes, segments, positions, precision) -> jax.Array:
+def xla_attention(q, k, v, *, slopes, segments, positions, precision) -> jax.Array:
     """Causal attention; arguments as in `attention.attention`.
 
     Args:
@@ -51,7 +51,7 @@ def _chunked(q, k, v, segments, positions, *, slopes, precision):
     @jax.checkpoint
     def attended(q, positions, of_query):
         within = None if of_query is None else (of_query, of_key)
-        p = probabilities(
+        p = attention_probabilities(
             q, k, slopes=slopes, segments=within, positions=positions, precision=precision
         )
         return einsum("bhts,bhsk->bhtk", p.astype(v.dtype), v, precision).astype(q.dtype)
@@ -84,7 +84,7 @@ def over_queries(
     return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], n * chunk, out.shape[-1])[:, :, :T]
 
 
-def probabilities(q, k, *, slopes, segments, positions, precision=None) -> jax.Array:
+def attention_probabilities(q, k, *, slopes, segments, positions, precision=None) -> jax.Array:
     """The attention probabilities of the queries at `positions` [T], fp32 [B, H, T, S].
 
     Other arguments as in `attention.attention`.

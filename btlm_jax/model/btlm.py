@@ -19,11 +19,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import attention, sharding
-from btlm_jax.model.kv_cache import KVCache, Part, Slots, branch
+from btlm_jax.model.kv_cache import KVArray, KVCache, LayerKV, fork
 from btlm_jax.model.layers import Transformer, project_logits
 from btlm_jax.model.params import Params, check_params, init_params, unstack_params
-from btlm_jax.model.remat import KEPT, Remat
-from btlm_jax.model.runtime import Spec
+from btlm_jax.model.remat import SAVED_NAMES, Remat
+from btlm_jax.model.runtime import Runtime
 
 
 class Intermediates(NamedTuple):
@@ -48,7 +48,7 @@ class BTLM:
         CPU. float32 means full precision on every platform.
       rules: logical axis -> mesh axis, used when the weights live on a mesh.
       attention_implementation: see `attention.attention`.
-      remat: what the forward pass keeps for the backward pass (`remat.KEPT`): "none" forgets
+      remat: what the forward pass keeps for the backward pass (`remat.SAVED_NAMES`): "none" forgets
         nothing, "dots" keeps matrix products and attention, "attention" only the latter, "full"
         nothing but the input of every block.
     """
@@ -60,8 +60,10 @@ class BTLM:
     remat: Remat = "dots"
 
     def __post_init__(self) -> None:
-        if self.remat not in KEPT:
-            raise ValueError(f"remat: found {self.remat!r}, expected one of {', '.join(KEPT)}")
+        if self.remat not in SAVED_NAMES:
+            raise ValueError(
+                f"remat: found {self.remat!r}, expected one of {', '.join(SAVED_NAMES)}"
+            )
         # A mapping is welcome too; the model must be hashable to be static under jit.
         object.__setattr__(self, "rules", tuple(dict(self.rules).items()))
 
@@ -98,30 +100,30 @@ class BTLM:
           dtype: "int8" halves a bf16 cache, with a scale for every slot and head; None is the
             compute dtype.
         """
-        spec = self.spec(params)
-        spec.check_batch(batch_size)
-        dtype = _cache_dtype(spec, dtype)
+        runtime = self.runtime(params)
+        runtime.check_batch(batch_size)
+        dtype = _cache_dtype(runtime, dtype)
 
         def empty():
-            with sharding.on_mesh(spec.mesh):
-                layers, ids = _empty(spec, batch_size, capacity, dtype)
-                zero = spec.zeros((batch_size,), jnp.int32, "batch")
+            with sharding.on_mesh(runtime.mesh):
+                layers, ids = _empty(runtime, batch_size, capacity, dtype)
+                zero = runtime.zeros((batch_size,), jnp.int32, "batch")
                 length = jnp.zeros(batch_size, jnp.int32)
                 return KVCache(layers, ids, zero, length, jnp.int32(0), fresh=True)
 
         return _on_devices(params, empty)
 
-    def branch(self, params: Params, cache: KVCache, copies: int, capacity: int) -> KVCache:
+    def fork(self, params: Params, cache: KVCache, copies: int, capacity: int) -> KVCache:
         """An empty cache of `copies` rows for each of `cache`, which they all read and continue.
 
         Of the same dtype. Under jit nothing is copied.
         """
-        spec = self.spec(params)
+        runtime = self.runtime(params)
 
         def empty(cache):
-            with sharding.on_mesh(spec.mesh):
-                layers, ids = _empty(spec, cache.rows * copies, capacity, cache.dtype)
-                return branch(cache, copies, layers, ids)
+            with sharding.on_mesh(runtime.mesh):
+                layers, ids = _empty(runtime, cache.rows * copies, capacity, cache.dtype)
+                return fork(cache, copies, layers, ids)
 
         return _on_devices(params, empty, cache)
 
@@ -191,17 +193,17 @@ class BTLM:
 
         Arguments and errors as in `apply`.
         """
-        spec, inputs = self._inputs(
+        runtime, inputs = self._inputs(
             params, input_ids, attention_mask, segment_ids, positions, token_type_ids, cache
         )
         if length is not None:
             length = jnp.asarray(length, jnp.int32)
-        h, cache, _ = _forward(spec, params, inputs, cache, length, capture=False)
+        h, cache, _ = _forward(runtime, params, inputs, cache, length, capture=False)
         return h, cache
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """The fp32 logits [..., V] of final hidden states [..., D]."""
-        return _logits(self.spec(params), params, hidden)
+        return _logits(self.runtime(params), params, hidden)
 
     def intermediates(self, params, input_ids, *, attention_mask=None, segment_ids=None,
                       positions=None, token_type_ids=None) -> Intermediates:  # fmt: skip
@@ -210,15 +212,15 @@ class BTLM:
         For study and tests: unlike `apply` it holds [L, B, H, T, T] attention probabilities.
         Arguments as in `apply`.
         """
-        spec, inputs = self._inputs(
+        runtime, inputs = self._inputs(
             params, input_ids, attention_mask, segment_ids, positions, token_type_ids, None
         )
-        spec = dataclasses.replace(spec, rules=sharding.unshard_sequences(spec.rules))
-        h, _, seen = _forward(spec, params, inputs, None, None, capture=True)
+        runtime = dataclasses.replace(runtime, rules=sharding.unshard_sequences(runtime.rules))
+        h, _, seen = _forward(runtime, params, inputs, None, None, capture=True)
         seen["hidden_states"] = jnp.concatenate([seen["hidden_states"], h[None]])
-        return Intermediates(logits=_logits(spec, params, h), **seen)
+        return Intermediates(logits=_logits(runtime, params, h), **seen)
 
-    def spec(self, params: Params) -> Spec:
+    def runtime(self, params: Params) -> Runtime:
         """What is static in a forward pass with these weights, read off their shapes and types."""
         padding = check_params(params, self.config)
         mesh = sharding.mesh_of(params["wte"])
@@ -230,7 +232,7 @@ class BTLM:
                 f"expected vocab {self.config.vocab_size} and mlp {self.config.n_inner}; padding "
                 "belongs to a mesh (save and load strip it)"
             )
-        return Spec(
+        return Runtime(
             self.config,
             self.dtype_on(mesh),
             self.rules,
@@ -246,9 +248,9 @@ class BTLM:
             return jnp.dtype(self.compute_dtype)
         return jnp.dtype(jnp.float32 if sharding.mesh_platform(mesh) == "cpu" else jnp.bfloat16)
 
-    def _inputs(self, params, ids, mask, segments, positions, types, cache) -> tuple[Spec, dict]:
+    def _inputs(self, params, ids, mask, segments, positions, types, cache) -> tuple[Runtime, dict]:
         """Checks and normalizes the arguments of the forward pass."""
-        c, spec = self.config, self.spec(params)
+        c, runtime = self.config, self.runtime(params)
         named = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -268,14 +270,14 @@ class BTLM:
             if name != "attention_mask" and not jnp.issubdtype(x.dtype, jnp.integer):
                 raise ValueError(f"{name}: found dtype {x.dtype}, expected integers")
         if cache is not None:  # a step of decoding has nothing to split
-            spec = dataclasses.replace(spec, rules=sharding.unshard_sequences(spec.rules))
-        spec.check_batch(*shape)
+            runtime = dataclasses.replace(runtime, rules=sharding.unshard_sequences(runtime.rules))
+        runtime.check_batch(*shape)
         if not c.alibi and segments is not None and positions is None:
             raise ValueError(
                 "segment_ids with learned positions: pass positions, counted within each segment"
             )
         if cache is not None:
-            spec.check_cache(cache, shape[0])
+            runtime.check_cache(cache, shape[0])
         start = 0 if cache is None else _fill(cache)
         end = None if start is None else start + shape[1]
         if cache is not None and (end or shape[1]) > cache.capacity:
@@ -290,22 +292,24 @@ class BTLM:
             )
         if mask is not None:
             arrays["attention_mask"] = arrays["attention_mask"] != 0
-        return spec, {k: x.astype(jnp.int32) for k, x in arrays.items()}
+        return runtime, {k: x.astype(jnp.int32) for k, x in arrays.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "capture"))
-def _forward(spec: Spec, params, inputs: Mapping[str, jax.Array], cache, length, capture: bool):
-    with sharding.on_mesh(spec.mesh):
-        inputs = {k: spec.place(x, "batch", "sequence") for k, x in inputs.items()}
+@functools.partial(jax.jit, static_argnames=("runtime", "capture"))
+def _forward(
+    runtime: Runtime, params, inputs: Mapping[str, jax.Array], cache, length, capture: bool
+):
+    with sharding.on_mesh(runtime.mesh):
+        inputs = {k: runtime.shard(x, "batch", "sequence") for k, x in inputs.items()}
         if cache is not None:
-            params = unstack_params(spec.config, params)
-        return Transformer(spec).apply({"params": params}, inputs, cache, length, capture)
+            params = unstack_params(runtime.config, params)
+        return Transformer(runtime).apply({"params": params}, inputs, cache, length, capture)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _logits(spec: Spec, params, hidden):
-    with sharding.on_mesh(spec.mesh):
-        return project_logits(spec, params, hidden)[..., : spec.config.vocab_size]
+@functools.partial(jax.jit, static_argnames="runtime")
+def _logits(runtime: Runtime, params, hidden):
+    with sharding.on_mesh(runtime.mesh):
+        return project_logits(runtime, params, hidden)[..., : runtime.config.vocab_size]
 
 
 def _on_devices(params: Params, make: Callable[..., Any], *args: Any) -> Any:
@@ -327,23 +331,25 @@ def _fill(cache: KVCache) -> int | None:
     return None if isinstance(cache.length, jax.core.Tracer) else int(cache.length.max())
 
 
-def _cache_dtype(spec: Spec, dtype: DTypeLike | None) -> np.dtype:
-    found = spec.dtype if dtype is None else jnp.dtype(dtype)
+def _cache_dtype(runtime: Runtime, dtype: DTypeLike | None) -> np.dtype:
+    found = runtime.dtype if dtype is None else jnp.dtype(dtype)
     if found != jnp.int8 and not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"dtype of the cache: found {found}, expected int8 or a float")
     return found
 
 
-def _empty(spec: Spec, rows: int, capacity: int, dtype) -> tuple[tuple[Part, ...], jax.Array]:
+def _empty(
+    runtime: Runtime, rows: int, capacity: int, dtype
+) -> tuple[tuple[LayerKV, ...], jax.Array]:
     """Empty slots of every layer, and their segments."""
-    c = spec.config
+    c = runtime.config
     shape = (rows, c.n_head, capacity, c.head_dim)
 
     def slots():
-        data = spec.zeros(shape, dtype, "batch", "heads", None, None)
+        data = runtime.zeros(shape, dtype, "batch", "heads", None, None)
         if dtype != jnp.int8:
-            return Slots(data, None)
-        return Slots(data, spec.zeros(shape[:3], jnp.float32, "batch", "heads", None))
+            return KVArray(data, None)
+        return KVArray(data, runtime.zeros(shape[:3], jnp.float32, "batch", "heads", None))
 
-    layers = tuple(Part(slots(), slots()) for _ in range(c.n_layer))
-    return layers, spec.zeros((rows, capacity), jnp.int32, "batch", None)
+    layers = tuple(LayerKV(slots(), slots()) for _ in range(c.n_layer))
+    return layers, runtime.zeros((rows, capacity), jnp.int32, "batch", None)

@@ -29,7 +29,7 @@ from btlm_jax.model.einsum import einsum
 _MASKED = np.finfo(np.float32).min  # finite, so that a row with no key at all is not NaN
 
 
-class Slots(NamedTuple):
+class KVArray(NamedTuple):
     """The keys, or the values, of one layer.
 
     Attributes:
@@ -41,7 +41,7 @@ class Slots(NamedTuple):
     scales: jax.Array | None
 
     @classmethod
-    def of(cls, x: jax.Array, dtype: Any) -> Slots:
+    def from_floats(cls, x: jax.Array, dtype: Any) -> KVArray:
         """Keys or values [R, H, T, K] as they are stored."""
         if dtype != jnp.int8:
             return cls(x.astype(dtype), None)
@@ -50,11 +50,11 @@ class Slots(NamedTuple):
         return cls(jnp.round(x / scales[..., None]).astype(jnp.int8), scales)
 
 
-class Part(NamedTuple):
+class LayerKV(NamedTuple):
     """Keys and values of one layer."""
 
-    keys: Slots
-    values: Slots
+    keys: KVArray
+    values: KVArray
 
 
 @jax.tree_util.register_dataclass
@@ -66,18 +66,18 @@ class KVCache:
       layers: of every layer, S slots.
       segment_ids: int32 [R, S]; 0 is padding.
       segment: int32 [R], of the last token.
-      length: int32 [R], how many slots before `at` are a row's own.
-      at: int32, the slot that is written next, counted on past the end of the ring.
+      length: int32 [R], how many slots before `cursor` are a row's own.
+      cursor: int32, the slot that is written next, counted on past the end of the ring.
       prefix: what comes before: a cache of R / n rows, each of which n neighbours continue. It has
         no prefix of its own.
       fresh: known to be empty while tracing, so that a prompt can be read by fused kernels.
     """
 
-    layers: tuple[Part, ...]
+    layers: tuple[LayerKV, ...]
     segment_ids: jax.Array
     segment: jax.Array
     length: jax.Array
-    at: jax.Array
+    cursor: jax.Array
     prefix: KVCache | None = None
     fresh: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
@@ -113,7 +113,7 @@ class KVCache:
         return own + (0 if self.prefix is None else self.prefix.nbytes)
 
 
-class Shared(NamedTuple):
+class CacheContext(NamedTuple):
     """What the layers' attention shares. B rows of a prefix are R / B rows each.
 
     Attributes:
@@ -133,7 +133,7 @@ class Shared(NamedTuple):
     prefix_ids: jax.Array | None
 
 
-def branch(cache: KVCache, copies: int, layers: tuple[Part, ...], ids: jax.Array) -> KVCache:
+def fork(cache: KVCache, copies: int, layers: tuple[LayerKV, ...], ids: jax.Array) -> KVCache:
     """An empty cache whose rows continue those of another, `copies` neighbours each.
 
     Args:
@@ -151,20 +151,20 @@ def branch(cache: KVCache, copies: int, layers: tuple[Part, ...], ids: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def grown(cache: KVCache, capacity: int) -> KVCache:
+def resized(cache: KVCache, capacity: int) -> KVCache:
     """The cache with more slots, those of a prefix not counted.
 
     A ring that has closed is opened at its oldest slot.
     """
-    closed = cache.at > cache.capacity
-    shift = jnp.where(closed, -cache.at % cache.capacity, 0)
+    closed = cache.cursor > cache.capacity
+    shift = jnp.where(closed, -cache.cursor % cache.capacity, 0)
 
     def larger(x, axis):
         return _filled_up(jnp.roll(x, shift, axis), axis, capacity)
 
     layers = jax.tree.map(lambda x: larger(x, 2), cache.layers)
-    ids, at = larger(cache.segment_ids, 1), jnp.where(closed, cache.capacity, cache.at)
-    return dataclasses.replace(cache, layers=layers, segment_ids=ids, at=at)
+    ids, cursor = larger(cache.segment_ids, 1), jnp.where(closed, cache.capacity, cache.cursor)
+    return dataclasses.replace(cache, layers=layers, segment_ids=ids, cursor=cursor)
 
 
 def _filled_up(x: jax.Array, axis: int, slots: int) -> jax.Array:
@@ -199,28 +199,28 @@ def reordered(cache: KVCache, parents_BN: jax.Array, shard: PartitionSpec | None
     return dataclasses.replace(cache, layers=layers, segment_ids=ids, segment=segment)
 
 
-def filled(part: Part, keys: jax.Array, values: jax.Array) -> Part:
+def filled(part: LayerKV, keys: jax.Array, values: jax.Array) -> LayerKV:
     """An empty layer with keys and values [R, H, T, K] from the first slot on."""
 
-    def fill(slots: Slots, new: jax.Array) -> Slots:
-        stored = Slots.of(new, slots.data.dtype)
+    def fill(slots: KVArray, new: jax.Array) -> KVArray:
+        stored = KVArray.from_floats(new, slots.data.dtype)
         return jax.tree.map(lambda x: _filled_up(x, 2, slots.data.shape[2]), stored)
 
-    return Part(fill(part.keys, keys), fill(part.values, values))
+    return LayerKV(fill(part.keys, keys), fill(part.values, values))
 
 
 def extend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    own: Part,
-    prefix: Part | None,
-    shared: Shared,
+    own: LayerKV,
+    prefix: LayerKV | None,
+    shared: CacheContext,
     *,
     precision: jax.lax.Precision | None,
     on_cpu: bool,
     shard: PartitionSpec | None,
-) -> tuple[jax.Array, Part]:
+) -> tuple[jax.Array, LayerKV]:
     """Writes new keys and values; attention of the new queries over all that is there.
 
     softmax(q·k - slope * distance, causal and within segments) @ v, over prefix and own slots.
@@ -236,12 +236,12 @@ def extend(
     """
 
     def local(q, k, v, own, prefix, shared):
-        def put(slots: Slots, new: jax.Array) -> Slots:
-            stored = Slots.of(new, slots.data.dtype)
+        def put(slots: KVArray, new: jax.Array) -> KVArray:
+            stored = KVArray.from_floats(new, slots.data.dtype)
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
             return jax.tree.map(lambda x, y: put(x, y, shared.at), slots, stored)
 
-        own = Part(put(own.keys, k), put(own.values, v))
+        own = LayerKV(put(own.keys, k), put(own.values, v))
         return _attend(q, own, prefix, shared, precision, on_cpu), own
 
     if shard is None:
@@ -258,7 +258,9 @@ def extend(
     )
 
 
-def _attend(q, own: Part, prefix: Part | None, shared: Shared, precision, on_cpu) -> jax.Array:
+def _attend(
+    q, own: LayerKV, prefix: LayerKV | None, shared: CacheContext, precision, on_cpu
+) -> jax.Array:
     def some(q, new, ids):
         return _attend_chunk(q, new, ids, own, prefix, shared, precision, on_cpu)
 
@@ -302,7 +304,7 @@ def _attend_chunk(q, new_T, new_ids, own, prefix, shared, precision, on_cpu) -> 
     return out.astype(q.dtype)
 
 
-def _slots(part: Part) -> jax.Array:
+def _slots(part: LayerKV) -> jax.Array:
     return jnp.arange(part.keys.data.shape[2], dtype=jnp.int32)[None]
 
 

@@ -18,9 +18,9 @@ from jax.typing import ArrayLike
 from btlm_jax.model import einsum, packed, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.layers import head_logits, head_weight
-from btlm_jax.model.packed import Kernel
+from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import Params
-from btlm_jax.model.runtime import Spec
+from btlm_jax.model.runtime import Runtime
 
 # Positions with this label are left out of the loss, as in PyTorch and transformers.
 IGNORE = -100
@@ -126,7 +126,7 @@ def next_token_loss(
     h, _ = model.hidden(
         params, ids, attention_mask=attention_mask, segment_ids=segment_ids, positions=positions
     )
-    return head_loss(model.spec(params), params, h, _left(labels, IGNORE), weights)[1]
+    return head_loss(model.runtime(params), params, h, _left(labels, IGNORE), weights)[1]
 
 
 def target_loss(
@@ -163,12 +163,12 @@ def target_loss(
     if weights is not None:
         weights = _weights(weights, targets.shape)
     h, _ = model.hidden(params, tokens[:, :-1], segment_ids=segments)
-    return head_loss(model.spec(params), params, h, targets, weights, z_loss)
+    return head_loss(model.runtime(params), params, h, targets, weights, z_loss)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "z_loss"))
+@functools.partial(jax.jit, static_argnames=("runtime", "z_loss"))
 def head_loss(
-    spec: Spec,
+    runtime: Runtime,
     params: Params,
     h_BTD: jax.Array,
     targets_BT: jax.Array,
@@ -180,15 +180,17 @@ def head_loss(
     Targets are `IGNORE` or of the vocabulary: others turn loss and gradients into NaN. Further
     arguments and results as in `target_loss`.
     """
-    with sharding.on_mesh(spec.mesh):
-        targets = spec.place(targets_BT, "batch", "sequence")
+    with sharding.on_mesh(runtime.mesh):
+        targets = runtime.shard(targets_BT, "batch", "sequence")
         counted = (targets != IGNORE).astype(jnp.float32)
         if weights_BT is not None:
-            counted = counted * spec.place(jax.lax.stop_gradient(weights_BT), "batch", "sequence")
-        known = (targets == IGNORE) | ((targets >= 0) & (targets < spec.config.vocab_size))
+            counted = counted * runtime.shard(
+                jax.lax.stop_gradient(weights_BT), "batch", "sequence"
+            )
+        known = (targets == IGNORE) | ((targets >= 0) & (targets < runtime.config.vocab_size))
         weights = jnp.where(known, counted, jnp.nan)
-        w = _head(spec, params)
-        objective, penalty = _summed(spec, z_loss, w, h_BTD, targets, weights)
+        w = _head(runtime, params)
+        objective, penalty = _summed(runtime, z_loss, w, h_BTD, targets, weights)
         return objective, LossSum(objective - jax.lax.stop_gradient(penalty), counted.sum())
 
 
@@ -199,40 +201,40 @@ class Predictions(NamedTuple):
     likeliest: jax.Array  # bool [B, T], whether no token is likelier, nor as likely and of lower id
 
 
-@functools.partial(jax.jit, static_argnames="spec")
+@functools.partial(jax.jit, static_argnames="runtime")
 def token_predictions(
-    spec: Spec, params: Params, h_BTD: jax.Array, targets_BT: jax.Array
+    runtime: Runtime, params: Params, h_BTD: jax.Array, targets_BT: jax.Array
 ) -> Predictions:
     """The loss of every target on its own, in chunks as `head_loss`, which sums them.
 
     0 where the target is `IGNORE`, NaN where it is outside the vocabulary. Arguments as there.
     """
-    with sharding.on_mesh(spec.mesh):
-        targets = spec.place(targets_BT, "batch", "sequence")
-        w = spec.place(_head(spec, params).astype(spec.dtype), "vocab", None)
-        if spec.mesh is None:
-            nll, likeliest = _local_predictions(spec, (), w, h_BTD, targets)
+    with sharding.on_mesh(runtime.mesh):
+        targets = runtime.shard(targets_BT, "batch", "sequence")
+        w = runtime.shard(_head(runtime, params).astype(runtime.dtype), "vocab", None)
+        if runtime.mesh is None:
+            nll, likeliest = _local_predictions(runtime, (), w, h_BTD, targets)
         else:
-            axes = functools.partial(sharding.partition_spec, spec.rules)
+            axes = functools.partial(sharding.partition_spec, runtime.rules)
             of_h, of_rows = axes("batch", "sequence", None), axes("batch", "sequence")
-            vocab_axes = sharding.mesh_axes(spec.rules, "vocab")
+            vocab_axes = sharding.mesh_axes(runtime.rules, "vocab")
             nll, likeliest = jax.shard_map(
-                functools.partial(_local_predictions, spec, vocab_axes),
+                functools.partial(_local_predictions, runtime, vocab_axes),
                 in_specs=(axes("vocab", None), of_h, of_rows),
                 out_specs=of_rows,
             )(w, h_BTD, targets)
-        known = (targets >= 0) & (targets < spec.config.vocab_size)
+        known = (targets >= 0) & (targets < runtime.config.vocab_size)
         nll = jnp.where(targets == IGNORE, 0.0, jnp.where(known, nll, jnp.nan))
         return Predictions(nll, likeliest)
 
 
-def _local_predictions(spec: Spec, vocab_axes, w, h, targets) -> tuple[jax.Array, jax.Array]:
+def _local_predictions(runtime: Runtime, vocab_axes, w, h, targets) -> tuple[jax.Array, jax.Array]:
     """`token_predictions` on a shard: [v, D] of the vocabulary and [b, t, D] of the states."""
     ids = _ids(w, vocab_axes)
 
     def of_chunk(chunk):
         x, labels = chunk
-        logits = head_logits(spec, einsum.einsum("nd,vd->nv", x, w, spec.precision), ids)
+        logits = head_logits(runtime, einsum.einsum("nd,vd->nv", x, w, runtime.precision), ids)
         normalizer, chosen, _ = _log_softmax(logits, labels, ids, vocab_axes)
         best, top = ids[logits.argmax(-1)], logits.max(-1)
         if vocab_axes:  # as argmax has it: of the shards with the largest logit the lowest id
@@ -245,26 +247,26 @@ def _local_predictions(spec: Spec, vocab_axes, w, h, targets) -> tuple[jax.Array
     return nll, likeliest
 
 
-def _head(spec: Spec, params: Params) -> jax.Array:
+def _head(runtime: Runtime, params: Params) -> jax.Array:
     """The head's weight [V, D], as floats."""
-    w = head_weight(spec, params)
-    return packed.dequantized(w, spec.dtype) if isinstance(w, Kernel) else w
+    w = head_weight(runtime, params)
+    return packed.dequantize(w, runtime.dtype) if isinstance(w, PackedWeight) else w
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(spec: Spec, z_loss: float, w_VD, h_BTD, targets_BT, weights_BT):
+def _summed(runtime: Runtime, z_loss: float, w_VD, h_BTD, targets_BT, weights_BT):
     """The objective, and the z-loss in it: that has no gradient of its own.
 
     The forward pass, when differentiated, computes the gradients as well.
     """
-    return _chunked(spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, gradients=False)[0]
+    return _chunked(runtime, z_loss, w_VD, h_BTD, targets_BT, weights_BT, gradients=False)[0]
 
 
-def _forward(spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT):
-    return _chunked(spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, gradients=True)
+def _forward(runtime, z_loss, w_VD, h_BTD, targets_BT, weights_BT):
+    return _chunked(runtime, z_loss, w_VD, h_BTD, targets_BT, weights_BT, gradients=True)
 
 
-def _backward(spec, z_loss, gradients, cotangents):
+def _backward(runtime, z_loss, gradients, cotangents):
     scale = cotangents[0]
     # In fp32: a rounded factor would change every entry alike.
     dw, dh = ((g.astype(jnp.float32) * scale).astype(g.dtype) for g in gradients)
@@ -274,17 +276,17 @@ def _backward(spec, z_loss, gradients, cotangents):
 _summed.defvjp(_forward, _backward)
 
 
-def _chunked(spec: Spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, *, gradients: bool):
+def _chunked(runtime: Runtime, z_loss, w_VD, h_BTD, targets_BT, weights_BT, *, gradients: bool):
     """(objective, penalty) and, if asked for, the objective's gradients by w_VD and h_BTD."""
-    w = spec.place(w_VD.astype(spec.dtype), "vocab", None)
-    local = functools.partial(_local, spec, z_loss, gradients=gradients)
-    if spec.mesh is None:
+    w = runtime.shard(w_VD.astype(runtime.dtype), "vocab", None)
+    local = functools.partial(_local, runtime, z_loss, gradients=gradients)
+    if runtime.mesh is None:
         found = local((), (), (), w, h_BTD, targets_BT, weights_BT)
     else:
-        axes = functools.partial(sharding.partition_spec, spec.rules)
+        axes = functools.partial(sharding.partition_spec, runtime.rules)
         of_w, of_h = axes("vocab", None), axes("batch", "sequence", None)
         of_rows = axes("batch", "sequence")
-        names = functools.partial(sharding.mesh_axes, spec.rules)
+        names = functools.partial(sharding.mesh_axes, runtime.rules)
         row_axes = names("batch") + names("sequence")
         # The axes over which the weight rests in shards and the rows are split as well.
         split = tuple(name for name in names("embed") if name in row_axes)
@@ -297,20 +299,30 @@ def _chunked(spec: Spec, z_loss, w_VD, h_BTD, targets_BT, weights_BT, *, gradien
     sums, (dw, dh) = found
     if not gradients:
         return sums, None
-    if spec.mesh is not None:
+    if runtime.mesh is not None:
         dw = reshard(dw, jax.typeof(w_VD).sharding)
     return sums, (dw.astype(w_VD.dtype), dh)
 
 
 def _local(
-    spec: Spec, z_loss, vocab_axes, row_axes, split, w, h, targets, weights, *, gradients: bool
+    runtime: Runtime,
+    z_loss,
+    vocab_axes,
+    row_axes,
+    split,
+    w,
+    h,
+    targets,
+    weights,
+    *,
+    gradients: bool,
 ) -> Any:
     """`_chunked` on a shard: [v, D] of the vocabulary and [b, t, D] of the states."""
     D, count = w.shape[1], targets.size
     ids = _ids(w, vocab_axes)
 
     def product(equation, x, y):
-        return einsum.einsum(equation, x, y, spec.precision)
+        return einsum.einsum(equation, x, y, runtime.precision)
 
     def weighted(x, weight):
         return jnp.where(weight == 0.0, 0.0, x * weight).sum()  # rows left out may hold anything
@@ -318,7 +330,7 @@ def _local(
     def add(total, chunk):
         x, labels, weight = chunk
         (nll, penalty), dw = total
-        logits = head_logits(spec, product("nd,vd->nv", x, w), ids)
+        logits = head_logits(runtime, product("nd,vd->nv", x, w), ids)
         normalizer, chosen, hit = _log_softmax(logits, labels, ids, vocab_axes)
         nll = nll + weighted(normalizer - chosen, weight)
         penalty = penalty + weighted(z_loss * jnp.square(normalizer), weight)
@@ -326,9 +338,9 @@ def _local(
             return ((nll, penalty), None), None
         p = jnp.exp(logits - normalizer[:, None])
         p = p * (1.0 + 2.0 * z_loss * normalizer)[:, None]
-        d = (p - hit) * (weight * spec.config.logits_scale)[:, None]
+        d = (p - hit) * (weight * runtime.config.logits_scale)[:, None]
         # Rounded as the products of the layers round gradients: bf16 stays on the matrix units.
-        d = d.astype(spec.dtype)
+        d = d.astype(runtime.dtype)
         dx = _psum(product("nv,vd->nd", d, w), vocab_axes).astype(h.dtype)
         return ((nll, penalty), dw + product("nv,nd->vd", d, x)), dx
 

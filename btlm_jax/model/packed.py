@@ -29,7 +29,7 @@ _MATRIX_ROWS = 256
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class PackedWeight:
     """The weights of a projection, inputs last.
 
     Attributes:
@@ -60,7 +60,7 @@ class Kernel:
         return (*self.values.shape[:-1], self.inputs)
 
 
-def inputs_last(x: jax.Array, inputs: Sequence[int]) -> Kernel:
+def transposed(x: jax.Array, inputs: Sequence[int]) -> PackedWeight:
     """A float kernel.
 
     Args:
@@ -70,7 +70,7 @@ def inputs_last(x: jax.Array, inputs: Sequence[int]) -> Kernel:
     outputs = [i for i in range(x.ndim) if i not in inputs]
     n = math.prod(x.shape[i] for i in inputs)
     shape = (*(x.shape[i] for i in outputs), n)
-    return Kernel(x.transpose(*outputs, *inputs).reshape(shape), None, n)
+    return PackedWeight(x.transpose(*outputs, *inputs).reshape(shape), None, n)
 
 
 def unpack(packed: jax.Array) -> jax.Array:
@@ -83,7 +83,7 @@ def unpack(packed: jax.Array) -> jax.Array:
     return jnp.stack([low, high], -2).reshape(*packed.shape[:-1], -1)
 
 
-def dequantized(kernel: Kernel, dtype) -> jax.Array:
+def dequantize(kernel: PackedWeight, dtype) -> jax.Array:
     """The weights as an array [*O, I] of `dtype`; each is rounded once."""
     values, scales = kernel.values, kernel.scales
     if kernel.packed:
@@ -107,7 +107,9 @@ def _reshape(x: jax.Array, shape: tuple[int, ...], spec: Sequence) -> jax.Array:
     return jnp.reshape(x, shape, out_sharding=out)
 
 
-def rows(kernel: Kernel, index: jax.Array, out_sharding: PartitionSpec | None = None) -> jax.Array:
+def embedding_rows(
+    kernel: PackedWeight, index: jax.Array, out_sharding: PartitionSpec | None = None
+) -> jax.Array:
     """Rows of an embedding [V, D] of floats or int8, fp32; indices outside are clipped."""
 
     # Within a loop XLA's CPU backend would make the whole table fp32 before it, once for all.
@@ -120,9 +122,9 @@ def rows(kernel: Kernel, index: jax.Array, out_sharding: PartitionSpec | None = 
     return found if kernel.scales is None else found * of(kernel.scales)
 
 
-def product(
+def packed_matmul(
     x: jax.Array,
-    kernel: Kernel,
+    kernel: PackedWeight,
     *,
     on_cpu: bool,
     precision: jax.lax.Precision | None = None,
@@ -153,11 +155,11 @@ def product(
         bits = jnp.isnan(x.reshape(-1)[0]).astype(jnp.uint8)
         scales, x = jax.lax.optimization_barrier((scales, x))
         kernel = dataclasses.replace(kernel, values=values ^ bits, scales=scales)
-    w = dequantized(kernel, x.dtype)
+    w = dequantize(kernel, x.dtype)
     return _dot(x, w, on_cpu, precision, out_sharding, jnp.float32)
 
 
-def _few(x: jax.Array, kernel: Kernel) -> bool:
+def _few(x: jax.Array, kernel: PackedWeight) -> bool:
     """Whether `_by_groups` costs less than reading the weights; it wants all inputs together."""
     assert kernel.scales is not None
     own = jax.typeof(kernel.values).sharding
@@ -166,7 +168,7 @@ def _few(x: jax.Array, kernel: Kernel) -> bool:
     return split == 1 and math.prod(x.shape[:-1]) * kernel.scales.shape[-1] <= _MATRIX_ROWS
 
 
-def _by_groups(x, kernel: Kernel, precision, out_sharding) -> jax.Array:
+def _by_groups(x, kernel: PackedWeight, precision, out_sharding) -> jax.Array:
     """The product with int4 of few rows, by one product of G rows for each of them.
 
     Each has the inputs of one group and zeros. So scales come after the sums, and int4 is all that
@@ -206,7 +208,7 @@ def _dot(x, w, on_cpu, precision, out_sharding, dtype):
     return y[: math.prod(lead)].reshape(shape) if matrices else y
 
 
-def place(kernel: Kernel, spec: PartitionSpec) -> Kernel:
+def shard(kernel: PackedWeight, spec: PartitionSpec) -> PackedWeight:
     """The kernel in another sharding, of [*O, I]; groups are split as inputs are."""
     scales = kernel.scales
     if scales is not None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model.packed import Kernel
+from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.weights import (
     DiskLeaf,
     Path,
@@ -166,7 +166,7 @@ def check_params(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int
             continue
         w, kinds = known[path], jnp.floating
         expected = (config.n_layer,) * (w.stacked and not apart) + w.padded(padding)
-        if isinstance(leaf, Kernel):
+        if isinstance(leaf, PackedWeight):
             expected, kinds = w.transposed_shape(padding), jnp.number
         if tuple(leaf.shape) != expected:
             problems.append(f"{'/'.join(path)}: found shape {leaf.shape}, expected {expected}")
@@ -180,7 +180,7 @@ def check_params(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int
 def _size_of(leaf: Any, w: Weight, axis: str, stacked: bool) -> int | None:
     """The size of a logical axis of a weight; None if it has not even as many dimensions."""
     dim = w.axes.index(axis)
-    if isinstance(leaf, Kernel):
+    if isinstance(leaf, PackedWeight):
         if dim in w.inputs:  # flattened; the table pads none that has others beside it
             return leaf.inputs
         dim = [i for i in range(len(w.axes)) if i not in w.inputs].index(dim)

@@ -18,7 +18,7 @@ PRODUCT, ATTENTION = "product", "attention"
 # computed again: of "dots" LayerNorm, activations and casts, which costs less than storing and
 # reading them; of "attention" the projections too, a third of the work; of "full" everything. Per
 # token and layer, in multiples of D elements: 5 + 2 F/D, 1, 0.
-KEPT: dict[Remat, tuple[str, ...] | None] = {
+SAVED_NAMES: dict[Remat, tuple[str, ...] | None] = {
     "none": None,
     "dots": (PRODUCT, ATTENTION),
     "attention": (ATTENTION,),
@@ -27,11 +27,10 @@ KEPT: dict[Remat, tuple[str, ...] | None] = {
 
 
 def policy(name: Remat) -> Callable[..., Any] | None:
-    """The policy for `jax.checkpoint` that keeps `KEPT[name]`; None where nothing is computed again
-    and no checkpoint is wanted."""
+    """Returns the `jax.checkpoint` policy that saves `SAVED_NAMES[name]`, or None for "none"."""
     import jax
 
-    names = KEPT[name]
+    names = SAVED_NAMES[name]
     if names is None:
         return None
     named = jax.checkpoint_policies.save_only_these_names(*names)

@@ -18,7 +18,7 @@ from btlm_jax.model.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class Runtime:
     """What is static in one forward pass: the configuration, dtype, padding and mesh."""
 
     config: BTLMConfig
@@ -38,7 +38,7 @@ class Spec:
         """The PartitionSpec of an activation with these logical axes; None off any mesh."""
         return sharding.partition_spec(self.rules, *axes) if self.mesh is not None else None
 
-    def place(self, x: jax.Array, *axes: str | None) -> jax.Array:
+    def shard(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Shards an array by logical axes; the identity off any mesh."""
         if self.mesh is None:
             return x
@@ -46,7 +46,9 @@ class Spec:
             x, jax.sharding.NamedSharding(self.mesh, sharding.partition_spec(self.rules, *axes))
         )
 
-    def reordered(self, x: jax.Array, order: Callable[[jax.Array, str], jax.Array]) -> jax.Array:
+    def reorder_sequence(
+        self, x: jax.Array, order: Callable[[jax.Array, str], jax.Array]
+    ) -> jax.Array:
         """x [B, T, ...] by `context.balanced` or `.natural`, where sequences are split."""
         if self.mesh is None or sharding.num_shards(self.mesh, self.rules, "sequence") == 1:
             return x
@@ -65,7 +67,7 @@ class Spec:
         return jnp.zeros(shape, dtype, out_sharding=self.axes(*axes))
 
     def einsum(self, equation: str, x: jax.Array, y: jax.Array, *axes: str | None) -> jax.Array:
-        """`products.einsum`, fp32, sharded by the logical axes of the result."""
+        """`einsum.einsum`, fp32, sharded by the logical axes of the result."""
         return einsum_lib.einsum(equation, x, y, self.precision, self.axes(*axes))
 
     def check_batch(self, batch_size: int, length: int | None = None) -> None:

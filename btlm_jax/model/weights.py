@@ -33,7 +33,7 @@ class Weight:
       axes: the logical axis of each dimension (`sharding.RULES` maps them to mesh axes); None is
         replicated by design.
       inputs: the dimensions over which a product with it sums; none for what is only added. These
-        weights can be quantized (`kernels.Kernel`).
+        weights can be quantized (`packed.PackedWeight`).
       mean, std: the init is N(mean, std²), untruncated; std 0 is a constant.
       role: the muP group (FACTS of the original's `get_mup_param_groups`): "hidden" arrays get
         their learning rate multiplied by mup_width_scale.
@@ -64,7 +64,7 @@ class Weight:
         return "/".join(self.path)
 
     def transposed_shape(self, padding: Mapping[str, int]) -> tuple[int, ...]:
-        """The padded shape as `kernels.Kernel` has it: outputs, then all inputs as one."""
+        """The padded shape as `packed.PackedWeight` has it: outputs, then all inputs as one."""
         shape = self.padded(padding)
         outputs = (n for i, n in enumerate(shape) if i not in self.inputs)
         return (*outputs, math.prod(shape[i] for i in self.inputs))

@@ -180,7 +180,7 @@ def test_what_weights_by_layer_are_computed_in(tmp_path, params, monkeypatch):
         btlm.save(tmp_path / dtype, CONFIG, half)
     for stored, asked in (("float32", None), ("bfloat16", None), ("float16", "bfloat16")):
         model, found = btlm.load(tmp_path / stored, dtype=asked, unstacked=True)
-        assert model.compute_dtype == model.spec(found).dtype == jnp.dtype(asked or stored)
+        assert model.compute_dtype == model.runtime(found).dtype == jnp.dtype(asked or stored)
     monkeypatch.setattr(unstacked, "load", lambda *_, **__: pytest.fail("the weights were read"))
     with pytest.raises(ValueError, match="weights in float16: CPUs decode in bfloat16 or float32"):
         btlm.load(tmp_path / "float16", unstacked=True)

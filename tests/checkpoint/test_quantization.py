@@ -238,7 +238,7 @@ def test_quantized(params, to):
         assert got.packed == four and got.scales.dtype == (BF16 if four else np.float32)
         outputs = [i for i in range(x.ndim) if i not in w.inputs]
         expected = x.transpose(*outputs, *w.inputs).reshape(got.shape)
-        error = np.asarray(packed_lib.dequantized(got, jnp.float32)) - expected
+        error = np.asarray(packed_lib.dequantize(got, jnp.float32)) - expected
         relative = np.linalg.norm(error) / np.linalg.norm(expected)
         assert relative < (0.11 if four else 0.01), w.name  # normal weights: 0.097, 0.007
 
@@ -249,7 +249,7 @@ def test_quantized_takes_weights_by_layer(params, to):
     apart = flatten_tree(unstack_params(CONFIG, params))
     for leaf in weights.disk_leaves(CONFIG):
         if leaf.weight.inputs:
-            apart[leaf.path] = packed_lib.inputs_last(apart[leaf.path], leaf.weight.inputs)
+            apart[leaf.path] = packed_lib.transposed(apart[leaf.path], leaf.weight.inputs)
     for tree in (unstack_params(CONFIG, params), unflatten_tree(apart)):
         found = quantization.quantize_params(tree, CONFIG, to)
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected))

@@ -25,7 +25,7 @@ from btlm_jax.checkpoint import metadata, quantization, zarr
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.convert import auto, convert, export, quantize, verify
 from btlm_jax.model import packed, weights
-from btlm_jax.model.packed import Kernel
+from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import check_params, flatten_tree, init_params, is_unstacked
 from btlm_jax.train import loop, recipe_file
 from support import golden
@@ -48,7 +48,7 @@ def dequantized(params) -> dict[weights.Path, np.ndarray]:
     """fp32, by path; kernels and embeddings with inputs last."""
 
     def one(x):
-        return np.asarray(packed.dequantized(x, jnp.float32) if isinstance(x, Kernel) else x)
+        return np.asarray(packed.dequantize(x, jnp.float32) if isinstance(x, PackedWeight) else x)
 
     return {path: one(x) for path, x in flatten_tree(params).items()}
 
@@ -168,7 +168,7 @@ def test_floats_by_layer(made, sizes, dtype):
             with jax.set_mesh(mesh) if mesh else jax.numpy_dtype_promotion("standard"):
                 x = jax.jit(lambda x, i=leaf.layer: x[i])(x)
         if mesh is None and leaf.weight.inputs:
-            x = packed.inputs_last(x, leaf.weight.inputs)
+            x = packed.transposed(x, leaf.weight.inputs)
         else:
             assert got.sharding.is_equivalent_to(x.sharding, x.ndim)
         assert same(got, x)

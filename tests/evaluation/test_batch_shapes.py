@@ -11,24 +11,24 @@ from hypothesis import strategies as st
 from btlm_jax import BTLMConfig
 from btlm_jax.evaluation import batch_shapes
 from btlm_jax.model import sharding
-from btlm_jax.model.runtime import Spec
+from btlm_jax.model.runtime import Runtime
 
 
-def spec(**axes: int) -> Spec:
+def runtime(**axes: int) -> Runtime:
     mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes)) if axes else None
-    return Spec(BTLMConfig(), jnp.dtype(jnp.bfloat16), sharding.RULES, (), mesh, None, "none")
+    return Runtime(BTLMConfig(), jnp.dtype(jnp.bfloat16), sharding.RULES, (), mesh, None, "none")
 
 
 @given(st.integers(1, 20_000), st.none() | st.integers(1, 100))
 def test_shape_on_one_device(length, count):
-    rows, width = batch_shapes.batch_shape(spec(), length, count, None)
+    rows, width = batch_shapes.batch_shape(runtime(), length, count, None)
     assert length <= width < length + 128 and width % 128 == 0
     assert rows == 1 or rows * width <= batch_shapes.TOKENS
     assert count is None or rows <= count
 
 
 def test_shape_on_a_mesh():
-    whole = spec(data=2, fsdp=2, tensor=1, context=2)
+    whole = runtime(data=2, fsdp=2, tensor=1, context=2)
     rows, width = batch_shapes.batch_shape(whole, 1000, None, None)
     assert width == 1024
     assert rows == batch_shapes.TOKENS // width * sharding.num_shards(
@@ -37,8 +37,8 @@ def test_shape_on_a_mesh():
 
 
 def test_a_size_given_is_kept_or_refused():
-    assert batch_shapes.batch_shape(spec(), 100, None, 3) == (3, 128)
+    assert batch_shapes.batch_shape(runtime(), 100, None, 3) == (3, 128)
     with pytest.raises(ValueError, match="batch_size: found 0, expected at least 1"):
         batch_shapes.check_batch_size(0, None)
     with pytest.raises(ValueError, match="3"):
-        batch_shapes.batch_shape(spec(data=2, fsdp=1, tensor=1, context=1), 100, None, 3)
+        batch_shapes.batch_shape(runtime(data=2, fsdp=1, tensor=1, context=1), 100, None, 3)

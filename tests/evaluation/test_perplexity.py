@@ -293,8 +293,8 @@ def dequantized(params, quantized_params, config) -> Params:
     flat = flatten_tree(quantized_params)
     for leaf in weights.disk_leaves(config):
         w, x = leaf.weight, flat[leaf.path]
-        if isinstance(x, packed.Kernel):
-            x = packed.dequantized(x, jnp.float32)
+        if isinstance(x, packed.PackedWeight):
+            x = packed.dequantize(x, jnp.float32)
             outputs = [i for i in range(len(w.shape)) if i not in w.inputs]
             order = [*outputs, *w.inputs]
             x = x.reshape([w.shape[i] for i in order]).transpose(np.argsort(order))

@@ -242,7 +242,7 @@ def test_weights_in_half_are_computed_as_they_rest(
     seen = []
 
     def continuation(used, params, *_, **__):
-        seen.append((str(used.spec(params).dtype), used.config.alibi_scaling))
+        seen.append((str(used.runtime(params).dtype), used.config.alibi_scaling))
         return lambda ids: [""] * len(ids)
 
     monkeypatch.setattr(retrieval, "continuation", continuation)

@@ -102,13 +102,13 @@ def test_caches_grow(of_bytes, alone, monkeypatch):
     """After many short texts have gone round the ring of slots."""
     model, params, _ = of_bytes
     monkeypatch.setattr(request, "_FIRST", 4)
-    rounds, real = [], kv_cache.grown
+    rounds, real = [], kv_cache.resized
 
     def grown(cache, capacity):
-        rounds.append((cache.capacity, int(cache.at) > cache.capacity))
+        rounds.append((cache.capacity, int(cache.cursor) > cache.capacity))
         return real(cache, capacity)
 
-    monkeypatch.setattr(kv_cache, "grown", grown)
+    monkeypatch.setattr(kv_cache, "resized", grown)
     check(generate_batch(model, params, PROMPTS, batch_size=2, **DRAWN), alone, "drawn")
     assert {capacity for capacity, _ in rounds} == {4, 8} and any(closed for _, closed in rounds)
 

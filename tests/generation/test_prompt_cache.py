@@ -92,13 +92,13 @@ def test_prompts_are_read_by_fused_kernels(tiny, texts, monkeypatch):
     """Interpreted here: the kernel is called for the prompt, and once is all."""
     model, params = tiny
     lengths = []
-    splash = attention_fused.splash
+    splash = attention_fused.splash_attention
 
     def watched(q, *args, **kwargs):
         lengths.append(q.shape[2])
         return splash(q, *args, **kwargs)
 
-    monkeypatch.setattr(attention_fused, "splash", watched)
+    monkeypatch.setattr(attention_fused, "splash_attention", watched)
     fused = dataclasses.replace(model, attention_implementation="splash")
     found = generate(fused, params, texts, **options())
     assert lengths == [32] * model.config.n_layer  # the bucket

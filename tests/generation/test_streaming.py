@@ -59,8 +59,8 @@ def test_nothing_is_compiled_on_the_way(of_bytes, monkeypatch):
         list(tokens)
     assert found.count == 0
     monkeypatch.setattr(request, "_FIRST", 8)
-    grown, real = [], kv_cache.grown
-    monkeypatch.setattr(kv_cache, "grown", lambda c, n: grown.append(n) or real(c, n))
+    grown, real = [], kv_cache.resized
+    monkeypatch.setattr(kv_cache, "resized", lambda c, n: grown.append(n) or real(c, n))
     assert list(stream(model, params, PROMPT, chunk=3, **how)) == expected
     assert grown == [16, 32]
 

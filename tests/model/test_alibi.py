@@ -69,8 +69,8 @@ def test_dynamic_scale():
 
 def test_only_dynamic_scales_vary_and_only_beyond_the_training():
     dynamic = AlibiScaling(train_seq_len=16)
-    assert [alibi.varies(dynamic, n) for n in (1, 16, 17)] == [False, False, True]
-    assert not alibi.varies(None, 17) and not alibi.varies(AlibiScaling(factor=4.0), 17)
+    assert [alibi.scale_varies(dynamic, n) for n in (1, 16, 17)] == [False, False, True]
+    assert not alibi.scale_varies(None, 17) and not alibi.scale_varies(AlibiScaling(factor=4.0), 17)
 
 
 def bf16_exact(x) -> bool:

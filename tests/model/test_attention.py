@@ -58,7 +58,7 @@ def test_equals_float64(problem):
         given = None if slopes is None else jnp.asarray(slopes, jnp.float32)
         if offset or q.shape[2] < k.shape[2]:  # as where sequences are split over devices
             at = offset + jnp.arange(q.shape[2], dtype=jnp.int32)
-            got = attention_xla.attend(
+            got = attention_xla.xla_attention(
                 q, k, v, slopes=given, segments=segments, positions=at, precision=None
             )
         else:

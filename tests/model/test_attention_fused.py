@@ -67,7 +67,7 @@ def implementation(name, slopes, segments=None):
             attention.attention, slopes=slopes, segments=segments, implementation="splash"
         )
     return functools.partial(
-        attention_fused.cudnn,
+        attention_fused.cudnn_attention,
         slopes=slopes,
         segments=segments,
         positions=None,
@@ -199,7 +199,7 @@ def test_positions_up_to_65536():
     q, _, _, weight = problem(1, 1, 2 * 128, 80, jnp.bfloat16)
     _, k, v, _ = problem(1, 1, S, 80, jnp.bfloat16)
     fn = functools.partial(
-        attention_fused.splash,
+        attention_fused.splash_attention,
         slopes=jnp.asarray(slopes, jnp.float32),
         segments=None,
         kernel=jax.tree.map(of_the_first, whole),

@@ -616,7 +616,7 @@ def test_batch_that_does_not_divide(tiny):
 
 
 def test_remat_policies_trade_memory_for_work():
-    """Equal gradients, and of every layer the multiples of [B, T, D] that `remat.KEPT` promises."""
+    """Gradients agree, and each layer saves the multiples of [B, T, D] that `remat` promises."""
     base = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=32)
     ids = np.random.default_rng(0).integers(0, 32, (4, 128))
     kept, grads = {}, {}

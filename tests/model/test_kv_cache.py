@@ -11,7 +11,7 @@ import pytest
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh
 from btlm_jax.model import kv_cache
-from btlm_jax.model.kv_cache import Part, Shared, Slots
+from btlm_jax.model.kv_cache import CacheContext, KVArray, LayerKV
 
 R, B, H, K = 4, 2, 3, 8  # two prompts, two rows each
 P, S = 6, 5  # slots of the prefix and of the ring
@@ -37,8 +37,10 @@ def extended(lengths, at, prefix_lengths, dtype=jnp.float32, T=1, seed=0):
     own, before = (normal(2, n, H, size, K) for n, size in ((R, S), (B, P)))
     q, new = normal(R, H, T, K), normal(2, R, H, T, K)
     slopes = np.array([0.5, 0.1, 0.0], np.float32)
-    part, prefix = (Part(*(Slots.of(jnp.asarray(x), dtype) for x in kv)) for kv in (own, before))
-    shared = Shared(
+    part, prefix = (
+        LayerKV(*(KVArray.from_floats(jnp.asarray(x), dtype) for x in kv)) for kv in (own, before)
+    )
+    shared = CacheContext(
         jnp.asarray(slopes),
         jnp.asarray(lengths),
         jnp.int32(at % S),
@@ -87,7 +89,7 @@ def test_several_tokens_see_each_other_in_order():
 def test_int8_errs_by_half_a_step():
     """Each entry by at most half of a 127th of its slot's largest; so does their mean, a value."""
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 8)).astype(np.float32)
-    slots = Slots.of(jnp.asarray(x), jnp.int8)
+    slots = KVArray.from_floats(jnp.asarray(x), jnp.int8)
     assert slots.data.dtype == jnp.int8
     back = np.asarray(slots.data, np.float32) * np.asarray(slots.scales)[..., None]
     assert (np.abs(back - x) <= np.abs(x).max(-1, keepdims=True) / 127 * 0.501).all()
@@ -114,13 +116,13 @@ def test_growth_and_branches_change_nothing(tiny):
     cache = model.init_cache(params, 2, 5)
     logits, cache = model.apply(params, ids[:, :5], cache=cache)
     prompt = cache
-    cache = kv_cache.grown(jax.tree.map(jnp.copy, cache), 9)
+    cache = kv_cache.resized(jax.tree.map(jnp.copy, cache), 9)
     for t in range(5, 9):
         logits, cache = model.apply(params, ids[:, t : t + 1], cache=cache)
         np.testing.assert_allclose(logits[:, 0], expected[:, t], atol=2e-5)
 
     rows = np.array([[1, 0], [1, 1]])  # which beam of its prompt each continues
-    cache = model.branch(params, prompt, 2, 4)
+    cache = model.fork(params, prompt, 2, 4)
     text = np.repeat(ids, 2, 0)
     text[::2, 5] += 1  # the first beam takes another token
     _, cache = model.apply(params, text[:, 5:6] % 64, cache=cache)
@@ -138,7 +140,7 @@ def test_branches_on_a_mesh(tiny):
     params = model.init(jax.random.key(0), mesh=mesh)
     ids = np.random.default_rng(1).integers(0, 64, (2, 7))
     _, prompt = model.apply(params, ids[:, :5], cache=model.init_cache(params, 2, 8))
-    cache = model.branch(params, prompt, 2, 4)
+    cache = model.fork(params, prompt, 2, 4)
     assert cache.layers[0].keys.data.sharding.spec[:2] == (("data", "fsdp"), "tensor")
     text = np.repeat(ids, 2, 0)
     for t in (5, 6):
@@ -155,7 +157,7 @@ def test_a_closed_ring_grows(tiny, devices):
         params = model.init(jax.random.key(0), mesh=make_mesh(data=2, fsdp=1, tensor=4))
     ids = np.random.default_rng(1).integers(0, 64, (2, 16))
     _, prompt = model.apply(params, ids[:, :5], cache=model.init_cache(params, 2, 8))
-    cache = model.branch(params, prompt, 1, 4)
+    cache = model.fork(params, prompt, 1, 4)
 
     def go_on(cache, tokens):
         for t in range(tokens.shape[1]):
@@ -165,8 +167,8 @@ def test_a_closed_ring_grows(tiny, devices):
     _, cache = go_on(cache, ids[:, 5:8])
     cache = dataclasses.replace(cache, length=jnp.zeros_like(cache.length))  # both begin anew
     _, cache = go_on(cache, ids[:, 8:12])
-    assert int(cache.at) == 7
-    logits, cache = go_on(kv_cache.grown(cache, 8), ids[:, 12:])
+    assert int(cache.cursor) == 7
+    logits, cache = go_on(kv_cache.resized(cache, 8), ids[:, 12:])
     expected = model.apply(tiny[1], np.concatenate([ids[:, :5], ids[:, 8:]], 1))
     np.testing.assert_allclose(logits[:, 0], np.asarray(expected)[:, -1], atol=2e-5)
 

@@ -17,7 +17,7 @@ from btlm_jax.model import loss as loss_module
 from btlm_jax.model import sharding
 from btlm_jax.model.layers import project_logits
 from btlm_jax.model.loss import IGNORE, cross_entropy, head_loss, target_loss, token_predictions
-from btlm_jax.model.runtime import Spec
+from btlm_jax.model.runtime import Runtime
 from btlm_jax.train.step import init_state, make_step
 
 
@@ -87,7 +87,7 @@ def head(dtype="float32", sizes=None, tied=True, vocab_size=509, width=64):
     devices = jax.devices()[: np.prod(list(sizes.values()))] if sizes else None
     mesh = make_mesh(**sizes, devices=devices) if sizes else None
     pad = sharding.param_padding(config, mesh) if mesh else {}
-    spec = Spec(
+    runtime = Runtime(
         config,
         jnp.dtype(dtype),
         sharding.RULES,
@@ -98,31 +98,31 @@ def head(dtype="float32", sizes=None, tied=True, vocab_size=509, width=64):
     )
     placed = jnp.asarray(np.pad(w, ((0, pad.get("vocab", vocab_size) - vocab_size), (0, 0))))
     if mesh:
-        placed = jax.device_put(placed, NamedSharding(mesh, spec.axes("vocab", "embed")))
-    return spec, {"wte" if tied else "lm_head": placed}, w
+        placed = jax.device_put(placed, NamedSharding(mesh, runtime.axes("vocab", "embed")))
+    return runtime, {"wte" if tied else "lm_head": placed}, w
 
 
-def states(spec, mesh, shape):
+def states(runtime, mesh, shape):
     """Final states, targets (some left out) and weights, on the mesh."""
     rng = np.random.default_rng(8)
-    h = rng.normal(size=(*shape, spec.config.n_embd)).astype(np.float32)
-    targets = rng.integers(0, spec.config.vocab_size, shape).astype(np.int32)
+    h = rng.normal(size=(*shape, runtime.config.n_embd)).astype(np.float32)
+    targets = rng.integers(0, runtime.config.vocab_size, shape).astype(np.int32)
     targets[0, 3:6] = IGNORE
     weights = rng.uniform(0, 2, shape).astype(np.float32)
     weights[-1, 1] = 0
-    arrays = jnp.asarray(h, spec.dtype), jnp.asarray(targets), jnp.asarray(weights)
+    arrays = jnp.asarray(h, runtime.dtype), jnp.asarray(targets), jnp.asarray(weights)
     if mesh:
         places = ("batch", "sequence", None), ("batch", "sequence"), ("batch", "sequence")
         arrays = tuple(
-            jax.device_put(x, NamedSharding(mesh, spec.axes(*p)))
+            jax.device_put(x, NamedSharding(mesh, runtime.axes(*p)))
             for x, p in zip(arrays, places, strict=True)
         )
     return arrays
 
 
-def exact_head(spec, w, h, targets, weights=None, z_loss=0.0):
+def exact_head(runtime, w, h, targets, weights=None, z_loss=0.0):
     """In float64: the objective, the loss alone, the weights' sum, and the gradients by h and w."""
-    c = spec.config
+    c = runtime.config
     h, w, targets = np.asarray(h, np.float64), np.asarray(w, np.float64), np.asarray(targets)
     counted = (targets != IGNORE) * (1.0 if weights is None else np.asarray(weights, np.float64))
     logits = h @ w.T * c.logits_scale
@@ -136,11 +136,11 @@ def exact_head(spec, w, h, targets, weights=None, z_loss=0.0):
     return objective, nll, counted.sum(), d @ w, np.einsum("btv,btd->vd", d, h)
 
 
-def both(spec, z_loss=0.0, factor=1.0):
+def both(runtime, z_loss=0.0, factor=1.0):
     """A function of (params, h, targets, weights): objective, LossSum, and the gradients."""
 
     def objective(params, h, targets, weights=None):
-        value, loss = head_loss(spec, params, h, targets, weights, z_loss)
+        value, loss = head_loss(runtime, params, h, targets, weights, z_loss)
         return factor * value, loss
 
     return jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))
@@ -161,12 +161,12 @@ def test_head_loss_against_float64(monkeypatch, sizes, weighted, z_loss):
     """With rows left out, a padded vocabulary, and a last chunk that is not full."""
     monkeypatch.setattr(loss_module, "ROWS", 7)
     jax.clear_caches()  # ROWS is no argument
-    spec, params, w = head(sizes=sizes, tied=weighted)
+    runtime, params, w = head(sizes=sizes, tied=weighted)
     mesh = sharding.concrete_mesh_of(*params.values())
-    h, targets, weights = states(spec, mesh, (8, 10))
+    h, targets, weights = states(runtime, mesh, (8, 10))
     weights = weights if weighted else None
-    (value, loss), (dw, dh) = both(spec, z_loss)(params, h, targets, weights)
-    objective, nll, tokens, exact_dh, exact_dw = exact_head(spec, w, h, targets, weights, z_loss)
+    (value, loss), (dw, dh) = both(runtime, z_loss)(params, h, targets, weights)
+    objective, nll, tokens, exact_dh, exact_dw = exact_head(runtime, w, h, targets, weights, z_loss)
     # fp32 sums of up to 509 terms; measured: 2e-7, gradients 1e-6.
     assert float(value) == pytest.approx(objective, rel=1e-6)
     assert float(loss.nll) == pytest.approx(nll, rel=1e-6)
@@ -184,26 +184,26 @@ def test_token_predictions_against_float64(monkeypatch, sizes):
     """With rows left out, unknown ids, a padded vocabulary, and a last chunk that is not full."""
     monkeypatch.setattr(loss_module, "ROWS", 7)
     jax.clear_caches()  # ROWS is no argument
-    spec, params, w = head(sizes=sizes)
-    h, targets, _ = states(spec, sharding.concrete_mesh_of(*params.values()), (8, 10))
-    logits = np.asarray(h, np.float64) @ w.T.astype(np.float64) * spec.config.logits_scale
+    runtime, params, w = head(sizes=sizes)
+    h, targets, _ = states(runtime, sharding.concrete_mesh_of(*params.values()), (8, 10))
+    logits = np.asarray(h, np.float64) @ w.T.astype(np.float64) * runtime.config.logits_scale
     expected = exact(logits, np.asarray(targets))
-    found, _ = token_predictions(spec, params, h, targets)
+    found, _ = token_predictions(runtime, params, h, targets)
     assert found.dtype == jnp.float32
     # fp32 sums of 509 terms, and differences of logits of up to 60; measured: 8e-6.
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert (np.asarray(found)[0, 3:6] == 0).all()
     strange = jnp.where(targets == int(np.asarray(targets)[1, 1]), 509, targets)
-    found = np.asarray(token_predictions(spec, params, h, strange).nll)
+    found = np.asarray(token_predictions(runtime, params, h, strange).nll)
     assert (np.isnan(found) == (np.asarray(strange) == 509)).all() and np.isnan(found[1, 1])
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_the_likeliest_token(sizes):
     """As argmax of all: of equal ones the first, on whichever shard of the vocabulary it is."""
-    spec, params, w = head(sizes=sizes)
+    runtime, params, w = head(sizes=sizes)
     mesh = sharding.concrete_mesh_of(*params.values())
-    h, targets, _ = states(spec, mesh, (8, 16))
+    h, targets, _ = states(runtime, mesh, (8, 16))
     w[300] = w[17]
     ((name, placed),) = params.items()
     rows = np.pad(w, ((0, placed.shape[0] - len(w)), (0, 0)))
@@ -213,7 +213,7 @@ def test_the_likeliest_token(sizes):
     best = (states_ @ w.T).argmax(-1)
     labels[:, :4], labels[:, 4:8], labels[:, 8:12] = 17, 300, best[:, 8:12]
     h, targets = (jax.device_put(x, y.sharding) for x, y in ((states_, h), (labels, targets)))
-    likeliest = np.asarray(token_predictions(spec, params, h, targets).likeliest)
+    likeliest = np.asarray(token_predictions(runtime, params, h, targets).likeliest)
     assert likeliest[:, :4].all() and not likeliest[:, 4:8].any()
     assert likeliest[:, 8:12].all() and (likeliest == (best == labels)).all()
 
@@ -278,9 +278,9 @@ def test_logits_are_never_whole(monkeypatch):
     """Of [4096, 2048] logits, 34 MB, the program holds 256 rows at a time."""
     monkeypatch.setattr(loss_module, "ROWS", 256)
     jax.clear_caches()
-    spec, params, _ = head(vocab_size=2048)
-    h, targets, weights = states(spec, None, (2, 2048))
-    compiled = both(spec, 1e-4).lower(params, h, targets, weights).compile()
+    runtime, params, _ = head(vocab_size=2048)
+    h, targets, weights = states(runtime, None, (2, 2048))
+    compiled = both(runtime, 1e-4).lower(params, h, targets, weights).compile()
     logits = 4 * 4096 * 2048
     assert compiled.memory_analysis().temp_size_in_bytes < logits / 4  # measured: an eighth
     found = re.findall(r"(?:f32|bf16|pred)\[([\d,]+)\]", compiled.as_text())
@@ -292,19 +292,19 @@ def test_bf16_gradients_are_no_worse_than_the_plain_ones(monkeypatch):
     """64 chunks: dW summed in bf16 would be off by 4e-3."""
     monkeypatch.setattr(loss_module, "ROWS", 64)
     jax.clear_caches()
-    spec, params, w = head("bfloat16", vocab_size=512)
-    h, targets, _ = states(spec, None, (1, 4096))
+    runtime, params, w = head("bfloat16", vocab_size=512)
+    h, targets, _ = states(runtime, None, (1, 4096))
     rounded = np.asarray(jnp.asarray(w, jnp.bfloat16), np.float64)
-    *_, exact_dh, exact_dw = exact_head(spec, rounded, h, targets)
+    *_, exact_dh, exact_dw = exact_head(runtime, rounded, h, targets)
 
     def plain(params, h):
-        return cross_entropy(project_logits(spec, params, h), targets).sum()
+        return cross_entropy(project_logits(runtime, params, h), targets).sum()
 
     def errors(gradients):
         pairs = zip((gradients[0]["wte"], gradients[1]), (exact_dw, exact_dh), strict=True)
         return [np.linalg.norm(np.asarray(a, float) - b) / np.linalg.norm(b) for a, b in pairs]
 
-    _, gradients = both(spec)(params, h, targets)
+    _, gradients = both(runtime)(params, h, targets)
     assert gradients[1].dtype == jnp.bfloat16 and gradients[0]["wte"].dtype == jnp.float32
     ours, others = errors(gradients), errors(jax.grad(plain, (0, 1))(params, h))
     # The plain ones round dW, and on CPU no logit's gradient.
@@ -313,23 +313,23 @@ def test_bf16_gradients_are_no_worse_than_the_plain_ones(monkeypatch):
 
 def test_a_factor_is_not_rounded():
     """0.3 is 0.30078 in bf16: it would make every gradient larger by 2.6e-3."""
-    spec, params, _ = head("bfloat16", vocab_size=512)
-    h, targets, _ = states(spec, None, (1, 64))
-    one, other = (both(spec, 0.0, f)(params, h, targets)[1][1] for f in (1.0, 0.3))
+    runtime, params, _ = head("bfloat16", vocab_size=512)
+    h, targets, _ = states(runtime, None, (1, 64))
+    one, other = (both(runtime, 0.0, f)(params, h, targets)[1][1] for f in (1.0, 0.3))
     one, other = (np.asarray(g, np.float64) for g in (one, other))
     assert (one * other).sum() / (one * one).sum() == pytest.approx(0.3, rel=5e-4)
 
 
 def test_weights():
     """One weight for all changes no mean; labels left out have none; small sums divide too."""
-    spec, params, _ = head()
-    h, targets, weights = states(spec, None, (2, 10))
-    _, plain = head_loss(spec, params, h, targets)
-    _, same = head_loss(spec, params, h, targets, jnp.full((2, 10), 1e-3))
+    runtime, params, _ = head()
+    h, targets, weights = states(runtime, None, (2, 10))
+    _, plain = head_loss(runtime, params, h, targets)
+    _, same = head_loss(runtime, params, h, targets, jnp.full((2, 10), 1e-3))
     assert float(same.tokens) == pytest.approx(17e-3)
     assert float(same.mean) == pytest.approx(float(plain.mean), rel=1e-6)
     nothing = jnp.where(targets == IGNORE, weights, 0.0)
-    _, none = head_loss(spec, params, h.at[:, 3:].set(jnp.nan), targets, nothing)
+    _, none = head_loss(runtime, params, h.at[:, 3:].set(jnp.nan), targets, nothing)
     assert float(none.tokens) == 0 and float(none.nll) == 0
 
 

@@ -14,7 +14,7 @@ from btlm_jax import BTLMConfig, make_mesh
 from btlm_jax.checkpoint import quantization
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model import packed, weights
-from btlm_jax.model.packed import Kernel
+from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import flatten_tree, init_params
 
 # 171 inputs are filled up to 256; c_attn has outputs [3, H, K], attn/c_proj inputs [H, K].
@@ -28,12 +28,12 @@ def params():
     return init_params(jax.random.key(0), CONFIG)
 
 
-def kernel_of(params, name: str, kind: str) -> Kernel:
+def kernel_of(params, name: str, kind: str) -> PackedWeight:
     """The kernel of layer 0."""
     path = ("blocks", *name.split("/"), "kernel")
     if kind in ("float32", "bfloat16"):
         x = flatten_tree(params)[path][0].astype(kind)
-        return packed.inputs_last(x, weights.weights_by_path(CONFIG)[path].inputs)
+        return packed.transposed(x, weights.weights_by_path(CONFIG)[path].inputs)
     to = Quantization.parse("int4" if kind == "jnp.int4" else kind)
     kernel = flatten_tree(quantization.quantize_params(params, CONFIG, to))[
         "blocks", "0", *path[1:]
@@ -44,7 +44,7 @@ def kernel_of(params, name: str, kind: str) -> Kernel:
     return kernel
 
 
-def exact(kernel: Kernel) -> np.ndarray:
+def exact(kernel: PackedWeight) -> np.ndarray:
     """float64 [*O, I], by the definition."""
     values = kernel.values
     values = np.asarray(packed.unpack(values) if kernel.packed else values).astype(np.float64)
@@ -63,7 +63,7 @@ def test_dequantized(params, name, kind):
     assert kernel.shape == (*outputs, inputs) and kernel.packed == kind.startswith("int4")
     # fp32 rounds value times scale by half an ulp, bf16 that again, once.
     for dtype, half_ulp in ((jnp.float32, 2.0**-24), (jnp.bfloat16, 2.0**-8)):
-        got = np.asarray(packed.dequantized(kernel, dtype)).astype(np.float64)
+        got = np.asarray(packed.dequantize(kernel, dtype)).astype(np.float64)
         assert got.shape == kernel.shape
         np.testing.assert_allclose(got, exact(kernel), rtol=half_ulp * 1.01 + 2.0**-24)
 
@@ -77,7 +77,7 @@ def test_product(params, kind, dtype, on_cpu, rows):
         kernel = kernel_of(params, name, kind)
         x = jax.random.normal(jax.random.key(1), (*rows, kernel.inputs)).astype(dtype)
         y = jax.jit(
-            lambda x, kernel: packed.product(
+            lambda x, kernel: packed.packed_matmul(
                 x, kernel, on_cpu=on_cpu, precision=jax.lax.Precision.HIGHEST
             )
         )(x, kernel)
@@ -100,21 +100,21 @@ def test_products_with_int8_on_cpus_round_the_inputs_of_each_row(params):
     """Rows of very different size: one scale for all would lose the small one."""
     kernel = kernel_of(params, "mlp/c_proj", "int8")
     x = jax.random.normal(jax.random.key(1), (2, 171)) * jnp.array([[1.0], [1e-6]])
-    y = np.asarray(packed.product(x, kernel, on_cpu=True))
+    y = np.asarray(packed.packed_matmul(x, kernel, on_cpu=True))
     expected = np.asarray(x, np.float64) @ exact(kernel).T
     error = np.linalg.norm(y - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert (error < 0.02).all()  # 8 bits of inputs: 0.7 % measured
-    zero = packed.product(jnp.zeros((1, 171)), kernel, on_cpu=True)
+    zero = packed.packed_matmul(jnp.zeros((1, 171)), kernel, on_cpu=True)
     assert not zero.any()
 
 
 @pytest.mark.parametrize("embedding", ["int8", "float32"])
 def test_rows(params, embedding):
-    wte: Kernel = Kernel(params["wte"], None, 64)
+    wte: PackedWeight = PackedWeight(params["wte"], None, 64)
     if embedding == "int8":
         wte = quantization.quantize_params(params, CONFIG, Quantization(8))["wte"]
     index = jnp.array([[0, 5], [CONFIG.vocab_size - 1, CONFIG.vocab_size + 7]])
-    found = packed.rows(wte, index)
+    found = packed.embedding_rows(wte, index)
     assert found.dtype == jnp.float32 and found.shape == (2, 2, 64)
     clipped = np.minimum(index, CONFIG.vocab_size - 1)
     np.testing.assert_allclose(found, exact(wte)[clipped], rtol=2.0**-23)
@@ -129,11 +129,11 @@ def test_place(params, kind):
     if kind == "jnp.int4":
         finer = jnp.repeat(kernel.scales[..., :1], 4, -1)  # 64 = 4 * 16
         kernel = dataclasses.replace(kernel, scales=finer)
-    expected = np.asarray(packed.dequantized(kernel, jnp.float32))
+    expected = np.asarray(packed.dequantize(kernel, jnp.float32))
     everywhere = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
-        placed = packed.place(jax.device_put(kernel, everywhere), PartitionSpec("fsdp", "tensor"))
-        got = packed.dequantized(placed, jnp.float32)
+        placed = packed.shard(jax.device_put(kernel, everywhere), PartitionSpec("fsdp", "tensor"))
+        got = packed.dequantize(placed, jnp.float32)
     assert placed.values.sharding.spec == PartitionSpec("fsdp", "tensor")
     groups = "tensor" if kind == "jnp.int4" else None
     assert placed.scales.sharding.spec == PartitionSpec("fsdp", groups)

@@ -13,7 +13,7 @@ from btlm_jax import BTLMConfig, cli
 from btlm_jax.checkpoint import quantization
 from btlm_jax.config import PRESETS
 from btlm_jax.model import weights
-from btlm_jax.model.kv_cache import Slots
+from btlm_jax.model.kv_cache import KVArray
 from btlm_jax.perf import accounting, comparison, comparison_report
 from support import golden
 
@@ -106,7 +106,7 @@ def test_cache_is_the_bytes_we_hold():
     shape, rows, slots = comparison.shape_of_config(config, "tiny"), 1, 24
     x = jnp.zeros((rows, config.n_head, slots, config.head_dim))
     for cache, dtype in (("bf16", jnp.bfloat16), ("int8", jnp.int8)):
-        held = Slots.of(x, dtype)
+        held = KVArray.from_floats(x, dtype)
         nbytes = held.data.nbytes + (0 if held.scales is None else held.scales.nbytes)
         assert shape.cache_bytes(slots, cache) == 2 * config.n_layer * nbytes
     assert B3.cache_bytes(1, "bf16") == accounting.kv_bytes_per_token(

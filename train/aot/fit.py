@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model.remat import KEPT, Remat
+from btlm_jax.model.remat import SAVED_NAMES, Remat
 from btlm_jax.model.sharding import AXES, num_chunks
 from btlm_jax.perf import roofline
 from btlm_jax.perf.chips import Rates
@@ -130,7 +130,7 @@ def candidates(
             if micro % ways:
                 continue
             n = phase.batch_size // micro
-            for remat in KEPT:
+            for remat in SAVED_NAMES:
                 work = roofline.training_work(
                     config,
                     sizes,

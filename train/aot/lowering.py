@@ -74,7 +74,7 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     parts = Parts(
         held_bytes(state.params), held_bytes((state.opt_state, counters)), held_bytes(batch)
     )
-    dtype = model.spec(state.params).dtype
+    dtype = model.runtime(state.params).dtype
     return Lowered(step.lower(state, *batch), parts, model, dtype)
 
 
@@ -100,7 +100,7 @@ def decode_step(
       ValueError: model or batch do not fit the mesh.
     """
     model = recipe.build()
-    dtype = model.spec(abstract_weights(model, mesh)).dtype
+    dtype = model.runtime(abstract_weights(model, mesh)).dtype
     params = unstacked.abstract_unstacked(model.config, dtype, to, mesh, model.rules)
     sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)
 

@@ -12,7 +12,7 @@ import numpy as np
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import loss, sharding
 from btlm_jax.model.layers import project_logits
-from btlm_jax.model.runtime import Spec
+from btlm_jax.model.runtime import Runtime
 from btlm_jax.train.bench import measure
 
 OURS, WHOLE, REMAT = "chunked, one pass", "whole logits", "chunked, rematerialized"
@@ -55,10 +55,10 @@ def bench_loss(
     params = {name: jax.random.normal(jax.random.key(0), (V, D)) * config.initializer_range}
     h = jax.random.normal(jax.random.key(1), (1, rows, D), dtype)
     targets = jax.random.randint(jax.random.key(2), (1, rows), 0, V)
-    spec = Spec(config, jnp.dtype(dtype), sharding.RULES, (), None, None, "none")
+    runtime = Runtime(config, jnp.dtype(dtype), sharding.RULES, (), None, None, "none")
 
     compiled, losses = {}, {}
-    for way, fn in _ways(spec, rows).items():
+    for way, fn in _ways(runtime, rows).items():
         both: Any = jax.jit(jax.value_and_grad(fn, (0, 1)))
         compiled[way] = both.lower(params, h, targets).compile()
         losses[way] = float(compiled[way](params, h, targets)[0]) / rows
@@ -74,14 +74,14 @@ def bench_loss(
     return report
 
 
-def _ways(spec: Spec, rows: int) -> dict[str, Callable[..., jax.Array]]:
+def _ways(runtime: Runtime, rows: int) -> dict[str, Callable[..., jax.Array]]:
     """The summed loss of (params, h [1, rows, D], targets [1, rows])."""
 
     def ours(params, h, targets):
-        return loss.head_loss(spec, params, h, targets)[0]
+        return loss.head_loss(runtime, params, h, targets)[0]
 
     def whole(params, h, targets):
-        return loss.cross_entropy(project_logits(spec, params, h), targets).sum()
+        return loss.cross_entropy(project_logits(runtime, params, h), targets).sum()
 
     def rematerialized(params, h, targets):
         size = next(n for n in range(min(rows, loss.ROWS), 0, -1) if rows % n == 0)

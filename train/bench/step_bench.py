@@ -77,7 +77,7 @@ def bench_train(
     model = BTLM(BTLMConfig.preset(preset), compute_dtype=dtype, remat=remat)
     mesh = sharding.make_mesh()
     params = model.init(jax.random.key(0), mesh=mesh if mesh.size > 1 else None)
-    dtype = str(model.spec(params).dtype)
+    dtype = str(model.runtime(params).dtype)
     tokens = _tokens(model.config, batch_size * mesh.size, length)
     if torch is None:
         torch = importlib.util.find_spec("torch") is not None and mesh.size == 1
