@@ -22,7 +22,12 @@ from btlm_jax.checkpoint import metadata
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
 from btlm_jax.convert.hf.export_config import config_json, generation_config
-from btlm_jax.convert.hf.safetensors_writer import WRITER, SafetensorsFile, TensorSpec, plan_shards
+from btlm_jax.convert.hf.safetensors_writer import (
+    WRITER_KEY,
+    SafetensorsFile,
+    TensorSpec,
+    plan_shards,
+)
 from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.model import alibi, weights
@@ -146,7 +151,7 @@ def is_our_export(path: metadata.PathLike) -> bool:
     """Returns whether `export` wrote a directory, as the header of every weight file states."""
     files = list(Path(path).glob("*.safetensors"))
     try:
-        return bool(files) and all(WRITER in safe_open(f, "np").metadata() for f in files)
+        return bool(files) and all(WRITER_KEY in safe_open(f, "np").metadata() for f in files)
     except (SafetensorError, TypeError):
         return False
 

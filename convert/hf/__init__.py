@@ -1,1 +1,1 @@
-"""Hugging Face files: found, checked, read and written."""
+"""Hugging Face checkpoints: opening, checking, reading and writing their files."""

@@ -1,4 +1,4 @@
-"""Read ranges of bytes, so that nobody reads or holds more of a file than is asked for."""
+"""Reading of parts of an array as ranges of bytes of a file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from btlm_jax.convert.hf.advice import REDOWNLOAD
 
 
 def contiguous_runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterator[tuple[int, int]]:
-    """The runs of consecutive elements that make up a part of a C-ordered array, in order.
+    """Splits a part of a C-ordered array into runs of consecutive elements.
 
     Args:
-        shape: of the array.
-        index: a slice of step 1 per axis.
+      shape: shape of the array.
+      index: a slice of step 1 for every axis.
 
     Yields:
-        (first element, number of elements), as long as possible.
+      (first element, number of elements) of every run, in order and as long as possible.
     """
     bounds = [i.indices(n)[:2] for n, i in zip(shape, index, strict=True)]
     if any(stop <= start for start, stop in bounds):
@@ -29,7 +29,7 @@ def contiguous_runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterato
     inner = len(shape)
     while inner and bounds[inner - 1] == (0, shape[inner - 1]):
         inner -= 1
-    # Axes from `inner` on are taken whole, so a run spans them and the range of the axis before.
+    # A run spans the axes from `inner` on, which the part covers, and its range of the axis before.
     last = max(inner - 1, 0)
     steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     if not shape:
@@ -42,10 +42,10 @@ def contiguous_runs(shape: tuple[int, ...], index: tuple[slice, ...]) -> Iterato
 
 
 def read_into(file: FileIO, offset: int, out: np.ndarray) -> None:
-    """Fill a C-contiguous array with the bytes of an unbuffered file from `offset` on.
+    """Fills a C-contiguous array with the bytes of an unbuffered file from `offset` on.
 
     Raises:
-        ValueError: the file ends before the array is full.
+      ValueError: the file ends before the array is full.
     """
     view = out.reshape(-1).view(np.uint8).data
     file.seek(offset)
@@ -57,6 +57,6 @@ def read_into(file: FileIO, offset: int, out: np.ndarray) -> None:
 
 
 def file_identity(file: Path) -> tuple[int, int]:
-    """Size and time of change: if they are as they were, so are the contents."""
+    """Returns size and modification time; while they are unchanged, so are the contents."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns

@@ -1,9 +1,10 @@
-"""Read the headers of weight files and of the index over shards, without any tensor data."""
+"""Headers of weight files and the index over shards, read and checked without tensor data."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +35,15 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint's header says of one tensor; `dtype` is numpy's or ml_dtypes' bfloat16.
+    """A tensor of a checkpoint, as the header of its file describes it.
 
     Attributes:
-        name: the tensor's name in the checkpoint.
-        shape: its axes; `()` for a scalar.
-        dtype: the dtype as stored.
-        file: the file that holds it.
-        offset: where its bytes begin in the file; None if they are not one run in C order.
-        crc32: of its bytes, as the file states it; None if it does not.
+      name: name in the checkpoint.
+      shape: shape; `()` for a scalar.
+      dtype: stored dtype, of NumPy or ml_dtypes' bfloat16.
+      file: the file that holds the tensor.
+      offset: position of the first byte in the file; None if the bytes are not one run in C order.
+      crc32: checksum of the bytes as the file states it; None if it states none.
     """
 
     name: str
@@ -59,26 +60,26 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Bytes of all elements."""
         return self.size * self.dtype.itemsize
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose keys all differ: of two tensors with one name, which is meant?"""
+    """Builds a JSON object; raises if a key occurs twice, which would hide one of two tensors."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
-        raise ValueError(f"occurs twice in one JSON object: {_listed(twice)}")
+        counts = Counter(key for key, _ in pairs)
+        duplicates = sorted(key for key, count in counts.items() if count > 1)
+        raise ValueError(f"occurs twice in one JSON object: {_join(duplicates)}")
     return result
 
 
 def read_json_object(file: Path) -> dict:
-    """The JSON object that a file holds.
+    """Reads a JSON file that holds an object.
 
     Raises:
-        ValueError: the file holds no JSON object, or one with a key twice; the message names the
-            file and the position.
+      ValueError: the file holds no JSON object, or one in which a key occurs twice; the message
+        names the file and the position.
     """
     return _parse_json(file.read_bytes(), str(file))
 
@@ -103,11 +104,11 @@ def _parse_json(data: bytes, file: str) -> dict:
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """The index's tensor name -> shard name.
+    """Reads the index over shards. Returns tensor name -> file name of the shard.
 
     Raises:
-        ValueError: the index is damaged, or leads out of its directory.
-        FileNotFoundError: shards are missing; the message lists all of them.
+      ValueError: the index is damaged, or names files outside its directory.
+      FileNotFoundError: shards are missing; the message lists all of them.
     """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -115,10 +116,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
             f"{index}: 'weight_map' is {type(weight_map).__name__}, expected a non-empty object "
             f"of tensor name -> file name. {REDOWNLOAD}"
         )
-    bad = [repr(v) for v in weight_map.values() if not _is_plain_name(v)]
-    if bad:
+    invalid = [repr(v) for v in weight_map.values() if not _is_plain_name(v)]
+    if invalid:
         raise ValueError(
-            f"{index}: weight_map leads to {_listed(sorted(set(bad)))}, expected plain names of "
+            f"{index}: weight_map leads to {_join(sorted(set(invalid)))}, expected plain names of "
             "files next to the index. Fix: do not use this checkpoint, or download it again."
         )
     missing = [n for n in sorted(set(weight_map.values())) if not (index.parent / n).is_file()]
@@ -140,28 +141,33 @@ def _is_plain_name(value: object) -> bool:
 def check_index(
     index: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Mapping[str, TensorInfo]]
 ) -> None:
-    """Check that index and shards agree on every tensor.
+    """Checks that index and shards agree on every tensor.
+
+    Args:
+      index: the file, for the message.
+      weight_map: tensor name -> file name, from the index.
+      headers: the header of every shard, by file.
 
     Raises:
-        ValueError: they do not; the message lists every tensor concerned.
+      ValueError: they disagree; the message lists every tensor concerned.
     """
-    where: dict[str, list[str]] = {}
+    shards_of: dict[str, list[str]] = {}
     for file, header in headers.items():
         for name in header:
-            where.setdefault(name, []).append(file.name)
+            shards_of.setdefault(name, []).append(file.name)
     problems = [
         f"{name!r} is not in {shard}"
         for name, shard in weight_map.items()
-        if shard not in where.get(name, [])
+        if shard not in shards_of.get(name, [])
     ]
     problems += [
         f"{name!r} is in {files[0]} but not in the index"
-        for name, files in where.items()
+        for name, files in shards_of.items()
         if name not in weight_map
     ]
     problems += [
         f"{name!r} is in {len(files)} shards: {', '.join(files)}"
-        for name, files in where.items()
+        for name, files in shards_of.items()
         if len(files) > 1
     ]
     if problems:
@@ -172,7 +178,7 @@ def check_index(
 
 
 def read_torch_header(file: TorchFile) -> dict[str, TensorInfo]:
-    """What a torch file says of its tensors, by name."""
+    """Returns the tensors of a torch file, by name."""
     return {
         name: TensorInfo(name, shape, dtype, file.path, *file.contiguous_span(name))
         for name, (shape, dtype) in file.tensors.items()
@@ -180,12 +186,13 @@ def read_torch_header(file: TorchFile) -> dict[str, TensorInfo]:
 
 
 def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
-    """What a safetensors file says of its tensors, by name.
+    """Reads the header of a safetensors file. Returns its tensors by name.
 
     Raises:
-        ValueError: the file is damaged, names a tensor twice, or has an unsupported dtype.
+      ValueError: the file is damaged, names a tensor twice, or has an unsupported dtype.
     """
-    # The library validates: offsets inside the file, no overlap, sizes that fit shapes and dtypes.
+    # The library checks that offsets lie inside the file and do not overlap, and that sizes fit
+    # shapes and dtypes.
     try:
         with safe_open(file, framework="numpy"):
             pass
@@ -193,12 +200,13 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
         raise ValueError(_explain_damage(file, str(error))) from None
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
-        # Refuses a name that comes twice, of which the library would silently keep the last.
+        # The library would silently keep the last of two tensors with one name; this raises.
         entries = _parse_json(opened.read(size), f"{file} (header)")
     entries.pop("__metadata__", None)
-    # What the library takes and NumPy does not: entries as lists, shapes beyond all arrays.
-    if odd := [repr(name) for name, entry in entries.items() if not _is_plain_entry(entry)]:
-        raise ValueError(f"{file}: unusable entries of the header: {_listed(odd)}. {REDOWNLOAD}")
+    # The library accepts entries that are lists and shapes that no NumPy array can have.
+    unusable = [repr(name) for name, entry in entries.items() if not _is_plain_entry(entry)]
+    if unusable:
+        raise ValueError(f"{file}: unusable header entries: {_join(unusable)}. {REDOWNLOAD}")
     unsupported = [
         f"{name!r}: {entry['dtype']}"
         for name, entry in entries.items()
@@ -206,7 +214,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     ]
     if unsupported:
         raise ValueError(
-            f"{file}: unsupported dtypes {_listed(unsupported)}; expected one of "
+            f"{file}: unsupported dtypes {_join(unsupported)}; expected one of "
             f"{', '.join(SAFETENSORS_DTYPES)}. Fix: use an unquantized checkpoint."
         )
     return {
@@ -225,7 +233,7 @@ def _is_plain_entry(entry: object) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape = entry["shape"]
-    # 64 axes is NumPy's limit; the product leaves out zeros, of which NumPy still checks the rest.
+    # NumPy allows 64 axes, and checks the product of the other axes even if one is zero.
     return len(shape) <= 64 and math.prod(n for n in shape if n) < 1 << 59
 
 
@@ -237,5 +245,5 @@ def _explain_damage(file: Path, error: str) -> str:
     return f"{file}: truncated or corrupt safetensors file ({error}). {REDOWNLOAD}"
 
 
-def _listed(items: list[str]) -> str:
+def _join(items: list[str]) -> str:
     return ", ".join(items[:20]) + (f" and {len(items) - 20} more" if len(items) > 20 else "")

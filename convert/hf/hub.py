@@ -1,4 +1,4 @@
-"""Fetch the files of a model that conversion needs from the Hugging Face Hub."""
+"""Download of the files of a model that conversion needs from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -17,55 +17,56 @@ _LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether `text` can be the Hub id of a model: `org/name` in the Hub's characters."""
+    """Returns whether `text` has the form of a Hub id, `org/name` in the Hub's characters."""
     legal = re.fullmatch(f"{_HUB_NAME}/{_HUB_NAME}", text) is not None
     return legal and ".." not in text and "--" not in text
 
 
 def select_files(listed: Iterable[str], names: Sequence[str], mains: Sequence[str]) -> list[str]:
-    """The files to download, of those that a model repository lists.
+    """Selects the files to download from those that a model repository lists.
 
     Args:
-        listed: paths of the repository's files.
-        names: files wanted where present (config and tokenizer).
-        mains: the main files of the weight forms, best first; of an index, its shards come too.
+      listed: paths of the repository's files.
+      names: names of files to download if they exist (config and tokenizer).
+      mains: names of the main weight files in order of preference; the first that exists is
+        selected, with its shards if it is an index.
 
     Returns:
-        Names of files in the repository's top folder; none of weights if it has none of `mains`.
+      Names of files in the repository's top folder, without weight files if `mains` has no match.
     """
     top = sorted(name for name in set(listed) if "/" not in name)
-    chosen = [name for name in top if name in names]
+    selected = [name for name in top if name in names]
     main = next((m for m in mains if m in top), None)
     if main is None:
-        return chosen
+        return selected
     weights = [main]
     if main.endswith(".index.json"):
-        # model.safetensors.index.json goes with model-00001-of-00002.safetensors and so on.
+        # model.safetensors.index.json belongs to model-00001-of-00002.safetensors and so on.
         stem, suffix = os.path.splitext(main.removesuffix(".index.json"))
         weights += [n for n in top if n.startswith(stem) and n.endswith(suffix)]
-    return chosen + weights
+    return selected + weights
 
 
 def fetch_from_hub(
     repo_id: str, revision: str | None, names: Sequence[str], mains: Sequence[str]
 ) -> Path:
-    """Download a model's config, tokenizer files and preferred weights into the Hub's cache.
+    """Downloads a model's config, tokenizer files and preferred weights into the Hub's cache.
 
-    A token is taken from the environment variable `HF_TOKEN` and from nowhere else. When the
-    Hub cannot be reached, a copy from the cache is used if there is one.
+    The access token is that of the environment variable `HF_TOKEN`; stored tokens are not used. If
+    the Hub cannot be reached, a copy in the cache is used.
 
     Args:
-        repo_id: e.g. `"cerebras/btlm-3b-8k-base"`.
-        revision: branch, tag or commit; None means the default branch.
-        names, mains: see `select_files`.
+      repo_id: for example "cerebras/btlm-3b-8k-base".
+      revision: branch, tag or commit; None for the default branch.
+      names, mains: see `select_files`.
 
     Returns:
-        The directory of the downloaded snapshot.
+      The directory of the downloaded snapshot.
 
     Raises:
-        FileNotFoundError: no such model or revision, or it has no config or weights.
-        ConnectionError: the Hub cannot be reached, or refuses, and the cache has no copy.
-        OSError: the files cannot be written.
+      FileNotFoundError: the model or revision does not exist, or has no config or weights.
+      ConnectionError: the Hub cannot be reached or refuses, and the cache has no copy.
+      OSError: the files cannot be written.
     """
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError
@@ -76,8 +77,8 @@ def fetch_from_hub(
         info = hub.model_info(repo_id, revision=revision, token=token)
     except Exception as error:
         if isinstance(error, HfHubHTTPError):
-            raise _explained(error, repo_id, revision) from None
-        return _cached(repo_id, revision, error)
+            raise _explain_hub_error(error, repo_id, revision) from None
+        return _cached_snapshot(repo_id, revision, error)
     listed = [file.rfilename for file in info.siblings or ()]
     files = select_files(listed, names, mains)
     if "config.json" not in files or not set(mains) & set(files):
@@ -86,7 +87,7 @@ def fetch_from_hub(
             f"one of {', '.join(mains)}; it has {', '.join(sorted(listed)[:20])}. "
             "Fix: name a model repository in the transformers layout."
         )
-    # The commit that was listed, should the branch move meanwhile.
+    # Downloads the listed commit, because the branch may have moved since.
     _log.info("fetching %d files of %s at commit %s", len(files), repo_id, info.sha)
     try:
         patterns = [glob.escape(name) for name in files]
@@ -94,26 +95,28 @@ def fetch_from_hub(
             hub.snapshot_download(repo_id, revision=info.sha, token=token, allow_patterns=patterns)
         )
     except Exception as error:
-        raise _explained(error, repo_id, revision) from None
+        raise _explain_hub_error(error, repo_id, revision) from None
 
 
-def _cached(repo_id: str, revision: str | None, reason: Exception) -> Path:
-    """The snapshot in the Hub's cache, for when the Hub cannot be reached."""
+def _cached_snapshot(repo_id: str, revision: str | None, reason: Exception) -> Path:
+    """Returns the snapshot in the Hub's cache; raises the error for `reason` if there is none."""
     import huggingface_hub as hub
 
     try:
-        # config.json only finds the folder; a shard that is not there is reported on opening.
-        found = hub.snapshot_download(
+        # config.json suffices to find the folder; opening reports missing shards.
+        snapshot = hub.snapshot_download(
             repo_id, revision=revision, local_files_only=True, allow_patterns=["config.json"]
         )
     except Exception:
-        raise _explained(reason, repo_id, revision) from None
-    _log.warning("cannot reach the Hub (%s): using the cached copy %s", _first_line(reason), found)
-    return Path(found)
+        raise _explain_hub_error(reason, repo_id, revision) from None
+    _log.warning(
+        "cannot reach the Hub (%s): using the cached copy %s", _first_line(reason), snapshot
+    )
+    return Path(snapshot)
 
 
-def _explained(error: Exception, repo_id: str, revision: str | None) -> OSError:
-    """The error to raise instead: one line that names the model and the fix."""
+def _explain_hub_error(error: Exception, repo_id: str, revision: str | None) -> OSError:
+    """Returns the error to raise instead: one line with the model, the reason and the fix."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.RevisionNotFoundError):

@@ -1,7 +1,8 @@
-"""Write safetensors files tensor by tensor; the library's own writer wants them all in memory.
+"""Writing of safetensors files tensor by tensor; the library needs all tensors in memory.
 
-The format: the length of the header in 8 bytes, the header (JSON: name -> dtype, shape and offsets,
-and free text under `__metadata__`), then the bytes of the tensors without a gap.
+A file consists of the length of the header in 8 bytes; the header, which is JSON with dtype, shape
+and offsets by tensor name and free text under `__metadata__`; and the bytes of the tensors without
+gaps.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import numpy as np
 from btlm_jax.checkpoint import zarr
 from btlm_jax.convert.hf.headers import SAFETENSORS_DTYPES
 
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-WRITER = "btlm_jax"  # an entry of `__metadata__` by which we know our own files
-SHA256 = "sha256"  # another: JSON, tensor name -> SHA-256 of its bytes
-_UNKNOWN = "0" * 64
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+WRITER_KEY = "btlm_jax"  # entry of `__metadata__` that marks files of this package
+SHA256_KEY = "sha256"  # entry of `__metadata__`: JSON, tensor name -> SHA-256 of its bytes
+_PLACEHOLDER = "0" * 64
 
 
 class TensorSpec(NamedTuple):
-    """A tensor to be written."""
+    """Name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: np.dtype
@@ -32,14 +33,14 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Of its elements."""
+        """Bytes of all elements."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 def plan_shards(tensors: Sequence[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
-    """Groups tensors, in order, into files of at most `max_bytes` (or of one larger tensor).
+    """Groups tensors, in order, into files of at most `max_bytes`, or of one larger tensor.
 
-    Within a file wider dtypes come first, so that every tensor is aligned to its own width.
+    Within a file, wider dtypes come first, so that every tensor is aligned to its element size.
     """
     shards: list[list[TensorSpec]] = [[]]
     size = 0
@@ -53,13 +54,12 @@ def plan_shards(tensors: Sequence[TensorSpec], max_bytes: int) -> list[list[Tens
 
 
 class SafetensorsFile:
-    """A file of known tensors, whose bytes are filled in, in any order, from several threads.
+    """A file whose tensors are written in any order and from several threads.
 
     Args:
-        path: created at its full size unless a file of that size is there already (left by an
-            interrupted run).
-        tensors: in the order in which they lie in the file.
-        version: of this package, noted in the header.
+      path: created with its full size, unless an interrupted run left a file of that size.
+      tensors: tensors in the order of the file.
+      version: version of this package, for the header.
     """
 
     def __init__(self, path: Path, tensors: Sequence[TensorSpec], version: str) -> None:
@@ -74,10 +74,17 @@ class SafetensorsFile:
                 file.truncate(position)
 
     def write(self, name: str, blocks: Iterable[np.ndarray]) -> zarr.Digest:
-        """Writes a tensor from consecutive blocks, and waits until the disk has it.
+        """Writes a tensor from consecutive blocks and flushes it to the disk.
+
+        Args:
+          name: the tensor.
+          blocks: 1-D arrays that concatenate to its elements.
+
+        Returns:
+          The digest of its bytes.
 
         Raises:
-            OSError: the disk is full or fails.
+          OSError: the disk is full or fails.
         """
         digest, position = zarr.Digest(), self._start[name]
         with self.path.open("r+b", buffering=0) as file:
@@ -91,21 +98,25 @@ class SafetensorsFile:
         return digest
 
     def finish(self, sha256: dict[str, str]) -> None:
-        """Writes the header, which makes the file valid, with the hash of every tensor."""
+        """Writes the header with the SHA-256 of every tensor, which makes the file valid."""
         with self.path.open("r+b") as file:
             file.write(self._header(sha256))
             file.flush()
             os.fsync(file.fileno())
 
     def _header(self, sha256: dict[str, str]) -> bytes:
-        """Of one length, whether the hashes are known or not."""
-        hashes = {t.name: sha256.get(t.name, _UNKNOWN) for t in self._tensors}
-        metadata = {"format": "pt", WRITER: self._version, SHA256: json.dumps(hashes)}
+        """Returns the header, whose length does not depend on the hashes."""
+        hashes = {t.name: sha256.get(t.name, _PLACEHOLDER) for t in self._tensors}
+        metadata = {"format": "pt", WRITER_KEY: self._version, SHA256_KEY: json.dumps(hashes)}
         entries: dict[str, object] = {"__metadata__": metadata}
         position = 0
         for t in self._tensors:
             offsets = [position, position + t.nbytes]
-            entries[t.name] = {"dtype": _NAMES[t.dtype], "shape": t.shape, "data_offsets": offsets}
+            entries[t.name] = {
+                "dtype": _DTYPE_NAMES[t.dtype],
+                "shape": t.shape,
+                "data_offsets": offsets,
+            }
             position += t.nbytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
