@@ -25,6 +25,7 @@ from btlm_jax import BTLMConfig, cli
 from btlm_jax.checkpoint import metadata, zarr
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf import source as hf_source
+from btlm_jax.convert.tensor_difference import block_difference
 from btlm_jax.model import alibi, weights
 from btlm_jax.model.params import flatten_tree, unflatten_tree
 from support import golden
@@ -463,16 +464,15 @@ def test_differences_in_several_blocks(tmp_path, monkeypatch, limit):
 
 def test_differences_within_a_large_block():
     """A block is compared in parts too."""
-    difference = sys.modules["btlm_jax.convert.verify"]._difference
     x = np.zeros((1 << 19) + 5, np.float32)
     y = x.copy()
     y[[3, 1 << 18, -1]] = 4.0, -9.0, 2.0
-    assert difference(x, y) == difference(y, x) == (3, 9.0)
+    assert block_difference(x, y) == block_difference(y, x) == (3, 9.0)
     narrow = y.astype(ml_dtypes.bfloat16)
-    assert difference(narrow, y) == (0, 0.0) == difference(y, narrow)
-    assert difference(x, narrow) == (3, 9.0)
+    assert block_difference(narrow, y) == (0, 0.0) == block_difference(y, narrow)
+    assert block_difference(x, narrow) == (3, 9.0)
     narrow[7] = np.nan
-    assert difference(narrow, y) == (1, np.inf) == difference(y, narrow)
+    assert block_difference(narrow, y) == (1, np.inf) == block_difference(y, narrow)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
@@ -694,7 +694,7 @@ def logits_calls(monkeypatch) -> list:
         calls.append(source)
         return np.zeros((2, 3, 5))
 
-    monkeypatch.setattr(module, "_logits", logits)
+    monkeypatch.setattr(module, "compute_logits", logits)
     return calls
 
 
@@ -717,7 +717,7 @@ def test_logits_of_a_fresh_model_and_its_export(tmp_path, logits_calls):
 def test_nan_logits_of_one_model_are_a_difference(forms, monkeypatch):
     module, answers = sys.modules["btlm_jax.convert.verify"], [np.zeros((1, 2, 3)) for _ in "ab"]
     answers[1][0, 1, 2] = np.nan
-    monkeypatch.setattr(module, "_logits", lambda source, tokens: answers.pop())
+    monkeypatch.setattr(module, "compute_logits", lambda source, tokens: answers.pop())
     assert not verify(forms["orbax"], forms["bin"], logits=True, atol=1.0)
 
 
