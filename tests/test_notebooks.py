@@ -103,7 +103,9 @@ def test_opens_in_colab_and_installs_what_there_is(name):
 @pytest.mark.parametrize("large", [False, True])
 def test_fine_tuning_warms_up_and_can_be_stopped(large, devices):
     """A tenth of the steps on any number of devices, and a checkpoint before the end."""
-    (source,) = (c.source for c in read("02_finetune").cells if "recipe_file.load" in c.source)
+    (source,) = (
+        c.source for c in read("02_finetune").cells if "recipe_file.load_recipe" in c.source
+    )
     jax = SimpleNamespace(device_count=lambda: devices)
     names = dict(large=large, jax=jax, recipe_file=recipe_file, WORK=Path("w"))
     exec(source, names)

@@ -15,7 +15,7 @@ import pytest
 
 from btlm_jax import cli
 from btlm_jax.data import sample_text
-from btlm_jax.train.metrics import read_lines
+from btlm_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -74,7 +74,7 @@ def test_own_text(tmp_path):
     )
     for first, last in ((210, 380), (410, 580)):  # checkpoints are at 200, 400 and 600
         process, goal = start(train), rng.randint(first, last)
-        while not any(x["step"] >= goal for x in read_lines(metrics)):
+        while not any(x["step"] >= goal for x in read_metrics(metrics)):
             assert process.poll() is None
             time.sleep(0.1)
         time.sleep(rng.random())
@@ -82,7 +82,7 @@ def test_own_text(tmp_path):
         process.kill()
         process.communicate()
     out = finish(train)
-    steps = [x["step"] for x in read_lines(metrics) if "loss" in x]
+    steps = [x["step"] for x in read_metrics(metrics) if "loss" in x]
     assert steps == [1, *range(10, 801, 10)]  # as if it had not been killed
     (found,) = re.findall(r"^step 800: .* held out ([\d.]+)$", out, re.MULTILINE)
     assert abs(float(found) - float(stated[0])) <= float(stated[1])

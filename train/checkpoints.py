@@ -27,7 +27,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import flatten_tree, unflatten_tree
-from btlm_jax.train.distributed import anywhere, barrier
+from btlm_jax.train.distributed import any_process, barrier
 from btlm_jax.train.step import TrainState, abstract_state
 from btlm_jax.utils import atomic
 
@@ -122,7 +122,7 @@ class Checkpoints:
             except (metadata.DamagedCheckpoint, FileNotFoundError) as e:
                 found, why = None, e
             # Each process reads its own parts: damage may show in one and not in another.
-            if not anywhere(why is not None):
+            if not any_process(why is not None):
                 self._set_aside(unusable)
                 return found
             why = why or "another process cannot read it"

@@ -14,19 +14,20 @@ import numpy as np
 from btlm_jax.model import weights
 from btlm_jax.scaling import collapse
 from btlm_jax.scaling.timescale import timescale
-from btlm_jax.train.metrics import FILE, read_lines
+from btlm_jax.train.metrics import METRICS_FILE, read_metrics
 from btlm_jax.train.recipe import Recipe
-from btlm_jax.train.recipe_file import parse
-from btlm_jax.train.run_directory import RECIPE
+from btlm_jax.train.recipe_build import build_config, build_param_groups
+from btlm_jax.train.recipe_file import parse_recipe
+from btlm_jax.train.run_directory import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
 
 # How much runs of one family may differ: TPP and timescale in relation to each other, the learning
 # rate at any time in parts of its peak. Small beside what the paper varies, by factors.
-SAME = 0.05
+TOLERANCE = 0.05
 
 
-class Run(NamedTuple):
+class TrainingRun(NamedTuple):
     """A training run.
 
     Attributes:
@@ -57,7 +58,7 @@ class Run(NamedTuple):
         return self.step >= self.steps
 
 
-def read(directory: str | Path) -> Run:
+def read_training_run(directory: str | Path) -> TrainingRun:
     """A run from its directory, of `btlm train`, finished or not.
 
     Steps whose loss is not finite are left out, with a warning.
@@ -67,15 +68,17 @@ def read(directory: str | Path) -> Run:
       ValueError: too few losses, or a recipe that this version cannot read.
     """
     directory = Path(directory)
-    file = directory / RECIPE
+    file = directory / RECIPE_FILE
     if not file.exists():
-        raise FileNotFoundError(f"{directory}: no {RECIPE}: expected a directory of `btlm train`")
-    recipe = parse(json.loads(file.read_text())["recipe"])
-    lines = [line for line in read_lines(directory / FILE) if "loss" in line]
+        raise FileNotFoundError(
+            f"{directory}: no {RECIPE_FILE}: expected a directory of `btlm train`"
+        )
+    recipe = parse_recipe(json.loads(file.read_text())["recipe"])
+    lines = [line for line in read_metrics(directory / METRICS_FILE) if "loss" in line]
     if len(lines) < 2:
         raise ValueError(
-            f"{directory}: found {len(lines)} losses in {FILE}, expected 2 or more: wait, or log "
-            "more often (run.log_every)"
+            f"{directory}: found {len(lines)} losses in {METRICS_FILE}, expected 2 or more: wait, "
+            "or log more often (run.log_every)"
         )
     finite = [line for line in lines if math.isfinite(line["loss"])]
     if dropped := len(lines) - len(finite):
@@ -89,7 +92,7 @@ def read(directory: str | Path) -> Run:
         curve = collapse.LossCurve.of(done[steps - 1], [line["loss"] for line in finite])
     except ValueError as e:
         raise ValueError(f"{directory}: {e}") from None
-    parameters = weights.count_parameters(recipe.model_config())
+    parameters = weights.count_parameters(build_config(recipe))
     # From the log, not by `Recipe.learning_rate`: that would take an accelerator that is training.
     rates = np.interp(
         collapse.bin_centers(collapse.BINS),
@@ -97,7 +100,7 @@ def read(directory: str | Path) -> Run:
         [line["learning_rate"] / recipe.optimizer.peak_lr for line in finite],
         right=np.nan,
     )
-    return Run(
+    return TrainingRun(
         str(directory),
         curve,
         int(lines[-1]["step"]),
@@ -113,7 +116,7 @@ def read(directory: str | Path) -> Run:
 def _timescale(recipe: Recipe) -> float | None:
     if not recipe.optimizer.weight_decay:
         return None
-    groups = recipe.param_groups(recipe.model_config())
+    groups = build_param_groups(recipe, build_config(recipe))
     hidden = next(g for g in groups if g.name == "hidden")
     return timescale(hidden.lr, hidden.weight_decay, recipe.steps)
 
@@ -126,7 +129,7 @@ def _schedule(recipe: Recipe) -> str:
     return f"{o.schedule} to {o.final_lr / o.peak_lr:.2%}, {warmup}"
 
 
-def differences(runs: Sequence[Run]) -> Iterable[str]:
+def run_differences(runs: Sequence[TrainingRun]) -> Iterable[str]:
     """What differs between runs that collapse supposes equal; a sentence each."""
     first = runs[0]
     for run in runs[1:]:
@@ -134,12 +137,12 @@ def differences(runs: Sequence[Run]) -> Iterable[str]:
             ("tokens per parameter", first.tokens_per_parameter, run.tokens_per_parameter),
             ("timescale", first.timescale, run.timescale),
         ):
-            if a != b and (a is None or b is None or abs(math.log(b / a)) > SAME):
+            if a != b and (a is None or b is None or abs(math.log(b / a)) > TOLERANCE):
                 shown = ["none" if x is None else f"{x:.3g}" for x in (b, a)]
                 yield f"{run.name}: {what} {shown[0]}, {first.name} has {shown[1]}"
         both = (collapse.bin_centers(collapse.BINS) > collapse.IGNORED) & ~np.isnan(run.rates)
         apart = np.abs(run.rates - first.rates)[both & ~np.isnan(first.rates)].max(initial=0)
-        if apart > SAME:
+        if apart > TOLERANCE:
             yield (
                 f"{run.name}: learning rate up to {apart:.0%} of its peak from that of "
                 f"{first.name} ({run.schedule}; {first.schedule})"

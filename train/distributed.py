@@ -182,12 +182,12 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def anywhere(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether a flag is set in any process; all of them call it."""
-    return any(gather("set" if flag else ""))
+    return any(gather_text("set" if flag else ""))
 
 
-def gather(text: str) -> list[str]:
+def gather_text(text: str) -> list[str]:
     """What each process says, in order of their numbers; all of them call it."""
     if jax.process_count() == 1:
         return [text]
@@ -202,7 +202,7 @@ def gather(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def agreed() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """A block that raises in every process if it raises in one, so that none waits for that one.
 
     It must not wait for other processes itself.
@@ -215,7 +215,7 @@ def agreed() -> Iterator[None]:
         yield
     except Exception as e:
         own = e
-    said = gather(f"{type(own).__name__}: {own}" if own else "")
+    said = gather_text(f"{type(own).__name__}: {own}" if own else "")
     if own is not None:
         raise own
     for number, message in enumerate(said):

@@ -26,18 +26,34 @@ from btlm_jax.data.tokenizer import load_tokenizer, tokenizers_match
 from btlm_jax.model import mup, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params, check_params, is_unstacked
+from btlm_jax.perf import accounting
 from btlm_jax.train import batches as batches_lib
 from btlm_jax.train.checkpoints import Checkpoints
-from btlm_jax.train.distributed import agreed
+from btlm_jax.train.distributed import raise_together
 from btlm_jax.train.feed import batches_on, prefetch, reader
 from btlm_jax.train.held_out import Evaluation
-from btlm_jax.train.metrics import FILE, MetricsLog, curves, read_lines, require_wandb, utilization
+from btlm_jax.train.metrics import (
+    METRICS_FILE,
+    MetricsLog,
+    loss_curves,
+    read_metrics,
+    require_wandb,
+)
 from btlm_jax.train.preemption import StopSignal
 from btlm_jax.train.profiling import Profile
 from btlm_jax.train.recipe import Phase, Recipe
-from btlm_jax.train.recipe_file import to_dict
-from btlm_jax.train.run_directory import claim
-from btlm_jax.train.step import Metrics, TrainState, init_state, make_step, offloaded
+from btlm_jax.train.recipe_build import (
+    build_mesh,
+    build_model,
+    build_optimizer,
+    build_param_groups,
+    build_schedule,
+    build_step,
+    with_microbatches,
+)
+from btlm_jax.train.recipe_file import recipe_to_dict
+from btlm_jax.train.run_directory import claim_run_directory
+from btlm_jax.train.step import StepMetrics, TrainState, init_state, offloaded
 from btlm_jax.utils import plots
 from btlm_jax.utils.compile_cache import count_compilations
 from btlm_jax.utils.progress import Progress
@@ -80,21 +96,21 @@ def train(
       OSError: the disk is full or fails.
     """
     directory = Path(directory).absolute()
-    with agreed():
+    with raise_together():
         if recipe.run.wandb_project:
             require_wandb()
-        mesh = sharding.make_mesh(**dataclasses.asdict(recipe.mesh))
+        mesh = build_mesh(recipe)
         sources, held = _open_data(recipe)
-        model = recipe.build()
-        recipe = recipe.on(mesh)
+        model = build_model(recipe)
+        recipe = with_microbatches(recipe, mesh)
         _check(recipe, model.config, mesh, sources, held)
         # All of these may refuse, and must before the directory is claimed.
-        tx = recipe.transformation(model.config)
+        tx = build_optimizer(recipe, model.config)
         read = reader(recipe, _sources(recipe))
         evaluate = Evaluation(recipe, model, mesh, held)
-    identity = {"recipe": to_dict(recipe), "data": [s.fingerprint for s in sources]}
+    identity = {"recipe": recipe_to_dict(recipe), "data": [s.fingerprint for s in sources]}
     also = None if held is None else held.fingerprint
-    claim(directory, identity, also, Path(sources[0].directory))
+    claim_run_directory(directory, identity, also, Path(sources[0].directory))
 
     keeper = Checkpoints(
         directory / "checkpoints", keep_last=recipe.run.keep_last, keep_every=recipe.run.keep_every
@@ -110,27 +126,25 @@ def train(
     if recipe.run.offload_optimizer:
         state = state._replace(opt_state=offloaded(state.opt_state))
     first = int(state.step)
-    with agreed():
+    with raise_together():
         keeper.require_space(state, _saves(recipe, first))
     if jax.process_index() == 0:
         logger.info(
             "%s parameters in muP groups:\n%s",
             f"{weights.count_parameters(model.config):,}",
-            mup.format_groups(recipe.param_groups(model.config)),
+            mup.format_groups(build_param_groups(recipe, model.config)),
         )
         for name, epochs in read.epochs.items():
             logger.info("data: %.3g epochs of %s", epochs, name)
 
-    step_fn = make_step(
-        model, tx, z_loss=recipe.optimizer.z_loss, offload_optimizer=recipe.run.offload_optimizer
-    )
-    with agreed():
-        log = MetricsLog(directory, first, to_dict(recipe), recipe.run.wandb_project)
+    step_fn = build_step(recipe, model, tx)
+    with raise_together():
+        log = MetricsLog(directory, first, recipe_to_dict(recipe), recipe.run.wandb_project)
         trace = Profile(directory, profile, first)
     batches = prefetch(batches_on(recipe, read, mesh, first))
     origin = {**identity, "run": str(directory)}
     loss, held_out, stopped = math.nan, math.nan, False
-    waiting: tuple[int, Phase, Metrics] | None = None
+    waiting: tuple[int, Phase, StepMetrics] | None = None
     clock = time.monotonic()
     bar = Progress(recipe.steps, "step", "train", done=first, shown=jax.process_index() == 0)
     saved = first if restored is not None else -1
@@ -175,7 +189,7 @@ def train(
                     keeper.save(model.config, state, step, origin)
                     saved = step
                 clock += time.monotonic() - aside  # not the step's own time
-                stopped = stop.asked(step)
+                stopped = stop.requested(step)
             if waiting is not None:
                 loss, note = _report(recipe, model, log, waiting, time.monotonic() - clock)
                 progress.update(1, note)
@@ -204,7 +218,7 @@ def _already_finished(recipe: Recipe, directory: Path, keeper: Checkpoints) -> O
     keeper.close()
     logger.info("%s: all %d steps are done", directory, recipe.steps)
     last: dict[str, float] = {}
-    for line in read_lines(directory / FILE):
+    for line in read_metrics(directory / METRICS_FILE):
         last |= line
     return Outcome(
         recipe.steps, True, last.get("loss", math.nan), last.get("held_out_loss", math.nan)
@@ -305,39 +319,34 @@ def _report(
     recipe: Recipe,
     model: BTLM,
     log: MetricsLog,
-    done: tuple[int, Phase, Metrics],
+    done: tuple[int, Phase, StepMetrics],
     seconds: float,
 ) -> tuple[float, str]:
     """Fetches and writes the metrics of a step. Returns its loss and the note for the bar."""
     step, phase, on_device = done
-    m: Metrics = jax.device_get(on_device)
-    rate = float(m.tokens) / max(seconds, 1e-9) / jax.device_count()
-    used = utilization(model.config, phase.length, rate)
+    m = jax.device_get(on_device)
+    rate = float(m["tokens"]) / max(seconds, 1e-9) / jax.device_count()
+    used = accounting.model_flops_utilization(model.config, phase.length, rate)
     if step % recipe.run.log_every == 0 or step in (1, recipe.steps):
         # Skipped steps do not move the schedule. This one, if it was, would have had the next rate.
-        updates = step - int(m.skipped) - (0 if m.bad_in_a_row else 1)
+        updates = step - int(m["skipped"]) - (0 if m["bad_in_a_row"] else 1)
         with jax.transfer_guard("allow"):
-            learning_rate = float(recipe.learning_rate(updates))
+            learning_rate = float(build_schedule(recipe)(updates))
         values = {
-            "loss": float(m.loss),
+            **{name: float(x) for name, x in m.items() if name != "bad_in_a_row"},
             "learning_rate": learning_rate,
-            "grad_norm": float(m.grad_norm),
-            **{f"grad_norm/{k}": float(v) for k, v in m.grad_norms.items()},
-            **{f"update_norm/{k}": float(v) for k, v in m.update_norms.items()},
-            "tokens": float(m.tokens),
             "tokens_per_second_per_device": rate,
             **used,
-            "skipped": float(m.skipped),
         }
         log.write(step, values)
-    note = f"loss {m.loss:.3f}, {rate:,.0f} tokens/s/device"
+    note = f"loss {m['loss']:.3f}, {rate:,.0f} tokens/s/device"
     if used:
         note += f", MFU {used['mfu']:.1%} (causal {used['mfu_causal']:.1%})"
-    return float(m.loss), note + (f", {m.skipped} skipped" if m.skipped else "")
+    return float(m["loss"]), note + (f", {m['skipped']} skipped" if m["skipped"] else "")
 
 
-def _stop_if_bad(recipe: Recipe, done: tuple[int, Phase, Metrics], keeper: Checkpoints) -> None:
-    bad = int(jax.device_get(done[2].bad_in_a_row))
+def _stop_if_bad(recipe: Recipe, done: tuple[int, Phase, StepMetrics], keeper: Checkpoints) -> None:
+    bad = int(jax.device_get(done[2]["bad_in_a_row"]))
     if bad >= recipe.run.max_bad_steps:
         keeper.wait()
         steps = keeper.steps()
@@ -371,5 +380,5 @@ def _draw(directory: Path, recipe: Recipe) -> None:
     except ValueError as e:
         logger.warning("%s", e)
         return
-    if drawn := curves(directory):
+    if drawn := loss_curves(directory):
         plots.draw_loss_curve(directory / "loss.png", drawn, {}, directory.name)

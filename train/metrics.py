@@ -13,12 +13,9 @@ from typing import Any
 
 import jax
 
-from btlm_jax.config import BTLMConfig
-from btlm_jax.perf import accounting, chips
-
 logger = logging.getLogger(__name__)
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
@@ -38,9 +35,9 @@ class MetricsLog:
         self._file = self._board = self._wandb = None
         if jax.process_index() != 0:
             return
-        path = directory / FILE
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        fresh = path.with_name(f"{FILE}.new")
+        path = directory / METRICS_FILE
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        fresh = path.with_name(f"{METRICS_FILE}.new")
         fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(fresh, path)
         self._file = path.open("a", encoding="utf-8")
@@ -105,7 +102,7 @@ def _wandb_id(directory: Path) -> str:
     return file.read_text()
 
 
-def read_lines(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics file; one cut short by a kill is left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
@@ -116,31 +113,11 @@ def read_lines(path: Path) -> list[dict[str, float]]:
     return lines
 
 
-def curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
+def loss_curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     """The losses of a run, to draw: label -> (steps, nats per token)."""
-    lines, found = read_lines(run / FILE), {}
+    lines, found = read_metrics(run / METRICS_FILE), {}
     for name, label in (("loss", "training"), ("held_out_loss", "held out")):
         steps = [line["step"] for line in lines if name in line]
         if steps:
             found[label] = steps, [line[name] for line in lines if name in line]
     return found
-
-
-def utilization(config: BTLMConfig, length: int, tokens_per_second: float) -> dict[str, float]:
-    """MFU of one device in both conventions, where the device's peak is known; else empty.
-
-    Args:
-      config, length: the model and its sequences.
-      tokens_per_second: of one device.
-
-    Returns:
-      "mfu" counts full attention, as most papers do; "mfu_causal" the half that is computed.
-    """
-    peak = chips.peak_flops(jax.devices()[0].device_kind)
-    if peak is None:
-        return {}
-    flops = accounting.flops_per_token(config, length)
-    return {
-        "mfu": flops.training_full * tokens_per_second / peak,
-        "mfu_causal": flops.training_causal * tokens_per_second / peak,
-    }

@@ -51,7 +51,7 @@ class StopSignal:
         if self._joined:
             signal.raise_signal(signal.SIGTERM)
 
-    def asked(self, step: int) -> bool:
+    def requested(self, step: int) -> bool:
         """Whether to stop after this step; every process asks, after every step."""
         if not self._joined:
             return self._received

@@ -7,20 +7,12 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import optax
-
 from btlm_jax import config as config_lib
-from btlm_jax.config import AlibiScaling, BTLMConfig
-from btlm_jax.convert import auto
-from btlm_jax.model import mup, sharding
-from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class ModelSettings:
     """What is trained. Exactly one of `preset`, `config` and `checkpoint`.
 
     Attributes:
@@ -43,7 +35,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class DataSettings:
     """What it is trained on: directories made by `btlm tokenize`.
 
     Attributes:
@@ -89,7 +81,7 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class OptimizerSettings:
     """How it learns.
 
     Attributes:
@@ -128,7 +120,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
+class MeshSettings:
     """How the devices are arranged; -1 takes what is left."""
 
     data: int = 1
@@ -138,7 +130,7 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunSettings:
     """How the run goes about it. All "every" are steps; 0 is never.
 
     Attributes:
@@ -179,12 +171,12 @@ class Run:
 class Recipe:
     """A training run."""
 
-    model: Model
+    model: ModelSettings
     phases: tuple[Phase, ...]
-    data: Data = Data()
-    optimizer: Optimizer = Optimizer()
-    mesh: Mesh = Mesh()
-    run: Run = Run()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    mesh: MeshSettings = MeshSettings()
+    run: RunSettings = RunSettings()
 
     def __post_init__(self) -> None:
         if problems := list(_problems(self)):
@@ -208,127 +200,6 @@ class Recipe:
                 return first, phase
             first += phase.steps
         raise ValueError(f"step {step}: the recipe has {self.steps}")
-
-    def model_config(self) -> BTLMConfig:
-        """The configuration: of the preset, file or checkpoint, with what `model` replaces.
-
-        Raises:
-          ValueError, FileNotFoundError: unknown preset or field, invalid value, no such file or
-            checkpoint.
-          ConnectionError: a checkpoint on the Hub that cannot be reached.
-        """
-        if self.model.preset is not None:
-            base = BTLMConfig.preset(self.model.preset)
-        elif self.model.config is not None:
-            base = BTLMConfig.from_hf(self.model.config)
-        else:
-            assert self.model.checkpoint is not None  # exactly one of the three is set
-            try:
-                base = auto.read_any_config(self.model.checkpoint)
-            except FileNotFoundError as e:
-                raise FileNotFoundError(f"model.checkpoint: {e}") from None
-        known = {f.name for f in dataclasses.fields(BTLMConfig)}
-        if unknown := set(self.model.fields) - known:
-            name = sorted(unknown)[0]
-            raise ValueError(f"model.fields.{name}: unknown field{nearest(name, known)}")
-        fields = dict(self.model.fields)
-        if self.model.alibi_scaling_factor is not None:
-            fields["alibi_scaling"] = AlibiScaling(factor=self.model.alibi_scaling_factor)
-        return dataclasses.replace(base, **fields)
-
-    def build(self) -> BTLM:
-        """The model of `model_config`, computed as `run` says; errors as there."""
-        r = self.run
-        return BTLM(
-            self.model_config(),
-            compute_dtype=None if r.compute_dtype == "auto" else r.compute_dtype,
-            attention_implementation=None if r.attention == "auto" else r.attention,
-            remat=r.remat,
-        )
-
-    def on(self, mesh: jax.sharding.Mesh) -> Recipe:
-        """The recipe with the microbatch of every phase, as `run.tokens_per_device` allows on a
-        mesh.
-
-        Raises:
-          ValueError: not even one sequence per device is within the limit.
-        """
-        ways = sharding.num_shards(mesh, sharding.RULES, "batch")
-        split = sharding.num_shards(mesh, sharding.RULES, "sequence")
-        phases, limit = [], self.run.tokens_per_device
-        for i, p in enumerate(self.phases):
-            micro = p.microbatch or p.batch_size
-            if p.microbatch is None and limit and p.batch_size % ways == 0:
-                sizes = [ways * n for n in range(1, p.batch_size // ways + 1)]
-                sizes = [n for n in sizes if p.batch_size % n == 0]
-                sizes = [n for n in sizes if n // ways * p.length <= limit * split]
-                if not sizes:
-                    raise ValueError(
-                        f"run.tokens_per_device: found {limit}, a sequence of phases.{i} has "
-                        f"{p.length // split} on each device: raise it, or split sequences with "
-                        "mesh.context"
-                    )
-                micro = max(sizes)
-            phases.append(dataclasses.replace(p, microbatch=micro))
-        return dataclasses.replace(self, phases=tuple(phases))
-
-    def learning_rate(self, step: Any) -> Any:
-        """The learning rate of a step (from 0), before muP's multipliers; jit-able.
-
-        It depends on the tokens seen before the step, so that a phase change or a batch ramp leaves
-        the schedule where it is. As in the original's, step 0 of a warmup has rate 0.
-        """
-        o, seen, step = self.optimizer, 0.0, jnp.asarray(step, jnp.float32)
-        first = 0
-        for phase in self.phases:
-            seen += jnp.clip(step - first, 0, phase.steps) * float(phase.tokens_per_step)
-            first += phase.steps
-        # The first step starts nothing yet: the last one would else not reach the final rate.
-        last = float(self.tokens - self.phases[-1].tokens_per_step)
-        warm = seen / max(o.warmup_tokens, 1)
-        done = jnp.clip((seen - o.warmup_tokens) / max(last - o.warmup_tokens, 1.0), 0.0, 1.0)
-        if o.schedule == "cosine":
-            done = 0.5 * (1 - jnp.cos(jnp.pi * done))
-        decayed = o.peak_lr + (o.final_lr - o.peak_lr) * (0.0 if o.schedule == "constant" else done)
-        return jnp.where(seen < o.warmup_tokens, o.peak_lr * warm, decayed)
-
-    def param_groups(self, config: BTLMConfig) -> list[mup.ParamGroup]:
-        """The groups of `transformation`, with the peaks of their learning rates."""
-        o = self.optimizer
-        kind: mup.Optimizer = "adam"
-        if o.name == "lion":
-            kind = "lion"
-        elif o.name == "muon":
-            kind = "muon" if o.muon_rms is None else "muon_rms"
-        peak = (o.muon_lr or o.peak_lr) if o.name == "muon" else o.peak_lr
-        return mup.param_groups(config, peak, o.weight_decay, o.decay, kind, o.peak_lr)
-
-    def transformation(self, config: BTLMConfig) -> optax.GradientTransformation:
-        """The optimizer, in muP groups.
-
-        Raises:
-          ValueError: a decay that does not go with the model (`mup.adamw`).
-        """
-        o = self.optimizer
-        clip = o.clip_norm or None
-        shared: dict[str, Any] = dict(weight_decay=o.weight_decay, decay=o.decay, clip_norm=clip)
-        shared |= {n: getattr(o, n) for n in ("b1", "b2") if getattr(o, n) is not None}
-        ratio = (o.muon_lr or o.peak_lr) / o.peak_lr
-        try:
-            if o.name == "lion":
-                return mup.lion(self.learning_rate, config, **shared)
-            if o.name == "adamw":
-                return mup.adamw(self.learning_rate, config, eps=o.eps, **shared)
-            return mup.muon(
-                lambda step: self.learning_rate(step) * ratio,
-                config,
-                adam_learning_rate=self.learning_rate,
-                consistent_rms=o.muon_rms,
-                eps=o.eps,
-                **shared,
-            )
-        except ValueError as e:  # mup names its arguments, which are the keys of this section
-            raise ValueError(f"optimizer.{e}") from None
 
 
 def _problems(r: Recipe) -> Iterable[str]:

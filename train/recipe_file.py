@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from btlm_jax.train.recipe import Recipe, nearest
 
-FOLDER = Path(__file__).parent / "recipes"
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
 
-def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Reads a recipe.
 
     Args:
@@ -32,11 +32,11 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
       ValueError: not TOML, unknown keys, values of the wrong type, a recipe that cannot be run.
     """
     path = Path(source)
-    if path.suffix != ".toml" and str(source) in names():
-        path = FOLDER / f"{source}.toml"
+    if path.suffix != ".toml" and str(source) in recipe_names():
+        path = RECIPES_FOLDER / f"{source}.toml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{source}: no such recipe; ours are {', '.join(names())}, others end in .toml"
+            f"{source}: no such recipe; ours are {', '.join(recipe_names())}, others end in .toml"
         )
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -45,22 +45,22 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         _override(raw, override)
     try:
-        return parse(raw)
+        return parse_recipe(raw)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
 
 
-def parse(raw: Mapping[str, Any]) -> Recipe:
+def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
     """A recipe from parsed TOML; see `load`."""
     return _dataclass(Recipe, raw, "")
 
 
-def names() -> list[str]:
+def recipe_names() -> list[str]:
     """The recipes that come with the package."""
-    return sorted(p.stem for p in FOLDER.glob("*.toml"))
+    return sorted(p.stem for p in RECIPES_FOLDER.glob("*.toml"))
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """What `parse` reads back, as JSON and TOML can hold it."""
 
     def clean(value: Any) -> Any:

@@ -12,21 +12,23 @@ import jax
 from etils import epath
 
 from btlm_jax.checkpoint.assets import asset_files
-from btlm_jax.train.distributed import agreed, gather
+from btlm_jax.train.distributed import gather_text, raise_together
 from btlm_jax.utils import atomic
 
-RECIPE = "recipe.json"
+RECIPE_FILE = "recipe.json"
 
 _PATHS = ("train", "held_out")  # of data; what they hold is compared by fingerprint
 _VISIBLE_WITHIN = 60.0  # seconds; network file systems remember for as long what was not there
 
 
-def claim(directory: Path, identity: Mapping[str, Any], held_out: str | None, tokens: Path) -> None:
+def claim_run_directory(
+    directory: Path, identity: Mapping[str, Any], held_out: str | None, tokens: Path
+) -> None:
     """Makes the run directory, or checks that it is of the same run. Every process calls it.
 
     Args:
       directory: of the run.
-      identity: "recipe" and "data" (fingerprints), as they are written to `RECIPE`.
+      identity: "recipe" and "data" (fingerprints), as they are written to `RECIPE_FILE`.
       held_out: the fingerprint of the held-out data.
       tokens: the directory whose tokenizer the run keeps.
 
@@ -37,8 +39,8 @@ def claim(directory: Path, identity: Mapping[str, Any], held_out: str | None, to
       OSError: it cannot be written.
     """
     _require_same(identity, held_out)
-    file = directory / RECIPE
-    with agreed():
+    file = directory / RECIPE_FILE
+    with raise_together():
         if file.exists():
             before = json.loads(file.read_text())
             changed = sorted(_differences(_fixed(before), _fixed(identity)))
@@ -49,7 +51,7 @@ def claim(directory: Path, identity: Mapping[str, Any], held_out: str | None, to
                 )
         elif directory.exists() and any(directory.iterdir()):
             raise FileExistsError(f"{directory} exists and is not a run: name another directory")
-    with agreed():
+    with raise_together():
         if jax.process_index() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             atomic.write_text(epath.Path(file), json.dumps(identity, indent=2))
@@ -66,7 +68,7 @@ def _require_same(identity: Mapping[str, Any], held_out: str | None) -> None:
     seen = json.loads(json.dumps({**identity, "held_out": held_out}))
     for name in _PATHS:
         seen["recipe"]["data"].pop(name, None)
-    first, *others = [json.loads(text) for text in gather(json.dumps(seen))]
+    first, *others = [json.loads(text) for text in gather_text(json.dumps(seen))]
     for number, other in enumerate(others, start=1):
         if changed := sorted(_differences(first, other)):
             raise ValueError(
@@ -81,8 +83,8 @@ def _require_shared(file: Path) -> None:
     def written() -> int:
         return int(file.stat().st_mtime) if file.exists() else 0
 
-    expected = int(gather(str(written()))[0])
-    with agreed():
+    expected = int(gather_text(str(written()))[0])
+    with raise_together():
         deadline = time.monotonic() + _VISIBLE_WITHIN
         while written() != expected:
             if time.monotonic() > deadline:

@@ -26,16 +26,8 @@ class TrainState(NamedTuple):
     bad_in_a_row: jax.Array  # int32, of these, the last without a good one between
 
 
-class Metrics(NamedTuple):
-    """Of one step, on the device; fetch them a step late to keep it busy."""
-
-    loss: jax.Array  # nats per token
-    tokens: jax.Array  # predicted
-    grad_norm: jax.Array  # global L2 norm before clipping
-    grad_norms: dict[str, jax.Array]  # per muP group
-    update_norms: dict[str, jax.Array]  # of the change of the weights, per muP group
-    skipped: jax.Array
-    bad_in_a_row: jax.Array
+# Name -> scalar on the devices. Fetch the metrics of a step one step late to keep devices busy.
+StepMetrics = dict[str, jax.Array]
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -94,7 +86,7 @@ def make_step(
     *,
     z_loss: float = 0.0,
     offload_optimizer: bool = False,
-) -> Callable[..., tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Returns the step: (state, tokens, segment_ids=None) -> (state, metrics).
 
     Its tokens are int32 [A, B, T + 1]: A microbatches of B sequences, of which the first T tokens
@@ -130,7 +122,7 @@ def make_step(
 
     def step(
         state: TrainState, tokens: jax.Array, segment_ids: jax.Array | None = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, StepMetrics]:
         with sharding.on_mesh(sharding.mesh_of(state.params["wte"])):
             loss, sums = gradients(state.params, tokens, segment_ids)
             grads = jax.tree.map(lambda g: g / jnp.maximum(loss.tokens, 1.0), sums)
@@ -157,15 +149,17 @@ def make_step(
                 skipped=state.skipped + bad,
                 bad_in_a_row=(state.bad_in_a_row + bad) * bad,
             )
-            metrics = Metrics(
-                loss=loss.mean,
-                tokens=loss.tokens,
-                grad_norm=norm,
-                grad_norms=mup.group_norms(grads, model.config),
-                update_norms=mup.group_norms(updates, model.config),
-                skipped=after.skipped,
-                bad_in_a_row=after.bad_in_a_row,
-            )
+            grad_norms = mup.group_norms(grads, model.config)
+            update_norms = mup.group_norms(updates, model.config)
+            metrics = {
+                "loss": loss.mean,
+                "grad_norm": norm,
+                **{f"grad_norm/{group}": x for group, x in grad_norms.items()},
+                **{f"update_norm/{group}": x for group, x in update_norms.items()},
+                "tokens": loss.tokens,
+                "skipped": after.skipped,
+                "bad_in_a_row": after.bad_in_a_row,
+            }
         return after, metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -13,7 +13,7 @@ from btlm_jax.utils.format import align_columns
 
 if TYPE_CHECKING:
     from btlm_jax.scaling.collapse_report import CollapseReport, JudgedRun
-    from btlm_jax.train.curves import Run
+    from btlm_jax.train.curves import TrainingRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Collapse:
         check_output(self.png, ".png")
         if not self.runs:
             raise ValueError("runs: found none, expected directories of `btlm train`")
-        runs = {run.name: run for run in map(curves.read, dict.fromkeys(self.runs))}
+        runs = {run.name: run for run in map(curves.read_training_run, dict.fromkeys(self.runs))}
         finished = {name: run.curve for name, run in runs.items() if run.finished}
         running = {name: run.curve for name, run in runs.items() if not run.finished}
         found = collapse_report.judge_runs(finished, running)
@@ -50,7 +50,7 @@ class Collapse:
         print("\n".join(_table(ordered, found)))
         for line in _notes(found):
             print(line)
-        for line in curves.differences(ordered):
+        for line in curves.run_differences(ordered):
             print(f"warning: {line}: curves collapse only if these are equal")
         write_json(self.json, _numbers(ordered, found))
         collapse_report.draw_collapse(
@@ -59,7 +59,7 @@ class Collapse:
         print(f"picture: {self.png}")
 
 
-def _table(runs: list[Run], found: CollapseReport) -> list[str]:
+def _table(runs: list[TrainingRun], found: CollapseReport) -> list[str]:
     rows = [(
         "run", "parameters", "TPP", "tau", "learning rate", "done", "final loss",
         "from its first half", "verdict",
@@ -112,7 +112,7 @@ def _notes(found: CollapseReport) -> list[str]:
     return said
 
 
-def _numbers(runs: list[Run], found: CollapseReport) -> dict[str, Any]:
+def _numbers(runs: list[TrainingRun], found: CollapseReport) -> dict[str, Any]:
     from btlm_jax.scaling.collapse_report import collapse_numbers
 
     numbers = collapse_numbers(found)

@@ -67,7 +67,7 @@ class Compile:
         check_output(self.json)
         check_output(self.table)
         topologies.prepare()
-        recipe = recipe_file.load(self.recipe, self.set)
+        recipe = recipe_file.load_recipe(self.recipe, self.set)
         if self.table is not None:
             from btlm_jax.train.aot import fit_table
 

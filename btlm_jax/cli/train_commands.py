@@ -69,7 +69,7 @@ class Train:
 
         from btlm_jax.train import distributed, recipe_file
 
-        resolved = recipe_file.load(self.recipe, self.set)
+        resolved = recipe_file.load_recipe(self.recipe, self.set)
         profile = _steps(self.profile) if self.profile is not None else None
         distributed.initialize(
             self.coordinator,

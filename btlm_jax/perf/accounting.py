@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
+from btlm_jax.perf import chips
 from btlm_jax.utils.format import format_bytes
 
 
@@ -50,6 +52,30 @@ def flops_per_token(config: BTLMConfig, length: int) -> Flops:
     products = 2.0 * (c.n_layer * (4 * c.n_embd**2 + mlp) + c.vocab_size * c.n_embd)
     per_key = 4.0 * c.n_layer * c.n_embd
     return Flops(products + per_key * length, products + per_key * (length + 1) / 2)
+
+
+def model_flops_utilization(
+    config: BTLMConfig, length: int, tokens_per_second: float
+) -> dict[str, float]:
+    """Returns the MFU of one device in both conventions; empty if the device's peak is unknown.
+
+    Args:
+      config: the model.
+      length: tokens per sequence.
+      tokens_per_second: rate of one device in training.
+
+    Returns:
+      "mfu" counts full attention, as most papers do; "mfu_causal" only the half that a causal model
+      computes.
+    """
+    peak = chips.peak_flops(jax.devices()[0].device_kind)
+    if peak is None:
+        return {}
+    flops = flops_per_token(config, length)
+    return {
+        "mfu": flops.training_full * tokens_per_second / peak,
+        "mfu_causal": flops.training_causal * tokens_per_second / peak,
+    }
 
 
 def kv_bytes_per_token(config: BTLMConfig, itemsize: int = 2) -> int:

@@ -14,13 +14,14 @@ from btlm_jax import BTLMConfig, cli
 from btlm_jax.model import weights
 from btlm_jax.scaling import surrogate
 from btlm_jax.train import curves, recipe_file
+from btlm_jax.train.recipe_build import build_schedule
 
 SHAPE = surrogate.Surrogate(b_c=0.1, b_e=0.0, q_c=0.5, q_e=0.0)
 
 
 def run_directory(path, *, seed=0, final=3.0, until=1.0, drift=None, steps=2000, overrides=()):
     """A run with 1 % of noise: two phases, of which the second has half the tokens per step."""
-    recipe = recipe_file.parse({
+    recipe = recipe_file.parse_recipe({
         "model": {"preset": "tiny"},
         "phases": [
             {"steps": steps // 2, "batch_size": 8, "length": 128},
@@ -39,7 +40,7 @@ def run_directory(path, *, seed=0, final=3.0, until=1.0, drift=None, steps=2000,
     loss *= 1 + 0.01 * np.random.default_rng(seed).standard_normal(steps)
     if drift:
         loss *= 1 + drift * np.clip((t - 0.6) / 0.4, 0, None)
-    rate = np.asarray(recipe.learning_rate(np.arange(steps)))
+    rate = np.asarray(build_schedule(recipe)(np.arange(steps)))
     lines = [
         json.dumps({"step": i + 1, "loss": loss[i], "learning_rate": float(rate[i])})
         for i in range(steps)
@@ -48,7 +49,7 @@ def run_directory(path, *, seed=0, final=3.0, until=1.0, drift=None, steps=2000,
     path.mkdir()
     (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (path / "recipe.json").write_text(
-        json.dumps({"recipe": recipe_file.to_dict(recipe), "data": ""})
+        json.dumps({"recipe": recipe_file.recipe_to_dict(recipe), "data": ""})
     )
     return path
 
@@ -67,7 +68,7 @@ def runs(tmp_path):
 
 
 def test_what_a_run_says_of_itself(runs):
-    found = curves.read(runs[-1])
+    found = curves.read_training_run(runs[-1])
     n = weights.count_parameters(BTLMConfig.preset("tiny"))
     tokens = 1000 * 8 * 128 + 1000 * 4 * 128
     assert found.parameters == n and found.tokens_per_parameter == pytest.approx(tokens / n)
@@ -76,7 +77,7 @@ def test_what_a_run_says_of_itself(runs):
     assert (found.step, found.steps, found.finished) == (750, 2000, False)
     assert found.curve.done[-1] == pytest.approx(0.5)
     assert found.timescale == pytest.approx(1 / (6e-3 * 0.5 * 0.1 * 2000))
-    assert curves.read(runs[0]).finished
+    assert curves.read_training_run(runs[0]).finished
 
 
 def test_the_command(capsys, tmp_path, runs):
@@ -127,7 +128,7 @@ def test_losses_that_are_not_finite_are_left_out(caplog, tmp_path):
     lines[7] = json.dumps(json.loads(lines[7]) | {"loss": float("nan")})
     (path / "metrics.jsonl").write_text("\n".join(lines))
     with caplog.at_level("WARNING", logger="btlm_jax.train.curves"):
-        assert len(curves.read(path).curve.loss) == 1999
+        assert len(curves.read_training_run(path).curve.loss) == 1999
     assert "1 losses that are not finite" in caplog.text
 
 
@@ -154,7 +155,7 @@ def test_where_to_write_is_seen_to_first(capsys, tmp_path, runs, monkeypatch):
     numbers, png = tmp_path / "c.json", tmp_path / "c.png"
     code, _, err = run(capsys, "collapse", *runs, "--png", png, "--json", numbers)
     assert code == 2 and "disk is full" in err and numbers.exists()  # the numbers come first
-    monkeypatch.setattr(curves, "read", lambda _: pytest.fail("runs were read"))
+    monkeypatch.setattr(curves, "read_training_run", lambda _: pytest.fail("runs were read"))
     for options, said in {
         ("--png", tmp_path / "c.jpg"): "found the suffix '.jpg', expected '.png'",
         ("--png", png, "--json", runs[0]): "is a directory",

@@ -279,7 +279,7 @@ def test_what_quantized_checkpoints_are_not_for(made, tmp_path):
 
 def test_training_starts_from_floats(made):
     mesh = btlm.make_mesh()
-    asked = recipe_file.load("finetune", [f"model.checkpoint={path_of(made, INT4)}"])
+    asked = recipe_file.load_recipe("finetune", [f"model.checkpoint={path_of(made, INT4)}"])
     with pytest.raises(ValueError, match=r"model.checkpoint: .* is quantized, and only floats"):
         loop._weights(asked, btlm.BTLM(CONFIG), mesh)
 

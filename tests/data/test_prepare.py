@@ -280,7 +280,7 @@ def test_a_file_with_nothing_held_out_is_none_without_documents(home, tmp_path):
 
 def test_commands_of_the_recipe(tmp_path, monkeypatch, capsys):
     """Those in tiny.toml work as they stand there (with fewer steps)."""
-    comment = (recipe_file.FOLDER / "tiny.toml").read_text()
+    comment = (recipe_file.RECIPES_FOLDER / "tiny.toml").read_text()
     commands = re.findall(r"^#   btlm (.*)$", comment, re.MULTILINE)
     assert [c.split()[0] for c in commands] == ["tokenize", "train", "generate"]
     monkeypatch.chdir(tmp_path)

@@ -246,7 +246,7 @@ def trained(tmp_path_factory):
         state, metrics = step(state, np.stack([ids[s : s + 65] for s in starts])[None])
     save(home / "run", config, state.params, assets=[home / "tokenizer.json"])
     (home / "page.txt").write_text(text)
-    return home, model, state.params, text, float(metrics.loss)
+    return home, model, state.params, text, float(metrics["loss"])
 
 
 def test_what_quantizing_costs(trained):

@@ -101,6 +101,6 @@ def test_a_bf16_step(length, mesh):
         losses[dtype] = []
         for _ in range(3):
             state, metrics = step(state, tokens)
-            losses[dtype].append(float(metrics.loss))
+            losses[dtype].append(float(metrics["loss"]))
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], atol=0.02)
     assert losses["bfloat16"][2] < losses["bfloat16"][0]

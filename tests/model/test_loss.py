@@ -268,7 +268,7 @@ def test_microbatches_on_a_mesh():
         tokens, NamedSharding(mesh, sharding.partition_spec(sharding.RULES, None, "batch", None))
     )
     state, metrics = make_step(model, tx, z_loss=z_loss)(state, batch)
-    assert float(metrics.loss) == pytest.approx(float(nll), rel=1e-6)
+    assert float(metrics["loss"]) == pytest.approx(float(nll), rel=1e-6)
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected), strict=True):
         a = np.asarray(a)[tuple(slice(n) for n in b.shape)]
         np.testing.assert_allclose(a, b, atol=2e-6)  # gradients of up to 0.1, in fp32

@@ -67,7 +67,7 @@ def test_all_ones_is_the_step_of_training():
     for _ in range(3):
         mine, loss = parametrization.step(MODEL, mine, TOKENS, np.float32(0.01), ONES)
         theirs, metrics = take(theirs, TOKENS[None])
-        assert float(loss) == pytest.approx(float(metrics.loss), rel=1e-6)
+        assert float(loss) == pytest.approx(float(metrics["loss"]), rel=1e-6)
     # But for the biases of keys, which no softmax sees: Adam turns what rounding leaves into steps.
     got, expected = ({**flatten_tree(x.params)} for x in (mine, theirs))
     path = ("blocks", "attn", "c_attn", "bias")

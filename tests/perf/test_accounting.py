@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from btlm_jax import BTLM, BTLMConfig
-from btlm_jax.perf import accounting
+from btlm_jax.perf import accounting, chips
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 
@@ -66,3 +66,16 @@ def test_description():
 def test_bytes_of_arrays():
     assert accounting.array_bytes((3, 5), jnp.dtype("bfloat16")) == 30
     assert accounting.array_bytes((3, 5), jnp.dtype("int4")) == 8
+
+
+def test_model_flops_utilization_is_reported_in_both_conventions(monkeypatch):
+    """PaLM's convention: 6 N + 12 L T D per token; half of the second term where it is causal."""
+    assert accounting.model_flops_utilization(B3, 2048, 1000.0) == {}  # a CPU's peak is unknown
+    monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e15)
+    got = accounting.model_flops_utilization(B3, 2048, 1000.0)
+    flops = accounting.flops_per_token(B3, 2048)
+    attention = 12 * 32 * 2048 * 2560
+    assert flops.training_full - flops.training_causal == pytest.approx(attention / 2, rel=1e-3)
+    assert got["mfu"] == pytest.approx(flops.training_full * 1e-12)
+    assert got["mfu_causal"] == pytest.approx(flops.training_causal * 1e-12)
+    assert 0.0159 < got["mfu"] < 0.0179  # 6 * 2.646e9 + attention, at 1000 tokens/s of 1e15

@@ -30,11 +30,11 @@ def test_of_btlm():
 
 def test_of_the_published_recipe():
     """From the recipe, through the optimizer's groups."""
-    published = recipe_file.load("btlm-3b-8k", ["data.train=x"])
+    published = recipe_file.load_recipe("btlm-3b-8k", ["data.train=x"])
     assert _timescale(published) == pytest.approx(0.0522, abs=5e-5)
-    coupled = recipe_file.load("btlm-3b-8k", ["data.train=x", "optimizer.decay=coupled"])
+    coupled = recipe_file.load_recipe("btlm-3b-8k", ["data.train=x", "optimizer.decay=coupled"])
     assert _timescale(coupled) == pytest.approx(0.00522, abs=5e-6)
-    none = recipe_file.load("btlm-3b-8k", ["data.train=x", "optimizer.weight_decay=0"])
+    none = recipe_file.load_recipe("btlm-3b-8k", ["data.train=x", "optimizer.weight_decay=0"])
     assert _timescale(none) is None
 
 

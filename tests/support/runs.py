@@ -11,7 +11,7 @@ import pytest
 
 import btlm_jax as btlm
 from btlm_jax.model.params import flatten_tree
-from btlm_jax.train.metrics import read_lines
+from btlm_jax.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +31,7 @@ def compiled_once(tmp_path_factory):
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {int(x["step"]): x["loss"] for x in read_lines(run / "metrics.jsonl") if "loss" in x}
+    return {int(x["step"]): x["loss"] for x in read_metrics(run / "metrics.jsonl") if "loss" in x}
 
 
 def final_weights(run: Path) -> dict:

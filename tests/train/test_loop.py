@@ -24,12 +24,12 @@ from btlm_jax.checkpoint import metadata
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf import source as hf_source
 from btlm_jax.model.params import flatten_tree
-from btlm_jax.train import loop
-from btlm_jax.train import recipe_file as recipes
+from btlm_jax.train import recipe_build, recipe_file
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
-from btlm_jax.train.metrics import read_lines
+from btlm_jax.train.metrics import read_metrics
 from btlm_jax.train.recipe import Recipe
+from btlm_jax.train.recipe_build import build_config, build_optimizer, build_schedule
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden
 from support.runs import compiled_once, copy_of, final_weights, losses, same_bits  # noqa: F401
@@ -85,7 +85,7 @@ def files(tmp_path_factory):
 
 
 def load(files: Path, *overrides: str) -> Recipe:
-    return recipes.load(files, overrides)
+    return recipe_file.load_recipe(files, overrides)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_run_and_what_it_leaves(reference, capsys):
     assert outcome.finished and outcome.step == 12
     found = losses(run)
     assert list(found) == list(range(1, 13)) and found[12] == outcome.loss < found[1]
-    lines = read_lines(run / "metrics.jsonl")
+    lines = read_metrics(run / "metrics.jsonl")
     held = {x["step"]: x for x in lines if "held_out_loss" in x}
     assert set(held) == {6, 12} and held[12]["held_out_loss"] == outcome.held_out
     assert held[12]["held_out_bits_per_byte"] > 0
@@ -156,17 +156,17 @@ def test_z_loss_reaches_the_step(files, tmp_path, monkeypatch):
     def asked(model, tx, *, z_loss, offload_optimizer):
         raise Asked(z_loss)
 
-    monkeypatch.setattr(loop, "make_step", asked)
+    monkeypatch.setattr(recipe_build, "make_step", asked)
     with pytest.raises(Asked, match=r"0\.25"):
         train(load(files, "optimizer.z_loss=0.25"), tmp_path / "run")
 
 
 def test_optimizer_state_on_the_host(files, reference, tmp_path, monkeypatch):
     """Bitwise the same run, stopped and gone on with, and the state is where it should be."""
-    from btlm_jax.train import loop, preemption
+    from btlm_jax.train import preemption
 
     kinds = set()
-    make_step = loop.make_step
+    make_step = recipe_build.make_step
 
     def spying(*args, **kwargs):
         step = make_step(*args, **kwargs)
@@ -177,11 +177,11 @@ def test_optimizer_state_on_the_host(files, reference, tmp_path, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(loop, "make_step", spying)
+    monkeypatch.setattr(recipe_build, "make_step", spying)
     recipe = load(files, "run.offload_optimizer=true")
-    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: step == 5)
+    monkeypatch.setattr(preemption.StopSignal, "requested", lambda self, step: step == 5)
     train(recipe, tmp_path / "run")
-    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: False)
+    monkeypatch.setattr(preemption.StopSignal, "requested", lambda self, step: False)
     assert train(recipe, tmp_path / "run").finished
     assert kinds == {"pinned_host"}
     assert losses(tmp_path / "run") == losses(reference[0])
@@ -211,10 +211,12 @@ def test_stopped_and_gone_on_with_is_bitwise_the_same(files, reference, tmp_path
     from btlm_jax.train import preemption
 
     for stop_at in (2, 3, 8, 11):
-        monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step, s=stop_at: step == s)
+        monkeypatch.setattr(
+            preemption.StopSignal, "requested", lambda self, step, s=stop_at: step == s
+        )
         outcome = train(load(files), tmp_path / "run")
         assert (outcome.step, outcome.finished) == (stop_at, False)
-    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: False)
+    monkeypatch.setattr(preemption.StopSignal, "requested", lambda self, step: False)
     assert train(load(files), tmp_path / "run").finished
     assert losses(tmp_path / "run") == losses(reference[0])
     assert same_bits(final_weights(tmp_path / "run"), final_weights(reference[0]))
@@ -225,7 +227,7 @@ def test_stopped_and_gone_on_with_is_bitwise_the_same(files, reference, tmp_path
 def test_gone_on_with_on_another_mesh(files, reference, tmp_path, monkeypatch):
     from btlm_jax.train import preemption
 
-    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: step == 7)
+    monkeypatch.setattr(preemption.StopSignal, "requested", lambda self, step: step == 7)
     train(load(files), tmp_path / "run")
     monkeypatch.undo()
     train(load(files, "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"), tmp_path / "run")
@@ -327,9 +329,9 @@ def test_a_checkpoint_of_another_optimizer_is_not_damage(files, reference, tmp_p
     run = copy_of(reference[0], tmp_path / "run")
     keeper = Checkpoints(run / "checkpoints", keep_last=2, keep_every=0)
     r = load(files, "optimizer.name=lion")
-    model = btlm.BTLM(r.model_config())
+    model = btlm.BTLM(build_config(r))
     with pytest.raises(ValueError, match=r"does not fit the recipe's optimizer"):
-        keeper.restore_newest(model, r.transformation(model.config), btlm.make_mesh())
+        keeper.restore_newest(model, build_optimizer(r, model.config), btlm.make_mesh())
     keeper.close()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["12", "9"]
 
@@ -339,16 +341,16 @@ def test_gradients_that_are_not_finite(files, tmp_path):
     from btlm_jax.train.step import init_state, make_step
 
     r = load(files)
-    model = btlm.BTLM(r.model_config())
+    model = btlm.BTLM(build_config(r))
     params = model.init(jax.random.key(0))
     params["ln_f"]["scale"] = params["ln_f"]["scale"].at[0].set(np.inf)
     before = jax.tree.map(np.asarray, params)
-    tx = r.transformation(model.config)
+    tx = build_optimizer(r, model.config)
     step, state = make_step(model, tx), init_state(params, tx)
     for i in (1, 2):
         state, metrics = step(state, np.ones((1, 8, 9), np.int32))
         assert (int(state.step), int(state.skipped), int(state.bad_in_a_row)) == (i, i, i)
-        assert not np.isfinite(metrics.loss)
+        assert not np.isfinite(metrics["loss"])
     assert same_bits(flatten_tree(before), flatten_tree(state.params))
     assert all(not np.any(x) for x in jax.tree.leaves(state.opt_state))
     with pytest.raises(FloatingPointError, match=r"2 steps in a row .* there is no checkpoint"):
@@ -365,14 +367,14 @@ def test_gradients_that_are_not_finite(files, tmp_path):
 def test_learning_rate_in_the_log_is_that_of_the_update(files, skipped, bad, updates):
     """After 2 of 6 steps were skipped the sixth is the fourth update (rate of step 3)."""
     from btlm_jax.train.loop import _report
-    from btlm_jax.train.step import Metrics
 
     r, lines = load(files), {}
     log = types.SimpleNamespace(write=lines.__setitem__)
     zero = np.float32(0)
-    metrics = Metrics(zero, np.float32(64), zero, {}, {}, np.int32(skipped), np.int32(bad))
-    _report(r, btlm.BTLM(r.model_config()), log, (6, r.phases[0], metrics), 1.0)
-    assert lines[6]["learning_rate"] == pytest.approx(float(r.learning_rate(updates)))
+    metrics = {"loss": zero, "tokens": np.float32(64), "grad_norm": zero}
+    metrics |= {"skipped": np.int32(skipped), "bad_in_a_row": np.int32(bad)}
+    _report(r, btlm.BTLM(build_config(r)), log, (6, r.phases[0], metrics), 1.0)
+    assert lines[6]["learning_rate"] == pytest.approx(float(build_schedule(r)(updates)))
 
 
 @pytest.mark.parametrize(
@@ -437,7 +439,7 @@ def test_start_from_a_checkpoint(files, reference, tmp_path):
         text = text.split("[model.fields]")[0] + text[text.index("[[phases]]") :]
         file = tmp_path / f"{source.name}.toml"
         file.write_text(text)
-        train(recipes.load(file), tmp_path / f"run-{source.name}")
+        train(recipe_file.load_recipe(file), tmp_path / f"run-{source.name}")
         assert losses(tmp_path / f"run-{source.name}")[1] < losses(run)[1] - 0.1
 
 
@@ -483,14 +485,14 @@ def test_training_checkpoints_are_checkpoints(reference):
 def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(files, tmp_path, monkeypatch):
     """Steps 3, 6, 9, 12, two of them kept: three at once must fit."""
     r = load(files)
-    model = btlm.BTLM(r.model_config())
+    model = btlm.BTLM(build_config(r))
     params = model.init(jax.random.key(0), mesh=btlm.make_mesh())
     size = 3 * sum(x.nbytes for x in jax.tree.leaves(params))  # with Adam's moments, and counters
     usage = types.SimpleNamespace(free=3 * size)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(OSError, match=r"no space for .*checkpoints: .* are to be written"):
         train(r, tmp_path / "run")
-    assert not read_lines(tmp_path / "run/metrics.jsonl")
+    assert not read_metrics(tmp_path / "run/metrics.jsonl")
     usage.free = 3 * size + 1000
     assert train(r, tmp_path / "run").finished
 

@@ -10,10 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from btlm_jax import BTLMConfig
-from btlm_jax.perf import accounting, chips
 from btlm_jax.train import metrics
-from btlm_jax.train.metrics import FILE, MetricsLog, read_lines, require_wandb, utilization
+from btlm_jax.train.metrics import METRICS_FILE, MetricsLog, read_metrics, require_wandb
 
 
 def write(directory, step, lines):
@@ -26,15 +24,15 @@ def write(directory, step, lines):
 def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog):
     """A run that went on to step 3 and lost it writes step 3 once."""
     write(tmp_path, 0, [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (3, {"loss": 1.0})])
-    with (tmp_path / FILE).open("a") as f:
+    with (tmp_path / METRICS_FILE).open("a") as f:
         f.write('{"step": 4, "lo')  # a kill
     write(tmp_path, 2, [(3, {"loss": 1.5})])
-    assert [(x["step"], x["loss"]) for x in read_lines(tmp_path / FILE)] == [
+    assert [(x["step"], x["loss"]) for x in read_metrics(tmp_path / METRICS_FILE)] == [
         (1, 3.0), (2, 2.0), (3, 1.5),
     ]  # fmt: skip
     assert "cut short" in caplog.text
-    assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, "tensorboard"]
-    assert read_lines(tmp_path / "none") == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [METRICS_FILE, "tensorboard"]
+    assert read_metrics(tmp_path / "none") == []
 
 
 def test_tensorboard_has_every_curve(tmp_path, monkeypatch):
@@ -59,7 +57,7 @@ def test_without_tensorboard_the_file_is_written(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with caplog.at_level("INFO"):
         write(tmp_path, 0, [(1, {"loss": 2.0})])
-    assert read_lines(tmp_path / FILE) == [{"step": 1, "loss": 2.0}]
+    assert read_metrics(tmp_path / METRICS_FILE) == [{"step": 1, "loss": 2.0}]
     assert "pip install" in caplog.text
 
 
@@ -98,21 +96,9 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_utilization_in_both_conventions(monkeypatch):
-    """Palm's convention: 6 N + 12 L T D per token; half of the second term where it is causal."""
-    c = BTLMConfig.preset("btlm-3b-8k")
-    assert utilization(c, 2048, 1000.0) == {}  # the peak of a CPU is not known
-    monkeypatch.setattr(chips, "peak_flops", lambda kind: 1e15)
-    got = utilization(c, 2048, 1000.0)
-    flops = accounting.flops_per_token(c, 2048)
-    attention = 12 * 32 * 2048 * 2560
-    assert flops.training_full - flops.training_causal == pytest.approx(attention / 2, rel=1e-3)
-    assert got["mfu"] == pytest.approx(flops.training_full * 1e-12)
-    assert got["mfu_causal"] == pytest.approx(flops.training_causal * 1e-12)
-    assert 0.0159 < got["mfu"] < 0.0179  # 6 * 2.646e9 + attention, at 1000 tokens/s of 1e15
-
-
 def test_values_are_plain_numbers(tmp_path):
     write(tmp_path, 0, [(1, {"loss": float(np.float32(0.1)), "nan": float("nan")})])
-    text = (tmp_path / FILE).read_text()
-    assert json.loads(text)["loss"] == pytest.approx(0.1) and metrics.FILE == "metrics.jsonl"
+    text = (tmp_path / METRICS_FILE).read_text()
+    assert (
+        json.loads(text)["loss"] == pytest.approx(0.1) and metrics.METRICS_FILE == "metrics.jsonl"
+    )

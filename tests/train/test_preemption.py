@@ -23,9 +23,9 @@ def handlers():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_the_second_acts(handlers, number, caplog):
     with StopSignal() as stop:
-        assert not stop.asked(1)
+        assert not stop.requested(1)
         signal.raise_signal(number)
-        assert stop.asked(2) and handlers == []
+        assert stop.requested(2) and handlers == []
         assert f"{number.name}: saving after this step" in caplog.text
         signal.raise_signal(number)
         assert handlers == [number]
@@ -44,6 +44,6 @@ def test_joined_processes_leave_sigterm_to_jax(handlers, monkeypatch):
         assert handlers == [signal.SIGTERM]
         signal.raise_signal(signal.SIGINT)
         assert handlers == [signal.SIGTERM] * 2
-        assert [s for s in range(10) if stop.asked(s)] == [7]
+        assert [s for s in range(10) if stop.requested(s)] == [7]
         signal.raise_signal(signal.SIGINT)
         assert handlers[-1] == signal.SIGINT

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from btlm_jax.train import recipe_file as recipes
+from btlm_jax.train import recipe_file
 from btlm_jax.train.loop import train
-from btlm_jax.train.metrics import read_lines
+from btlm_jax.train.metrics import read_metrics
 from support import compiling, golden
 from support.processes import free_port
 from support.runs import compiled_once, final_weights, losses, same_bits  # noqa: F401
@@ -154,7 +154,7 @@ def starting(recipe: Path, cache: str, logs: Path) -> Iterator[Callable[..., Pai
 def one(recipe, tmp_path_factory) -> Path:
     """An uninterrupted run of one process with eight devices."""
     run = tmp_path_factory.mktemp("one") / "run"
-    assert train(recipes.load(recipe), run).finished
+    assert train(recipe_file.load_recipe(recipe), run).finished
     return run
 
 
@@ -189,7 +189,7 @@ def test_two_processes_are_as_one(one, both):
     run, _ = both
     assert_same(run, one)
     held = [
-        {x["step"]: x["held_out_loss"] for x in read_lines(r / "metrics.jsonl") if len(x) == 3}
+        {x["step"]: x["held_out_loss"] for x in read_metrics(r / "metrics.jsonl") if len(x) == 3}
         for r in (run, one)
     ]
     assert held[0] == pytest.approx(held[1], abs=1e-5) and set(held[0]) == {30, 60}
@@ -197,7 +197,7 @@ def test_two_processes_are_as_one(one, both):
 
 def test_process_0_alone_reports(both):
     run, pair = both
-    steps = [(x["step"], len(x)) for x in read_lines(run / "metrics.jsonl")]
+    steps = [(x["step"], len(x)) for x in read_metrics(run / "metrics.jsonl")]
     assert len(steps) == len(set(steps)) == 62  # 60 steps, 2 evaluations
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -210,7 +210,7 @@ def test_process_0_alone_reports(both):
 
 def test_one_process_goes_on_with_a_checkpoint_of_two(recipe, one, both, tmp_path):
     run = copy_until(both[0], 30, tmp_path / "run")
-    assert train(recipes.load(recipe), run).finished
+    assert train(recipe_file.load_recipe(recipe), run).finished
     assert {s: x for s, x in losses(run).items() if s <= 30} == {
         s: x for s, x in losses(both[0]).items() if s <= 30
     }
@@ -301,11 +301,11 @@ run_directory._VISIBLE_WITHIN = 1.0
 said = {}
 for name, runs, overrides in json.loads(cases):
     try:
-        train(recipe_file.load(Path(file), overrides[int(process)]), runs[int(process)])
+        train(recipe_file.load_recipe(Path(file), overrides[int(process)]), runs[int(process)])
     except (ValueError, OSError) as e:
         said[name] = f"{type(e).__name__}: {e}"
 try:
-    with distributed.agreed():
+    with distributed.raise_together():
         if process == "1":
             raise OSError("disk full")
 except (ValueError, OSError) as e:

@@ -12,11 +12,18 @@ import pytest
 from btlm_jax import BTLM, AlibiScaling, BTLMConfig, make_mesh
 from btlm_jax.model import weights
 from btlm_jax.model.params import flatten_tree
-from btlm_jax.train import recipe
-from btlm_jax.train import recipe_file as recipes
-from btlm_jax.train.recipe import Model, Optimizer, Phase, Recipe
+from btlm_jax.train import recipe, recipe_file
+from btlm_jax.train.recipe import ModelSettings, OptimizerSettings, Phase, Recipe
+from btlm_jax.train.recipe_build import (
+    build_config,
+    build_model,
+    build_optimizer,
+    build_param_groups,
+    build_schedule,
+    with_microbatches,
+)
 
-B3 = recipes.load("btlm-3b-8k")
+B3 = recipe_file.load_recipe("btlm-3b-8k")
 
 
 def test_the_published_run():
@@ -25,7 +32,7 @@ def test_the_published_run():
     assert B3.tokens == pytest.approx(627.7e9, rel=1e-4)
     assert B3.phase_at(119_726)[1].length == 2048
     assert B3.phase_at(119_727) == (119_727, Phase(39_909, 480, 8192))
-    assert B3.model_config() == BTLMConfig.preset("btlm-3b-8k")
+    assert build_config(B3) == BTLMConfig.preset("btlm-3b-8k")
     o = B3.optimizer
     assert (o.name, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (
         "adamw", 0.9, 0.95, 1e-8, 0.1, 1.0,
@@ -35,7 +42,7 @@ def test_the_published_run():
 def test_the_published_schedule():
     """Linear from 0 to 0.012 in 95 steps, then linear to 1.02e-4 at the last: against float64."""
     steps = np.array([0, 1, 50, 94, 95, 96, 1000, 119_726, 119_727, 150_000, 159_635])
-    got = jax.jit(jax.vmap(B3.learning_rate))(steps)
+    got = jax.jit(jax.vmap(build_schedule(B3)))(steps)
     warm = 0.012 * steps / 95
     decay = 0.012 + (1.02e-4 - 0.012) * (steps - 95) / (159_635 - 95)
     # fp32 counts tokens to 1 in 16 million, where a step is 1 in 160,000.
@@ -47,12 +54,12 @@ def test_the_published_schedule():
 @pytest.mark.parametrize("schedule, middle", [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
 def test_schedules(schedule, middle):
     r = Recipe(
-        model=Model(preset="tiny"),
+        model=ModelSettings(preset="tiny"),
         phases=(Phase(11, 2, 8), Phase(10, 4, 8)),  # a batch ramp: tokens count, not steps
-        optimizer=Optimizer(peak_lr=1.0, final_lr=0.0, schedule=schedule),
+        optimizer=OptimizerSettings(peak_lr=1.0, final_lr=0.0, schedule=schedule),
     )
     tokens = np.concatenate([np.arange(11) * 16, 176 + np.arange(10) * 32])
-    rates = np.array([float(r.learning_rate(s)) for s in range(21)])
+    rates = np.array([float(build_schedule(r)(s)) for s in range(21)])
     done = tokens / tokens[-1]
     expected = {
         "linear": 1 - done,
@@ -63,18 +70,18 @@ def test_schedules(schedule, middle):
     assert np.interp(0.5, done, rates) == pytest.approx(middle, abs=0.05)
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", recipe_file.recipe_names())
 def test_ours_load_and_come_back(name):
-    r = recipes.load(name)
-    assert recipes.parse(json.loads(json.dumps(recipes.to_dict(r)))) == r
+    r = recipe_file.load_recipe(name)
+    assert recipe_file.parse_recipe(json.loads(json.dumps(recipe_file.recipe_to_dict(r)))) == r
     if r.model.checkpoint is None:
-        r.model_config()
+        build_config(r)
 
 
 def test_ladder_trains_on_20_tokens_per_parameter():
     for name in ("btlm-40m", "btlm-130m", "btlm-450m", "btlm-1.7b"):
-        r = recipes.load(name)
-        assert r.tokens / weights.count_parameters(r.model_config()) == pytest.approx(
+        r = recipe_file.load_recipe(name)
+        assert r.tokens / weights.count_parameters(build_config(r)) == pytest.approx(
             20, rel=0.02
         ), name
         assert r.optimizer.peak_lr == B3.optimizer.peak_lr  # that is what muP is for
@@ -83,17 +90,17 @@ def test_ladder_trains_on_20_tokens_per_parameter():
 def test_position_interpolation_scales_the_checkpoints_slopes(monkeypatch):
     base = BTLMConfig.preset("btlm-3b-8k")
     monkeypatch.setattr(recipe.auto, "read_any_config", {"btlm-3b": base}.get)
-    config = recipes.load("position-interpolation").model_config()
+    config = build_config(recipe_file.load_recipe("position-interpolation"))
     assert config.alibi_scaling == AlibiScaling(factor=4.0) and config.n_positions == 32768
     assert dataclasses.replace(config, alibi_scaling=None, n_positions=8192) == base
 
 
 def test_the_model_is_computed_as_run_says():
-    r = recipes.load("tiny")
-    assert r.build() == BTLM(r.model_config())  # "auto" leaves it to the model
+    r = recipe_file.load_recipe("tiny")
+    assert build_model(r) == BTLM(build_config(r))  # "auto" leaves it to the model
     asked = ["run.attention=xla", "run.remat=full", "run.compute_dtype=bfloat16",
              "model.fields.n_layer=2"]  # fmt: skip
-    model = recipes.load("tiny", asked).build()
+    model = build_model(recipe_file.load_recipe("tiny", asked))
     assert (model.attention_implementation, model.remat) == ("xla", "full")
     assert (model.compute_dtype, model.config.n_layer) == ("bfloat16", 2)
 
@@ -112,28 +119,33 @@ def test_the_model_is_computed_as_run_says():
 def test_microbatches_for_a_mesh(limit, mesh, micro):
     """The largest divisor of 48 sequences that the limit and the mesh allow."""
     phases = ["phases.0.batch_size=48", "phases.0.length=32"]
-    r = recipes.load("tiny", [*phases, f"run.tokens_per_device={limit}"])
+    r = recipe_file.load_recipe("tiny", [*phases, f"run.tokens_per_device={limit}"])
     mesh = make_mesh(**mesh)
-    assert r.on(mesh).phases == (dataclasses.replace(r.phases[0], microbatch=micro),)
-    named = recipes.load("tiny", [*phases, "phases.0.microbatch=8", "run.tokens_per_device=1"])
-    assert named.on(mesh) == named  # what the recipe says is not changed
+    assert with_microbatches(r, mesh).phases == (
+        dataclasses.replace(r.phases[0], microbatch=micro),
+    )
+    named = recipe_file.load_recipe(
+        "tiny", [*phases, "phases.0.microbatch=8", "run.tokens_per_device=1"]
+    )
+    assert with_microbatches(named, mesh) == named  # what the recipe says is not changed
 
 
 def test_no_microbatch_is_small_enough():
-    r = recipes.load("tiny", ["phases.0.length=32", "run.tokens_per_device=15"])
+    r = recipe_file.load_recipe("tiny", ["phases.0.length=32", "run.tokens_per_device=15"])
     said = r"run\.tokens_per_device: found 15, a sequence of phases\.0 has 16 on each device"
     with pytest.raises(ValueError, match=said):
-        r.on(make_mesh(fsdp=4, context=2))
+        with_microbatches(r, make_mesh(fsdp=4, context=2))
 
 
 def updates(*overrides):
     """The change of each group's weights in the first steps of an optimizer from a recipe."""
     small = ["model.fields.n_layer=1", "model.fields.n_embd=32", "model.fields.n_head=2"]
-    r = recipes.load("tiny", [*small, "optimizer.weight_decay=0", "optimizer.clip_norm=0",
+    r = recipe_file.load_recipe("tiny", [*small, "optimizer.weight_decay=0",
+                              "optimizer.clip_norm=0",
                               "optimizer.warmup_tokens=0", *overrides])  # fmt: skip
-    model = BTLM(r.model_config())
+    model = BTLM(build_config(r))
     params = model.init(jax.random.key(0))
-    tx = r.transformation(model.config)
+    tx = build_optimizer(r, model.config)
     state = tx.init(params)
     for sign in (1.0, 1.0, -0.5):  # tells b2 = 0.99 from 0.95 in Lion, which takes the sign
         change, state = tx.update(jax.tree.map(lambda p, s=sign: s * p, params), state, params)
@@ -172,19 +184,19 @@ def test_muon_has_rates_of_its_own():
     ],
 )
 def test_groups_are_those_of_the_optimizer(overrides, hidden_lr):
-    r = recipes.load("tiny", overrides)
-    hidden, embedding, vector = r.param_groups(r.model_config())
+    r = recipe_file.load_recipe("tiny", overrides)
+    hidden, embedding, vector = build_param_groups(r, build_config(r))
     assert hidden.lr == pytest.approx(hidden_lr)
     assert embedding.lr == vector.lr == 6e-3
 
 
 def test_overrides():
-    r = recipes.load(
+    r = recipe_file.load_recipe(
         "tiny",
         ["run.seed=3", "model.fields.n_layer=2", "phases.0.steps=50", "data.train=some/dir",
          "optimizer.name=lion", "optimizer.peak_lr=1", "phases.0.microbatch=4"],
     )  # fmt: skip
-    assert (r.run.seed, r.model_config().n_layer, r.steps) == (3, 2, 50)
+    assert (r.run.seed, build_config(r).n_layer, r.steps) == (3, 2, 50)
     assert (r.data.train, r.optimizer.name, r.optimizer.peak_lr) == ("some/dir", "lion", 1.0)
     assert r.phases[0].microbatch == 4
 
@@ -219,45 +231,45 @@ def test_overrides():
 )
 def test_bad_values(override, said):
     with pytest.raises(ValueError, match=said):
-        recipes.load("tiny", [override])
+        recipe_file.load_recipe("tiny", [override])
 
 
 def test_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"^model\.checkpoint: no directory .*btlm-3b"):
-        recipes.load("finetune").model_config()
+        build_config(recipe_file.load_recipe("finetune"))
 
 
 def test_bad_model_fields():
     with pytest.raises(ValueError, match=r"model\.fields\.n_layers: unknown field; did you mean"):
-        recipes.load("tiny", ["model.fields.n_layers=2"]).model_config()
+        build_config(recipe_file.load_recipe("tiny", ["model.fields.n_layers=2"]))
     with pytest.raises(ValueError, match="n_head"):
-        recipes.load("tiny", ["model.fields.n_head=7"]).model_config()
+        build_config(recipe_file.load_recipe("tiny", ["model.fields.n_head=7"]))
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
 def test_completep(name):
     """Set in the model's fields; the optimizer reads it there, and wants a decay that fits."""
     asked = ["model.fields.completep_base_layers=1", f"optimizer.name={name}"]
-    r = recipes.load("tiny", asked)
-    config = r.model_config()
+    r = recipe_file.load_recipe("tiny", asked)
+    config = build_config(r)
     assert config.residual_scale == 0.25
     with pytest.raises(ValueError, match=r'^optimizer\.decay: found "original" with CompleteP,'):
-        r.transformation(config)
-    recipes.load("tiny", [*asked, "optimizer.decay=coupled"]).transformation(config)
+        build_optimizer(r, config)
+    build_optimizer(recipe_file.load_recipe("tiny", [*asked, "optimizer.decay=coupled"]), config)
     with pytest.raises(ValueError, match=r"completep_alpha: found 0\.5, expected 1\.0 without"):
-        recipes.load("tiny", ["model.fields.completep_alpha=0.5"]).model_config()
+        build_config(recipe_file.load_recipe("tiny", ["model.fields.completep_alpha=0.5"]))
 
 
 def test_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such recipe; ours are btlm-1\.7b, .*tiny"):
-        recipes.load("huge")
+        recipe_file.load_recipe("huge")
     (tmp_path / "r.toml").write_text("model = [")
     with pytest.raises(ValueError, match=r"r\.toml: not valid TOML"):
-        recipes.load(tmp_path / "r.toml")
+        recipe_file.load_recipe(tmp_path / "r.toml")
     (tmp_path / "r.toml").write_text("[model]\npreset = 'tiny'\n")
     with pytest.raises(ValueError, match="phases: missing"):
-        recipes.load(tmp_path / "r.toml")
+        recipe_file.load_recipe(tmp_path / "r.toml")
     (tmp_path / "r.toml").write_text("[model]\npreset = 'tiny'\n[phases]\nsteps = 1\n")
     with pytest.raises(ValueError, match=r"phases: found .*, expected a list of tables"):
-        recipes.load(tmp_path / "r.toml")
+        recipe_file.load_recipe(tmp_path / "r.toml")

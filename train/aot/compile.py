@@ -22,7 +22,8 @@ from btlm_jax.train.aot.executables import save as save_executable
 from btlm_jax.train.aot.lowering import Lowered, decode_step, mesh_of, train_step
 from btlm_jax.train.aot.topologies import Topology, devices
 from btlm_jax.train.recipe import Phase, Recipe
-from btlm_jax.train.recipe_file import to_dict
+from btlm_jax.train.recipe_build import build_config, with_microbatches
+from btlm_jax.train.recipe_file import recipe_to_dict
 from btlm_jax.utils.format import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def compile_phase(
         last = len(recipe.phases) - 1
         raise ValueError(f"--phase: found {index}, the recipe has phases 0 to {last}")
     mesh = mesh_of(recipe, devices(topology))
-    recipe = recipe.on(mesh)
+    recipe = with_microbatches(recipe, mesh)
     phase = recipe.phases[index]
     rates = topology.chip.per_device(topology.shape)
     began = time.monotonic()
@@ -247,7 +248,7 @@ def _advice(
     recipe: Recipe, index: int, phase: Phase, shape: dict[str, int], rates: Rates, needed: float
 ) -> str:
     """What should fit, by the formula, corrected by how far it is off for what did not."""
-    config = recipe.model_config()
+    config = build_config(recipe)
 
     def estimate(micro: int, remat: Remat) -> float:
         return roofline.training_memory(
@@ -274,5 +275,5 @@ def _advice(
 
 
 def _save(path: Path, compiled: Any, recipe: Recipe, report: dict[str, Any]) -> None:
-    save_executable(path, compiled, {"recipe": to_dict(recipe), "report": report})
+    save_executable(path, compiled, {"recipe": recipe_to_dict(recipe), "report": report})
     logger.info("saved %s", path)

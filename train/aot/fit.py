@@ -25,7 +25,8 @@ from btlm_jax.perf import roofline
 from btlm_jax.perf.chips import Rates
 from btlm_jax.train.aot.compile import DoesNotFit, compile_phase
 from btlm_jax.train.aot.topologies import Topology, devices, prepare
-from btlm_jax.train.recipe import Mesh, Phase, Recipe
+from btlm_jax.train.recipe import MeshSettings, Phase, Recipe
+from btlm_jax.train.recipe_build import build_config
 from btlm_jax.utils.format import format_bytes
 from btlm_jax.utils.progress import Progress
 
@@ -77,7 +78,7 @@ def fit(
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected a positive int")
     phase = recipe.phases[index]
-    config = recipe.model_config()
+    config = build_config(recipe)
     n = len(devices(topology))
     rates = topology.chip.per_device(topology.shape)
     ordered = candidates(config, phase, n, topology.slices, rates)
@@ -278,7 +279,7 @@ def _changed(recipe: Recipe, index: int, candidate: Candidate) -> Recipe:
     phases[index] = dataclasses.replace(phases[index], microbatch=candidate.microbatch)
     return dataclasses.replace(
         recipe,
-        mesh=Mesh(*candidate.mesh),
+        mesh=MeshSettings(*candidate.mesh),
         phases=tuple(phases),
         run=dataclasses.replace(recipe.run, remat=candidate.remat),
     )

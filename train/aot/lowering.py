@@ -17,7 +17,8 @@ from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.perf import accounting
 from btlm_jax.train.recipe import Phase, Recipe
-from btlm_jax.train.step import abstract_state, abstract_weights, make_step
+from btlm_jax.train.recipe_build import build_mesh, build_model, build_optimizer, build_step
+from btlm_jax.train.step import abstract_state, abstract_weights
 
 _HOST = "pinned_host"
 
@@ -45,7 +46,7 @@ def mesh_of(recipe: Recipe, devices: list[jax.Device]) -> Mesh:
     Raises:
       ValueError: it does not fit them.
     """
-    return sharding.make_mesh(**dataclasses.asdict(recipe.mesh), devices=devices)
+    return build_mesh(recipe, devices)
 
 
 def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
@@ -54,8 +55,8 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     Raises:
       ValueError: model, batch or length do not fit the mesh.
     """
-    model = recipe.build()
-    tx = recipe.transformation(model.config)
+    model = build_model(recipe)
+    tx = build_optimizer(recipe, model.config)
     state = abstract_state(model, tx, mesh)
     if recipe.run.offload_optimizer:
         state = state._replace(opt_state=jax.tree.map(_on_host, state.opt_state))
@@ -67,9 +68,7 @@ def train_step(recipe: Recipe, phase: Phase, mesh: Mesh) -> Lowered:
     shape = (phase.batch_size // micro, micro, phase.length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
     batch = (tokens, tokens) if recipe.data.mask_documents else (tokens,)
-    step: Any = make_step(
-        model, tx, z_loss=recipe.optimizer.z_loss, offload_optimizer=recipe.run.offload_optimizer
-    )
+    step: Any = build_step(recipe, model, tx)
     counters = (state.step, state.skipped, state.bad_in_a_row)
     parts = Parts(
         held_bytes(state.params), held_bytes((state.opt_state, counters)), held_bytes(batch)
@@ -99,7 +98,7 @@ def decode_step(
     Raises:
       ValueError: model or batch do not fit the mesh.
     """
-    model = recipe.build()
+    model = build_model(recipe)
     dtype = model.runtime(abstract_weights(model, mesh)).dtype
     params = unstacked.abstract_unstacked(model.config, dtype, to, mesh, model.rules)
     sharding.check_batch(batch_size, mesh.abstract_mesh, model.rules)

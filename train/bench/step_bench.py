@@ -26,7 +26,6 @@ from btlm_jax.perf import accounting
 from btlm_jax.train import batches as batches_lib
 from btlm_jax.train.bench import measure, torch_step
 from btlm_jax.train.bench.baseline import Peer
-from btlm_jax.train.metrics import utilization
 from btlm_jax.train.step import init_state, make_step
 from btlm_jax.utils.progress import Progress
 
@@ -133,7 +132,7 @@ def _our_step(model: BTLM, params, tokens: np.ndarray) -> tuple[Callable, float]
         nonlocal state
         began = time.perf_counter()
         state, metrics = compiled(state, batch)
-        loss = float(metrics.loss)
+        loss = float(metrics["loss"])
         jax.block_until_ready(state)
         return loss, time.perf_counter() - began
 
@@ -309,7 +308,7 @@ def _beside_mpt(r: Mapping[str, Any]) -> Iterator[str]:
         return
     rate, mfu = MPT_3B[r["length"]]
     here = r["rates"]["step"]
-    used = utilization(BTLMConfig.preset(r["preset"]), r["length"], here)
+    used = accounting.model_flops_utilization(BTLMConfig.preset(r["preset"]), r["length"], here)
     yield (
         f"published for MPT-3B in llm-foundry on H100: {rate:,} tokens/s/GPU, MFU {mfu} % of the "
         f"data sheet's peak; here {here / rate:.2f} x its tokens/s"

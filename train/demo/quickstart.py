@@ -28,9 +28,10 @@ from btlm_jax.data.tokenizer import load_tokenizer
 from btlm_jax.generation.generate import generate
 from btlm_jax.model import sharding, weights
 from btlm_jax.train.loop import train as train_by
-from btlm_jax.train.metrics import curves
+from btlm_jax.train.metrics import loss_curves
 from btlm_jax.train.recipe import Recipe
-from btlm_jax.train.recipe_file import load as load_recipe
+from btlm_jax.train.recipe_build import build_config
+from btlm_jax.train.recipe_file import load_recipe
 from btlm_jax.utils import atomic, plots
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def train(
         *overrides,
     ]
     settings += _shortened(load_recipe(RECIPE, settings), steps)
-    config = load_recipe(RECIPE, settings).model_config()
+    config = build_config(load_recipe(RECIPE, settings))
     mesh = _mesh(config)
     settings += _fitting(load_recipe(RECIPE, settings), mesh)
     _make(directory)
@@ -96,7 +97,7 @@ def train(
               f"{shlex.quote(str(run))} {options}")  # fmt: skip
         return
     plots.draw_loss_curve(
-        directory / "loss.png", curves(run), {"unigram entropy": unigram},
+        directory / "loss.png", loss_curves(run), {"unigram entropy": unigram},
         f"BTLM, {parameters / 1e6:.1f}M parameters, on the Python language reference",
     )  # fmt: skip
     bits = done.held_out * len(held) / math.log(2) / held.metadata.text_bytes

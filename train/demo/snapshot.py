@@ -18,7 +18,7 @@ from btlm_jax.data import sample_text
 from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare_tokens
 from btlm_jax.model import weights
 from btlm_jax.train.loop import train
-from btlm_jax.train.recipe_file import load
+from btlm_jax.train.recipe_file import load_recipe
 from btlm_jax.utils.format import format_bytes
 
 HUB, PRESET = "cerebras/btlm-3b-8k-base", "btlm-3b-8k"
@@ -86,7 +86,7 @@ def make(directory: Path, *, steps: int = _STEPS) -> Path:
         "run.eval_every=100",
         "run.checkpoint_every=0",
     ]
-    train(load("tiny", settings), directory / "run")
+    train(load_recipe("tiny", settings), directory / "run")
     export(directory / "run", files)
     return files
 

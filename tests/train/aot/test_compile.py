@@ -16,7 +16,8 @@ from btlm_jax.model import weights
 from btlm_jax.perf import accounting
 from btlm_jax.train.aot import compile, compile_report, executables, lowering, topologies
 from btlm_jax.train.aot.compile import DoesNotFit, compile_decoding, compile_phase
-from btlm_jax.train.recipe_file import load
+from btlm_jax.train.recipe_build import build_config, build_model, build_optimizer
+from btlm_jax.train.recipe_file import load_recipe
 from btlm_jax.train.step import abstract_state, init_state, make_step
 
 TOPOLOGY = topologies.parse("v5e:2x4")  # eight devices, as there are CPUs here
@@ -33,7 +34,7 @@ def cpus_for_chips(monkeypatch):
 def saved(tmp_path_factory):
     """A tiny recipe's step, compiled and saved; its recipe, report and file."""
     file = tmp_path_factory.mktemp("compiled") / "step"
-    recipe = load("tiny", [*SMALL, "mesh.tensor=2"])
+    recipe = load_recipe("tiny", [*SMALL, "mesh.tensor=2"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compile, "devices", lambda topology: jax.devices())
         return recipe, compile_phase(recipe, 0, TOPOLOGY, file), file
@@ -41,8 +42,8 @@ def saved(tmp_path_factory):
 
 def state_and_tokens(recipe):
     mesh = lowering.mesh_of(recipe, jax.devices())
-    model = recipe.build()
-    tx = recipe.transformation(model.config)
+    model = build_model(recipe)
+    tx = build_optimizer(recipe, model.config)
     state = init_state(model.init(jax.random.key(0), mesh=mesh), tx)
     draw = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 8, 33))
     place = jax.NamedSharding(mesh, jax.P(None, ("data", "fsdp"), None))
@@ -50,7 +51,7 @@ def state_and_tokens(recipe):
 
 
 def test_abstract_state_is_that_of_a_run():
-    recipe = load("tiny", ["mesh.tensor=2"])
+    recipe = load_recipe("tiny", ["mesh.tensor=2"])
     model, tx, state, _ = state_and_tokens(recipe)
     mesh = lowering.mesh_of(recipe, jax.devices())
 
@@ -64,7 +65,7 @@ def test_abstract_state_is_that_of_a_run():
 def test_report(saved):
     recipe, r, _ = saved
     assert json.loads(json.dumps(r)) == r
-    config = recipe.model_config()
+    config = build_config(recipe)
     assert (r["devices"], r["mesh"]["fsdp"], r["mesh"]["tensor"]) == (8, 4, 2)
     m = r["memory"]
     _, _, state, tokens = state_and_tokens(recipe)
@@ -123,9 +124,9 @@ def test_saved_programs_are_checked(saved, tmp_path):
 
 
 def test_decoding():
-    recipe = load("tiny", ["mesh.tensor=2"])
+    recipe = load_recipe("tiny", ["mesh.tensor=2"])
     r = compile_decoding(recipe, TOPOLOGY, batch_size=8, capacity=64)
-    config = recipe.model_config()
+    config = build_config(recipe)
     cache = 8 * 64 * accounting.kv_bytes_per_token(config, 4)  # fp32 on CPUs
     assert r["memory"]["inputs"] == pytest.approx(cache / 8, rel=0.05)
     assert r["memory"]["optimizer"] == 0
@@ -154,9 +155,9 @@ def test_what_is_missing(text, monkeypatch):
 
     lowered = lowering.Lowered(Program(), lowering.Parts(1, 1, 1), None, None)
     monkeypatch.setattr(compile, "train_step", lambda *_: lowered._replace(
-        model=recipe.build()
+        model=build_model(recipe)
     ))  # fmt: skip
-    recipe = load("btlm-3b-8k", ["phases.1.batch_size=192", "run.tokens_per_device=0"])
+    recipe = load_recipe("btlm-3b-8k", ["phases.1.batch_size=192", "run.tokens_per_device=0"])
     with pytest.raises(DoesNotFit) as error:
         compile_phase(recipe, 1, TOPOLOGY)
     assert error.value.needed == 23.77 * 2**30
@@ -171,7 +172,7 @@ def test_what_compiles_and_does_not_fit(monkeypatch):
     rates = small.chip.per_device(small.shape)._replace(memory=100_000)
     monkeypatch.setattr(type(small.chip), "per_device", lambda *_: rates)
     with pytest.raises(DoesNotFit, match=r"97\.7 KiB are there, .* are missing; by estimate"):
-        compile_phase(load("tiny", SMALL), 0, small)
+        compile_phase(load_recipe("tiny", SMALL), 0, small)
 
 
 def test_other_errors_of_the_compiler():
@@ -181,7 +182,7 @@ def test_other_errors_of_the_compiler():
 
 
 def test_what_does_not_divide():
-    recipe = load("tiny", ["phases.0.batch_size=12"])
+    recipe = load_recipe("tiny", ["phases.0.batch_size=12"])
     with pytest.raises(ValueError, match="batch size 12 does not divide"):
         compile_phase(recipe, 0, TOPOLOGY)
     with pytest.raises(ValueError, match="--phase: found 1, the recipe has phases 0 to 0"):
@@ -221,7 +222,7 @@ def test_options_that_do_not_go_together(options, message, capsys):
 FOR_V5E = """
 from btlm_jax.train import compile, recipe_file, topologies
 topologies.prepare()
-recipe = recipe_file.load(
+recipe = recipe_file.load_recipe(
     "btlm-3b-8k", ["model.fields.n_layer=8", "mesh.fsdp=1", "mesh.tensor=4"]
 )
 topology = topologies.parse("v5e:2x2")
@@ -271,7 +272,7 @@ def test_two_layers_of_3b_for_real_topologies(name, tmp_path):
     command += ["--set", f"phases.1.batch_size={16 if name == 'v5e:4x4' else 8}"]
     subprocess.run(command, check=True)
     (r,) = json.loads(file.read_text())
-    config = load("btlm-3b-8k", ["model.fields.n_layer=2"]).model_config()
+    config = build_config(load_recipe("btlm-3b-8k", ["model.fields.n_layer=2"]))
     state = r["memory"]["parameters"] + r["memory"]["optimizer"]
     assert state == pytest.approx(12 * weights.count_parameters(config) / r["devices"], rel=0.02)
     assert state < r["memory"]["peak"] < 6 * 2**30

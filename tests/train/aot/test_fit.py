@@ -14,7 +14,7 @@ from btlm_jax.train.aot import fit as fit_lib
 from btlm_jax.train.aot import fit_table, topologies
 from btlm_jax.train.aot.fit import Candidate, candidates, search
 from btlm_jax.train.recipe import Phase
-from btlm_jax.train.recipe_file import load
+from btlm_jax.train.recipe_file import load_recipe
 
 B3 = BTLMConfig.preset("btlm-3b-8k")
 
@@ -112,7 +112,7 @@ def test_nothing_fits():
 
 
 def test_bad_numbers():
-    recipe = load("btlm-3b-8k")
+    recipe = load_recipe("btlm-3b-8k")
     with pytest.raises(ValueError, match="--jobs: found 0"):
         fit_lib.fit(recipe, 0, topologies.parse("v5e:4x4"), keep=1, attempts=1, jobs=0)
 
@@ -131,7 +131,7 @@ def test_table_goes_between_the_markers(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(fit_table, "fit", fit)
     file = tmp_path / "README.md"
     file.write_text(f"before\n{fit_table.BEGIN}\nold\n{fit_table.END}\nafter\n")
-    recipe = load("btlm-3b-8k")
+    recipe = load_recipe("btlm-3b-8k")
     fit_table.write(file, recipe, attempts=1, jobs=1, names=("v5e-16", "v4-8"))
     text = file.read_text()
     assert text.startswith("before\n") and text.endswith(f"{fit_table.END}\nafter\n")

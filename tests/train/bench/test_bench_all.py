@@ -134,7 +134,7 @@ def test_what_is_measured_exists(platform):
                 for setting in getattr(command, "set", ()):
                     assert "=" in setting
                 if words[0] == "compile":
-                    recipe_file.load(command.recipe, command.set)
+                    recipe_file.load_recipe(command.recipe, command.set)
         for picture in p.pictures:
             assert "/" in picture or any(picture in c for c in p.commands)
     everywhere = {"loss", "attention", "train", "decode", "prefill", "coord-check", "transfer"}

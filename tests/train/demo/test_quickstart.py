@@ -20,7 +20,7 @@ from btlm_jax.data import sample_text
 from btlm_jax.model import mup
 from btlm_jax.train import preemption
 from btlm_jax.train.demo import quickstart
-from btlm_jax.train.metrics import read_lines
+from btlm_jax.train.metrics import read_metrics
 from btlm_jax.train.step import init_state, make_step
 from btlm_jax.utils import plots
 from support import golden
@@ -51,7 +51,7 @@ def test_steps_agree_on_a_mesh():
         losses = []
         for _ in range(5):
             state, metrics = step(state, ids[None])
-            losses.append(float(metrics.loss))
+            losses.append(float(metrics["loss"]))
         curves.append(losses)
         adam = state.opt_state[1]
         for moment, param in zip(
@@ -81,7 +81,7 @@ def test_missing_matplotlib(monkeypatch, tmp_path):
 SMALL = """
 import sys
 from pathlib import Path
-from btlm_jax.train import quickstart
+from btlm_jax.train.demo import quickstart
 sizes = ["vocab_size=512", "n_embd=128", "n_head=2", "n_inner=341", "n_layer=1"]
 overrides = ["model.fields." + x for x in sizes]
 overrides += ["model.fields.mup_width_scale=0.5", "phases.0.length=64", "run.eval_every=6"]
@@ -108,7 +108,7 @@ def test_small_run_end_to_end(tmp_path, capsys):
     ):
         assert text in done.stdout
     run = tmp_path / "q/run"
-    rows = read_lines(run / "metrics.jsonl")
+    rows = read_metrics(run / "metrics.jsonl")
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 13))
     held_out = {r["step"]: r["held_out_loss"] for r in rows if "held_out_loss" in r}
     assert list(held_out) == [6, 12] and held_out[12] < held_out[6] < np.log(512) + 1
@@ -129,7 +129,7 @@ def test_small_run_end_to_end(tmp_path, capsys):
 def test_stopped_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     sizes = ("n_embd=64", "n_head=1", "n_inner=8", "n_layer=1", "mup_width_scale=1.0")
     overrides = [f"model.fields.{x}" for x in sizes]
-    monkeypatch.setattr(preemption.StopSignal, "asked", lambda self, step: step == 1)
+    monkeypatch.setattr(preemption.StopSignal, "requested", lambda self, step: step == 1)
     quickstart.train(tmp_path / "it's", steps=2, overrides=overrides)
     out = capsys.readouterr().out
     assert "stopped after step 1; go on with: btlm train tiny" in out

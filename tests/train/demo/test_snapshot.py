@@ -14,7 +14,7 @@ from btlm_jax.convert.auto import load_any_checkpoint, read_any_config, read_any
 from btlm_jax.model import weights
 from btlm_jax.model.params import check_params
 from btlm_jax.train.demo import snapshot
-from btlm_jax.train.metrics import curves
+from btlm_jax.train.metrics import loss_curves
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_the_small_one_is_trained_once(tmp_path):
     model, params = load_any_checkpoint(files)
     check_params(params, model.config)
     assert verify(files, tmp_path / "small/run")
-    (steps, losses) = curves(tmp_path / "small/run")["training"]
+    (steps, losses) = loss_curves(tmp_path / "small/run")["training"]
     assert steps[-1] == 4 and losses[-1] < losses[0]
     before = {p: p.stat().st_mtime_ns for p in files.iterdir()}
     assert snapshot.make(tmp_path / "small", steps=4) == files
@@ -96,7 +96,7 @@ def test_the_small_one_is_trained_once(tmp_path):
 
 def test_a_single_device_makes_one_too(tmp_path):
     """As in most notebooks."""
-    code = f"from btlm_jax.train import snapshot; from pathlib import Path; \
+    code = f"from btlm_jax.train.demo import snapshot; from pathlib import Path; \
 snapshot.make(Path({str(tmp_path / 'small')!r}), steps=1)"
     env = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
