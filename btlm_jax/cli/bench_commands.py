@@ -246,8 +246,8 @@ class BenchAll:
     2k and 8k tokens, beside the rates published for MPT-3B."""
 
     file: Positional[Path]
-    """Where to, one file per machine; sections are replaced as they are measured. Pictures go to
-    docs/ beside it."""
+    """Where to, one file per machine; sections are replaced as they are measured. Pictures
+    are written beside it."""
     only: Annotated[tuple[str, ...], UseAppendAction] = ()
     """A section to measure, by the beginning of its title; may be repeated. Default all."""
     work: Path | None = None

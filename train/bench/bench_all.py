@@ -33,7 +33,7 @@ _HEADER = """# Benchmarks
 
 Written by `btlm bench all`, which ran every command below in a process of its own; it repeats them
 on your machine. Machines are noisy: compare the ratios, whose two sides were measured in turn in
-one run. Why the numbers are what they are: [docs/performance.md](docs/performance.md).
+one run. Why the numbers are what they are: [performance](performance.md).
 """
 _PREPARED = ".prepared"
 # Commands of a part run where `btlm` and `python` are those that run us.
@@ -93,7 +93,7 @@ def bench_all(
     its error, and the other parts are run.
 
     Args:
-      file: Markdown of an earlier call, or new. Pictures go to `docs/` beside it.
+      file: Markdown of an earlier call, or new. Pictures are written beside it.
       only: titles of parts, or the beginnings of titles; default all.
       work: a folder that keeps what the commands write. Preparations that it has are not repeated,
         and commands that resume go on from there. Default a temporary one.
@@ -118,7 +118,7 @@ def bench_all(
             folder = home / part.folder
             folder.mkdir(parents=True, exist_ok=True)
             sections[part.title], good = _section(
-                part, folder.resolve(), file.parent / "docs", _conditions(machine)
+                part, folder.resolve(), file.parent, _conditions(machine)
             )
             if not good:
                 failed.append(part.title)
@@ -185,10 +185,9 @@ def _section(part: Part, folder: Path, pictures: Path, conditions: str) -> tuple
             break
     out.append(_block(shown))
     for name in part.pictures if good else ():
-        pictures.mkdir(exist_ok=True)
         shown_at = pictures / Path(name).name
         shutil.copyfile(folder / name, shown_at)
-        out.append(f"![{part.title}]({pictures.name}/{shown_at.name})\n")
+        out.append(f"![{part.title}]({shown_at.name})\n")
     return "\n".join([*out, conditions]), good
 
 

@@ -46,7 +46,7 @@ def test_output_is_written_with_its_command_and_conditions(machine, tmp_path, ca
         text,
     )
     assert "```bash\necho text > made\n```\n\n```console\n$ cat made" in text
-    assert "![Two](docs/x.png)\n" in text and (tmp_path / "docs/x.png").read_text() == "text\n"
+    assert "![Two](x.png)\n" in text and (tmp_path / "x.png").read_text() == "text\n"
     said = capsys.readouterr()
     assert "first\n" in said.out and "aside\n" in said.err
 
