@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD
+from btlm_jax.convert.hf.advice import REDOWNLOAD, join_first
 from btlm_jax.convert.hf.torch_pickle import TorchFile
 
 SAFETENSORS_DTYPES = {
@@ -70,7 +70,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(result) != len(pairs):
         counts = Counter(key for key, _ in pairs)
         duplicates = sorted(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"occurs twice in one JSON object: {_join(duplicates)}")
+        raise ValueError(f"occurs twice in one JSON object: {join_first(duplicates)}")
     return result
 
 
@@ -119,7 +119,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     invalid = [repr(v) for v in weight_map.values() if not _is_plain_name(v)]
     if invalid:
         raise ValueError(
-            f"{index}: weight_map leads to {_join(sorted(set(invalid)))}, expected plain names of "
+            f"{index}: weight_map leads to {join_first(sorted(set(invalid)))}, expected plain names of "
             "files next to the index. Fix: do not use this checkpoint, or download it again."
         )
     missing = [n for n in sorted(set(weight_map.values())) if not (index.parent / n).is_file()]
@@ -206,7 +206,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     # The library accepts entries that are lists and shapes that no NumPy array can have.
     unusable = [repr(name) for name, entry in entries.items() if not _is_plain_entry(entry)]
     if unusable:
-        raise ValueError(f"{file}: unusable header entries: {_join(unusable)}. {REDOWNLOAD}")
+        raise ValueError(f"{file}: unusable header entries: {join_first(unusable)}. {REDOWNLOAD}")
     unsupported = [
         f"{name!r}: {entry['dtype']}"
         for name, entry in entries.items()
@@ -214,7 +214,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     ]
     if unsupported:
         raise ValueError(
-            f"{file}: unsupported dtypes {_join(unsupported)}; expected one of "
+            f"{file}: unsupported dtypes {join_first(unsupported)}; expected one of "
             f"{', '.join(SAFETENSORS_DTYPES)}. Fix: use an unquantized checkpoint."
         )
     return {
@@ -243,7 +243,3 @@ def _explain_damage(file: Path, error: str) -> str:
     if head.startswith(b"version https://git-lfs"):
         return f"{file}: a Git LFS pointer, not the weights. Fix: run `git lfs pull`."
     return f"{file}: truncated or corrupt safetensors file ({error}). {REDOWNLOAD}"
-
-
-def _join(items: list[str]) -> str:
-    return ", ".join(items[:20]) + (f" and {len(items) - 20} more" if len(items) > 20 else "")

@@ -21,7 +21,7 @@ import numpy as np
 
 from btlm_jax.checkpoint import zarr
 from btlm_jax.checkpoint.assets import ASSET_NAMES
-from btlm_jax.convert.hf.advice import REDOWNLOAD
+from btlm_jax.convert.hf.advice import REDOWNLOAD, join_first
 from btlm_jax.convert.hf.byte_ranges import contiguous_runs, file_identity, read_into
 from btlm_jax.convert.hf.headers import (
     TensorInfo,
@@ -39,14 +39,14 @@ _log = logging.getLogger(__name__)
 
 
 class WeightForm(NamedTuple):
-    """One way in which a checkpoint keeps its weights, known by the name of its main file."""
+    """A file layout of the weights, recognized by the name of its main file."""
 
     main: str
     sharded: bool
     kind: str
 
 
-# In order of preference: safetensors needs no pickle, and an index knows of all its shards.
+# In order of preference: safetensors needs no pickle, and an index lists all shards.
 WEIGHT_FORMS = (
     WeightForm("model.safetensors.index.json", True, "safetensors"),
     WeightForm("model.safetensors", False, "safetensors"),
@@ -57,16 +57,16 @@ WEIGHT_FORMS = (
 
 @dataclass(frozen=True)
 class HFSource:
-    """An opened checkpoint. Only `read_tensor` and `blocks` touch tensor data.
+    """An opened checkpoint. Only `read_tensor` and `blocks` read tensor data.
 
     Attributes:
-        directory: where the files lie.
-        config: `config.json`, parsed.
-        tensors: name -> `TensorInfo`, from the files' headers.
-        assets: those of `ASSET_NAMES` (tokenizer and generation files) that are present.
-        description: the form of the weights for logs, e.g. `"safetensors, 2 shards"`.
-        revision: the commit on the Hub that was fetched; None for a directory.
-        identities: size and time of change of every weight file, on opening.
+      directory: the directory of the files.
+      config: the content of `config.json`.
+      tensors: name -> `TensorInfo`, from the headers of the files.
+      assets: those of `ASSET_NAMES` (tokenizer and generation files) that are present.
+      description: the form of the weights for logs, such as "safetensors, 2 shards".
+      identities: size and modification time of every weight file when it was opened.
+      revision: the commit on the Hub that was fetched; None for a directory.
     """
 
     directory: Path
@@ -79,16 +79,16 @@ class HFSource:
     _torch_files: Mapping[Path, TorchFile] = field(default_factory=dict, repr=False, compare=False)
 
     def blocks(self, name: str, size: int) -> Iterator[np.ndarray]:
-        """Yield a tensor's elements in C order, in 1-D arrays of `size` (the last may be shorter).
+        """Yields a tensor's elements in C order, in 1-D arrays of `size` (the last may be shorter).
 
         Raises:
-            KeyError: the checkpoint has no tensor of this name.
-            ValueError: the file ends early, has changed since it was opened, or its bytes do not
-                match the archive's checksum (known once all have been read).
+          KeyError: the checkpoint has no tensor of this name.
+          ValueError: the file ends early, has changed since it was opened, or its bytes do not
+            match the archive's checksum (which is known after the last block).
         """
         info = self._info(name)
         if info.offset is None:
-            with self._open(info):  # is it still the file that was opened?
+            with self._open(info):  # checks that the file is unchanged
                 flat = self._torch_files[info.file].read_tensor(name).reshape(-1)
             yield from (flat[i : i + size] for i in range(0, len(flat), size))
             return
@@ -112,26 +112,25 @@ class HFSource:
         index: tuple[slice, ...] | None = None,
         shape: tuple[int, ...] | None = None,
     ) -> np.ndarray:
-        """Read a tensor or a part of it, and no other bytes of the file.
+        """Reads a tensor or a part of it, and no other bytes of the file.
 
         Args:
-            name: of the tensor.
-            index: a slice of step 1 per axis; None reads all of it.
-            shape: another shape of as many elements, to which `index` refers.
+          name: name of the tensor.
+          index: a slice of step 1 for every axis; None reads the whole tensor.
+          shape: another shape with as many elements, to which `index` refers; default its own.
 
         Returns:
-            A C-contiguous array.
+          A C-contiguous array.
 
         Raises:
-            KeyError: the checkpoint has no tensor of this name.
-            ValueError: the file is damaged, or has changed since it was opened.
+          KeyError: the checkpoint has no tensor of this name.
+          ValueError: the file is damaged, or has changed since it was opened.
         """
         info = self._info(name)
         shape = info.shape if shape is None else shape
-        whole = index is not None and all(
+        if index is None or all(
             i.indices(n) == (0, n, 1) for i, n in zip(index, shape, strict=True)
-        )
-        if index is None or whole:  # block by block, which looks at the checksum
+        ):  # by blocks, which checks the checksum
             flat = np.empty(info.size, info.dtype)
             start = 0
             for block in self.blocks(name, zarr.BLOCK_BYTES // info.dtype.itemsize):
@@ -159,32 +158,32 @@ class HFSource:
         if file_identity(info.file) != self.identities[info.file]:
             file.close()
             raise ValueError(
-                f"{info.file} has changed since it was opened. Fix: leave it alone meanwhile."
+                f"{info.file} has changed since it was opened. Fix: do not write to it meanwhile."
             )
         return file
 
 
 def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> HFSource:
-    """Open a checkpoint directory, or fetch a model from the Hugging Face Hub and open that.
+    """Opens a checkpoint directory, or fetches a model from the Hugging Face Hub and opens it.
 
     Args:
-        source: a directory (or its file:// URL); or, given as a string, a Hub id such as
-            `"cerebras/btlm-3b-8k-base"` when no file or directory has that name.
-        revision: branch, tag or commit on the Hub; None means its default branch.
+      source: a directory (or its file:// URL); or, as a string, a Hub id such as
+        "cerebras/btlm-3b-8k-base" if no file or directory has that name.
+      revision: branch, tag or commit on the Hub; None for its default branch.
 
     Raises:
-        FileNotFoundError: no such directory or model, or a file of it is missing.
-        ConnectionError: the Hub cannot be reached and holds no local copy.
-        ValueError: a file is damaged, contradicts another, or uses an unsupported dtype; or
-            `revision` is given for a local directory.
+      FileNotFoundError: the directory or model does not exist, or a file is missing.
+      ConnectionError: the Hub cannot be reached and its cache has no copy.
+      ValueError: a file is damaged, contradicts another, or uses an unsupported dtype; or
+        `revision` is given for a local directory.
     """
-    local = isinstance(source, str) and source.lower().startswith("file://")
-    path = Path(paths.location(source) if local else source)
+    is_file_url = isinstance(source, str) and source.lower().startswith("file://")
+    path = Path(paths.location(source) if is_file_url else source)
     if path.is_dir():
         if revision is not None:
             raise ValueError(
                 f"revision={revision!r} was given with the local directory {path}, which has no "
-                "revisions. Fix: drop it, or name a Hub id."
+                "revisions. Fix: omit it, or name a Hub id."
             )
         return _open_directory(path)
     if path.exists():
@@ -206,14 +205,14 @@ def _open_directory(directory: Path) -> HFSource:
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(
-            f"{config_file} is missing; {_holds(directory)}. Fix: pass the directory of a Hugging "
-            "Face checkpoint, which has config.json next to the weights."
+            f"{config_file} is missing; {_describe_content(directory)}. Fix: pass the directory of "
+            "a Hugging Face checkpoint, which has config.json next to the weights."
         )
     config = read_json_object(config_file)
     form = next((f for f in WEIGHT_FORMS if (directory / f.main).is_file()), None)
     if form is None:
         raise FileNotFoundError(
-            f"{directory} has no weights; {_holds(directory)}. Expected one of "
+            f"{directory} has no weights; {_describe_content(directory)}. Expected one of "
             f"{', '.join(f.main for f in WEIGHT_FORMS)}. Fix: download the weights as well."
         )
     main = directory / form.main
@@ -244,7 +243,7 @@ def _open_directory(directory: Path) -> HFSource:
     return source
 
 
-def _holds(directory: Path) -> str:
+def _describe_content(directory: Path) -> str:
+    """Returns the names of the files in a directory, for error messages."""
     names = sorted(p.name for p in directory.iterdir())
-    listed = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    return f"it holds {listed}" if names else "it is empty"
+    return f"it holds {join_first(names)}" if names else "it is empty"

@@ -1,10 +1,10 @@
-"""Evaluate the pickle inside a `torch.save` archive without running any of it.
+"""Evaluation of the pickle inside a `torch.save` archive without running code from it.
 
-Unpickling runs whatever the file asks for, so nothing is unpickled here. `pickletools` splits
-the pickle into opcodes, and a small evaluator understands the few that `torch.save` writes for
-a plain state_dict. It calls nothing, hashes only plain keys (hashing a deeply nested tuple
-crashes the interpreter) and keeps its memo in a dict (`pickle.Unpickler` allocates up to the
-largest memo index it meets, so five bytes can ask for tens of GB).
+Unpickling can run arbitrary code, so nothing is unpickled here. `pickletools` splits the pickle
+into opcodes, and a small evaluator supports the few that `torch.save` writes for a plain
+state_dict. It calls nothing, hashes only plain keys (hashing a deeply nested tuple crashes the
+interpreter) and keeps its memo in a dict (`pickle.Unpickler` allocates memory up to the largest
+memo index, so that five bytes can allocate tens of GB).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _MAX_NDIM = 32
 
 
 class _Global(NamedTuple):
-    """A global named by the pickle. Only a label: there is nothing behind it to call."""
+    """A global that the pickle names. It is only a label; nothing is imported."""
 
     name: str
 
 
 class Storage(NamedTuple):
-    """A flat run of `numel` elements, kept in the zip member `data/<key>`."""
+    """A flat run of `numel` elements, stored in the zip member `data/<key>`."""
 
     dtype: np.dtype
     key: str
@@ -52,7 +52,7 @@ class Storage(NamedTuple):
 
 
 class TensorView(NamedTuple):
-    """One tensor: `shape`, `strides` and `offset` count elements of `storage`."""
+    """A tensor, whose `shape`, `strides` and `offset` count elements of `storage`."""
 
     storage: Storage
     offset: int
@@ -61,21 +61,23 @@ class TensorView(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Elements from the first to the last one used, both included."""
+        """Number of elements from the first to the last one of the tensor, both included."""
         if 0 in self.shape:
             return 0
         return 1 + sum((d - 1) * s for d, s in zip(self.shape, self.strides, strict=True))
 
 
 def evaluate_pickle(data: bytes) -> object:
-    """What the pickle describes: dicts, lists, tuples, scalars and `TensorView`.
+    """Returns the value of a pickle: dicts, lists, tuples, scalars and `TensorView`.
+
+    Nothing that the pickle names is imported or called.
 
     Args:
-        data: the bytes of `data.pkl`.
+      data: the bytes of `data.pkl`.
 
     Raises:
-        ValueError: the pickle is corrupt, or asks for anything that `torch.save` does not write
-            for a plain state_dict. Nothing it names is imported or called.
+      ValueError: the pickle is corrupt, or holds anything that `torch.save` does not write for a
+        plain state_dict.
     """
     try:
         return _run_opcodes(data)
@@ -144,7 +146,8 @@ def _run_opcodes(data: bytes) -> object:
                 function, args = pop_from(len(stack) - 2)
                 stack.append(_reduce(function, args))
             case "BUILD":
-                # torch hangs `_metadata` (module versions) on the OrderedDict: not needed.
+                # torch sets the attribute `_metadata` (module versions) of the OrderedDict, which
+                # is not needed.
                 if not isinstance(stack.pop(), dict) or not isinstance(stack[-1], dict):
                     raise ValueError(f"refused: data.pkl sets attributes on an object. {RESAVE}")
             case "STOP":
@@ -158,7 +161,7 @@ def _run_opcodes(data: bytes) -> object:
 
 
 def _set_items(target: object, pairs: list[object]) -> None:
-    """Enter `[key, value, key, value, ...]` in a dict; no key may come twice."""
+    """Adds `[key, value, key, value, ...]` to a dict; raises if a key occurs twice."""
     if not isinstance(target, dict) or len(pairs) % 2:
         raise ValueError(f"data.pkl is corrupt (items for a {describe(target)}). {REDOWNLOAD}")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -185,7 +188,7 @@ def _global(name: str) -> _Global:
 
 
 def _storage(pid: Any) -> Storage:
-    """The storage that a persistent id `('storage', class, key, device, numel)` stands for."""
+    """Returns the storage of a persistent id `('storage', class, key, device, numel)`."""
     match pid:
         case ("storage", _Global(name), str(key), str(), int(numel)) if (
             name in _STORAGES and key.isdecimal() and key.isascii() and _is_count(numel)
@@ -198,7 +201,7 @@ def _storage(pid: Any) -> Storage:
 
 
 def _reduce(function: Any, args: Any) -> object:
-    """What calling one of the three known functions would build, from checked arguments."""
+    """Returns the result of one of the three known functions, from checked arguments."""
     match function, args:
         case _Global(name), () if name == _ORDERED_DICT:
             return {}
@@ -208,7 +211,7 @@ def _reduce(function: Any, args: Any) -> object:
         case _Global(name), (storage, offset, shape, strides, bool(), hooks, *rest) if (
             name == _REBUILD_TENSOR
         ):
-            # `rest` is at most one dict of flags (conjugate, negative) that change the values.
+            # `rest` may be one dict of flags (conjugate, negative), which change the values.
             if rest in ([], [{}]) and hooks == {}:
                 return _tensor(storage, offset, shape, strides)
     name = function.name.replace(" ", ".") if isinstance(function, _Global) else describe(function)
@@ -238,7 +241,7 @@ def _is_count(value: object) -> bool:
 
 
 def describe(value: object) -> str:
-    """A short name for a value, for messages. No container's repr: it may nest without end."""
+    """Returns a short name of a value for messages; no repr of containers, which may be cyclic."""
     if isinstance(value, str):
         return repr(value[:80])
     if isinstance(value, TensorView):

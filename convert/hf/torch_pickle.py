@@ -1,8 +1,8 @@
-"""Read the tensors of a PyTorch zip checkpoint (`pytorch_model.bin`) without torch or code.
+"""Tensors of a PyTorch zip checkpoint (`pytorch_model.bin`), read without torch.
 
-A `.bin` file is a zip archive: `<prefix>/data.pkl` is a pickle that describes a dict of
-tensors, and every storage is one uncompressed member `<prefix>/data/<key>`. The zip side is in
-`torch_zip`, the pickle side in `torch_opcodes`.
+A `.bin` file is a zip archive: `<prefix>/data.pkl` is a pickle that describes a dict of tensors,
+and every storage is one uncompressed member `<prefix>/data/<key>`. `torch_zip` reads the archive;
+`torch_opcodes` evaluates the pickle without running code from it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE
+from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE, join_first
 from btlm_jax.convert.hf.torch_opcodes import TensorView, describe, evaluate_pickle
 from btlm_jax.convert.hf.torch_zip import (
     Member,
@@ -27,19 +27,19 @@ from btlm_jax.convert.hf.torch_zip import (
 
 
 class TorchFile:
-    """The tensors of one `torch.save` zip file: described at once, read one at a time.
+    """A `torch.save` zip file: its tensors are described on opening and read one at a time.
 
     Args:
-        path: a file written by `torch.save(state_dict, path)` with torch 1.6 or later.
+      path: a file written by `torch.save(state_dict, path)` with torch 1.6 or later.
 
     Attributes:
-        path: the file.
-        tensors: name -> `(shape, dtype)`; dtype is numpy's, or `ml_dtypes.bfloat16`.
+      path: the file.
+      tensors: name -> (shape, dtype), with a dtype of NumPy or ml_dtypes' bfloat16.
 
     Raises:
-        OSError: the file cannot be opened.
-        ValueError: the file is truncated, corrupt, in torch's old format, holds anything but a
-            flat dict of tensors, or asks for code to be run. The message names the file.
+      OSError: the file cannot be opened.
+      ValueError: the file is truncated, corrupt or in torch's old format, or its pickle holds
+        anything but a flat dict of tensors, or would run code. The message names the file.
     """
 
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]
@@ -48,7 +48,9 @@ class TorchFile:
         self.path = Path(path)
         with self.path.open("rb") as file, prefix_errors_with(self.path):
             prefix, infos = list_zip_members(file)
-            self._records = _state_dict(evaluate_pickle(read_pickle_member(file, prefix, infos)))
+            self._records = _check_state_dict(
+                evaluate_pickle(read_pickle_member(file, prefix, infos))
+            )
             self._members: dict[str, Member] = {}
             for name, tensor in self._records.items():
                 key = tensor.storage.key
@@ -60,11 +62,11 @@ class TorchFile:
         )
 
     def contiguous_span(self, name: str) -> tuple[int | None, int | None]:
-        """Where a tensor's bytes lie, if they are one run of the file in C order.
+        """Locates a tensor's bytes, if they are one run of the file in C order.
 
         Returns:
-            The offset in the file, and the checksum of the run if the archive states one; both
-            None if the elements lie in another order.
+          The offset in the file, and the CRC-32 of the run if the archive states one; both None
+          if the elements are stored in another order.
         """
         tensor = self._records[name]
         dtype, member = tensor.storage.dtype, self._members[tensor.storage.key]
@@ -74,21 +76,22 @@ class TorchFile:
             stride *= size
         if not contiguous:
             return None, None
-        whole = tensor.offset == 0 and math.prod(tensor.shape) * dtype.itemsize == member.size
-        # torch writes 0 where checksums were switched off (set_crc32_options).
-        crc32 = member.crc if whole and member.crc else None
+        nbytes = math.prod(tensor.shape) * dtype.itemsize
+        fills_storage = tensor.offset == 0 and nbytes == member.size
+        # torch writes 0 if checksums are off (set_crc32_options).
+        crc32 = member.crc if fills_storage and member.crc else None
         return member.offset + tensor.offset * dtype.itemsize, crc32
 
     def read_tensor(self, name: str) -> np.ndarray:
-        """Read one tensor, touching no other bytes of the file than those it spans.
+        """Reads one tensor, and no bytes of the file outside the span of its elements.
 
         Returns:
-            A fresh C-contiguous array with the shape and dtype that `tensors[name]` states.
+          A new C-contiguous array with the shape and dtype of `tensors[name]`.
 
         Raises:
-            KeyError: no tensor has this name.
-            ValueError: the file ends early, or the bytes do not match the archive's checksum
-                (checked when the tensor fills its storage, as those of a saved model do).
+          KeyError: no tensor has this name.
+          ValueError: the file ends early, or the bytes do not match the archive's checksum
+            (checked when the tensor fills its storage, as those of a saved model do).
         """
         if name not in self._records:
             raise KeyError(f"{self.path} holds no tensor {name!r}")
@@ -101,38 +104,41 @@ class TorchFile:
             raw = read_span(file, member, start, tensor.extent * dtype.itemsize)
         # A bool array over bytes other than 0 and 1 misbehaves in numpy.
         flat = raw != 0 if dtype == np.bool_ else raw.view(dtype)
-        # The stride of an axis of one element means nothing and may be any number.
+        # The stride of an axis of one element is arbitrary.
         byte_strides = tuple(
             s * dtype.itemsize if d > 1 else 0
             for d, s in zip(tensor.shape, tensor.strides, strict=True)
         )
         view = np.lib.stride_tricks.as_strided(flat, tensor.shape, byte_strides, writeable=False)
-        # `flat` is exactly as long as the tensor when nothing is skipped: then no second copy.
+        # If the tensor skips no elements, `flat` has exactly its elements and needs no second copy.
         return flat.reshape(tensor.shape) if view.flags.c_contiguous else view.copy(order="C")
 
 
-def _state_dict(found: object) -> dict[str, TensorView]:
-    """The tensors by name, when the pickle holds a flat dict of them and nothing else."""
-    if not isinstance(found, dict):
-        raise ValueError(f"holds a {describe(found)}, expected a dict of tensors. {RESAVE}")
-    nested = [describe(k) for k, v in found.items() if isinstance(v, dict)]
+def _check_state_dict(value: object) -> dict[str, TensorView]:
+    """Returns the value of the pickle if it is a flat dict of tensors by name; raises otherwise."""
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {describe(value)}, expected a dict of tensors. {RESAVE}")
+    nested = [describe(k) for k, v in value.items() if isinstance(v, dict)]
     if nested:
         raise ValueError(
-            f"holds dicts inside the dict, under {_some(nested)}; expected name -> tensor. Fix: "
-            "save only the model's own state_dict, e.g. torch.save(checkpoint['state_dict'], path)."
+            f"holds dicts inside the dict, under {join_first(nested)}; expected name -> tensor. "
+            "Fix: save only the state_dict of the model, for example "
+            "torch.save(checkpoint['state_dict'], path)."
         )
     others = [
         f"{describe(k)}: {describe(v)}"
-        for k, v in found.items()
+        for k, v in value.items()
         if not (isinstance(k, str) and isinstance(v, TensorView))
     ]
     if others:
-        raise ValueError(f"holds entries that are not named tensors: {_some(others)}. {RESAVE}")
-    return found
+        raise ValueError(
+            f"holds entries that are not named tensors: {join_first(others)}. {RESAVE}"
+        )
+    return value
 
 
 def _check_bounds(name: str, tensor: TensorView, member: Member) -> None:
-    """Check that the tensor lies inside its storage, and the storage is what the zip holds."""
+    """Checks that a tensor lies inside its storage, and that the storage has the declared size."""
     dtype, key, numel = tensor.storage
     if member.size // dtype.itemsize != numel:
         raise ValueError(
@@ -146,13 +152,9 @@ def _check_bounds(name: str, tensor: TensorView, member: Member) -> None:
             f"tensor {name[:80]!r}: shape {tensor.shape}, strides {tensor.strides} and offset "
             f"{tensor.offset} reach past the {numel} elements of storage {key}. {REDOWNLOAD}"
         )
-    # Stride 0 repeats elements, so a few bytes could ask for terabytes.
+    # Stride 0 repeats elements, so a few bytes could describe terabytes.
     if math.prod(tensor.shape) > numel:
         raise ValueError(
             f"tensor {name[:80]!r}: shape {tensor.shape} has more elements than the {numel} of "
             f"its storage (an expanded tensor). Fix: call .contiguous() on it before saving."
         )
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:10]) + (f" and {len(items) - 10} more" if len(items) > 10 else "")

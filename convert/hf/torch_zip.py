@@ -1,7 +1,7 @@
-"""Find and read the members of a `torch.save` zip archive, with every bound checked.
+"""Members of a `torch.save` zip archive, located and read with every bound checked.
 
-Nothing is decompressed: torch stores its members as they are, so each is a plain span of bytes
-of the file, and no read can return more than the file holds.
+torch stores members uncompressed, so each is a plain span of bytes of the file. Nothing is
+decompressed, and no read can return more than the file holds.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 
 from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE
 
-# About 300 bytes describe one tensor: room for 50,000 tensors, and a scan of seconds at worst.
+# About 300 bytes describe one tensor: this allows 50,000 tensors, and a scan of a few seconds.
 _MAX_PICKLE_BYTES = 16 << 20
 
 
 class Member(NamedTuple):
-    """Where the bytes of one zip member lie in the file."""
+    """Position, size and checksum of the bytes of one zip member in the file."""
 
     offset: int
     size: int
@@ -34,7 +34,7 @@ class Member(NamedTuple):
 
 @contextmanager
 def prefix_errors_with(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of any ValueError raised inside."""
+    """Prefixes the message of any ValueError raised inside with the file's name."""
     try:
         yield
     except ValueError as error:
@@ -42,10 +42,10 @@ def prefix_errors_with(path: Path) -> Iterator[None]:
 
 
 def list_zip_members(file: BufferedReader) -> tuple[str, dict[str, zipfile.ZipInfo]]:
-    """The archive's prefix and its members by name.
+    """Returns the archive's prefix and its members by name.
 
     Raises:
-        ValueError: not a zip archive as torch writes it, damaged, or with a hostile member name.
+      ValueError: not a zip archive as torch writes it, damaged, or with a hostile member name.
     """
     head = file.read(512)
     if not head.startswith(b"PK\x03\x04"):
@@ -60,7 +60,7 @@ def list_zip_members(file: BufferedReader) -> tuple[str, dict[str, zipfile.ZipIn
     infos: dict[str, zipfile.ZipInfo] = {}
     for info in listed:
         name = info.orig_filename
-        # Names only serve as keys here, but no honest writer makes such ones.
+        # Names only serve as keys here, but torch never writes such names.
         if ".." in name.split("/") or re.search(r"^/|^[A-Za-z]:/|[\\\0]", name):
             raise ValueError(f"zip member {name[:80]!r} points outside the archive. {REDOWNLOAD}")
         if name in infos:
@@ -79,39 +79,39 @@ def _explain_not_zip(head: bytes) -> str:
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights. Fix: run `git lfs pull`."
     if head.startswith(b"\x80") or head[257:262] == b"ustar":
-        return f"torch's format from before 1.6 (not a zip archive) is not read. {RESAVE}"
+        return f"torch's format from before 1.6 (not a zip archive) is not supported. {RESAVE}"
     return f"not a torch.save zip archive (starts with {head[:8]!r}). {REDOWNLOAD}"
 
 
 def read_pickle_member(
     file: BufferedReader, prefix: str, infos: Mapping[str, zipfile.ZipInfo]
 ) -> bytes:
-    """The bytes of `<prefix>/data.pkl`, of an archive in little-endian order.
+    """Reads `<prefix>/data.pkl` of an archive in little-endian byte order.
 
     Raises:
-        ValueError: the member is damaged or too large, or the archive is big-endian.
+      ValueError: the member is damaged or too large, or the archive is big-endian.
     """
     if f"{prefix}/byteorder" in infos:
-        order_at = find_member(file, infos, f"{prefix}/byteorder")
-        order = read_span(file, order_at, 0, min(order_at.size, 16)).tobytes()
+        member = find_member(file, infos, f"{prefix}/byteorder")
+        order = read_span(file, member, 0, min(member.size, 16)).tobytes()
         if order != b"little":
             raise ValueError(f"byte order {order!r}, expected b'little'. {RESAVE}")
-    at = find_member(file, infos, f"{prefix}/data.pkl")
-    if at.size > _MAX_PICKLE_BYTES:
-        raise ValueError(f"data.pkl has {at.size} bytes, at most {_MAX_PICKLE_BYTES} are read")
-    return read_span(file, at, 0, at.size).tobytes()
+    member = find_member(file, infos, f"{prefix}/data.pkl")
+    if member.size > _MAX_PICKLE_BYTES:
+        raise ValueError(f"data.pkl has {member.size} bytes, at most {_MAX_PICKLE_BYTES} are read")
+    return read_span(file, member, 0, member.size).tobytes()
 
 
 def find_member(file: BufferedReader, infos: Mapping[str, zipfile.ZipInfo], name: str) -> Member:
-    """Locate a stored member's bytes, and check that they lie inside the file.
+    """Locates the bytes of a stored member and checks that they lie inside the file.
 
     Raises:
-        ValueError: the member is missing, compressed, encrypted or outside the file.
+      ValueError: the member is missing, compressed, encrypted or outside the file.
     """
     info = infos.get(name)
     if info is None:
         raise ValueError(f"zip member {name[:80]!r} is missing. {REDOWNLOAD}")
-    # torch only stores. Refusing the rest leaves no way for a small file to inflate.
+    # torch never compresses. Refusing compressed members prevents zip bombs.
     if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
         raise ValueError(f"zip member {name[:80]!r} is compressed, expected stored. {RESAVE}")
     if info.flag_bits & 1:
@@ -127,16 +127,16 @@ def find_member(file: BufferedReader, infos: Mapping[str, zipfile.ZipInfo], name
 
 
 def read_span(file: BufferedReader, member: Member, start: int, size: int) -> np.ndarray:
-    """`size` bytes from `start` of a member, as a fresh uint8 array.
+    """Reads `size` bytes from `start` of a member into a new uint8 array.
 
     Raises:
-        ValueError: the file ends early, or the whole member was read and its checksum differs.
+      ValueError: the file ends early, or the whole member was read and its checksum differs.
     """
     raw = bytearray(size)
     file.seek(member.offset + start)
     if file.readinto(raw) != size:
         raise ValueError(f"the file ends inside a member. {REDOWNLOAD}")
-    # torch writes 0 where checksums were switched off (set_crc32_options).
+    # torch writes 0 if checksums are off (set_crc32_options).
     if size == member.size and member.crc and zlib.crc32(raw) != member.crc:
         raise ValueError(f"checksum mismatch: the bytes are damaged. {REDOWNLOAD}")
     return np.frombuffer(raw, np.uint8)
