@@ -119,8 +119,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     invalid = [repr(v) for v in weight_map.values() if not _is_plain_name(v)]
     if invalid:
         raise ValueError(
-            f"{index}: weight_map leads to {join_first(sorted(set(invalid)))}, expected plain names of "
-            "files next to the index. Fix: do not use this checkpoint, or download it again."
+            f"{index}: weight_map leads to {join_first(sorted(set(invalid)))}, expected plain "
+            "names of files next to the index. Fix: do not use this checkpoint, or download it again."
         )
     missing = [n for n in sorted(set(weight_map.values())) if not (index.parent / n).is_file()]
     if missing:
