@@ -94,7 +94,12 @@ def prepare_tokens(
 
 
 def _tokenize_part(
-    stage: atomic.Stage, name: str, part: SplitPart, inputs: Any, folder: Any, options: Any
+    stage: atomic.StagedDirectory,
+    name: str,
+    part: SplitPart,
+    inputs: Any,
+    folder: Any,
+    options: Any,
 ) -> TokenizeReport:
     """Tokenizes a part into the stage, unless an interrupted run has finished it."""
     if name in stage.finished:

@@ -226,7 +226,7 @@ def _with_progress(
             progress.update(total - done)
 
 
-def _finished_shards(stage: atomic.Stage, dtype: np.dtype) -> list[dict[str, Any]]:
+def _finished_shards(stage: atomic.StagedDirectory, dtype: np.dtype) -> list[dict[str, Any]]:
     """Returns the records of an interrupted run's shards, up to a missing or truncated one."""
     done: list[dict[str, Any]] = []
     while record := stage.finished.get(_shard_name(len(done))):
@@ -243,7 +243,7 @@ def _shard_name(index: int) -> str:
 
 
 def _write_shard(
-    stage: atomic.Stage,
+    stage: atomic.StagedDirectory,
     index: int,
     encoded: Iterator[tuple[TextDocument, np.ndarray]],
     shard_tokens: int,

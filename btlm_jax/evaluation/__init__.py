@@ -1,1 +1,1 @@
-"""What a model knows, and how far it reads, in numbers."""
+"""Evaluation: cross-entropy, loss by position, retrieval and lm-evaluation-harness."""

@@ -1,4 +1,4 @@
-"""The shapes of the batches in which texts are read."""
+"""Shapes of the batches in which evaluations read texts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jax.sharding import AbstractMesh, Mesh
 from btlm_jax.model import sharding
 from btlm_jax.model.runtime import Runtime
 
-# A device's share of a batch, where the caller does not say.
-TOKENS = 8192
-# Widths are multiples of it, which fused attention asks for; the filling costs little.
-_TILE = 128
+# The default batch size, in tokens on each device.
+TOKENS_PER_DEVICE = 8192
+# Fused attention requires widths that are multiples of this; the padding costs little.
+_WIDTH_MULTIPLE = 128
 
 
 def check_batch_size(
@@ -20,7 +20,7 @@ def check_batch_size(
     mesh: Mesh | AbstractMesh | None,
     rules: sharding.Rules = sharding.RULES,
 ) -> None:
-    """Raises ValueError if batches are asked for that are empty, or do not divide over the mesh."""
+    """Raises ValueError if a given batch size is not positive or does not divide over the mesh."""
     if batch_size is None:
         return
     if batch_size < 1:
@@ -32,25 +32,27 @@ def check_batch_size(
 def batch_shape(
     runtime: Runtime, length: int, count: int | None, batch_size: int | None
 ) -> tuple[int, int]:
-    """Rows and width of the batches in which windows are read.
+    """Returns (rows, width) of the batches in which windows are read.
 
     Args:
-      runtime: of the model on its mesh.
-      length: of the windows, in tokens.
-      count: how many there are, if that is known.
-      batch_size: rows; default about 8192 tokens on each device.
+      runtime: static arguments of the model's forward pass, with its mesh.
+      length: tokens per window.
+      count: number of windows, None if it is not known.
+      batch_size: rows per batch; default about 8192 tokens on each device.
 
     Raises:
-      ValueError: a batch that does not divide over the mesh.
+      ValueError: the batch does not divide over the mesh.
     """
-    parts = splits = 1
+    row_shards = num_chunks = 1
     if runtime.mesh is not None:
-        parts = sharding.num_shards(runtime.mesh, runtime.rules, "batch")
-        splits = sharding.num_chunks(sharding.num_shards(runtime.mesh, runtime.rules, "sequence"))
-    width = sharding.round_up(length, math.lcm(_TILE, splits))
+        row_shards = sharding.num_shards(runtime.mesh, runtime.rules, "batch")
+        num_chunks = sharding.num_chunks(
+            sharding.num_shards(runtime.mesh, runtime.rules, "sequence")
+        )
+    width = sharding.round_up(length, math.lcm(_WIDTH_MULTIPLE, num_chunks))
     rows = batch_size
     if rows is None:
-        rows = max(1, TOKENS // width) * parts
-        rows = rows if count is None else min(rows, sharding.round_up(count, parts))
+        rows = max(1, TOKENS_PER_DEVICE // width) * row_shards
+        rows = rows if count is None else min(rows, sharding.round_up(count, row_shards))
     check_batch_size(rows, runtime.mesh, runtime.rules)
     return rows, width

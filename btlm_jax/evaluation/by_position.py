@@ -1,11 +1,12 @@
-"""Cross-entropy at every position of long texts: what `btlm eval loss-by-position` measures.
+"""Cross-entropy at every position of long texts, which `btlm eval loss-by-position` measures.
 
 A window of T tokens is read in one forward pass, and position t is the loss of its token t + 1.
-Dynamic scaling makes that depend on the pass: its scale follows from the number of keys S, and the
-original takes the S of the whole pass for every row of it. A pass over all T tokens would thus be
-the fixed factor T / trained, at its early positions too, where nobody who reads that much would
-have it. So dynamic scaling is measured in passes over the first S tokens, S = trained, twice that,
-and so on up to T; a position counts in the shortest pass that reaches it.
+
+Dynamic scaling needs more: its scale follows from the number of keys S, and the original code takes
+the S of the whole pass for every row. One pass over all T tokens would therefore apply the fixed
+factor T / trained at its early positions too, where a reader of that few tokens would not have it.
+So dynamic scaling is measured in passes over the first S tokens, S = trained, twice that, and so on
+up to T; a position counts in the shortest pass that reaches it.
 """
 
 from __future__ import annotations
@@ -20,83 +21,82 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax.evaluation import context_extension
 from btlm_jax.evaluation.batch_shapes import batch_shape
-from btlm_jax.evaluation.context_extension import Kind
-from btlm_jax.evaluation.long_windows import LongWindows
+from btlm_jax.evaluation.context_extension import ScalingKind, with_scaling_kind
+from btlm_jax.evaluation.long_windows import LongWindow, LongWindows
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import token_predictions
 from btlm_jax.model.params import Params
 from btlm_jax.utils.progress import Progress
 
-# Of the curve that is drawn: bins for each doubling of the position.
-_PER_OCTAVE = 8
+# Bins of the plotted curve per doubling of the position.
+_BINS_PER_OCTAVE = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
+class PositionCurve:
     """Loss by position with one kind of scaling.
 
     Attributes:
-      kind: of the scaling.
-      passes: how many tokens the forward passes read, ascending; the last reads T.
-      nll: float64 [T], the sums over all windows, in nats.
-      squares: float64 [T], those of the squares.
-      of_groups: float64 [groups, bins], the sums of each group in the bins of `edges`.
+      kind: the kind of scaling.
+      passes: tokens read by each forward pass, ascending; the last reads T.
+      nll: float64 [T], sums over all windows, in nats.
+      squares: float64 [T], sums of squares over all windows.
+      group_sums: float64 [groups, bins], sums of each group in the bins of `edges`.
     """
 
-    kind: Kind
+    kind: ScalingKind
     passes: tuple[int, ...]
     nll: np.ndarray
     squares: np.ndarray
-    of_groups: np.ndarray
+    group_sums: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class ByPosition:
+class LossByPosition:
     """Loss by position, with several kinds of scaling on the same windows.
 
     Attributes:
-      trained: the trained length, in tokens.
+      trained: trained length, in tokens.
       length: T.
-      edges: int [bins + 1], where bins begin, from 0, and T; the trained length is one of them.
-      windows: int [groups], how many windows are of each group.
-      short: documents left out as shorter than T.
-      curves: of each kind.
+      edges: int [bins + 1], the starts of the bins, from 0, and T; includes the trained length.
+      windows: int [groups], number of windows per group.
+      short_documents: number of documents left out because they are shorter than T.
+      curves: one curve per kind.
     """
 
     trained: int
     length: int
     edges: np.ndarray
     windows: np.ndarray
-    short: int
-    curves: tuple[Curve, ...]
+    short_documents: int
+    curves: tuple[PositionCurve, ...]
 
     @property
     def count(self) -> int:
-        """Windows, and so tokens at every position."""
+        """Number of windows, and so of tokens at every position."""
         return int(self.windows.sum())
 
 
-class Bin(NamedTuple):
-    """The mean over the positions from `start` to before `stop`."""
+class PositionBin(NamedTuple):
+    """The mean over the positions from `start` up to `stop`, exclusive."""
 
     start: int
     stop: int
     mean: float  # nats per token
-    error: float  # its standard error; NaN of a single group
+    error: float  # standard error of the mean; NaN for a single group
 
 
-def check_length(length: int, trained: int) -> None:
-    """Raises ValueError if windows are no longer than what the model was trained on."""
+def check_window_length(length: int, trained: int) -> None:
+    """Raises ValueError unless windows are longer than the trained length."""
     if length <= trained:
         raise ValueError(
             f"length: found {length}, expected more than the trained length of {trained}"
         )
 
 
-def passes(kind: Kind, trained: int, length: int) -> tuple[int, ...]:
-    """How many tokens the forward passes of a kind of scaling read, ascending."""
+def pass_lengths(kind: ScalingKind, trained: int, length: int) -> tuple[int, ...]:
+    """Returns how many tokens the forward passes for a kind of scaling read, ascending."""
     if kind != "dynamic":
         return (length,)
     doublings = math.ceil(math.log2(max(1.0, length / trained)))
@@ -104,42 +104,49 @@ def passes(kind: Kind, trained: int, length: int) -> tuple[int, ...]:
 
 
 def bin_edges(trained: int, length: int) -> np.ndarray:
-    """Bins that grow with the position, eight to a doubling. Returns ints [bins + 1]."""
-    first = -_PER_OCTAVE * math.ceil(math.log2(trained))
-    last = _PER_OCTAVE * math.ceil(math.log2(length / trained))
-    found = np.rint(trained * 2.0 ** (np.arange(first, last + 1) / _PER_OCTAVE)).astype(int)
-    return np.unique([0, *found[(found > 0) & (found < length)], length])
+    """Returns edges, int [bins + 1], of bins that grow with the position, eight per doubling."""
+    first = -_BINS_PER_OCTAVE * math.ceil(math.log2(trained))
+    last = _BINS_PER_OCTAVE * math.ceil(math.log2(length / trained))
+    octaves = np.arange(first, last + 1) / _BINS_PER_OCTAVE
+    edges = np.rint(trained * 2.0**octaves).astype(int)
+    return np.unique([0, *edges[(edges > 0) & (edges < length)], length])
 
 
-def read(
+def token_losses(
     model: BTLM, params: Params, ids: ArrayLike, targets: ArrayLike, length: ArrayLike
 ) -> jax.Array:
-    """The loss of every target, fp32 [B, W], in one pass; neither [W, W] nor [W, V] is ever held.
+    """Returns the loss of every target, fp32 [B, W], in one pass.
+
+    Neither [W, W] nor [W, V] arrays are materialized.
 
     Args:
-      ids, targets: int32 [B, W], of which only `length` are meant.
+      model, params: the model and its weights.
+      ids, targets: int32 [B, W].
+      length: number of valid tokens of each row; the rest are padding.
     """
     h, _ = model.hidden(params, ids, length=length)
     return token_predictions(model.runtime(params), params, h, targets).nll
 
 
-def losses(
+def losses_in_passes(
     model: BTLM, params: Params, inputs: np.ndarray, targets: np.ndarray, ends: Sequence[int]
 ) -> np.ndarray:
-    """The loss of every token, fp32 [B, T], in a forward pass for each of `ends` (`passes`).
+    """Returns the loss of every token, fp32 [B, T], from one forward pass for each of `ends`.
 
     Args:
-      model: with the scaling that is measured.
+      model: the model, with the scaling to measure.
+      params: its weights.
       inputs, targets: int32 [B, T].
+      ends: as returned by `pass_lengths`.
     """
-    runtime, found, done = model.runtime(params), [], 0
+    runtime, segments, start = model.runtime(params), [], 0
     for end in ends:
         _, width = batch_shape(runtime, end, None, len(inputs))
         ids, labels = (np.pad(x[:, :end], ((0, 0), (0, width - end))) for x in (inputs, targets))
-        nll = read(model, params, ids, labels, np.int32(end))
-        found.append(np.asarray(nll)[:, done:end])
-        done = end
-    return np.concatenate(found, axis=1)
+        nll = token_losses(model, params, ids, labels, np.int32(end))
+        segments.append(np.asarray(nll)[:, start:end])
+        start = end
+    return np.concatenate(segments, axis=1)
 
 
 def loss_by_position(
@@ -148,99 +155,121 @@ def loss_by_position(
     windows: LongWindows,
     *,
     trained: int,
-    kinds: Sequence[Kind],
+    kinds: Sequence[ScalingKind],
     batch_size: int | None = None,
-) -> ByPosition:
-    """Measures all kinds of scaling on the same windows; sums are of float64, on the host.
+) -> LossByPosition:
+    """Measures all kinds of scaling on the same windows, with float64 sums on the host.
 
     Args:
       model, params: the model and its weights, on a device or a mesh, whose context axis splits
         windows.
-      windows: are used up.
-      trained: as from `extension.trained_length`.
-      kinds: of scaling (`extension.scaled`).
-      batch_size: windows at a time, over all devices; default about 8192 tokens on each.
+      windows: the windows, which are consumed.
+      trained: as returned by `context_extension.trained_length`.
+      kinds: kinds of scaling (`context_extension.with_scaling_kind`).
+      batch_size: windows per batch, over all devices; default about 8192 tokens on each device.
 
     Raises:
       ValueError: a length that is not above the trained one, a batch that does not divide over the
-        mesh, or a kind that the model cannot have.
-      FloatingPointError: a loss that is not finite.
+        mesh, or a kind that the model does not support.
+      FloatingPointError: the loss is not finite.
     """
     T = windows.length
-    check_length(T, trained)
+    check_window_length(T, trained)
     edges = bin_edges(trained, T)
-    models = {kind: context_extension.scaled(model, kind, trained, T) for kind in kinds}
-    rows, _ = batch_shape(model.runtime(params), T, windows.most, batch_size)
+    models = {kind: with_scaling_kind(model, kind, trained, T) for kind in kinds}
+    passes = {kind: pass_lengths(kind, trained, T) for kind in kinds}
     nll, squares = ({kind: np.zeros(T) for kind in kinds} for _ in range(2))
-    of_groups: dict[Kind, dict[int, np.ndarray]] = {kind: {} for kind in kinds}
-    seen: dict[int, int] = {}
-    # How many there are shows when the documents end.
-    note = f"at most {windows.most}" if windows.most else ""
+    group_sums: dict[ScalingKind, dict[int, np.ndarray]] = {kind: {} for kind in kinds}
+    counts: dict[int, int] = {}
+    rows, _ = batch_shape(model.runtime(params), T, windows.max_windows, batch_size)
+    # The number of windows is known only when the documents end.
+    note = f"at most {windows.max_windows}" if windows.max_windows else ""
     with Progress(None, "window", "evaluate") as progress:
-        for some in iter(lambda: list(itertools.islice(windows, rows)), []):
-            filled = some + some[-1:] * (rows - len(some))
-            inputs, targets = (np.stack([w[i] for w in filled]) for i in range(2))
-            for kind, used in models.items():
-                found = losses(used, params, inputs, targets, passes(kind, trained, T))
-                found = found[: len(some)].astype(np.float64)
-                if not np.isfinite(found).all():
-                    raise FloatingPointError(
-                        f"scaling {kind!r}: found a loss of {found[~np.isfinite(found)][0]}, "
-                        "expected numbers: are the weights finite, and the ids of the vocabulary? "
-                        "float32 rules out that the computation overflows"
-                    )
-                nll[kind] += found.sum(0)
-                squares[kind] += np.square(found).sum(0)
-                for window, row in zip(some, found, strict=True):
+        for batch in iter(lambda: list(itertools.islice(windows, rows)), []):
+            inputs, targets = _stack_windows(batch, rows)
+            for kind, scaled in models.items():
+                losses = losses_in_passes(scaled, params, inputs, targets, passes[kind])
+                losses = losses[: len(batch)].astype(np.float64)
+                _check_finite(kind, losses)
+                nll[kind] += losses.sum(0)
+                squares[kind] += np.square(losses).sum(0)
+                for window, row in zip(batch, losses, strict=True):
                     sums = np.add.reduceat(row, edges[:-1])
-                    of_groups[kind][window.group] = of_groups[kind].get(window.group, 0.0) + sums
-            for window in some:
-                seen[window.group] = seen.get(window.group, 0) + 1
-            progress.update(len(some), note)
+                    group_sums[kind][window.group] = group_sums[kind].get(window.group, 0.0) + sums
+            for window in batch:
+                counts[window.group] = counts.get(window.group, 0) + 1
+            progress.update(len(batch), note)
     curves = (
-        Curve(kind, passes(kind, trained, T), nll[kind], squares[kind],
-              np.stack([*of_groups[kind].values()]))
+        PositionCurve(kind, passes[kind], nll[kind], squares[kind],
+                      np.stack([*group_sums[kind].values()]))
         for kind in kinds
     )  # fmt: skip
-    counts = np.array([*seen.values()])
-    return ByPosition(trained, T, edges, counts, windows.short, tuple(curves))
+    windows_per_group = np.array([*counts.values()])
+    return LossByPosition(
+        trained, T, edges, windows_per_group, windows.short_documents, tuple(curves)
+    )
 
 
-def binned(report: ByPosition, curve: Curve, edges: Sequence[int] | np.ndarray) -> list[Bin]:
-    """Means over wider bins, with standard errors over groups.
+def _stack_windows(batch: Sequence[LongWindow], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (inputs, targets), int32 [rows, T]; repeats the last window to fill the rows."""
+    filled = [*batch, *[batch[-1]] * (rows - len(batch))]
+    return np.stack([w.inputs for w in filled]), np.stack([w.targets for w in filled])
 
-    Neighbouring tokens are alike, and so are windows of a document or of a stream: what is
-    independent is the groups, and of a single one there is no error. The mean is a ratio of their
-    sums s and counts c, whose variance is, to first order,
+
+def _check_finite(kind: ScalingKind, losses: np.ndarray) -> None:
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(
+            f"scaling {kind!r}: found a loss of {losses[~np.isfinite(losses)][0]}, expected finite "
+            "numbers: check that the weights are finite and the ids within the vocabulary, and try "
+            "float32 in case the computation overflows"
+        )
+
+
+def bin_means(
+    report: LossByPosition, curve: PositionCurve, edges: Sequence[int] | np.ndarray
+) -> list[PositionBin]:
+    """Returns means over wider bins, with standard errors over groups.
+
+    Neighboring tokens are correlated, and so are windows of a document or of a stream: only groups
+    are independent, and a single group has no error. The mean is a ratio of the groups' sums s and
+    counts c, whose variance is, to first order,
     n / (n - 1) * sum((s - mean * c)^2) / sum(c)^2 (Cochran, Sampling Techniques, 1977, ch. 6).
 
     Args:
-      edges: of the bins, some of `report.edges`.
+      report: the measurement.
+      curve: one of its curves, or a difference of two.
+      edges: edges of the wider bins, a subset of `report.edges`.
     """
-    at = np.searchsorted(report.edges, edges)
-    found = []
-    for a, b in itertools.pairwise(at):
+    bins = []
+    for a, b in itertools.pairwise(np.searchsorted(report.edges, edges)):
         start, stop = int(report.edges[a]), int(report.edges[b])
-        s, c = curve.of_groups[:, a:b].sum(1), report.windows * (stop - start)
+        s, c = curve.group_sums[:, a:b].sum(1), report.windows * (stop - start)
         mean, n = s.sum() / c.sum(), len(c)
         error = math.nan
         if n > 1:
             error = math.sqrt(n / (n - 1) * np.square(s - mean * c).sum()) / c.sum()
-        found.append(Bin(start, stop, float(mean), error))
-    return found
+        bins.append(PositionBin(start, stop, float(mean), error))
+    return bins
 
 
-def difference(curve: Curve, other: Curve) -> Curve:
-    """`curve` - `other`, whose bins are means of differences on the same tokens.
+def curve_difference(curve: PositionCurve, baseline: PositionCurve) -> PositionCurve:
+    """Returns `curve` - `baseline`, whose bins are means of differences on the same tokens.
 
     Documents differ by more than kinds of scaling do, and that cancels.
     """
-    sums = {name: getattr(curve, name) - getattr(other, name) for name in ("nll", "of_groups")}
-    return dataclasses.replace(curve, **sums, squares=np.full_like(curve.squares, np.nan))
+    return dataclasses.replace(
+        curve,
+        nll=curve.nll - baseline.nll,
+        squares=np.full_like(curve.squares, np.nan),
+        group_sums=curve.group_sums - baseline.group_sums,
+    )
 
 
-def summary_edges(report: ByPosition) -> list[int]:
-    """A few bins to print: octaves down to an eighth of the trained length, half octaves above."""
-    below = (int(np.rint(report.trained / parts)) for parts in (8, 4, 2))
-    above = report.edges[report.edges >= report.trained][:: _PER_OCTAVE // 2]
+def summary_edges(report: LossByPosition) -> list[int]:
+    """Returns edges of a few bins to print.
+
+    They are octaves down to an eighth of the trained length, and half octaves above it.
+    """
+    below = (int(np.rint(report.trained / divisor)) for divisor in (8, 4, 2))
+    above = report.edges[report.edges >= report.trained][:: _BINS_PER_OCTAVE // 2]
     return sorted({0, *below, *(int(x) for x in above), report.length})

@@ -1,4 +1,4 @@
-"""What `btlm eval loss-by-position` tells: a table, JSON, a picture."""
+"""Reports of `btlm eval loss-by-position`: a table, JSON and a plot."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from btlm_jax.evaluation.by_position import ByPosition, Curve, binned, difference, summary_edges
+from btlm_jax.evaluation.by_position import (
+    LossByPosition,
+    PositionCurve,
+    bin_means,
+    curve_difference,
+    summary_edges,
+)
 from btlm_jax.utils import plots
 
 # Standard errors on either side of a mean that cover 95 % of a normal distribution.
@@ -18,78 +24,76 @@ _STYLES = {"none": ("C0", "-"), "fixed": ("C1", "--"), "dynamic": ("C2", "-.")}
 _LABELS = {"none": "plain ALiBi", "fixed": "fixed, distances / {factor:g}", "dynamic": "dynamic"}
 
 
-def labels(report: ByPosition) -> list[str]:
-    """What the curves are called."""
+def curve_labels(report: LossByPosition) -> list[str]:
+    """Returns the label of each curve."""
     factor = report.length / report.trained
     return [_LABELS[curve.kind].format(factor=factor) for curve in report.curves]
 
 
-def table(report: ByPosition) -> list[str]:
-    """Lines to print: nats per token in a few bins of positions, +- 1.96 standard errors; of all
-    curves but the first their difference from it."""
+def format_loss_by_position(report: LossByPosition) -> list[str]:
+    """Returns a table, as lines: nats per token in a few bins, ± 1.96 standard errors.
+
+    All curves but the first are shown as their difference from the first.
+    """
     edges, (first, *others) = summary_edges(report), report.curves
-    names = labels(report)
-    heads = [names[0], *(f"{name} - {names[0]}" for name in names[1:])]
-    columns = [binned(report, x, edges) for x in (first, *(difference(y, first) for y in others))]
-    lines = [" ".join([f"{'positions':>13}", *(f"{head:>36}" for head in heads)])]
+    labels = curve_labels(report)
+    headers = [labels[0], *(f"{label} - {labels[0]}" for label in labels[1:])]
+    shown_curves = (first, *(curve_difference(curve, first) for curve in others))
+    columns = [bin_means(report, curve, edges) for curve in shown_curves]
+    lines = [" ".join([f"{'positions':>13}", *(f"{header:>36}" for header in headers)])]
     for row in zip(*columns, strict=True):
-        shown = [f"{row[0].mean:.4f}", *(f"{x.mean:+.4f}" for x in row[1:])]
+        means = [f"{row[0].mean:.4f}", *(f"{x.mean:+.4f}" for x in row[1:])]
         errors = ("" if math.isnan(x.error) else f" ± {_Z * x.error:.4f}" for x in row)
-        cells = (f"{x + error:>36}" for x, error in zip(shown, errors, strict=True))
+        cells = (f"{mean + error:>36}" for mean, error in zip(means, errors, strict=True))
         lines.append(" ".join([f"{f'{row[0].start}-{row[0].stop - 1}':>13}", *cells]))
     return lines
 
 
-def to_json(report: ByPosition) -> dict[str, Any]:
-    """The same, the bins that are drawn, and every position, as objects for a file."""
+def loss_by_position_json(report: LossByPosition) -> dict[str, Any]:
+    """Returns the table, the plotted bins and every position as JSON objects."""
     curves = []
-    for curve, label in zip(report.curves, labels(report), strict=True):
+    for curve, label in zip(report.curves, curve_labels(report), strict=True):
         mean = curve.nll / report.count
         deviation = np.sqrt(np.maximum(curve.squares / report.count - mean**2, 0.0))
+        difference = curve_difference(curve, report.curves[0])
         curves.append({
             "scaling": curve.kind, "label": label, "passes": curve.passes,
             "nats_per_token": float(mean.mean()),
-            "summary": _bins(report, curve, summary_edges(report)),
-            "summary_of_difference": _bins(
-                report, difference(curve, report.curves[0]), summary_edges(report)
-            ),
-            "bins": _bins(report, curve, report.edges),
+            "summary": _bins_json(report, curve, summary_edges(report)),
+            "summary_of_difference": _bins_json(report, difference, summary_edges(report)),
+            "bins": _bins_json(report, curve, report.edges),
             "mean": np.round(mean, 6).tolist(), "deviation": np.round(deviation, 6).tolist(),
         })  # fmt: skip
     return {
         "trained": report.trained, "length": report.length, "windows": report.count,
-        "groups": len(report.windows), "short_documents": report.short,
+        "groups": len(report.windows), "short_documents": report.short_documents,
         "curves": curves,
     }  # fmt: skip
 
 
-def _bins(report: ByPosition, curve: Curve, edges: Sequence[int] | np.ndarray) -> list[dict]:
+def _bins_json(
+    report: LossByPosition, curve: PositionCurve, edges: Sequence[int] | np.ndarray
+) -> list[dict]:
     return [
         x._asdict() | {"error": None if math.isnan(x.error) else x.error}
-        for x in binned(report, curve, edges)
+        for x in bin_means(report, curve, edges)
     ]
 
 
-def draw(path: Path, report: ByPosition, title: str) -> None:
-    """Draws the curves, and of all but the first the difference from it, from a sixteenth of the
-    trained length on.
+def plot_loss_by_position(path: Path, report: LossByPosition, title: str) -> None:
+    """Plots the curves, and the difference of all but the first from the first.
 
-    Means of bins, eight to a doubling of the position, in bands of 1.96 standard errors over
-    groups (`by_position.binned`); of a single group, without.
+    Shows means of bins, eight per doubling of the position, from a sixteenth of the trained length
+    on, in bands of 1.96 standard errors over groups (`bin_means`); without bands if there is a
+    single group.
     """
     first, *others = report.curves
-    made, panels = plots.new_figure(2 if others else 1, 1, (6, 4.2))
-    names = dict(zip((curve.kind for curve in report.curves), labels(report), strict=True))
-    drawn = [report.curves, [difference(curve, first) for curve in others]]
-    for axes, curves in zip(panels[0], drawn, strict=False):
+    figure, panels = plots.new_figure(2 if others else 1, 1, (6, 4.2))
+    labels = dict(zip((curve.kind for curve in report.curves), curve_labels(report), strict=True))
+    panel_curves = [report.curves, [curve_difference(curve, first) for curve in others]]
+    for axes, curves in zip(panels[0], panel_curves, strict=False):
         for curve in curves:
-            bins = [x for x in binned(report, curve, report.edges) if 16 * x.stop > report.trained]
-            x = [(x.start + x.stop + 1) / 2 for x in bins]  # counted from 1, for the logarithm
-            mean, error = (np.array([getattr(b, name) for b in bins]) for name in ("mean", "error"))
-            color, style = _STYLES[curve.kind]
-            axes.plot(x, mean, style, color=color, label=names[curve.kind])
-            axes.fill_between(x, mean - _Z * error, mean + _Z * error, alpha=0.15, linewidth=0,
-                              color=color)  # fmt: skip
+            _plot_curve(axes, report, curve, labels[curve.kind])
         axes.axvline(report.trained, color="gray", linestyle=":", linewidth=1.2)
         axes.annotate("trained length", (report.trained, 0.97), (-4, 0), rotation=90, va="top",
                       ha="right", xycoords=("data", "axes fraction"), textcoords="offset points",
@@ -101,8 +105,17 @@ def draw(path: Path, report: ByPosition, title: str) -> None:
     panels[0, 0].legend()
     if others:
         axes = panels[0, 1]
-        axes.axhline(0, color=_STYLES[first.kind][0], linewidth=1, label=names[first.kind])
+        axes.axhline(0, color=_STYLES[first.kind][0], linewidth=1, label=labels[first.kind])
         axes.legend()
-        axes.set(ylabel=f"loss - that of {names[first.kind]} (nats per token)")
-    made.suptitle(title, fontsize="medium")
-    plots.save_png(path, made)
+        axes.set(ylabel=f"loss - that of {labels[first.kind]} (nats per token)")
+    figure.suptitle(title, fontsize="medium")
+    plots.save_png(path, figure)
+
+
+def _plot_curve(axes: Any, report: LossByPosition, curve: PositionCurve, label: str) -> None:
+    bins = [x for x in bin_means(report, curve, report.edges) if 16 * x.stop > report.trained]
+    x = [(b.start + b.stop + 1) / 2 for b in bins]  # counted from 1, for the logarithm
+    mean, error = (np.array([getattr(b, name) for b in bins]) for name in ("mean", "error"))
+    color, style = _STYLES[curve.kind]
+    axes.plot(x, mean, style, color=color, label=label)
+    axes.fill_between(x, mean - _Z * error, mean + _Z * error, alpha=0.15, linewidth=0, color=color)

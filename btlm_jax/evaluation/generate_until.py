@@ -1,8 +1,8 @@
-"""Continuations up to given texts: what lm-evaluation-harness calls `generate_until`.
+"""Continuations up to given texts: `generate_until` of lm-evaluation-harness.
 
-The rules are those of its Hugging Face backend for one request at a time: a prompt is cut off on
-the left so that the new tokens fit, generation ends with the token that completes one of the texts
-(counted from the first new token) or with EOS, and the answer ends before the first of them.
+The rules are those of its Hugging Face backend for one request at a time. A prompt is truncated on
+the left so that the new tokens fit. Generation ends with the token that completes one of the texts
+(counted from the first new token) or with EOS. The answer ends before the first of the texts.
 """
 
 from __future__ import annotations
@@ -15,115 +15,130 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from btlm_jax.generation import batch, options
+from btlm_jax.generation import continuous_batching, options
 from btlm_jax.generation.request import Request, request
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 
-# Of `generate`'s options, those of several rows for a prompt.
-_SEVERAL = ("num_beams", "num_return_sequences")
+# Options of `generate` that ask for several rows per prompt.
+_MULTIPLE_ROWS = ("num_beams", "num_return_sequences")
+_DEFAULT_BATCH_SIZE = 8
 
 
-class Rules(NamedTuple):
+class UntilRules(NamedTuple):
     """How prompts are continued."""
 
-    until: tuple[str, ...]  # texts that end a continuation and are no part of it
+    until: tuple[str, ...]  # texts that end a continuation and are not part of it
     max_new_tokens: int
-    named: str = "{}"  # other options of `generate`, as JSON, so that rules can be compared
+    options_json: str = "{}"  # other options of `generate`, as JSON, so that rules are hashable
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of `generate`."""
-        return json.loads(self.named)
+        """Options of `generate`."""
+        return json.loads(self.options_json)
 
 
-class Prompt(NamedTuple):
-    """What is asked."""
+class UntilPrompt(NamedTuple):
+    """A prompt and the rules of its continuation."""
 
-    ids: tuple[int, ...]  # one token at least
-    rules: Rules
+    ids: tuple[int, ...]  # at least one token
+    rules: UntilRules
 
 
-def rules(
-    until: Sequence[str], max_new_tokens: int, named: Mapping[str, Any], max_length: int
-) -> Rules:
-    """Checked rules.
+def until_rules(
+    until: Sequence[str],
+    max_new_tokens: int,
+    generate_options: Mapping[str, Any],
+    max_length: int,
+) -> UntilRules:
+    """Returns checked rules.
 
     Args:
-      until: empty texts are left out.
-      named: options of `generate`; `temperature` 0 without sampling is that of greedy decoding.
-      max_length: tokens of prompt and continuation together.
+      until: texts that end a continuation; empty ones are left out.
+      max_new_tokens: maximum number of new tokens.
+      generate_options: options of `generate`; `temperature` 0 without sampling means greedy.
+      max_length: maximum tokens of prompt and continuation together.
 
     Raises:
-      ValueError: options that `generate` does not know or that concern beams, or no room.
+      ValueError: options that are unknown to `generate` or concern beams, or no room for a prompt.
     """
     if not 1 <= max_new_tokens < max_length:
         raise ValueError(
             f"max_gen_toks: found {max_new_tokens}, expected from 1 to {max_length - 1}, so that a "
             f"prompt fits into max_length = {max_length}"
         )
-    named = dict(named)
+    named = dict(generate_options)
     if not named.get("do_sample") and not named.get("temperature"):
         named.pop("temperature", None)
-    if found := [name for name in _SEVERAL if named.get(name, 1) != 1]:
+    if refused := [name for name in _MULTIPLE_ROWS if named.get(name, 1) != 1]:
         raise ValueError(
-            f"generation_kwargs: found {found[0]} = {named[found[0]]!r}, expected greedy decoding "
-            "or sampling (do_sample, temperature, top_k, top_p ...): leave it out"
+            f"generation_kwargs: found {refused[0]} = {named[refused[0]]!r}, expected greedy "
+            "decoding or sampling (do_sample, temperature, top_k, top_p ...): leave it out"
         )
     try:
         options.from_names(named, ())
-        text = json.dumps(named, sort_keys=True)
+        options_json = json.dumps(named, sort_keys=True)
     except (ValueError, TypeError) as e:
         raise ValueError(f"generation_kwargs: {e}") from None
-    return Rules(tuple(text for text in until if text), max_new_tokens, text)
+    return UntilRules(tuple(text for text in until if text), max_new_tokens, options_json)
 
 
-def continuations(
+def generate_continuations(
     model: BTLM,
     params: Params,
     tokenizer: Tokenizer,
-    prompts: Mapping[Any, Prompt],
+    prompts: Mapping[Any, UntilPrompt],
     *,
     max_length: int,
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[Any, str]]:
-    """Answers, each with its key, as they come.
+    """Yields (key, answer) as answers are finished.
 
     Args:
-      prompts: by keys whose text says which random numbers a sampled one gets: it draws the same
-        alone and among any others.
-      max_length: tokens of prompt and continuation together.
-      batch_size: rows at a time, over all devices; default 8.
+      model, params, tokenizer: the model, its weights and its tokenizer.
+      prompts: prompts by key. The key's text selects the random numbers of a sampled answer, which
+        therefore does not depend on the other prompts.
+      max_length: maximum tokens of prompt and continuation together.
+      batch_size: rows per batch, over all devices; default 8.
+      seed: seed of the random numbers.
 
     Raises:
-      ValueError: the size of the batch, or ids outside the vocabulary.
+      ValueError: a bad batch size, or ids outside the vocabulary.
     """
-    groups: dict[Rules, list[Any]] = {}
+    groups: dict[UntilRules, list[Any]] = {}
     for key, prompt in prompts.items():
         groups.setdefault(prompt.rules, []).append(key)
-    for how, keys in groups.items():
-        room = max_length - how.max_new_tokens
-        ids = [prompts[key].ids[-room:] for key in keys]
-        asked = _request(model, tokenizer, ids, how, [(seed, _stream(key)) for key in keys])
-        for i, result in batch.results(asked, params, 8 if batch_size is None else batch_size):
-            yield keys[i], _text(tokenizer, result.tokens.tolist(), how.until)
+    for rules, keys in groups.items():
+        max_prompt = max_length - rules.max_new_tokens
+        ids = [prompts[key].ids[-max_prompt:] for key in keys]
+        seeds = [(seed, _random_stream(key)) for key in keys]
+        batch_request = _request(model, tokenizer, ids, rules, seeds)
+        rows = _DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+        for i, result in continuous_batching.results(batch_request, params, rows):
+            yield keys[i], _answer_text(tokenizer, result.tokens.tolist(), rules.until)
 
 
-def _request(model: BTLM, tokenizer: Tokenizer, ids, how: Rules, seeds) -> Request:
-    named = how.options
-    if how.until:
-        named |= {"stop_strings": how.until, "tokenizer": tokenizer}
-    asked = request(model, ids, max_new_tokens=how.max_new_tokens, seed=seeds, **named)
-    return dataclasses.replace(asked, stops_in_prompt=False)
+def _request(
+    model: BTLM,
+    tokenizer: Tokenizer,
+    ids: Sequence[Sequence[int]],
+    rules: UntilRules,
+    seeds: Sequence[tuple[int, int]],
+) -> Request:
+    named = rules.options
+    if rules.until:
+        named |= {"stop_strings": rules.until, "tokenizer": tokenizer}
+    checked = request(model, ids, max_new_tokens=rules.max_new_tokens, seed=seeds, **named)
+    return dataclasses.replace(checked, stops_in_prompt=False)
 
 
-def _stream(key: Any) -> int:
+def _random_stream(key: Any) -> int:
     return int.from_bytes(hashlib.blake2b(str(key).encode(), digest_size=4).digest()) >> 1
 
 
-def _text(tokenizer: Tokenizer, tokens: Sequence[int], until: Sequence[str]) -> str:
-    """The text before the first of `until`, special tokens left out."""
+def _answer_text(tokenizer: Tokenizer, tokens: Sequence[int], until: Sequence[str]) -> str:
+    """Returns the text before the first of `until`, without special tokens."""
     text = tokenizer.decode(list(tokens), skip_special_tokens=True)
     for end in until:
         text = text.split(end)[0]

@@ -1,4 +1,4 @@
-"""Windows of many tokens out of a stream of documents."""
+"""Full windows of many tokens, cut from a stream of documents."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import NamedTuple
 
 import numpy as np
 
-from btlm_jax.evaluation.windows import TokenizedDocument
+from btlm_jax.evaluation.documents import TokenizedDocument
 
 
-class Window(NamedTuple):
-    """T tokens that are read, and the next of each."""
+class LongWindow(NamedTuple):
+    """T input tokens, and the token after each."""
 
     inputs: np.ndarray  # int32 [T]
     targets: np.ndarray  # int32 [T]
-    group: int  # windows of one document, or of one stream, share it
+    group: int  # shared by the windows of one document, or of one stream
 
 
 class LongWindows:
-    """Whole windows of a stream of documents, each read once and none kept.
+    """Full windows of a stream of documents, which are not kept in memory.
 
-    A document is its EOS and its tokens, as in `windows.cut`, cut into as many windows of T as it
-    has; what is left over is not read. Iterating yields every `Window`, once.
+    A document is its EOS and its tokens, as in `cut_rolling_windows`, cut into as many full windows
+    of T tokens as it has; the remainder is not read. Iterates over every `LongWindow` once.
 
     Args:
-      documents: in order.
-      prefix: the token that each starts after: EOS.
+      documents: the documents, in order.
+      prefix: the token that precedes each document: EOS.
       length: T.
-      most: windows to stop after.
-      each: windows of a document, at most, from its beginning.
+      max_windows: maximum number of windows.
+      max_per_document: maximum number of windows of a document, from its beginning.
       concatenate: instead, cut one stream of all documents, each after its EOS, as training does.
-        Its windows are neighbours, and so one group.
+        Its windows are neighbors, and so form one group.
 
     Attributes:
-      length, most, each: as given.
-      short: documents of fewer than T tokens, which were left out so far.
+      length, max_windows: as given.
+      short_documents: number of documents of fewer than T tokens, left out so far.
 
     Raises:
-      ValueError: T or `most` out of range, or no window in all the documents.
+      ValueError: T or a maximum out of range, or no window in all the documents.
     """
 
     def __init__(
@@ -48,58 +48,64 @@ class LongWindows:
         prefix: int,
         length: int,
         *,
-        most: int | None = None,
-        each: int | None = None,
+        max_windows: int | None = None,
+        max_per_document: int | None = None,
         concatenate: bool = False,
     ) -> None:
-        for name, value, least in (
+        for name, value, minimum in (
             ("length", length, 2),
-            ("windows", most, 1),
-            ("windows per document", each, 1),
+            ("windows", max_windows, 1),
+            ("windows per document", max_per_document, 1),
         ):
-            if value is not None and value < least:
-                raise ValueError(f"{name}: found {value}, expected at least {least}")
-        self.length, self.most, self.each, self.short = length, most, each, 0
+            if value is not None and value < minimum:
+                raise ValueError(f"{name}: found {value}, expected at least {minimum}")
+        self.length, self.max_windows, self.short_documents = length, max_windows, 0
+        self._max_per_document = max_per_document
         self._longest = self._tokens = 0
-        cut = self._joined if concatenate else self._apart
-        windows = itertools.islice(cut(documents, prefix), most)
+        cut = self._cut_stream if concatenate else self._cut_documents
+        windows = itertools.islice(cut(documents, prefix), max_windows)
         first = next(windows, None)
         if first is None:
-            how = "give longer ones, or a shorter length"
+            fix = "give longer ones, or a shorter length"
             if not concatenate and self._tokens >= length:
-                how += ", or concatenate them (--concatenate)"
+                fix += ", or concatenate them (--concatenate)"
             raise ValueError(
                 f"length: found {length} tokens and documents of at most {self._longest}, "
-                f"{self._tokens} in all: {how}"
+                f"{self._tokens} in all: {fix}"
             )
         self._windows = itertools.chain([first], windows)
 
-    def __iter__(self) -> Iterator[Window]:
+    def __iter__(self) -> Iterator[LongWindow]:
         return self._windows
 
-    def _apart(self, documents: Iterable[TokenizedDocument], prefix: int) -> Iterator[Window]:
+    def _cut_documents(
+        self, documents: Iterable[TokenizedDocument], prefix: int
+    ) -> Iterator[LongWindow]:
         for group, document in enumerate(documents):
-            n = self._seen(document)
+            n = self._count(document)
             tokens = np.concatenate([[prefix], document.ids]).astype(np.int32)
-            self.short += n < self.length
-            starts = range(0, n - self.length + 1, self.length)
-            yield from (self._at(tokens, start, group) for start in starts[: self.each])
+            self.short_documents += n < self.length
+            starts = range(0, n - self.length + 1, self.length)[: self._max_per_document]
+            yield from (self._window(tokens, start, group) for start in starts)
 
-    def _joined(self, documents: Iterable[TokenizedDocument], prefix: int) -> Iterator[Window]:
+    def _cut_stream(
+        self, documents: Iterable[TokenizedDocument], prefix: int
+    ) -> Iterator[LongWindow]:
         tokens = np.zeros(0, np.int32)
         for document in documents:
-            self._seen(document)
+            self._count(document)
             tokens = np.concatenate([tokens, [prefix], document.ids]).astype(np.int32)
-            whole = (len(tokens) - 1) // self.length * self.length
-            for start in range(0, whole, self.length):
-                yield self._at(tokens, start, 0)
-            tokens = tokens[whole:]
+            end = (len(tokens) - 1) // self.length * self.length
+            for start in range(0, end, self.length):
+                yield self._window(tokens, start, 0)
+            tokens = tokens[end:]
 
-    def _seen(self, document: TokenizedDocument) -> int:
+    def _count(self, document: TokenizedDocument) -> int:
+        """Returns the document's number of tokens, and counts them for error messages."""
         n = len(document.ids)
         self._longest, self._tokens = max(self._longest, n), self._tokens + n
         return n
 
-    def _at(self, tokens: np.ndarray, start: int, group: int) -> Window:
+    def _window(self, tokens: np.ndarray, start: int, group: int) -> LongWindow:
         end = start + self.length
-        return Window(tokens[start:end], tokens[start + 1 : end + 1], group)
+        return LongWindow(tokens[start:end], tokens[start + 1 : end + 1], group)

@@ -1,16 +1,15 @@
-"""Cross-entropy of texts: what `btlm eval perplexity` measures."""
+"""Cross-entropy of texts, which `btlm eval perplexity` measures."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import numpy as np
 
 from btlm_jax.evaluation.batch_shapes import batch_shape
-from btlm_jax.evaluation.windows import Windows
+from btlm_jax.evaluation.rolling_windows import RollingWindows
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import head_loss
 from btlm_jax.model.params import Params
@@ -19,14 +18,14 @@ from btlm_jax.utils.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """A sum over texts, and what is usually told of it.
+    """The summed loss of texts, and the usual metrics that follow from it.
 
-    There is no perplexity per word: that depends on what one takes for words.
+    There is no perplexity per word, because it would depend on the definition of a word.
 
     Attributes:
       nats: the summed negative log-likelihood of all tokens.
-      tokens: how many.
-      text_bytes: of their text, in UTF-8.
+      tokens: number of tokens.
+      text_bytes: bytes of their text, in UTF-8.
     """
 
     nats: float
@@ -35,26 +34,26 @@ class CrossEntropy:
 
     @property
     def nats_per_token(self) -> float:
-        """The mean, as training reports it."""
+        """The mean loss, as training reports it."""
         return self.nats / self.tokens
 
     @property
     def bits_per_token(self) -> float:
-        """The mean in bits."""
+        """The mean loss in bits."""
         return self.nats_per_token / math.log(2)
 
     @property
     def bits_per_byte(self) -> float:
-        """Of text: to compare models of different tokenizers."""
+        """Bits per byte of text, which compares models with different tokenizers."""
         return self.nats / math.log(2) / self.text_bytes
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean, per token; inf beyond float64."""
+        """exp(nats per token); inf beyond float64."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
 
-    def numbers(self) -> dict[str, float]:
-        """What is told, by name."""
+    def metrics(self) -> dict[str, float]:
+        """Returns the metrics by name."""
         names = ("nats_per_token", "bits_per_token", "bits_per_byte", "perplexity")
         return {name: getattr(self, name) for name in names}
 
@@ -62,45 +61,45 @@ class CrossEntropy:
 def cross_entropy(
     model: BTLM,
     params: Params,
-    windows: Windows,
+    windows: RollingWindows,
     *,
     batch_size: int | None = None,
     title: str = "evaluate",
 ) -> CrossEntropy:
-    """The cross-entropy of documents, in batches of one shape; whole logits are never held.
+    """Computes the cross-entropy of documents, in batches of one shape.
 
-    Every batch is summed in fp32, batches in float64. The head of quantized weights is dequantized;
-    their other products are as `packed.packed_matmul` makes them.
+    Full logits are never materialized. Sums are fp32 within a batch and float64 across batches. The
+    head of quantized weights is dequantized; their other products use `packed.packed_matmul`.
 
     Args:
-      model, params: the model and its weights, stacked or by layer, on a device or a mesh.
-      windows: from `windows.cut`.
-      batch_size: windows at a time, over all devices; default about 8192 tokens on each.
-      title: of the progress that is shown.
+      model, params: the model and its weights, stacked or unstacked, on a device or a mesh.
+      windows: from `cut_rolling_windows`.
+      batch_size: windows per batch, over all devices; default about 8192 tokens on each device.
+      title: title of the progress display.
 
     Raises:
-      ValueError: a batch that does not divide over the mesh.
-      FloatingPointError: a loss that is not finite.
+      ValueError: the batch does not divide over the mesh.
+      FloatingPointError: the loss is not finite.
     """
     runtime = model.runtime(params)
     rows, width = batch_shape(runtime, windows.length, len(windows), batch_size)
     positions = None
-    if not model.config.alibi:  # the filling must not ask for more than there are
+    if not model.config.alibi:  # padding must not index beyond the learned positions
         positions = np.minimum(np.arange(width, dtype=np.int32), windows.length - 1)
         positions = np.broadcast_to(positions, (rows, width))
     nats, tokens = 0.0, 0
     with Progress(windows.tokens, "token", title) as progress:
         for batch in windows.batches(rows, width, model.config):
-            options: dict[str, Any] = dict(positions=positions, length=np.int32(batch.length))
-            h, _ = model.hidden(params, batch.inputs, **options)
-            found = jax.device_get(head_loss(runtime, params, h, batch.targets)[1])
-            if not math.isfinite(found.nll):
+            length = np.int32(batch.length)
+            h, _ = model.hidden(params, batch.inputs, positions=positions, length=length)
+            sums = jax.device_get(head_loss(runtime, params, h, batch.targets)[1])
+            if not math.isfinite(sums.nll):
                 raise FloatingPointError(
-                    f"cross-entropy: found {found.nll} after {tokens} tokens, expected a number: "
-                    "are the weights finite, and the ids of the vocabulary? float32 rules out that "
-                    "the computation overflows"
+                    f"cross-entropy: found {sums.nll} after {tokens} tokens, expected a finite "
+                    "number: check that the weights are finite and the ids within the vocabulary, "
+                    "and try float32 in case the computation overflows"
                 )
-            n = int(found.tokens)
-            nats, tokens = nats + float(found.nll), tokens + n
+            n = int(sums.tokens)
+            nats, tokens = nats + float(sums.nll), tokens + n
             progress.update(n, f"{nats / tokens:.4f} nats per token")
     return CrossEntropy(nats, tokens, windows.text_bytes)

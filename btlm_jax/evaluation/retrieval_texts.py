@@ -1,8 +1,8 @@
-"""Prompts that hold an answer far back: records of lines, and conversations on topics.
+"""Prompts with an answer far back: records of lines, and conversations on topics.
 
-In the form of LongEval (Li et al., 2023, "How long can open-source LLMs truly promise on context
-length?"), whose instructions and questions these are; but conversations are put together of stock
-sentences, where LongEval's were written by a language model. Everything follows from a seed, by
+They follow LongEval (Li et al., 2023, "How long can open-source LLMs truly promise on context
+length?") and use its instructions and questions; but conversations are assembled from stock
+sentences, while a language model wrote LongEval's. Everything follows from a seed, through
 `random.Random.random` alone, whose numbers Python promises not to change.
 """
 
@@ -12,14 +12,14 @@ import itertools
 import random
 from typing import Literal, NamedTuple
 
-Task = Literal["lines", "topics"]
+RetrievalTask = Literal["lines", "topics"]
 
 
-def _listed(text: str) -> list[str]:
+def _split_list(text: str) -> list[str]:
     return [" ".join(item.split()) for item in text.split(",")]
 
 
-_ADJECTIVES = _listed("""
+_ADJECTIVES = _split_list("""
     able, acid, agile, amber, ample, aware, basic, black, blank, blunt, bold, brave, brief,
     bright, broad, brown, calm, cheap, civil, clean, clear, close, cold, cool, crisp, cruel,
     curly, daily, damp, dark, dear, deep, dense, dim, dizzy, dry, dull, eager, early, easy,
@@ -29,7 +29,7 @@ _ADJECTIVES = _listed("""
     keen, kind, large, late, lazy, light, little, lively, lonely, loose, loud, lucky, mad,
     major, merry, mild
 """)
-_NOUNS = _listed("""
+_NOUNS = _split_list("""
     actor, anchor, apple, arrow, badge, baker, ball, banana, barn, basin, basket, beach, beetle,
     bell, berry, bishop, blanket, boat, bottle, bowl, branch, bread, brick, bridge, broom,
     bucket, button, cabin, cable, camel, candle, canoe, carpet, castle, cellar, chain, chair,
@@ -40,11 +40,11 @@ _NOUNS = _listed("""
     lemon, letter, lizard, magnet, marble, market, meadow, mirror, monkey, mountain, napkin,
     needle, ocean, orange
 """)
-_ASPECTS = _listed("""
+_ASPECTS = _split_list("""
     history, future, economics, science, psychology, philosophy, politics, teaching, design,
     cost, benefits, dangers, ethics, beauty, origins, decline, geography, craft, language, law
 """)
-_SUBJECTS = _listed("""
+_SUBJECTS = _split_list("""
     volunteering, jazz music, space travel, urban gardening, chess, coffee, public transport,
     marathons, bird watching, pottery, wind power, photography, mountain climbing, public
     libraries, beekeeping, board games, sleep, sailing, cheese making, robotics, street art, tea
@@ -76,36 +76,37 @@ _REMARKS = (
     "Clubs and evening classes are a good way to meet others who share the interest.",
 )  # fmt: skip
 
-# Lines and topics that a prompt holds at most.
-MOST = {
+# Maximum number of lines or topics of a prompt.
+MAX_ENTRIES = {
     "lines": len(_ADJECTIVES) * len(_NOUNS), "topics": len(_ASPECTS) * len(_SUBJECTS)
 }  # fmt: skip
 
 
-class Text(NamedTuple):
-    """A prompt."""
+class RetrievalText(NamedTuple):
+    """The text of a prompt, and its answer."""
 
     prompt: str
     answer: str  # a number, or a topic
-    others: tuple[str, ...]  # what else could be taken for it, none of them within another
-    lead: bool  # the prompt ends with the beginning of the answer
+    others: tuple[str, ...]  # the other numbers or topics; none contains another
+    lead: bool  # whether the prompt ends with the beginning of the answer
 
 
-class Record:
-    """What a prompt of any size is made of; larger ones hold the smaller one's entries.
+class RetrievalRecord:
+    """Entries for prompts of any size; larger prompts contain the entries of smaller ones.
 
     Args:
       task: "lines" asks for the number in one line of a record, "topics" for the first topic of a
         conversation.
-      seed, index: of a series of records, and the place in it.
-      lead: end prompts with the beginning of the answer, as models want that were not taught to
-        answer questions; LongEval does not.
+      seed: seed of a series of records.
+      index: index in the series.
+      lead: end prompts with the beginning of the answer, which models that were not trained to
+        answer questions need; LongEval does not.
     """
 
-    def __init__(self, task: Task, seed: int, index: int, *, lead: bool = True) -> None:
+    def __init__(self, task: RetrievalTask, seed: int, index: int, *, lead: bool = True) -> None:
         self._task, self._lead = task, lead
         rng = random.Random(f"{task} {seed} {index}")
-        self._place = rng.random()
+        self._fraction = rng.random()
         if task == "lines":
             pairs = [f"{a}-{b}" for a, b in itertools.product(_ADJECTIVES, _NOUNS)]
             numbers = _shuffled(range(10_000, 100_000), rng)
@@ -114,17 +115,17 @@ class Record:
             topics = [f"the {a} of {s}" for a, s in itertools.product(_ASPECTS, _SUBJECTS)]
             self._entries = [(topic, _conversation(rng)) for topic in _shuffled(topics, rng)]
 
-    def text(self, size: int) -> Text:
-        """The prompt with so many lines or topics, from 1 to `MOST`.
+    def text(self, size: int) -> RetrievalText:
+        """Returns the prompt with `size` lines or topics, from 1 to `MAX_ENTRIES`.
 
-        The line that is asked for is the same at every size, at the same fraction of the record.
+        The question is about the same line at every size, at the same fraction of the record.
         """
-        return self._lines(size) if self._task == "lines" else self._topics(size)
+        return self._lines_text(size) if self._task == "lines" else self._topics_text(size)
 
-    def _lines(self, size: int) -> Text:
-        asked, number = self._entries[0]
+    def _lines_text(self, size: int) -> RetrievalText:
+        target, number = self._entries[0]
         entries = self._entries[1:size]
-        entries.insert(int(self._place * size), (asked, number))
+        entries.insert(int(self._fraction * size), (target, number))
         lines = "".join(f"line {name}: REGISTER_CONTENT is <{n}>\n" for name, n in entries)
         prompt = (
             "Below is a record of lines I want you to remember. Each line begins with 'line <line "
@@ -132,16 +133,18 @@ class Record:
             "value. For each line index, memorize its corresponding <REGISTER_CONTENT>. At the end "
             "of the record, I will ask you to retrieve the corresponding <REGISTER_CONTENT> of a "
             f"certain line index. Now the record start:\n\n{lines}\nNow the record is over. Tell "
-            f"me what is the <REGISTER_CONTENT> in line {asked}? I need the number."
+            f"me what is the <REGISTER_CONTENT> in line {target}? I need the number."
         )
-        prompt += f"\nline {asked}: REGISTER_CONTENT is <" if self._lead else ""
-        return Text(prompt, number, tuple(n for _, n in entries if n != number), self._lead)
+        prompt += f"\nline {target}: REGISTER_CONTENT is <" if self._lead else ""
+        return RetrievalText(
+            prompt, number, tuple(n for _, n in entries if n != number), self._lead
+        )
 
-    def _topics(self, size: int) -> Text:
+    def _topics_text(self, size: int) -> RetrievalText:
         entries = self._entries[:size]
         record = "".join(
-            f"USER: I would like to discuss the topic of {topic}.\n{rest}"
-            for topic, rest in entries
+            f"USER: I would like to discuss the topic of {topic}.\n{conversation}"
+            for topic, conversation in entries
         )
         prompt = (
             f"Below is a record of our previous conversation on {size} different topics. You are "
@@ -153,7 +156,7 @@ class Record:
         )
         prompt += " The first topic we discussed is" if self._lead else ""
         (answer, _), *others = entries
-        return Text(prompt, answer, tuple(topic for topic, _ in others), self._lead)
+        return RetrievalText(prompt, answer, tuple(topic for topic, _ in others), self._lead)
 
 
 def _conversation(rng: random.Random) -> str:

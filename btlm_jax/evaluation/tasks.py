@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, found and checked before any weights are read."""
+"""Tasks of lm-evaluation-harness, loaded and checked before any weights are read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# What a task file needs; of several names, one.
-_NEEDED = (
+# Required fields of a task file; one of each tuple suffices.
+_REQUIRED_FIELDS = (
     ("dataset_path", "custom_dataset"),
     ("test_split", "validation_split"),
     ("doc_to_text", "use_prompt"),
@@ -22,43 +22,38 @@ _NEEDED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Tasks:
-    """What is run.
+class HarnessTasks:
+    """The tasks of a run.
 
     Attributes:
       manager: lm-eval's `TaskManager`.
-      asked: tasks and groups, as they were asked for.
-      leaves: every task, by name.
+      requested: tasks and groups, as requested.
+      leaves: every single task, by name.
     """
 
     manager: Any
-    asked: tuple[Any, ...]
+    requested: tuple[Any, ...]
     leaves: Mapping[str, Any]
 
-    @property
-    def generates(self) -> bool:
-        """Whether any asks for text, not only for likelihoods."""
-        return any(task.OUTPUT_TYPE == "generate_until" for task in self.leaves.values())
 
-
-def load(
+def load_tasks(
     names: Sequence[str],
     include_path: Path | None = None,
     *,
     num_fewshot: int | None = None,
     limit: int | float | None = None,
-) -> Tasks:
-    """Finds tasks, reads their data sets, and fills every document into its templates.
+) -> HarnessTasks:
+    """Loads tasks and their data sets, and checks that every document fits the templates.
 
     Args:
-      names: of tasks, groups or tags, with wildcards; or YAML files.
-      include_path: a folder with more tasks, which go before those of lm-eval.
-      num_fewshot, limit: as for `harness.evaluate`; what they need is checked.
+      names: names of tasks, groups or tags, with wildcards; or YAML files.
+      include_path: a folder with more tasks, which take precedence over those of lm-eval.
+      num_fewshot, limit: as in `harness.run_tasks`.
 
     Raises:
-      FileNotFoundError: no such folder, or a data set that cannot be had; with what to do.
-      ValueError: no name, an unknown one (with the nearest), a task file that lacks a field or has
-        an unknown one, a template that does not fit a document, too few examples; or lm-eval is not
+      FileNotFoundError: no such folder, or an unavailable data set; the message says what to do.
+      ValueError: no name, an unknown one (with the nearest), a task file with a missing or unknown
+        field, a template that does not fit a document, too few examples; or lm-eval is not
         installed.
     """
     _check_numbers(num_fewshot, limit)
@@ -68,23 +63,23 @@ def load(
         raise FileNotFoundError(f"include_path: found no folder {include_path}")
     manager = _manager(names, include_path)
     leaves: dict[str, Any] = {}
-    asked = []
-    for name in _matched(manager, names, include_path):
-        built = _built(manager, name)
+    requested = []
+    for name in _match_names(manager, names, include_path):
+        built = _build_task(manager, name)
         leaves |= built["tasks"]
         groups = list(built.get("groups", {}).values())
-        asked += groups[:1] or list(built["tasks"].values())
+        requested += groups[:1] or list(built["tasks"].values())
     for name, task in leaves.items():
         _check_fewshot(name, task, num_fewshot)
         _check_documents(name, task, limit)
-    return Tasks(manager, tuple(asked), leaves)
+    return HarnessTasks(manager, tuple(requested), leaves)
 
 
-def lm_eval(name: str) -> Any:
-    """A module of lm-eval, which takes seconds to import and is an extra.
+def import_lm_eval(name: str) -> Any:
+    """Imports a module of lm-eval, which takes seconds and is an optional dependency.
 
     Raises:
-      ValueError: it is not installed.
+      ValueError: lm-eval is not installed.
     """
     try:
         return importlib.import_module(f"lm_eval.{name}")
@@ -97,38 +92,43 @@ def _check_numbers(num_fewshot: int | None, limit: int | float | None) -> None:
         raise ValueError(f"num_fewshot: found {num_fewshot}, expected 0 or more examples")
     if limit is not None and (limit <= 0 or (limit >= 1 and limit != int(limit))):
         raise ValueError(
-            f"limit: found {limit}, expected a number of documents, or a part of them below 1"
+            f"limit: found {limit}, expected a number of documents, or a fraction of them below 1"
         )
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """lm-eval's index of tasks; the folder alone where that is enough, as its own takes seconds."""
-    make = lm_eval("tasks").TaskManager
+    """Returns lm-eval's index of tasks.
+
+    Leaves out lm-eval's own tasks, whose index takes seconds, if the folder has all names.
+    """
+    task_manager = import_lm_eval("tasks").TaskManager
     if include_path is not None:
-        own = make(include_path=str(include_path), include_defaults=False)
-        known = {n for n in own.task_index if own.task_index[n].kind.name == "TASK"}
-        if known.issuperset(names):
-            return own
-    return make(include_path=None if include_path is None else str(include_path))
+        manager = task_manager(include_path=str(include_path), include_defaults=False)
+        index = manager.task_index
+        if {n for n in index if index[n].kind.name == "TASK"}.issuperset(names):
+            return manager
+    return task_manager(include_path=None if include_path is None else str(include_path))
 
 
-def _matched(manager: Any, names: Sequence[str], include_path: Path | None) -> Iterable[str]:
-    found: dict[str, None] = {}
+def _match_names(manager: Any, names: Sequence[str], include_path: Path | None) -> Iterable[str]:
+    """Returns the names that match, in order, without duplicates."""
+    matches: dict[str, None] = {}
     for name in names:
         if Path(name).suffix == ".yaml" and Path(name).is_file():
-            found[name] = None
+            matches[name] = None
             continue
         matched = manager.match_tasks([name])
         if not matched:
             near = difflib.get_close_matches(name, manager.all_tasks, 3, 0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-            raise ValueError(f"tasks: found no task {name!r}: {hint}{_idle(manager, include_path)}")
-        found |= dict.fromkeys(matched)
-    return found
+            hint += _unused_files(manager, include_path)
+            raise ValueError(f"tasks: found no task {name!r}: {hint}")
+        matches |= dict.fromkeys(matched)
+    return matches
 
 
-def _idle(manager: Any, include_path: Path | None) -> str:
-    """Files of the folder that define no task, which lm-eval passes over in silence."""
+def _unused_files(manager: Any, include_path: Path | None) -> str:
+    """Returns a hint that lists files of the folder without a task, which lm-eval ignores."""
     if include_path is None:
         return ""
     used = {Path(e.yaml_path) for e in manager.task_index.values() if e.yaml_path is not None}
@@ -138,10 +138,10 @@ def _idle(manager: Any, include_path: Path | None) -> str:
     return f"; these files define none: {', '.join(files)} (pass one as a task to see why)"
 
 
-def _built(manager: Any, name: str) -> Any:
-    """A task or group, with its data set.
+def _build_task(manager: Any, name: str) -> Any:
+    """Builds a task or group, with its data set.
 
-    What the harness and the data sets library raise is of any kind.
+    The harness and the datasets library raise exceptions of any class.
     """
     entry = manager.task_index.get(name)
     if entry is not None and entry.kind.name == "TASK":
@@ -152,22 +152,22 @@ def _built(manager: Any, name: str) -> Any:
         raise FileNotFoundError(f"task {name}: {e}") from None
     except ConnectionError as e:
         raise FileNotFoundError(
-            f"task {name}: its data set cannot be had ({e}): connect to the network, run "
-            "`datasets.load_dataset` where there is one and copy its cache (HF_HOME), or write a "
-            "task file over local data (--include-path)"
+            f"task {name}: its data set is not available ({e}): connect to the network, run "
+            "`datasets.load_dataset` on a machine with one and copy its cache (HF_HOME), or write "
+            "a task file over local data (--include-path)"
         ) from None
     except Exception as e:
-        raise ValueError(f"task {name}: {_shown(e)}") from None
+        raise ValueError(f"task {name}: {_describe(e)}") from None
 
 
 def _check_fields(file: str, fields: Mapping[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(lm_eval("config.task").TaskConfig)]
+    known = [f.name for f in dataclasses.fields(import_lm_eval("config.task").TaskConfig)]
     for name in fields:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise ValueError(f"{file}: found a field {name!r} that tasks do not have{hint}")
-    for names in _NEEDED:
+    for names in _REQUIRED_FIELDS:
         if all(fields.get(name) is None for name in names):
             raise ValueError(f"{file}: found no field {' or '.join(names)}, which a task needs")
     if fields.get("output_type") == "multiple_choice" and fields.get("doc_to_choice") is None:
@@ -175,46 +175,50 @@ def _check_fields(file: str, fields: Mapping[str, Any]) -> None:
 
 
 def _check_fewshot(name: str, task: Any, num_fewshot: int | None) -> None:
-    own = task.get_config("num_fewshot")
-    if num_fewshot and own == 0:
-        logger.warning("task %s has no examples, by its own num_fewshot: 0", name)
-    wanted = own if num_fewshot is None or own == 0 else num_fewshot
-    if not wanted or task.OUTPUT_TYPE == "loglikelihood_rolling":
+    default = task.get_config("num_fewshot")
+    if num_fewshot and default == 0:
+        logger.warning("task %s has no examples, because it sets num_fewshot: 0", name)
+    examples = default if num_fewshot is None or default == 0 else num_fewshot
+    if not examples or task.OUTPUT_TYPE == "loglikelihood_rolling":
         return
-    sampler, how = getattr(task, "sampler", None), task.fewshot_cfg
+    sampler, templates = getattr(task, "sampler", None), task.fewshot_cfg
     docs = [] if sampler is None else sampler.fewshot_docs()
-    same = how.split is not None and how.split == task.config.test_split
-    if len(docs) < wanted + same:
-        but = ", the question itself left out" if same else ""
+    # Examples from the test split leave out the question.
+    left_out = templates.split is not None and templates.split == task.config.test_split
+    if len(docs) < examples + left_out:
+        except_question = ", without the question itself" if left_out else ""
         raise ValueError(
-            f"task {name}: num_fewshot: found {wanted}, expected at most the {len(docs) - same} "
-            f"documents there are to take examples from{but} (fewshot_split, training_split)"
+            f"task {name}: num_fewshot: found {examples}, expected at most the "
+            f"{len(docs) - left_out} documents to take examples from{except_question} "
+            "(fewshot_split, training_split)"
         )
     for number, doc in enumerate(docs):
-        _check_document(f"task {name}: of its examples", task, number, doc, how)
+        _check_document(f"task {name}: few-shot examples", task, number, doc, templates)
 
 
 def _check_documents(name: str, task: Any, limit: int | float | None) -> None:
-    most = lm_eval("evaluator_utils").get_sample_size(task, limit)
-    for number, doc in task.doc_iterator(limit=most):
+    max_documents = import_lm_eval("evaluator_utils").get_sample_size(task, limit)
+    for number, doc in task.doc_iterator(limit=max_documents):
         _check_document(f"task {name}", task, number, doc, task.config)
 
 
-def _check_document(where: str, task: Any, number: int, doc: Any, templates: Any) -> None:
-    """Raises ValueError where a template does not fit: a field missing, a choice out of range. The
-    harness says so for the first document only, or with no word of which."""
+def _check_document(context: str, task: Any, number: int, doc: Any, templates: Any) -> None:
+    """Raises ValueError if a template does not fit: a missing field, a choice out of range.
+
+    The harness checks only the first document, or does not say which document failed.
+    """
     for field in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         template = getattr(templates, field)
         if field == "doc_to_choice" and not template:
             continue
-        try:  # tasks in Python may know no other templates than their own
+        try:  # tasks in Python may accept no other templates than their own
             getattr(task, field)(doc, *([] if templates is task.config else [template]))
         except Exception as e:
             raise ValueError(
-                f"{where}: {field} does not fit document {number} ({_shown(e)}), which has the "
-                f"fields {', '.join(map(str, doc))}"
+                f"{context}: {field} does not fit document {number} ({_describe(e)}), which "
+                f"has the fields {', '.join(map(str, doc))}"
             ) from None
 
 
-def _shown(e: Exception) -> str:
+def _describe(e: Exception) -> str:
     return f"{type(e).__name__}: {str(e) or 'no message'}"

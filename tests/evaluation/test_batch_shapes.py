@@ -23,7 +23,7 @@ def runtime(**axes: int) -> Runtime:
 def test_shape_on_one_device(length, count):
     rows, width = batch_shapes.batch_shape(runtime(), length, count, None)
     assert length <= width < length + 128 and width % 128 == 0
-    assert rows == 1 or rows * width <= batch_shapes.TOKENS
+    assert rows == 1 or rows * width <= batch_shapes.TOKENS_PER_DEVICE
     assert count is None or rows <= count
 
 
@@ -31,7 +31,7 @@ def test_shape_on_a_mesh():
     whole = runtime(data=2, fsdp=2, tensor=1, context=2)
     rows, width = batch_shapes.batch_shape(whole, 1000, None, None)
     assert width == 1024
-    assert rows == batch_shapes.TOKENS // width * sharding.num_shards(
+    assert rows == batch_shapes.TOKENS_PER_DEVICE // width * sharding.num_shards(
         whole.mesh, whole.rules, "batch"
     )
 

@@ -20,10 +20,16 @@ from scipy.special import log_softmax
 from btlm_jax import BTLM, BTLMConfig, cli, make_mesh, save
 from btlm_jax.config import AlibiScaling
 from btlm_jax.evaluation import by_position, by_position_report, context_extension
-from btlm_jax.evaluation.by_position import ByPosition, Curve, binned, loss_by_position
+from btlm_jax.evaluation.by_position import (
+    LossByPosition,
+    PositionCurve,
+    bin_means,
+    loss_by_position,
+)
+from btlm_jax.evaluation.documents import TokenizedDocument
 from btlm_jax.evaluation.long_windows import LongWindows
 from btlm_jax.evaluation.perplexity import cross_entropy
-from btlm_jax.evaluation.windows import TokenizedDocument, cut
+from btlm_jax.evaluation.rolling_windows import cut_rolling_windows
 from btlm_jax.model.attention_xla import QUERY_CHUNK
 from btlm_jax.utils.progress import Progress
 from support import golden, reference_numpy
@@ -55,7 +61,7 @@ def test_windows_are_stretches_of_the_documents(sizes, length, most, each, conca
     whole = [(len(s) - 1) // length for s in streams]
     if not concatenate and each:
         whole = [min(n, each) for n in whole]
-    options = dict(most=most, each=each, concatenate=concatenate)
+    options = dict(max_windows=most, max_per_document=each, concatenate=concatenate)
     if not sum(whole):
         with pytest.raises(ValueError, match=f"length: found {length} tokens and documents of"):
             LongWindows(iter(texts), 999, length, **options)
@@ -74,7 +80,7 @@ def test_windows_are_stretches_of_the_documents(sizes, length, most, each, conca
         ends = np.cumsum(sizes)
         assert [w.group for w in found] == [(w.targets[0] >= ends).sum() for w in found]
         if sum(whole) < most:
-            assert windows.short == sum(n < length for n in sizes)
+            assert windows.short_documents == sum(n < length for n in sizes)
 
 
 def test_documents_are_read_as_they_are_needed():
@@ -82,15 +88,15 @@ def test_documents_are_read_as_they_are_needed():
         while True:
             yield documents(50)[0]
 
-    assert len(list(LongWindows(endless(), 0, 20, most=5))) == 5
+    assert len(list(LongWindows(endless(), 0, 20, max_windows=5))) == 5
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (dict(length=1), "length: found 1, expected at least 2"),
-        (dict(length=5, most=0), "windows: found 0, expected at least 1"),
-        (dict(length=5, each=0), "windows per document: found 0"),
+        (dict(length=5, max_windows=0), "windows: found 0, expected at least 1"),
+        (dict(length=5, max_per_document=0), "windows per document: found 0"),
         (dict(length=50), r"found 50 tokens and documents of at most 30, 60 in all.*concatenate"),
         (dict(length=90), r"found 90 tokens and documents of at most 30, 60 in all: .*length$"),
     ],
@@ -139,7 +145,7 @@ def test_is_the_float64_computation(kind):
     assert np.abs(curve.nll - expected.sum(0)).max() < 4 * 1e-4
     assert np.abs(curve.squares - np.square(expected).sum(0)).max() < 4 * 2e-4 * expected.max()
     groups = np.add.reduceat(np.stack([expected[:3].sum(0), expected[3]]), found.edges[:-1], axis=1)
-    assert np.abs(curve.of_groups - groups).max() < 20 * 3 * 1e-4
+    assert np.abs(curve.group_sums - groups).max() < 20 * 3 * 1e-4
 
 
 def test_kinds_are_not_alike():
@@ -160,8 +166,10 @@ def test_its_mean_is_that_of_perplexity():
         case.model, case.params, LongWindows(texts, 2, 40), trained=10, kinds=("none", "fixed")
     )
     for curve in report.curves:
-        model = context_extension.scaled(case.model, curve.kind, 10, 40)
-        expected = cross_entropy(model, case.params, cut(model.config, texts, 2, length=40))
+        model = context_extension.with_scaling_kind(case.model, curve.kind, 10, 40)
+        expected = cross_entropy(
+            model, case.params, cut_rolling_windows(model.config, texts, 2, length=40)
+        )
         assert report.count * 40 == expected.tokens
         # fp32 sums, of another order.
         assert curve.nll.sum() == pytest.approx(expected.nats, rel=1e-6)
@@ -180,7 +188,7 @@ def test_a_mesh_measures_alike():
         found = measured(params)
         for a, b in zip(found.curves, expected.curves, strict=True):
             np.testing.assert_allclose(a.nll, b.nll, rtol=1e-5)
-            np.testing.assert_allclose(a.of_groups, b.of_groups, rtol=1e-5)
+            np.testing.assert_allclose(a.group_sums, b.group_sums, rtol=1e-5)
     with pytest.raises(ValueError, match="batch size 3 does not divide"):
         measured(params, batch_size=3)
 
@@ -188,11 +196,11 @@ def test_a_mesh_measures_alike():
 def test_neither_logits_nor_scores_are_whole():
     """[T, V] would be 512 MiB here and [H, T, T] 4 GiB; the scores of one chunk are 128 MiB."""
     T, config = 16_384, dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=8192)
-    model = BTLM(context_extension.scaled(BTLM(config), "dynamic", 4096, T).config)
+    model = BTLM(context_extension.with_scaling_kind(BTLM(config), "dynamic", 4096, T).config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((1, T), np.int32)
     compiled = (
-        jax.jit(functools.partial(by_position.read, model))
+        jax.jit(functools.partial(by_position.token_losses, model))
         .lower(params, ids, ids, jax.ShapeDtypeStruct((), np.int32))
         .compile()
     )
@@ -210,11 +218,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from btlm_jax import BTLM, BTLMConfig, make_mesh
-from btlm_jax.evaluation import by_position, context_extension
+from btlm_jax.evaluation import by_position
+from btlm_jax.evaluation.context_extension import with_scaling_kind
 from btlm_jax.train.step import abstract_weights
 
 mesh = make_mesh(devices=topologies.devices(topologies.parse("v5e:1x1")))
-model = context_extension.scaled(BTLM(BTLMConfig.preset("btlm-3b-8k")), "dynamic", 8192, 32768)
+model = with_scaling_kind(BTLM(BTLMConfig.preset("btlm-3b-8k")), "dynamic", 8192, 32768)
 
 def array(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -222,7 +231,7 @@ def array(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())):
 params = abstract_weights(model, mesh)
 params = jax.tree.map(lambda x: array(x.shape, jnp.bfloat16, x.sharding), params)
 ids = array((1, 32768), jnp.int32)
-read = jax.jit(functools.partial(by_position.read, model))
+read = jax.jit(functools.partial(by_position.token_losses, model))
 memory = read.lower(params, ids, ids, array((), jnp.int32)).compile().memory_analysis()
 print(memory.argument_size_in_bytes, memory.temp_size_in_bytes)
 """
@@ -252,7 +261,9 @@ def test_scaling():
     model = BTLM(BTLMConfig.preset("tiny"))
 
     def scaling(kind, length, base=model, **options):
-        return context_extension.scaled(base, kind, 256, length, **options).config.alibi_scaling
+        return context_extension.with_scaling_kind(
+            base, kind, 256, length, **options
+        ).config.alibi_scaling
 
     assert [scaling(k, 1024) for k in KINDS] == [
         None, AlibiScaling(factor=4.0), AlibiScaling(train_seq_len=256)
@@ -260,9 +271,9 @@ def test_scaling():
     assert [scaling(k, 256) for k in KINDS] == [None] * 3
     # A prompt of the trained length is answered beyond it.
     dynamic = AlibiScaling(train_seq_len=256)
-    assert [scaling(k, 256, new=1) for k in KINDS] == [None, None, dynamic]
-    assert [scaling(k, 250, new=6) for k in KINDS] == [None] * 3
-    assert scaling("fixed", 512, new=9) == AlibiScaling(factor=2.0)
+    assert [scaling(k, 256, new_tokens=1) for k in KINDS] == [None, None, dynamic]
+    assert [scaling(k, 250, new_tokens=6) for k in KINDS] == [None] * 3
+    assert scaling("fixed", 512, new_tokens=9) == AlibiScaling(factor=2.0)
 
     def having(own):
         return BTLM(dataclasses.replace(model.config, alibi_scaling=own))
@@ -271,8 +282,8 @@ def test_scaling():
     assert scaling("none", 1024, twice) == AlibiScaling(factor=2.0)
     assert scaling("fixed", 1024, twice) == AlibiScaling(factor=8.0)
     assert (
-        context_extension.kinds(twice) == ("none", "fixed")
-        and context_extension.kinds(model) == KINDS
+        context_extension.scaling_kinds(twice) == ("none", "fixed")
+        and context_extension.scaling_kinds(model) == KINDS
     )
     with pytest.raises(ValueError, match=r"the fixed factor 2\.0"):
         scaling("dynamic", 1024, twice)
@@ -292,9 +303,9 @@ def test_trained_length():
 
 
 def test_passes_and_bins():
-    assert by_position.passes("dynamic", 1024, 4096) == (1024, 2048, 4096)
-    assert by_position.passes("dynamic", 1000, 3500) == (1000, 2000, 3500)
-    assert by_position.passes("fixed", 1024, 4096) == (4096,)
+    assert by_position.pass_lengths("dynamic", 1024, 4096) == (1024, 2048, 4096)
+    assert by_position.pass_lengths("dynamic", 1000, 3500) == (1000, 2000, 3500)
+    assert by_position.pass_lengths("fixed", 1024, 4096) == (4096,)
     for trained, length in ((1024, 4096), (6, 20), (100, 101), (8192, 32768), (1000, 7001)):
         edges = by_position.bin_edges(trained, length)
         assert edges[0] == 0 and edges[-1] == length and trained in edges
@@ -302,40 +313,40 @@ def test_passes_and_bins():
         late = edges[edges > 50]
         assert (late[1:] / late[:-1] < 1.13).all()
     with pytest.raises(ValueError, match="length: found 64, expected more than the trained"):
-        by_position.check_length(64, 64)
+        by_position.check_window_length(64, 64)
 
 
 # What is told -------------------------------------------------------------------------------------
 
 
-def report(groups: np.ndarray, edges, trained: int) -> ByPosition:
+def report(groups: np.ndarray, edges, trained: int) -> LossByPosition:
     """Of losses [groups, T], a window each."""
     sums = np.add.reduceat(groups, edges[:-1], axis=1)
-    curve = Curve("none", (edges[-1],), groups.sum(0), np.square(groups).sum(0), sums)
+    curve = PositionCurve("none", (edges[-1],), groups.sum(0), np.square(groups).sum(0), sums)
     counts = np.ones(len(groups), int)
-    return ByPosition(trained, edges[-1], np.array(edges), counts, 0, (curve,))
+    return LossByPosition(trained, edges[-1], np.array(edges), counts, 0, (curve,))
 
 
 def test_bins_and_their_errors():
     """With as many windows in each group, the error is that of a mean of independent groups."""
     losses = np.random.default_rng(0).gamma(2.0, 1.0, (7, 30))
     made = report(losses, [0, 2, 5, 10, 30], 5)
-    found = binned(made, made.curves[0], [0, 5, 30])
+    found = bin_means(made, made.curves[0], [0, 5, 30])
     for x, (a, b) in zip(found, ((0, 5), (5, 30)), strict=True):
         means = losses[:, a:b].mean(1)
         assert (x.start, x.stop) == (a, b) and x.mean == pytest.approx(means.mean())
         assert x.error == pytest.approx(means.std(ddof=1) / 7**0.5)
     alone = report(losses[:1], [0, 5, 30], 5)
-    assert np.isnan(binned(alone, alone.curves[0], [0, 5, 30])[0].error)
+    assert np.isnan(bin_means(alone, alone.curves[0], [0, 5, 30])[0].error)
 
 
 def test_windows_of_a_document_are_not_independent():
     """Copies of a window in one group weigh in the mean, and count as one in the error."""
     losses = np.random.default_rng(1).gamma(2.0, 1.0, (5, 8))
     one, times = report(losses, [0, 8], 4), np.array([1, 2, 3, 1, 5])
-    sums = one.curves[0].of_groups * times[:, None]
-    curve = dataclasses.replace(one.curves[0], of_groups=sums)
-    (found,) = binned(dataclasses.replace(one, windows=times), curve, [0, 8])
+    sums = one.curves[0].group_sums * times[:, None]
+    curve = dataclasses.replace(one.curves[0], group_sums=sums)
+    (found,) = bin_means(dataclasses.replace(one, windows=times), curve, [0, 8])
     # A regression on a constant with errors clustered by group (CR1), token by token.
     tokens = np.repeat(losses, times, axis=0).ravel()
     group = np.repeat(np.arange(5), times * 8)
@@ -349,16 +360,16 @@ def test_windows_of_a_document_are_not_independent():
 def test_a_stream_has_no_errors(tiny, tmp_path, caplog):
     """Its windows are neighbours. And nobody knows how many there are before it ends."""
     model, params = tiny
-    windows = LongWindows(documents(30, 41), 2, 10, most=100, concatenate=True)
+    windows = LongWindows(documents(30, 41), 2, 10, max_windows=100, concatenate=True)
     with caplog.at_level("INFO"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(by_position, "Progress", functools.partial(Progress, every=0.0))
         found = loss_by_position(model, params, windows, trained=5, kinds=["none", "dynamic"])
     assert found.windows.tolist() == [7]
-    assert all(np.isnan(x.error) for x in binned(found, found.curves[0], found.edges))
-    assert "±" not in "".join(by_position_report.table(found))
-    summary = by_position_report.to_json(found)["curves"][1]["summary_of_difference"]
+    assert all(np.isnan(x.error) for x in bin_means(found, found.curves[0], found.edges))
+    assert "±" not in "".join(by_position_report.format_loss_by_position(found))
+    summary = by_position_report.loss_by_position_json(found)["curves"][1]["summary_of_difference"]
     assert {x["error"] for x in summary} == {None}
-    by_position_report.draw(tmp_path / "a.png", found, "title")
+    by_position_report.plot_loss_by_position(tmp_path / "a.png", found, "title")
     (line,) = (r.getMessage() for r in caplog.records if r.name == "btlm_jax.progress")
     assert line.startswith("evaluate: 7 window, ") and line.endswith("window/s, at most 100")
 
@@ -371,7 +382,7 @@ def test_report(tmp_path):
     curve = dataclasses.replace(report(other, edges, 16).curves[0], kind="fixed")
     made = dataclasses.replace(made, curves=(*made.curves, curve))
     assert by_position.summary_edges(made) == [0, 2, 4, 8, 16, 23, 32, 45, 64]
-    head, first, *_, last = by_position_report.table(made)
+    head, first, *_, last = by_position_report.format_loss_by_position(made)
     assert head.endswith("fixed, distances / 4 - plain ALiBi")
     assert first.split()[0] == "0-1"
     # The mean of the first, and of the other the paired difference.
@@ -384,14 +395,14 @@ def test_report(tmp_path):
     found = [float(x) for x in (mean, error, change, error_of_change)]
     np.testing.assert_allclose(found, expected, atol=6e-5)
     assert expected[3] < expected[1] / 10
-    one, two = json.loads(json.dumps(by_position_report.to_json(made)))["curves"]
+    one, two = json.loads(json.dumps(by_position_report.loss_by_position_json(made)))["curves"]
     np.testing.assert_allclose(one["mean"], losses.mean(0), atol=1e-6)
     np.testing.assert_allclose(one["deviation"], losses.std(0), atol=1e-6)
     np.testing.assert_allclose(two["mean"], other.mean(0), atol=1e-6)
     assert one["summary"][-1]["stop"] == 64
     last = two["summary_of_difference"][-1]
     np.testing.assert_allclose([last["mean"], 1.96 * last["error"]], expected[2:], atol=1e-9)
-    by_position_report.draw(tmp_path / "a" / "b.png", made, "title")
+    by_position_report.plot_loss_by_position(tmp_path / "a" / "b.png", made, "title")
     assert (tmp_path / "a" / "b.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -424,7 +435,7 @@ def test_the_command(capsys, of_bytes, bytes_checkpoint, tmp_path):
     texts = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     ids = [TokenizedDocument(np.array(tokenizer.encode(x).ids), len(x)) for x in texts]
     expected = loss_by_position(
-        model, params, LongWindows(ids, 256, 64, each=3), trained=16, kinds=KINDS
+        model, params, LongWindows(ids, 256, 64, max_per_document=3), trained=16, kinds=KINDS
     )
     for curve, other in zip(found["curves"], expected.curves, strict=True):
         np.testing.assert_allclose(curve["mean"], other.nll / 6, atol=2e-6)
@@ -438,7 +449,9 @@ def test_the_command(capsys, of_bytes, bytes_checkpoint, tmp_path):
 
 def test_bad_input(capsys, of_bytes, bytes_checkpoint, tmp_path, monkeypatch):
     model, params, _ = of_bytes
-    monkeypatch.setattr("btlm_jax.load", lambda *a, **k: pytest.fail("the weights were read"))
+    monkeypatch.setattr(
+        "btlm_jax.checkpoint.checkpoint.load", lambda *a, **k: pytest.fail("the weights were read")
+    )
     save(tmp_path / "bare", model.config, params)
     learned = golden.load("f_learned_gelu_mup")
     save(tmp_path / "learned", learned.config, learned.params)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate
-from btlm_jax.evaluation.generate_until import Prompt, continuations, rules
+from btlm_jax.evaluation.generate_until import UntilPrompt, generate_continuations, until_rules
 
 LENGTH = 128
 
@@ -23,7 +23,7 @@ def one_at_a_time(of_bytes, ids, until, new, **named) -> str:
 
 def answers(of_bytes, prompts, **how):
     model, params, tokenizer = of_bytes
-    return dict(continuations(model, params, tokenizer, prompts, max_length=LENGTH, **how))
+    return dict(generate_continuations(model, params, tokenizer, prompts, max_length=LENGTH, **how))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def test_as_one_at_a_time(of_bytes, texts):
     whole = [one_at_a_time(of_bytes, ids, [], 20) for ids in texts]
     # Ends that do occur, one within another; and one that does not.
     until = [whole[0][3:5], whole[1][8:9], whole[1][8:11], "never to be found"]
-    how = rules(until, 20, {"do_sample": False, "temperature": 0.0}, LENGTH)
-    got = answers(of_bytes, {i: Prompt(tuple(ids), how) for i, ids in enumerate(texts)})
+    how = until_rules(until, 20, {"do_sample": False, "temperature": 0.0}, LENGTH)
+    got = answers(of_bytes, {i: UntilPrompt(tuple(ids), how) for i, ids in enumerate(texts)})
     for i, ids in enumerate(texts):
         assert got[i] == one_at_a_time(of_bytes, ids, until, 20)
         assert not any(end in got[i] for end in until)
@@ -51,15 +51,15 @@ def test_an_end_that_begins_in_the_prompt_is_none(of_bytes, texts):
     whole = one_at_a_time(of_bytes, texts[1], [], 12)
     end = tokenizer.decode(texts[1][-1:]) + whole[0]
     assert end not in whole
-    how = rules([end], 12, {}, LENGTH)
-    assert answers(of_bytes, {0: Prompt(tuple(texts[1]), how)}) == {0: whole}
+    how = until_rules([end], 12, {}, LENGTH)
+    assert answers(of_bytes, {0: UntilPrompt(tuple(texts[1]), how)}) == {0: whole}
 
 
 def test_a_sampled_text_is_the_same_alone_and_among_others(of_bytes, texts):
-    how = rules([], 10, {"do_sample": True, "temperature": 3.0, "top_k": 0}, LENGTH)
-    other = rules(["x"], 10, {}, LENGTH)
-    prompts = {i: Prompt(tuple(ids), how) for i, ids in enumerate(texts)}
-    prompts |= {"again": prompts[1], "greedy": Prompt(tuple(texts[1]), other)}
+    how = until_rules([], 10, {"do_sample": True, "temperature": 3.0, "top_k": 0}, LENGTH)
+    other = until_rules(["x"], 10, {}, LENGTH)
+    prompts = {i: UntilPrompt(tuple(ids), how) for i, ids in enumerate(texts)}
+    prompts |= {"again": prompts[1], "greedy": UntilPrompt(tuple(texts[1]), other)}
     together = answers(of_bytes, prompts, seed=1, batch_size=2)
     assert together.keys() == prompts.keys()
     assert answers(of_bytes, {1: prompts[1]}, seed=1)[1] == together[1]
@@ -80,11 +80,11 @@ def test_a_sampled_text_is_the_same_alone_and_among_others(of_bytes, texts):
 )
 def test_rules_that_are_refused(new, named, expected):
     with pytest.raises(ValueError, match=expected):
-        rules(["a"], new, named, LENGTH)
+        until_rules(["a"], new, named, LENGTH)
 
 
 def test_rules_that_say_the_default():
-    plain = rules(["a", ""], 9, {}, LENGTH)
+    plain = until_rules(["a", ""], 9, {}, LENGTH)
     assert plain.until == ("a",)
-    assert rules(["a"], 9, {"temperature": 0.0}, LENGTH) == plain
-    rules(["a"], 9, {"num_beams": 1, "do_sample": False}, LENGTH)
+    assert until_rules(["a"], 9, {"temperature": 0.0}, LENGTH) == plain
+    until_rules(["a"], 9, {"num_beams": 1, "do_sample": False}, LENGTH)

@@ -20,7 +20,7 @@ import pytest
 import btlm_jax as btlm
 from btlm_jax import cli
 from btlm_jax.checkpoint import unstacked
-from btlm_jax.cli.harness_command import Harness
+from btlm_jax.cli.harness_command import EvalHarness
 from btlm_jax.evaluation import harness
 from btlm_jax.generation import jsonl
 from support import gpt2
@@ -49,7 +49,7 @@ def folder(tmp_path):
 def run(checkpoint, folder, out, names=None, **named) -> dict:
     """What `btlm eval harness` writes; of all tasks by default."""
     names = ",".join(TASKS) if names is None else names
-    Harness(str(checkpoint), names, out, include_path=folder, **named).run()
+    EvalHarness(str(checkpoint), names, out, include_path=folder, **named).run()
     return json.loads(out.read_text())
 
 
@@ -58,7 +58,9 @@ def run(checkpoint, folder, out, names=None, **named) -> dict:
 
 def requests(of_bytes, journal):
     model, params, tokenizer = of_bytes
-    return harness.Requests(model.config, tokenizer, lambda: (model, params), journal=journal)
+    return harness.RequestAnswerer(
+        model.config, tokenizer, lambda: (model, params), journal=journal
+    )
 
 
 def test_answers_are_kept_and_taken_up(of_bytes, tmp_path):
@@ -117,13 +119,13 @@ def test_encoding_and_prefix(of_bytes):
 def test_sizes_that_are_refused(of_bytes, named, expected):
     model, params, tokenizer = of_bytes
     with pytest.raises(ValueError, match=expected):
-        harness.Requests(model.config, tokenizer, lambda: (model, params), **named)
+        harness.RequestAnswerer(model.config, tokenizer, lambda: (model, params), **named)
     config = dataclasses.replace(model.config, eos_token_id=None)
     with pytest.raises(ValueError, match="eos_token_id: found none"):
-        harness.Requests(config, tokenizer, lambda: (model, params))
+        harness.RequestAnswerer(config, tokenizer, lambda: (model, params))
     config = dataclasses.replace(gpt2.ours()[0].config, eos_token_id=1)
     with pytest.raises(ValueError, match="at most the 64 learned positions"):
-        harness.Requests(config, tokenizer, lambda: (model, params), max_length=65)
+        harness.RequestAnswerer(config, tokenizer, lambda: (model, params), max_length=65)
 
 
 # With it -----------------------------------------------------------------------------------------
@@ -131,18 +133,17 @@ def test_sizes_that_are_refused(of_bytes, named, expected):
 
 def test_offline_tasks(lm_eval, bytes_checkpoint, folder, tmp_path, capsys):
     """Zero-shot and few-shot; the perplexity is that of `btlm eval perplexity`."""
-    from btlm_jax.evaluation import windows
+    from btlm_jax.evaluation.documents import TokenizedDocument
     from btlm_jax.evaluation.perplexity import cross_entropy
+    from btlm_jax.evaluation.rolling_windows import cut_rolling_windows
 
     found = run(bytes_checkpoint, folder, tmp_path / "0.json", max_length=40)
     assert found["results"].keys() == TASKS.keys() and "exact_match" in capsys.readouterr().out
     model, params = btlm.load(bytes_checkpoint)
     tokenizer = btlm.load_tokenizer(bytes_checkpoint)
     texts = [json.loads(x)["text"] for x in (folder / "test.jsonl").read_text().splitlines()]
-    documents = [
-        windows.TokenizedDocument(np.array(tokenizer.encode(t).ids), len(t)) for t in texts
-    ]
-    cut = windows.cut(model.config, documents, model.config.eos_token_id, length=40)
+    documents = [TokenizedDocument(np.array(tokenizer.encode(t).ids), len(t)) for t in texts]
+    cut = cut_rolling_windows(model.config, documents, model.config.eos_token_id, length=40)
     expected = cross_entropy(model, params, cut).bits_per_byte
     assert found["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
     few = run(bytes_checkpoint, folder, tmp_path / "2.json", "local_choice", num_fewshot=2, limit=3)
@@ -259,7 +260,7 @@ def test_bad_input_is_refused_before_weights_are_read(
 
 
 @pytest.mark.parametrize(
-    "split, expected", [("test", "task local_choice: doc"), ("train", "of its examples: doc")]
+    "split, expected", [("test", "task local_choice: doc"), ("train", "few-shot examples: doc")]
 )
 def test_a_document_that_does_not_fit_is_named(
     own_tasks_only, bytes_checkpoint, folder, tmp_path, split, expected
@@ -307,6 +308,6 @@ def test_the_command_says_what_is_wrong(own_tasks_only, bytes_checkpoint, folder
     import unittest.mock
 
     args = [str(bytes_checkpoint), "--tasks", "local_texts", "--json", str(tmp_path / "out.json")]
-    with unittest.mock.patch.object(cli, "Command", Harness):
+    with unittest.mock.patch.object(cli, "Command", EvalHarness):
         assert cli.main([*args, "--include-path", str(folder)]) == 2
     assert "btlm: error: tasks: found no task 'local_texts'" in capsys.readouterr().err

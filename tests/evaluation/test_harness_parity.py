@@ -3,7 +3,7 @@
 `golden/harness.json` holds what that backend was asked and answered on two exported snapshots. Our
 adapter is held against it wherever lm-eval (extra `eval`) is installed; the slow test asks the
 backend again, which takes torch, transformers and accelerate too. With all of them,
-`JAX_PLATFORMS=cpu python tests/test_evaluation_harness_parity.py` records the answers anew.
+`JAX_PLATFORMS=cpu python tests/evaluation/test_harness_parity.py` records the answers anew.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def subject(name: str, home: Path) -> Subject:
 
 def of_the_adapter(of: Subject, tasks: Path, num_fewshot: int | None) -> dict[str, Any]:
     model, params = of.model, of.params
-    lm = harness.language_model(model.config, of.tokenizer, lambda: (model, params), batch_size=4)
+    lm = harness.make_language_model(
+        model.config, of.tokenizer, lambda: (model, params), batch_size=4
+    )
     return answers(lm, lm._length, tasks, num_fewshot)
 
 

@@ -13,13 +13,13 @@ from scipy.special import log_softmax
 from btlm_jax import BTLM, BTLMConfig, make_mesh
 from btlm_jax.config import AlibiScaling
 from btlm_jax.evaluation import likelihood
-from btlm_jax.evaluation.likelihood import Pair, likelihoods, rows
+from btlm_jax.evaluation.likelihood import ContinuationPair, group_by_inputs, score_rows
 from btlm_jax.model.params import unstack_params
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden, reference_numpy
 
 
-def exactly(case: golden.Case, pair: Pair, max_length: int) -> tuple[float, bool]:
+def exactly(case: golden.Case, pair: ContinuationPair, max_length: int) -> tuple[float, bool]:
     """One pair alone, in float64: (log-probability, whether greedy)."""
     inputs = np.array((pair.context + pair.continuation)[-(max_length + 1) :][:-1])
     named = {k: v.astype(np.float64) for k, v in case.weights.items()}
@@ -30,18 +30,20 @@ def exactly(case: golden.Case, pair: Pair, max_length: int) -> tuple[float, bool
     return float(total), bool((log_p.argmax(-1) == after).all())
 
 
-def random_pairs(rng: np.random.Generator, vocab: int, count: int = 16) -> dict[int, Pair]:
+def random_pairs(
+    rng: np.random.Generator, vocab: int, count: int = 16
+) -> dict[int, ContinuationPair]:
     """Of few lengths, as every width is a program."""
     found = {}
     for i in range(count):
         ids = rng.integers(0, vocab, rng.choice([2, 9, 32, 38, 60])).tolist()
         at = int(rng.integers(max(1, len(ids) - 20), len(ids)))
-        found[i] = Pair(tuple(ids[:at]), tuple(ids[at:]))
+        found[i] = ContinuationPair(tuple(ids[:at]), tuple(ids[at:]))
     return found
 
 
 def answers(model, params, pairs, max_length, **how):
-    return dict(likelihoods(model, params, rows(pairs, max_length), **how))
+    return dict(score_rows(model, params, group_by_inputs(pairs, max_length), **how))
 
 
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "e_alibi_dynamic16", "f_learned_gelu_mup"])
@@ -55,7 +57,7 @@ def test_in_batches_as_one_at_a_time(name):
         inputs = np.array(context)[None, -max_length:]
         config = golden.witness_config(case.config)
         found = reference_numpy.forward(named, config, inputs)["logits"][0, -1]
-        pairs[i] = Pair(context, (int(found.argmax()),))
+        pairs[i] = ContinuationPair(context, (int(found.argmax()),))
     expected = {i: exactly(case, pair, max_length) for i, pair in pairs.items()}
     assert {greedy for _, greedy in expected.values()} == {True, False}
     got = answers(case.model, case.params, pairs, max_length, batch_size=3)
@@ -69,12 +71,12 @@ def test_in_batches_as_one_at_a_time(name):
 def test_a_context_is_read_once_for_all_its_answers():
     case = golden.load("a2_btlm_mup_h32")
     context = tuple(range(30))
-    pairs = {i: Pair(context, (i,)) for i in range(5)}
-    pairs["longer"] = Pair(context, (1, 2, 3))
-    pairs["the same split elsewhere"] = Pair((*context, 1), (2, 3))
-    asked = rows(pairs, 128)
+    pairs = {i: ContinuationPair(context, (i,)) for i in range(5)}
+    pairs["longer"] = ContinuationPair(context, (1, 2, 3))
+    pairs["the same split elsewhere"] = ContinuationPair((*context, 1), (2, 3))
+    asked = group_by_inputs(pairs, 128)
     assert len(asked) == 2
-    got = dict(likelihoods(case.model, case.params, asked))
+    got = dict(score_rows(case.model, case.params, asked))
     for key, pair in pairs.items():
         assert abs(got[key].logprob - exactly(case, pair, 128)[0]) < 5e-4
 
@@ -82,7 +84,10 @@ def test_a_context_is_read_once_for_all_its_answers():
 def test_few_programs(tiny):
     model, params = tiny
     rng = np.random.default_rng(0)
-    pairs = {i: Pair(tuple(rng.integers(0, 512, n)), (1,)) for i, n in enumerate(range(1, 50))}
+    pairs = {
+        i: ContinuationPair(tuple(rng.integers(0, 512, n)), (1,))
+        for i, n in enumerate(range(1, 50))
+    }
     with count_compilations() as found:
         answers(model, params, pairs, 48, batch_size=4)
     assert found.count == 3  # widths of 32, 40 and 48
@@ -94,7 +99,11 @@ def test_few_logits_are_held_and_none_leave_the_device():
     count, width, vocab = 256, 32, model.config.vocab_size
     ids, lengths, lasts = (jax.ShapeDtypeStruct(x, jnp.int32)
                            for x in ((count, width), (count,), (count, 4)))  # fmt: skip
-    memory = likelihood._read.lower(model, params, ids, lengths, lasts).compile().memory_analysis()
+    memory = (
+        likelihood._score_inputs.lower(model, params, ids, lengths, lasts)
+        .compile()
+        .memory_analysis()
+    )
     # fp32: of all tokens they would be 256 MiB; a chunk of 1024 is 32 MiB, and some copies of it.
     assert memory.temp_size_in_bytes < count * width * vocab * 4 / 2
     assert memory.output_size_in_bytes < 3 * count * width * 4
@@ -125,12 +134,14 @@ def test_weights_by_layer(tiny):
 def test_bad_input(tiny, caplog):
     model, params = tiny
     with pytest.raises(ValueError, match="continuation of 0, expected at least one each"):
-        rows({0: Pair((1,), ())}, 10)
+        group_by_inputs({0: ContinuationPair((1,), ())}, 10)
     with pytest.raises(ValueError, match="continuation of 11 tokens, expected at most the 10"):
-        rows({0: Pair((1,), (2,) * 11)}, 10)
+        group_by_inputs({0: ContinuationPair((1,), (2,) * 11)}, 10)
     with pytest.raises(ValueError, match="batch_size: found 0"):
-        likelihoods(model, params, {}, batch_size=0)
-    rows({0: Pair((1,) * 10, (2,)), 1: Pair((1,) * 11, (2,))}, 10)
+        score_rows(model, params, {}, batch_size=0)
+    group_by_inputs(
+        {0: ContinuationPair((1,) * 10, (2,)), 1: ContinuationPair((1,) * 11, (2,))}, 10
+    )
     assert "1 of 2 contexts are longer than max_length = 10" in caplog.text
     assert answers(model, params, {}, 10) == {}
 
@@ -139,7 +150,7 @@ def test_rows_of_other_lengths_share_no_batch_where_the_scale_depends_on_it(tiny
     model, params = tiny
     scaled = dataclasses.replace(model.config, alibi_scaling=AlibiScaling(train_seq_len=4))
     model = dataclasses.replace(model, config=scaled)
-    pairs = {n: Pair(tuple(range(n)), (1,)) for n in (3, 9, 20)}
+    pairs = {n: ContinuationPair(tuple(range(n)), (1,)) for n in (3, 9, 20)}
     together = answers(model, params, pairs, 128)
     for n, pair in pairs.items():
         alone = answers(model, params, {n: pair}, 128)[n]

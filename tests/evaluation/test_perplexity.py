@@ -22,8 +22,9 @@ from btlm_jax.checkpoint import quantization
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.data import sample_text
 from btlm_jax.evaluation import quantization_cost
+from btlm_jax.evaluation.documents import TokenizedDocument
 from btlm_jax.evaluation.perplexity import CrossEntropy, cross_entropy
-from btlm_jax.evaluation.windows import TokenizedDocument, Windows, cut
+from btlm_jax.evaluation.rolling_windows import RollingWindows, cut_rolling_windows
 from btlm_jax.model import mup, packed, weights
 from btlm_jax.model.loss import IGNORE
 from btlm_jax.model.params import Params, flatten_tree, unflatten_tree
@@ -49,12 +50,12 @@ def documents(*lengths: int, vocab: int = 96) -> list[TokenizedDocument]:
 def test_windows_are_the_harness_s():
     """Windows that lm-evaluation-harness documents or asserts, written down from there."""
     # Of its docstring: 9 tokens, max_seq_len 3, context_len 2, so that 2 are predicted at a time.
-    found = list(Windows((TokenizedDocument(np.arange(9), 9),), 99, 3, 2))
+    found = list(RollingWindows((TokenizedDocument(np.arange(9), 9),), 99, 3, 2))
     assert [w.inputs.tolist() for w in found] == [[99, 0, 1], [1, 2, 3], [3, 4, 5], [5, 6, 7]]
     kept = [w.targets[w.targets != IGNORE].tolist() for w in found]
     assert kept == [[0, 1, 2], [3, 4], [5, 6], [7, 8]]
     # Of its tests: 34 tokens, max_seq_len 10, context_len 1; the last window reads 10 as well.
-    found = list(Windows((TokenizedDocument(np.arange(34), 34),), 99, 10, 10))
+    found = list(RollingWindows((TokenizedDocument(np.arange(34), 34),), 99, 10, 10))
     inputs = [[99, *range(9)], [*range(9, 19)], [*range(19, 29)], [*range(23, 33)]]
     assert [w.inputs.tolist() for w in found] == inputs
     assert found[-1].targets.tolist() == [IGNORE] * 6 + [30, 31, 32, 33]
@@ -72,7 +73,7 @@ def test_every_token_is_predicted_once(sizes, length, stride, rows):
     starts = np.cumsum([0, *sizes])
     texts = [TokenizedDocument(np.arange(a, b), 1) for a, b in itertools.pairwise(starts)]
     of_document = {int(t): d for d in texts for t in d.ids}
-    windows = Windows(tuple(texts), 999, length, stride)
+    windows = RollingWindows(tuple(texts), 999, length, stride)
     seen = []
     for w in windows:
         assert w.inputs.shape == w.targets.shape and 1 <= len(w.inputs) <= length
@@ -96,12 +97,14 @@ def test_every_token_is_predicted_once(sizes, length, stride, rows):
 
 
 def test_lengths_and_strides_by_default():
-    assert cut(ALIBI, documents(40), 0).length == 40  # no longer than the longest document
-    long = cut(ALIBI, documents(1, 10_000), 0)
+    assert (
+        cut_rolling_windows(ALIBI, documents(40), 0).length == 40
+    )  # no longer than the longest document
+    long = cut_rolling_windows(ALIBI, documents(1, 10_000), 0)
     assert long.length == long.stride == ALIBI.n_positions
-    assert cut(ALIBI, documents(500), 0, length=60).stride == 60
-    assert cut(ALIBI, documents(500), 0, length=60, stride=30).stride == 30
-    short = cut(ALIBI, documents(9), 0, length=60, stride=30)
+    assert cut_rolling_windows(ALIBI, documents(500), 0, length=60).stride == 60
+    assert cut_rolling_windows(ALIBI, documents(500), 0, length=60, stride=30).stride == 30
+    short = cut_rolling_windows(ALIBI, documents(9), 0, length=60, stride=30)
     assert (short.length, short.stride) == (9, 9)
 
 
@@ -117,18 +120,18 @@ def test_lengths_and_strides_by_default():
 def test_windows_that_make_no_sense(options, message):
     learned = golden.load("f_learned_gelu_mup").config
     with pytest.raises(ValueError, match=message):
-        cut(learned, documents(20), 0, **options)
+        cut_rolling_windows(learned, documents(20), 0, **options)
 
 
 def test_too_little_text():
     for lengths in ((), (0,), (1, 0)):
         with pytest.raises(ValueError, match=r"found [01] tokens, expected at least 2"):
-            cut(ALIBI, documents(*lengths), 0)
+            cut_rolling_windows(ALIBI, documents(*lengths), 0)
 
 
 def test_longer_windows_than_were_trained(caplog):
     caplog.set_level("WARNING", "btlm_jax")
-    cut(ALIBI, documents(20), 0, length=ALIBI.n_positions + 1)
+    cut_rolling_windows(ALIBI, documents(20), 0, length=ALIBI.n_positions + 1)
     assert "exceed the trained context" in caplog.text
 
 
@@ -160,7 +163,7 @@ def test_is_the_float64_computation(name, length, stride):
     if not case.config.alibi:
         length, stride = min(length, case.config.n_positions), min(stride, case.config.n_positions)
     texts = documents(40, 7, 61, 1, vocab=case.config.vocab_size)
-    windows = cut(case.config, texts, 2, length=length, stride=stride)
+    windows = cut_rolling_windows(case.config, texts, 2, length=length, stride=stride)
     found = cross_entropy(case.model, case.params, windows, batch_size=3)
     expected = by_witness(case, texts, 2, length, stride)
     assert (found.tokens, found.text_bytes) == (109, 3 * 109 + 4)
@@ -179,7 +182,7 @@ def test_overlap_helps_and_windows_matter():
 
 def test_units():
     found = CrossEntropy(nats=30 * math.log(8), tokens=30, text_bytes=90)
-    assert found.numbers() == pytest.approx(
+    assert found.metrics() == pytest.approx(
         {"nats_per_token": math.log(8), "bits_per_token": 3, "bits_per_byte": 1, "perplexity": 8}
     )
     assert CrossEntropy(1e6, 2, 2).perplexity == math.inf
@@ -187,11 +190,11 @@ def test_units():
 
 def test_one_program_and_any_batch():
     case = golden.load("a2_btlm_mup_h32")
-    windows = cut(case.config, documents(200, 31, 5), 2, length=32, stride=16)
+    windows = cut_rolling_windows(case.config, documents(200, 31, 5), 2, length=32, stride=16)
     one = cross_entropy(case.model, case.params, windows, batch_size=4)
     with count_compilations() as found:
         cross_entropy(case.model, case.params, windows, batch_size=4)
-        other = cut(case.config, documents(9, 77), 2, length=30, stride=7)
+        other = cut_rolling_windows(case.config, documents(9, 77), 2, length=30, stride=7)
         cross_entropy(case.model, case.params, other, batch_size=4)
     assert found.count == 0
     # fp32 sums of other rows: 200 tokens, each rounded by 2^-24 of the sum so far.
@@ -203,7 +206,7 @@ def test_one_program_and_any_batch():
 def test_a_mesh_evaluates_alike():
     model = BTLM(BTLMConfig.preset("tiny"))
     texts = documents(150, 40, 3, vocab=512)
-    windows = cut(model.config, texts, 2, length=48, stride=24)
+    windows = cut_rolling_windows(model.config, texts, 2, length=48, stride=24)
     expected = cross_entropy(model, model.init(jax.random.key(0)), windows)
     params = model.init(jax.random.key(0), mesh=make_mesh(data=2, fsdp=1, context=2, tensor=2))
     found = cross_entropy(model, params, windows)
@@ -215,7 +218,7 @@ def test_a_mesh_evaluates_alike():
 
 def test_what_is_not_finite_is_an_error(tiny):
     model, params = tiny
-    beyond = cut(model.config, [TokenizedDocument(np.array([5, 6, 512]), 3)], 2)
+    beyond = cut_rolling_windows(model.config, [TokenizedDocument(np.array([5, 6, 512]), 3)], 2)
     with pytest.raises(FloatingPointError, match="found nan after 0 tokens"):
         cross_entropy(model, params, beyond)
     with pytest.raises(ValueError, match="batch_size: found 0"):
@@ -253,9 +256,9 @@ def test_what_quantizing_costs(trained):
     home, model, params, text, loss = trained
     ids = np.array(load_tokenizer(home).encode(text).ids)
     letters = quickstart.unigram_entropy(ids)
-    windows = cut(model.config, [TokenizedDocument(ids, len(text))], 95)
+    windows = cut_rolling_windows(model.config, [TokenizedDocument(ids, len(text))], 95)
     kinds = [Quantization.parse(kind) for kind in ("int8", "int4", "int4:128")]
-    rows = quantization_cost.compare(model, params, windows, kinds)
+    rows = quantization_cost.compare_quantizations(model, params, windows, kinds)
     own = rows[0].found.nats_per_token
     assert max(own, loss) < letters - 0.5, "the model has learned"
     int8, int4, int4_128 = (row.found.nats_per_token - own for row in rows[1:])
@@ -280,7 +283,9 @@ def changes(model, params, ids, to) -> float:
     used = params, quantization.quantize_params(params, model.config, to)
     found = []
     for start in range(0, len(ids) - 60, 60):
-        windows = cut(model.config, [TokenizedDocument(ids[start:][:60], 60)], 95, length=60)
+        windows = cut_rolling_windows(
+            model.config, [TokenizedDocument(ids[start:][:60], 60)], 95, length=60
+        )
         own, other = (cross_entropy(model, p, windows).nats_per_token for p in used)
         found.append(other - own)
     assert len(found) > 25
@@ -309,12 +314,12 @@ def test_the_table():
         quantization_cost.Row("float32", 4096, 32.0, CrossEntropy(200.0, 100, 300)),
         quantization_cost.Row("int8", 1024, 8.0, CrossEntropy(201.0, 100, 300)),
     ]
-    head, own, int8, note = quantization_cost.table(rows)
+    head, own, int8, note = quantization_cost.format_quantization_costs(rows)
     assert head.split()[0] == "weights" and len(head) == len(own) == len(int8)
     assert own.split()[-4:] == ["2.00000", "+0.00000", "7.3891", "+0.000%"]
     assert int8.split()[-4:] == ["2.01000", "+0.01000", "7.4633", "+1.005%"]
     assert "rounded to int8 too" in note
-    assert len(quantization_cost.table(rows[:1])) == 2
+    assert len(quantization_cost.format_quantization_costs(rows[:1])) == 2
 
 
 # The command --------------------------------------------------------------------------------------
@@ -333,14 +338,14 @@ def test_the_command(capsys, trained, tmp_path):
     code, out, _ = run(capsys, *argv, "--quantize", "int8, int4:32", "--json", report)
     assert code == 0
     ids = np.array(load_tokenizer(home).encode(text).ids)
-    windows = cut(
+    windows = cut_rolling_windows(
         model.config, [TokenizedDocument(ids, len(text.encode()))], 95, length=32, stride=16
     )
     expected = cross_entropy(model, params, windows)
     found = json.loads(report.read_text())
     assert found["tokens"] == len(ids) and found["text_bytes"] == len(text.encode())
     assert (found["length"], found["stride"]) == (32, 16)
-    for name, value in expected.numbers().items():
+    for name, value in expected.metrics().items():
         assert found[name] == pytest.approx(value, rel=1e-6)
     assert [row["weights"] for row in found["compared"]] == ["float32", "int8", "int4:32"]
     assert f"cross-entropy: {expected.nats_per_token:.5f} nats" in out
@@ -361,7 +366,7 @@ def test_documents_of_json_lines_on_a_mesh(capsys, trained, tmp_path):
     assert code == 0 and "2 documents, 350 tokens, 350 bytes; 6 windows of 64 tokens" in out
     encode = load_tokenizer(home).encode
     texts = [TokenizedDocument(np.array(encode(x).ids), len(x)) for x in lines]
-    expected = cross_entropy(model, params, cut(model.config, texts, 95))
+    expected = cross_entropy(model, params, cut_rolling_windows(model.config, texts, 95))
     found = json.loads(report.read_text())["nats_per_token"]
     assert found == pytest.approx(expected.nats_per_token, rel=1e-5)
 

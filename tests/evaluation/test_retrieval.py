@@ -17,9 +17,9 @@ from scipy.stats import binomtest
 
 from btlm_jax import cli, load_tokenizer, save
 from btlm_jax.config import AlibiScaling
-from btlm_jax.evaluation import retrieval, retrieval_texts
-from btlm_jax.evaluation.context_extension import scaled
-from btlm_jax.evaluation.retrieval_texts import MOST, Record, Text
+from btlm_jax.evaluation import retrieval, retrieval_report, retrieval_texts
+from btlm_jax.evaluation.context_extension import with_scaling_kind
+from btlm_jax.evaluation.retrieval_texts import MAX_ENTRIES, RetrievalRecord, RetrievalText
 from support import golden
 
 TASKS = ("lines", "topics")
@@ -40,7 +40,7 @@ def tokenizer(of_bytes):
 @pytest.mark.parametrize("size", [1, 2, 7, 300])
 def test_the_answer_is_in_the_prompt_once(task, lead, size):
     for index in range(5):
-        text = Record(task, 0, index, lead=lead).text(size)
+        text = RetrievalRecord(task, 0, index, lead=lead).text(size)
         assert text.prompt.count(text.answer) == 1 and len(text.others) == size - 1
         assert len({text.answer, *text.others}) == size
         assert all(text.prompt.count(other) == 1 for other in text.others)
@@ -55,21 +55,21 @@ def test_the_answer_is_in_the_prompt_once(task, lead, size):
 
 
 def test_no_topic_is_within_another():
-    text = Record("topics", 0, 0).text(MOST["topics"])
+    text = RetrievalRecord("topics", 0, 0).text(MAX_ENTRIES["topics"])
     found = [f" {topic} " for topic in (text.answer, *text.others)]
-    assert len(found) == MOST["topics"]
+    assert len(found) == MAX_ENTRIES["topics"]
     assert not any(a in b for a, b in itertools.permutations(found, 2))
 
 
 def test_all_lines_there_are():
-    text = Record("lines", 0, 0).text(MOST["lines"])
-    assert len({text.answer, *text.others}) == MOST["lines"] == 9120
+    text = RetrievalRecord("lines", 0, 0).text(MAX_ENTRIES["lines"])
+    assert len({text.answer, *text.others}) == MAX_ENTRIES["lines"] == 9120
 
 
 def test_the_line_asked_for_is_anywhere():
     places = []
     for index in range(100):
-        text = Record("lines", 3, index).text(5)
+        text = RetrievalRecord("lines", 3, index).text(5)
         numbers = re.findall(r"<(\d{5})>", text.prompt)
         places.append(numbers.index(text.answer))
     # Of 100 draws from five places each is found 20 times, give or take 4.
@@ -77,48 +77,51 @@ def test_the_line_asked_for_is_anywhere():
 
 
 def test_larger_prompts_ask_the_same():
-    record = Record("lines", 0, 0)
+    record = RetrievalRecord("lines", 0, 0)
     a, b = record.text(5), record.text(50)
     assert a.answer == b.answer and a.prompt.splitlines()[-1] == b.prompt.splitlines()[-1]
 
 
 def test_prompts_follow_from_the_seed():
     """From one Python to the next, too: results of other machines stay comparable."""
-    texts = [Record(task, 7, 2, lead=False).text(20).prompt for task in TASKS]
+    texts = [RetrievalRecord(task, 7, 2, lead=False).text(20).prompt for task in TASKS]
     digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
     assert digests == DIGESTS
-    again = [Record(task, 7, 2).text(20).prompt for task in TASKS]
+    again = [RetrievalRecord(task, 7, 2).text(20).prompt for task in TASKS]
     assert all(a.startswith(b) for a, b in zip(again, texts, strict=True))
-    assert len({Record("lines", s, i).text(20).prompt for s in range(3) for i in range(3)}) == 9
+    assert (
+        len({RetrievalRecord("lines", s, i).text(20).prompt for s in range(3) for i in range(3)})
+        == 9
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_as_much_as_fits(task, tokenizer):
-    record = Record(task, 0, 0)
+    record = RetrievalRecord(task, 0, 0)
 
     def tokens(size):
         return len(tokenizer.encode(record.text(size).prompt).ids)
 
     for length in (tokens(1), tokens(1) + 1, tokens(2) - 1, tokens(2), tokens(6), 5000, 20_011):
-        found = retrieval.prompt(record, task, tokenizer, length)
+        found = retrieval.fit_prompt(record, task, tokenizer, length)
         assert len(found.ids) == tokens(found.size) <= length < tokens(found.size + 1)
         assert tokenizer.decode(found.ids) == found.text.prompt == record.text(found.size).prompt
 
 
 def test_lengths_that_cannot_be(tokenizer, monkeypatch):
     with pytest.raises(ValueError, match=r"found 50 tokens, expected at least 572, which one of"):
-        retrieval.prompts("lines", tokenizer, 50, 3)
+        retrieval.retrieval_prompts("lines", tokenizer, 50, 3)
     with pytest.raises(ValueError, match="samples: found 0"):
-        retrieval.prompts("lines", tokenizer, 5000, 0)
-    monkeypatch.setitem(MOST, "topics", 3)
+        retrieval.retrieval_prompts("lines", tokenizer, 5000, 0)
+    monkeypatch.setitem(MAX_ENTRIES, "topics", 3)
     with pytest.raises(ValueError, match=r"expected at most \d+, which all 3 topics take"):
-        retrieval.prompts("topics", tokenizer, 50_000, 1)
+        retrieval.retrieval_prompts("topics", tokenizer, 50_000, 1)
 
 
 def test_a_tokenizer_without_digits(tmp_path):
     golden.write_tokenizer(tmp_path, 20)
     with pytest.raises(ValueError, match="a vocabulary of all its characters"):
-        retrieval.prompts("lines", load_tokenizer(tmp_path), 5000, 1)
+        retrieval.retrieval_prompts("lines", load_tokenizer(tmp_path), 5000, 1)
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -128,11 +131,11 @@ def test_a_tokenizer_without_digits(tmp_path):
 def test_the_first_number_counts_after_a_lead(number, before, after):
     assume(not re.search("[0-9]", before))
     assume(not re.match("[0-9]", after))
-    text = Text("", str(number), ("12345",), lead=True)
-    assert retrieval.is_right("lines", text, f"{before}{number}{after}")
-    assert not retrieval.is_right("lines", text, f"{before}{number}7{after}")
-    assert not retrieval.is_right("lines", text, f"{before}{number - 1} {number}{after}")
-    assert not retrieval.is_right("lines", text, before)
+    text = RetrievalText("", str(number), ("12345",), lead=True)
+    assert retrieval.is_correct("lines", text, f"{before}{number}{after}")
+    assert not retrieval.is_correct("lines", text, f"{before}{number}7{after}")
+    assert not retrieval.is_correct("lines", text, f"{before}{number - 1} {number}{after}")
+    assert not retrieval.is_correct("lines", text, before)
 
 
 @given(st.integers(10_000, 99_999), st.text(), st.text())
@@ -140,41 +143,43 @@ def test_the_last_number_counts_without(number, before, after):
     """`int(re.findall(r"\\d+", output)[-1])` in LongEval's `test_lines_one_sample`."""
     assume(not re.search("[0-9]$", before))
     assume(not re.search("[0-9]", after))
-    text = Text("", str(number), ("12345",), lead=False)
-    assert retrieval.is_right("lines", text, f"{before}{number}{after}")
-    assert retrieval.is_right("lines", text, f"{before}{number - 1} {number}{after}")
-    assert not retrieval.is_right("lines", text, f"{before}{number} {number - 1}{after}")
-    assert not retrieval.is_right("lines", text, after)
+    text = RetrievalText("", str(number), ("12345",), lead=False)
+    assert retrieval.is_correct("lines", text, f"{before}{number}{after}")
+    assert retrieval.is_correct("lines", text, f"{before}{number - 1} {number}{after}")
+    assert not retrieval.is_correct("lines", text, f"{before}{number} {number - 1}{after}")
+    assert not retrieval.is_correct("lines", text, after)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_texts_say_whether_they_lead(task):
     for lead in (True, False):
-        assert Record(task, 0, 0, lead=lead).text(3).lead is lead
+        assert RetrievalRecord(task, 0, 0, lead=lead).text(3).lead is lead
 
 
 @given(st.integers(0, 30), st.data())
 def test_the_first_topic_counts(index, data):
-    text = Record("topics", 1, index).text(4)
+    text = RetrievalRecord("topics", 1, index).text(4)
     other = data.draw(st.sampled_from(text.others))
     cased = data.draw(st.sampled_from([str.lower, str.upper, str.title]))
     mark = data.draw(st.sampled_from([".", '"', "\n", "!?", " - "]))
     said = cased(text.answer).replace(" ", mark + " ")
-    assert retrieval.is_right("topics", text, f" {mark}{said}{mark} Then {other}.")
-    assert not retrieval.is_right("topics", text, f"{other}, {said}")
-    assert not retrieval.is_right("topics", text, f"x{said}s")
-    assert not retrieval.is_right("topics", text, "")
+    assert retrieval.is_correct("topics", text, f" {mark}{said}{mark} Then {other}.")
+    assert not retrieval.is_correct("topics", text, f"{other}, {said}")
+    assert not retrieval.is_correct("topics", text, f"x{said}s")
+    assert not retrieval.is_correct("topics", text, "")
 
 
 @pytest.mark.parametrize("right, of", [(0, 20), (1, 20), (13, 20), (20, 20), (0, 1), (977, 1000)])
 def test_intervals(right, of):
     expected = binomtest(right, of).proportion_ci(0.95, method="wilson")
-    assert retrieval.wilson(right, of) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert retrieval.wilson_interval(right, of) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_oracle_is_right_and_others_are_not(task, tokenizer, tmp_path):
-    asked = retrieval.prompts(task, tokenizer, 6000, 5)
+    asked = retrieval.retrieval_prompts(task, tokenizer, 6000, 5)
     known = {tuple(p.ids): p for p in asked}
 
     def oracle(ids):
@@ -187,16 +192,16 @@ def test_an_oracle_is_right_and_others_are_not(task, tokenizer, tmp_path):
         return [(oracle if i % 2 else wrong)([x])[0] for i, x in enumerate(ids)]
 
     outcomes = [
-        retrieval.evaluate(task, "none", n, asked, how)
+        retrieval.evaluate_retrieval(task, "none", n, asked, how)
         for n, how in ((1000, oracle), (2000, wrong), (4000, half))
     ]
     assert [x.accuracy for x in outcomes] == [1.0, 0.0, 0.4]
-    line = retrieval.line(task, outcomes[2])
+    line = retrieval_report.format_retrieval(task, outcomes[2])
     assert line.startswith("none") and "2 of 5 right, 40% (12% to 77%)" in line
-    found = json.loads(json.dumps(retrieval.to_json(outcomes)))
+    found = json.loads(json.dumps(retrieval_report.retrieval_json(outcomes)))
     assert [x["right"] for x in found] == [5, 0, 2]
     assert [a["right"] for a in found[2]["answers"]] == [False, True, False, True, False]
-    retrieval.draw(tmp_path / "r.png", outcomes, 2000, "title")
+    retrieval_report.plot_retrieval(tmp_path / "r.png", outcomes, 2000, "title")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -221,10 +226,12 @@ def test_the_command(capsys, of_bytes, bytes_checkpoint, tmp_path):
     assert [(x["scaling"], x["length"]) for x in found["outcomes"]] == [
         ("none", 700), ("fixed", 700), ("none", 600), ("fixed", 600)
     ]  # fmt: skip
-    asked = retrieval.prompts("lines", tokenizer, 700, 3)
+    asked = retrieval.retrieval_prompts("lines", tokenizer, 700, 3)
     for x in found["outcomes"][:2]:
-        used = scaled(model, x["scaling"], 256, 700)
-        continued = retrieval.continuation(used, params, tokenizer, new=6, batch_size=4)
+        used = with_scaling_kind(model, x["scaling"], 256, 700)
+        continued = retrieval.greedy_continuation(
+            used, params, tokenizer, new_tokens=6, batch_size=4
+        )
         assert [a["found"] for a in x["answers"]] == continued([p.ids for p in asked])
         assert [a["expected"] for a in x["answers"]] == [p.text.answer for p in asked]
     none, fixed = ([a["found"] for a in x["answers"]] for x in found["outcomes"][:2])
@@ -245,7 +252,7 @@ def test_weights_in_half_are_computed_as_they_rest(
         seen.append((str(used.runtime(params).dtype), used.config.alibi_scaling))
         return lambda ids: [""] * len(ids)
 
-    monkeypatch.setattr(retrieval, "continuation", continuation)
+    monkeypatch.setattr(retrieval, "greedy_continuation", continuation)
     argv = [tmp_path / "half", "--lengths", "600", "--samples", 1, "--json", tmp_path / "r.json"]
     for options, expected in (([], "bfloat16"), (["--dtype", "float32"], "float32")):
         assert run(capsys, *argv, "--scaling", "none", "fixed", *options)[0] == 0
@@ -258,11 +265,11 @@ def test_dynamic_at_the_trained_length(capsys, bytes_checkpoint, monkeypatch):
     """What is generated there is beyond it, though the prompt is not."""
     used = []
 
-    def continuation(model, *args, new, **options):
+    def continuation(model, *args, new_tokens, **options):
         used.append(model.config.alibi_scaling)
         return lambda ids: [""] * len(ids)
 
-    monkeypatch.setattr(retrieval, "continuation", continuation)
+    monkeypatch.setattr(retrieval, "greedy_continuation", continuation)
     argv = [bytes_checkpoint, "--lengths", "640,700", "--trained-length", 700, "--samples", 1]
     code, _, err = run(capsys, *argv, "--scaling", "dynamic", "--max-new-tokens", 8)
     assert code == 0, err
@@ -279,7 +286,9 @@ def test_bad_input(capsys, of_bytes, bytes_checkpoint, tmp_path, monkeypatch):
     few = golden.load("a2_btlm_mup_h32")
     golden.write_tokenizer(tmp_path, 20)
     save(tmp_path / "few", few.config, few.params, assets=assets)
-    monkeypatch.setattr("btlm_jax.load", lambda *a, **k: pytest.fail("the weights were read"))
+    monkeypatch.setattr(
+        "btlm_jax.checkpoint.checkpoint.load", lambda *a, **k: pytest.fail("the weights were read")
+    )
     for argv, message in {
         (tmp_path / "bare",): "no tokenizer.json",
         (tmp_path / "nowhere",): "nowhere",

@@ -1,0 +1,99 @@
+"""Loss by position of a checkpoint on text files: `btlm eval loss-by-position`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from btlm_jax.checkpoint import metadata
+from btlm_jax.evaluation.batch_shapes import check_batch_size
+from btlm_jax.evaluation.by_position import check_window_length, loss_by_position
+from btlm_jax.evaluation.by_position_report import (
+    format_loss_by_position,
+    loss_by_position_json,
+    plot_loss_by_position,
+)
+from btlm_jax.evaluation.checkpoint_loading import load_for_evaluation
+from btlm_jax.evaluation.context_extension import (
+    ScalingKind,
+    scaling_kinds,
+    trained_length,
+    with_scaling_kind,
+)
+from btlm_jax.evaluation.documents import TextInputs
+from btlm_jax.evaluation.long_windows import LongWindows
+from btlm_jax.model.btlm import BTLM
+
+
+def checkpoint_loss_by_position(
+    path: str,
+    texts: TextInputs,
+    *,
+    length: int | None,
+    trained: int | None,
+    kinds: Sequence[ScalingKind],
+    max_windows: int,
+    max_per_document: int,
+    concatenate: bool,
+    batch_size: int | None,
+    dtype: str | None,
+    mesh: Any,
+    plot: Path | None,
+    show: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measures loss by position, plots it and shows a table.
+
+    Args:
+      path: a checkpoint with a tokenizer.
+      texts: the text files.
+      length: tokens per window; None is four times the trained length.
+      trained: trained length; None is the model's `n_positions`.
+      kinds: kinds of scaling to compare; () compares all that the model supports.
+      max_windows, max_per_document, concatenate: as in `LongWindows`.
+      batch_size: as in `loss_by_position`.
+      dtype, mesh: as in `load_for_evaluation`.
+      plot: file for the plot, or None.
+      show: called with every line of the report.
+
+    Returns:
+      The report as a JSON object.
+
+    Raises:
+      FileNotFoundError, ValueError: a bad argument, text or checkpoint; raised before the weights
+        are read.
+      FloatingPointError: the loss is not finite.
+    """
+    meta = metadata.read_metadata(path)
+    model = BTLM(meta.config, compute_dtype=dtype)
+    trained = trained_length(model, trained)
+    length = 4 * trained if length is None else length
+    check_window_length(length, trained)
+    kinds = tuple(dict.fromkeys(kinds)) or scaling_kinds(model)
+    for kind in kinds:
+        with_scaling_kind(model, kind, trained, length)  # raises if the model does not support it
+    check_batch_size(batch_size, mesh)
+    encoder = texts.encoder(path, meta.config.vocab_size)
+    windows = LongWindows(
+        texts.documents(encoder),
+        encoder.eos_id,
+        length,
+        max_windows=max_windows,
+        max_per_document=max_per_document,
+        concatenate=concatenate,
+    )
+    model, params = load_for_evaluation(path, dtype, mesh)
+    compute_dtype = str(model.runtime(params).dtype)
+    report = loss_by_position(
+        model, params, windows, trained=trained, kinds=kinds, batch_size=batch_size
+    )
+    source = "one stream" if concatenate else f"{len(report.windows):,} documents"
+    description = f"{report.count:,} windows of {length:,} tokens from {source}"
+    show(f"{description}; {report.short_documents:,} shorter documents left out; computed in "
+         f"{compute_dtype}")  # fmt: skip
+    for line in format_loss_by_position(report):
+        show(line)
+    if plot is not None:
+        title = f"{Path(path).name}, trained on {trained:,} tokens: {description}"
+        plot_loss_by_position(plot, report, title)
+    return {"checkpoint": path, "compute_dtype": compute_dtype} | loss_by_position_json(report)
