@@ -1,4 +1,4 @@
-"""Hugging Face -> Orbax -> Hugging Face, bit for bit, and every refusal."""
+"""Conversion from Hugging Face to Orbax and back is exact, and bad sources are refused."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from btlm_jax.convert.hf.safetensors_writer import TensorSpec
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.train.bench.random_checkpoint import write_bin
 from support import golden
+from support.conversion_runs import assert_complete, write_one_layer_model
 
 BF16, UNTIED = golden.load("g_bf16"), golden.load("i_untied")
 
 
-def tensors_of(path) -> dict[str, np.ndarray]:
+def read_tensors(path) -> dict[str, np.ndarray]:
     source = open_hf(path)
     return {name: source.read_tensor(name) for name in source.tensors}
 
@@ -37,29 +38,29 @@ def assert_same_bits(a: dict, b: dict) -> None:
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def test_round_trip(case, tmp_path):
+def test_conversion_and_export_restore_every_bit(case, tmp_path):
     golden.write_hf(tmp_path / "hf", case, tokenizer=True)
     report = convert(tmp_path / "hf", tmp_path / "c")
     assert (
         metadata.read_metadata(tmp_path / "c").config == case.config
-    )  # stored slopes included, exactly
+    )  # with the exact stored slopes
     assert report.dtypes == {"bfloat16" if case.bf16 else "float32": report.tensors}
     export(tmp_path / "c", tmp_path / "back")
-    assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back"))
+    assert_same_bits(read_tensors(tmp_path / "hf"), read_tensors(tmp_path / "back"))
     assert json.loads((tmp_path / "back/config.json").read_text()) == case.hf_config
     tokenizer = "tokenizer.json"
     assert (tmp_path / "back" / tokenizer).read_bytes() == (
         tmp_path / "hf" / tokenizer
     ).read_bytes()
     assert not list(tmp_path.glob("*.partial"))
-    # And the converted model is the original.
+    # The converted model computes the logits of the original.
     model, params = btlm.load(tmp_path / "c", dtype=jnp.float32)
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     got = model.apply(params, case["plain/input_ids"])
     assert golden.max_error(got, case.exact_logits) < 5e-5
 
 
-def test_sharded_round_trip(tmp_path):
+def test_a_sharded_export_converts_back_to_the_same_bits(tmp_path):
     golden.write_hf(tmp_path / "hf", UNTIED)
     convert(tmp_path / "hf", tmp_path / "c")
     report = export(tmp_path / "c", tmp_path / "back", max_shard_bytes=60_000)
@@ -73,12 +74,12 @@ def test_sharded_round_trip(tmp_path):
         assert size <= 60_000
     convert(tmp_path / "back", tmp_path / "c2")
     export(tmp_path / "c2", tmp_path / "again")
-    assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again"))
+    assert_same_bits(read_tensors(tmp_path / "hf"), read_tensors(tmp_path / "again"))
 
 
 @pytest.mark.parametrize("form", ["safetensors-sharded", "bin", "bin-sharded"])
-def test_round_trip_of_every_form(case, form, tmp_path):
-    """The forms that `test_round_trip` leaves out; a .bin holds the tied head as well."""
+def test_every_form_of_weights_round_trips(case, form, tmp_path):
+    """Sharded safetensors and .bin files, which also store the tied head."""
     source, count = golden.write_hf(tmp_path / "hf", case), 3 if "sharded" in form else 1
     (source / "model.safetensors").unlink()
     names = list(case.weights)
@@ -104,27 +105,27 @@ def test_round_trip_of_every_form(case, form, tmp_path):
         (source / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
     convert(source, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back", max_shard_bytes=60_000)
-    assert_same_bits(case.weights, tensors_of(tmp_path / "back"))
+    assert_same_bits(case.weights, read_tensors(tmp_path / "back"))
     assert verify(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize("form", ["single", "sharded"])
-def test_bin_files(form, tmp_path):
-    """Pickles made by torch, in the form the released model is published in."""
+def test_bin_files_written_by_torch_round_trip(form, tmp_path):
+    """The released model is published in this form."""
     folder = golden.GOLDEN / "btlm_bin"
     convert(folder / form, tmp_path / "c")
     report = export(tmp_path / "c", tmp_path / "back")
     with np.load(folder / "weights.npz") as z:
         expected = {name: z[name].view(ml_dtypes.bfloat16) for name in z.files}
-    assert_same_bits(expected, tensors_of(tmp_path / "back"))
+    assert_same_bits(expected, read_tensors(tmp_path / "back"))
     assert report.tensors == len(expected) == 32
     model, params = btlm.load(tmp_path / "c")
     assert model.config.alibi_slopes == (0.83984375, 0.0625)
     assert np.isfinite(model.apply(params, np.arange(8)[None])).all()
 
 
-def test_mixed_dtypes_survive(tmp_path):
-    """Every tensor keeps its own dtype; loading it as it is says what to do."""
+def test_every_tensor_keeps_its_dtype(tmp_path):
+    """Loading such a checkpoint without a dtype fails and says what to do."""
     source = golden.write_hf(tmp_path / "hf", UNTIED)
     mixed = UNTIED.weights
     name = "transformer.h.1.mlp.c_fc.weight"
@@ -133,22 +134,22 @@ def test_mixed_dtypes_survive(tmp_path):
     save_file(mixed, source / "model.safetensors")
     convert(source, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back")
-    assert_same_bits(mixed, tensors_of(tmp_path / "back"))
+    assert_same_bits(mixed, read_tensors(tmp_path / "back"))
     with pytest.raises(ValueError, match=r"stored as bfloat16, float32.*pass dtype="):
         btlm.load(tmp_path / "c")
     btlm.load(tmp_path / "c", dtype=jnp.float32)
 
 
-def test_tied_head_of_bin_files_is_checked_and_left_out(tmp_path):
+def test_a_stored_tied_head_is_checked_and_left_out(tmp_path):
     source = golden.write_hf(tmp_path / "hf", BF16)
-    whole = BF16.weights
-    whole["lm_head.weight"] = whole["transformer.wte.weight"].copy()
-    save_file(whole, source / "model.safetensors")
+    tensors = BF16.weights
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].copy()
+    save_file(tensors, source / "model.safetensors")
     convert(source, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back")
-    assert_same_bits(BF16.weights, tensors_of(tmp_path / "back"))
-    whole["lm_head.weight"][0, 0] += 1
-    save_file(whole, source / "model.safetensors")
+    assert_same_bits(BF16.weights, read_tensors(tmp_path / "back"))
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, source / "model.safetensors")
     with pytest.raises(ValueError, match="differs from transformer"):
         convert(source, tmp_path / "c2")
 
@@ -164,13 +165,13 @@ def test_mask_buffers_are_ignored_by_name(tmp_path, caplog):
     assert "transformer.h.0.attn.bias, transformer.h.1.attn.masked_bias" in caplog.text
 
 
-def test_fresh_model_exports_exact_slopes(tmp_path):
+def test_a_fresh_model_exports_exact_slopes(tmp_path):
     config = btlm.BTLMConfig.preset("tiny")
     model = btlm.BTLM(config)
     params = model.init(jax.random.key(0), mesh=make_mesh(fsdp=2, tensor=4))
     btlm.save(tmp_path / "c", config, params)
     export(tmp_path / "c", tmp_path / "hf")
-    written = tensors_of(tmp_path / "hf")
+    written = read_tensors(tmp_path / "hf")
     assert written[golden.SLOPES].shape == (4, 1)
     np.testing.assert_array_equal(written[golden.SLOPES].ravel(), btlm.alibi.slopes(4))
     assert written["transformer.h.0.mlp.c_fc.weight"].shape == (64, 170)  # no padding
@@ -184,8 +185,8 @@ def test_fresh_model_exports_exact_slopes(tmp_path):
     )
 
 
-def test_changed_model_gets_a_fresh_config(tmp_path):
-    """A config.json that no longer describes the model is not carried along."""
+def test_a_changed_model_gets_a_new_config(tmp_path):
+    """The original config.json no longer describes the model."""
     golden.write_hf(tmp_path / "hf", BF16)
     convert(tmp_path / "hf", tmp_path / "c")
     meta = metadata.read_metadata(tmp_path / "c")
@@ -198,11 +199,8 @@ def test_changed_model_gets_a_fresh_config(tmp_path):
     assert raw["torch_dtype"] == "bfloat16"
 
 
-# Bad input -------------------------------------------------------------------------------------
-
-
-def broken(tmp_path, change) -> list[str]:
-    """Converts a model after `change(weights)`. Returns the lines of the error."""
+def conversion_error(tmp_path, change) -> list[str]:
+    """Converts a model after `change(tensors)`. Returns the lines of the error."""
     source = golden.write_hf(tmp_path / "hf", UNTIED)
     w = UNTIED.weights
     change(w)
@@ -220,7 +218,7 @@ def test_missing_and_unexpected_keys_are_all_listed(tmp_path):
         w["transformer.h.0.attn.c_attn.bias"] = np.zeros(7, np.float32)
         w["transformer.ln_f.weight"] = w["transformer.ln_f.weight"].astype(np.int32)
 
-    lines = broken(tmp_path, change)
+    lines = conversion_error(tmp_path, change)
     assert sorted(x.strip() for x in lines[1:]) == [
         "missing: lm_head.weight",
         "missing: transformer.ln_f.bias",
@@ -230,7 +228,7 @@ def test_missing_and_unexpected_keys_are_all_listed(tmp_path):
     ]
 
 
-def test_truncated_safetensors_of(tmp_path):
+def test_truncated_safetensors_are_refused(tmp_path):
     source = golden.write_hf(tmp_path / "hf", UNTIED)
     file = source / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -239,7 +237,7 @@ def test_truncated_safetensors_of(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["hf"]
 
 
-def test_vocabulary_mismatch(tmp_path):
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path):
     source = golden.write_hf(tmp_path / "hf", UNTIED)
     golden.write_tokenizer(source, 80)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
@@ -249,7 +247,7 @@ def test_vocabulary_mismatch(tmp_path):
         convert(source, tmp_path / "c")
 
 
-def test_existing_targets(tmp_path):
+def test_existing_targets_are_replaced_only_on_request(tmp_path):
     source = golden.write_hf(tmp_path / "hf", UNTIED)
     convert(source, tmp_path / "c")
     with pytest.raises(FileExistsError):
@@ -261,18 +259,18 @@ def test_existing_targets(tmp_path):
     export(tmp_path / "c", tmp_path / "back", overwrite=True)
     with pytest.raises(FileExistsError, match="was not written by this command"):
         export(tmp_path / "c", tmp_path / "c", overwrite=True)
-    assert_same_bits(tensors_of(source), tensors_of(tmp_path / "back"))
+    assert_same_bits(read_tensors(source), read_tensors(tmp_path / "back"))
 
 
-def test_overwrite_spares_a_downloaded_original(tmp_path):
+def test_overwrite_never_replaces_a_downloaded_original(tmp_path):
     original = golden.write_hf(tmp_path / "hf", UNTIED)
     convert(original, tmp_path / "c")
     with pytest.raises(FileExistsError, match="was not written by this command"):
         export(tmp_path / "c", original, overwrite=True)
-    assert_same_bits(UNTIED.weights, tensors_of(original))
+    assert_same_bits(UNTIED.weights, read_tensors(original))
 
 
-def test_modelling_code_is_carried_along(tmp_path, caplog):
+def test_modelling_code_is_copied(tmp_path, caplog):
     source = golden.write_hf(tmp_path / "hf", UNTIED)
     convert(source, tmp_path / "c")
     with caplog.at_level("INFO"):
@@ -287,8 +285,47 @@ def test_modelling_code_is_carried_along(tmp_path, caplog):
     assert (tmp_path / "back/modeling_btlm.py").is_file() and "copy them" not in caplog.text
 
 
-def test_missing_source(tmp_path):
+def test_missing_sources_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert(tmp_path / "nowhere", tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         export(tmp_path / "nowhere", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "dtype, nan, inf",
+    [
+        (np.dtype(np.float32), 0xFFC00123, 0xFF800000),
+        (np.dtype(ml_dtypes.bfloat16), 0xFFC1, 0xFF80),
+        (np.dtype(np.float16), 0xFE23, 0xFC00),
+    ],
+    ids=str,
+)
+def test_nan_and_inf_are_refused_or_kept_bit_for_bit(dtype, nan, inf, tmp_path, caplog):
+    """A refusal lists all tensors; if allowed, a NaN keeps its sign and payload."""
+    bits = {2: np.uint16, 4: np.uint32}[dtype.itemsize]
+    counts = {"transformer.h.0.mlp.c_fc.weight": (nan, 3), "transformer.ln_f.bias": (inf, 1)}
+
+    def change(tensors):
+        for name, (value, count) in counts.items():
+            tensors[name].reshape(-1).view(bits)[-count:] = value
+
+    source = write_one_layer_model(tmp_path / "hf", dtype=dtype, change=change)
+    with pytest.raises(ValueError, match="NaN or Inf in 2 tensors") as error:
+        convert(source, tmp_path / "c")
+    lines = [line.strip() for line in str(error.value).splitlines()]
+    assert sorted(lines[1:-1]) == [f"{name}: {count}" for name, (_, count) in counts.items()]
+    assert "--allow-nonfinite" in lines[-1]
+    assert not (tmp_path / "c").exists()
+    caplog.clear()
+    report = convert(source, tmp_path / "c", allow_nonfinite=True)
+    assert report.resumed == report.tensors and report.dtypes == {dtype.name: report.tensors}
+    warned = "".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert all(f"{name}: {count}" in warned for name, (_, count) in counts.items())
+    convert(source, tmp_path / "uninterrupted", allow_nonfinite=True)
+    assert_complete(tmp_path / "c", tmp_path / "uninterrupted")
+    export(tmp_path / "c", tmp_path / "back")
+    original, back = open_hf(source), open_hf(tmp_path / "back")
+    assert set(original.tensors) == set(back.tensors)
+    for name in original.tensors:
+        assert original.read_tensor(name).tobytes() == back.read_tensor(name).tobytes(), name

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -30,6 +28,8 @@ from btlm_jax.model.params import check_params, flatten_tree, init_params, is_un
 from btlm_jax.train import loop, recipe_file
 from support import golden
 from support.checkpoint_metadata import edit_metadata
+from support.conversion_runs import read_tree
+from support.fork_server import fork_server
 
 INT4 = Quantization(4, 64)
 KINDS = [Quantization(8), INT4, Quantization(4, 128, "bfloat16")]
@@ -51,10 +51,6 @@ def dequantized(params) -> dict[weights.Path, np.ndarray]:
         return np.asarray(packed.dequantize(x, jnp.float32) if isinstance(x, PackedWeight) else x)
 
     return {path: one(x) for path, x in flatten_tree(params).items()}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -196,37 +192,36 @@ def test_orbax_reads_it_without_us(made):
 
 # Interrupted --------------------------------------------------------------------------------------
 
-_KILLED = """
-import os, signal, sys
-from btlm_jax.checkpoint import checkpoint, zarr
-from btlm_jax.convert import quantize
-left, real = [int(sys.argv[3])], zarr.write_blocks
-def write(*args):
-    left[0] -= 1
-    if left[0] < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-zarr.write_blocks = write
-quantize(sys.argv[1], sys.argv[2], "int4")
-"""
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("needs Linux")
+    with fork_server("support.conversion_runs", tmp_path_factory.mktemp("forks")) as server:
+        yield server
 
 
-def test_killed(made, tmp_path):
-    """Between values and scales of a weight too, which are then made again together."""
-    expected = path_of(made, INT4)
-    command = [sys.executable, "-c", _KILLED, made / "floats", tmp_path / "q", "9"]
-    done = subprocess.run(command, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "q").exists()
-    report = quantize(made / "floats", tmp_path / "q", INT4)
-    assert 0 < report.resumed <= 9
-    assert files(tmp_path / "q").keys() == files(expected).keys()
-    assert files(tmp_path / "q") == files(expected)
-    assert os.listdir(tmp_path) == ["q"]
+def test_a_killed_quantization_resumes_to_the_same_bytes(made, server, tmp_path):
+    """Also between values and scales of a weight, which are then both written again."""
+    source, expected = made / "floats", read_tree(path_of(made, INT4))
+    uninterrupted = server.run("quantize", source, tmp_path / "uninterrupted", at=-1)
+    changes = [path for _, path in uninterrupted["changes"]]
+    assert read_tree(tmp_path / "uninterrupted") == expected
+    records = [i for i, path in enumerate(changes) if re.search(r"finished/.*\.json\.new$", path)]
+    between = next(i for i in records if changes[i].endswith(".scales.json.new"))
+    resumed = set()
+    points = [records[0], between, records[len(records) // 2], records[-1]]
+    for _, target in server.kill_at("quantize", source, tmp_path, points):
+        assert not target.exists()
+        report = quantize(source, target, INT4)
+        resumed.add(report.resumed)
+        assert read_tree(target) == expected
+        assert os.listdir(target.parent) == ["c"]
+    assert 0 in resumed and max(resumed) > len(records) // 2
 
 
 def test_failed_at_any_array(made, tmp_path, monkeypatch):
-    expected, real = files(path_of(made, INT4)), zarr.write_blocks
+    expected, real = read_tree(path_of(made, INT4)), zarr.write_blocks
     for after in (1, 2, 5, 8):
         calls = itertools.count()
 
@@ -244,7 +239,7 @@ def test_failed_at_any_array(made, tmp_path, monkeypatch):
             assert quantize(made / "floats", tmp_path / "q", Quantization(8)).resumed == 0
             shutil.rmtree(tmp_path / "q")
     assert quantize(made / "floats", tmp_path / "q", INT4).resumed > 0
-    assert files(tmp_path / "q") == expected
+    assert read_tree(tmp_path / "q") == expected
 
 
 def test_a_budget_below_one_weight(made, tmp_path):

@@ -7,8 +7,6 @@ import re
 
 import pytest
 
-from btlm_jax.checkpoint import zarr
-from btlm_jax.convert.threads import num_threads
 from btlm_jax.train.bench import convert_bench
 from btlm_jax.utils.format import parse_bytes
 
@@ -65,14 +63,3 @@ def test_bad_arguments(tmp_path):
             convert_bench.bench_convert(tmp_path / "b", **options)
     with pytest.raises(FileExistsError, match="delete it first"):
         convert_bench.bench_load(tmp_path, layers=1, keep=False)
-
-
-def test_workers_follow_the_budget():
-    block = zarr.BLOCK_BYTES
-    assert num_threads(5 * block) == 1
-    assert num_threads(11 * block) == 2
-    assert num_threads(1 << 40) <= 2 + (os.cpu_count() or 1)
-    with pytest.raises(ValueError, match=r"max_memory: found 79\.0 MiB, expected at least 80\.0"):
-        num_threads(79 << 20)
-    with pytest.raises(ValueError, match=r"5 blocks of 1\.0 GiB"):
-        num_threads(1 << 30, 1 << 30)
