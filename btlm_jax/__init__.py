@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from btlm_jax.config import AlibiScaling as AlibiScaling
     from btlm_jax.config import BTLMConfig as BTLMConfig
     from btlm_jax.data.tokenizer import load_tokenizer as load_tokenizer
-    from btlm_jax.generation.batch import generate_batch as generate_batch
+    from btlm_jax.generation.continuous_batching import generate_batch as generate_batch
     from btlm_jax.generation.generate import generate as generate
     from btlm_jax.generation.pipeline import pipeline as pipeline
     from btlm_jax.generation.prompt_cache import PromptCache as PromptCache
@@ -39,7 +39,7 @@ _HOME = {
     "PromptCache": "generation.prompt_cache",
     "fold_completep": "model.params",
     "generate": "generation.generate",
-    "generate_batch": "generation.batch",
+    "generate_batch": "generation.continuous_batching",
     "load": "checkpoint.checkpoint",
     "load_tokenizer": "data.tokenizer",
     "make_mesh": "model.sharding",

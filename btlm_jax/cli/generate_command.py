@@ -181,33 +181,33 @@ class Generate:
         import time
 
         import btlm_jax as btlm
-        from btlm_jax.generation import batch, jsonl
-        from btlm_jax.generation.request import request
+        from btlm_jax.generation import continuous_batching, jsonl
+        from btlm_jax.generation.request import make_request
         from btlm_jax.utils.progress import Progress
 
         assert self.input is not None and self.output is not None
         copies = self.num_return_sequences
-        added = jsonl.added(logprobs=self.logprobs, copies=copies)
-        lines = jsonl.read(self.input, tokenizer, meta.config.vocab_size, added)
+        added = jsonl.result_field_names(logprobs=self.logprobs, copies=copies)
+        lines = jsonl.read_prompt_lines(self.input, tokenizer, meta.config.vocab_size, added)
         model = btlm.BTLM(meta.config, compute_dtype=self.dtype)
-        asked = request(model, lines.ids, lines.names, **self._options(tokenizer))
+        asked = make_request(model, lines.ids, lines.names, **self._options(tokenizer))
         same = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        key = {"input": lines.sha256, "checkpoint": jsonl.fingerprint(meta)}
+        key = {"input": lines.sha256, "checkpoint": jsonl.checkpoint_fingerprint(meta)}
         key |= {name: value for name, value in same.items() if name not in _AROUND}
-        with jsonl.journal(self.output, key, overwrite=self.overwrite) as journal:
+        with jsonl.open_journal(self.output, key, overwrite=self.overwrite) as journal:
             _, params = self._load()
-            known, start, tokens = frozenset(journal.known), time.monotonic(), 0
+            known, start, tokens = frozenset(journal.results), time.monotonic(), 0
             size = 8 if self.batch_size is None else self.batch_size
-            found = batch.results(asked, params, size, known)
+            found = continuous_batching.iterate_results(asked, params, size, known)
             total = len(asked.rows)
             with Progress(total, "text", "generating", done=len(known)) as progress:
                 for i, result in found:
                     line, ids = lines.objects[i // copies], lines.ids[i // copies]
-                    journal.add(i, jsonl.fields(line, ids, result, tokenizer, self.logprobs))
+                    journal.add(i, jsonl.result_fields(line, ids, result, tokenizer, self.logprobs))
                     tokens += len(result.tokens)
                     rate = tokens / (time.monotonic() - start)
                     progress.update(1, f"{rate:.0f} tokens/s")
-            jsonl.finish(self.output, lines, journal.known, copies)
+            jsonl.write_results(self.output, lines, journal.results, copies)
         print(f"{self.output}: {total} continuations")
 
     def _options(self, tokenizer: Any) -> dict[str, Any]:

@@ -63,11 +63,11 @@ def checkpoint_harness(
         model, params = checkpoint.load(path, dtype=dtype, mesh=mesh, unstacked=True)
         return dataclasses.replace(model, compute_dtype=compute_dtype), params
 
-    key = {"checkpoint": jsonl.fingerprint(meta), "dtype": dtype, "seed": seed}
+    key = {"checkpoint": jsonl.checkpoint_fingerprint(meta), "dtype": dtype, "seed": seed}
     key |= {"max_length": max_length, "compute_dtype": compute_dtype}
     limits: dict[str, Any] = dict(num_fewshot=num_fewshot, limit=limit)
     logging.getLogger("lm_eval").handlers = logging.getLogger("btlm_jax").handlers
-    with jsonl.journal(json_file, key, overwrite=overwrite) as journal:
+    with jsonl.open_journal(json_file, key, overwrite=overwrite) as journal:
         tasks = load_tasks(names, include_path, **limits)
         lm = harness.make_language_model(
             meta.config, tokenizer, load, max_length, batch_size, seed, journal
@@ -75,5 +75,5 @@ def checkpoint_harness(
         results = harness.run_tasks(lm, tasks, **limits)
         header = {"checkpoint": path, "tasks": list(names), **limits}
         header["compute_dtype"] = compute_dtype
-        jsonl.complete(json_file, harness.encode_report(header, results))
+        jsonl.finish_journal(json_file, harness.encode_report(header, results))
     show(harness.format_results(results))

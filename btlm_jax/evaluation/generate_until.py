@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from btlm_jax.generation import continuous_batching, options
-from btlm_jax.generation.request import Request, request
+from btlm_jax.generation.request import GenerationRequest, make_request
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 
@@ -76,7 +76,7 @@ def until_rules(
             "decoding or sampling (do_sample, temperature, top_k, top_p ...): leave it out"
         )
     try:
-        options.from_names(named, ())
+        options.GenerationOptions.from_kwargs(named)
         options_json = json.dumps(named, sort_keys=True)
     except (ValueError, TypeError) as e:
         raise ValueError(f"generation_kwargs: {e}") from None
@@ -115,7 +115,7 @@ def generate_continuations(
         seeds = [(seed, _random_stream(key)) for key in keys]
         batch_request = _request(model, tokenizer, ids, rules, seeds)
         rows = _DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-        for i, result in continuous_batching.results(batch_request, params, rows):
+        for i, result in continuous_batching.iterate_results(batch_request, params, rows):
             yield keys[i], _answer_text(tokenizer, result.tokens.tolist(), rules.until)
 
 
@@ -125,11 +125,11 @@ def _request(
     ids: Sequence[Sequence[int]],
     rules: UntilRules,
     seeds: Sequence[tuple[int, int]],
-) -> Request:
+) -> GenerationRequest:
     named = rules.options
     if rules.until:
         named |= {"stop_strings": rules.until, "tokenizer": tokenizer}
-    checked = request(model, ids, max_new_tokens=rules.max_new_tokens, seed=seeds, **named)
+    checked = make_request(model, ids, max_new_tokens=rules.max_new_tokens, seed=seeds, **named)
     return dataclasses.replace(checked, stops_in_prompt=False)
 
 

@@ -30,8 +30,8 @@ from btlm_jax.evaluation.generate_until import (
 )
 from btlm_jax.evaluation.likelihood import ContinuationPair, group_by_inputs, score_rows
 from btlm_jax.evaluation.tasks import HarnessTasks, import_lm_eval
-from btlm_jax.generation.jsonl import Journal
-from btlm_jax.generation.prompts import end_tokens
+from btlm_jax.generation.jsonl import ResultJournal
+from btlm_jax.generation.prompts import resolve_eos_ids
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 from btlm_jax.utils.format import finite_json
@@ -97,7 +97,7 @@ class RequestAnswerer:
     max_length: int | None = None
     batch_size: int | None = None
     seed: int = 0
-    journal: Journal = dataclasses.field(default_factory=Journal)
+    journal: ResultJournal = dataclasses.field(default_factory=ResultJournal)
 
     def __post_init__(self) -> None:
         c, length = self.config, self.max_length
@@ -110,7 +110,7 @@ class RequestAnswerer:
                 "set: quality degrades beyond it", length, c.n_positions,
             )  # fmt: skip
         check_batch_size(self.batch_size, None)
-        if not end_tokens("config", c):
+        if not resolve_eos_ids("config", c):
             raise ValueError(
                 "eos_token_id: found none in the configuration, expected one: texts start after it"
             )
@@ -122,7 +122,7 @@ class RequestAnswerer:
     @property
     def eot_token_id(self) -> int:
         """EOS."""
-        return end_tokens("config", self.config)[0]
+        return resolve_eos_ids("config", self.config)[0]
 
     @property
     def prefix_token_id(self) -> int:
@@ -170,7 +170,7 @@ class RequestAnswerer:
         self, pairs: Sequence[ContinuationPair], title: str
     ) -> dict[ContinuationPair, tuple[float, bool]]:
         numbers = {pair: _request_number("loglikelihood", pair) for pair in pairs}
-        known = self.journal.known
+        known = self.journal.results
         unanswered = {pair: pair for pair, number in numbers.items() if number not in known}
         rows = group_by_inputs(unanswered, self._length)
         done = self._count_answered(numbers.values())
@@ -196,7 +196,7 @@ class RequestAnswerer:
             seen[prompt] += 1
             numbers.append(_request_number("generate_until", prompt, repetition))
             prompts[numbers[-1]] = prompt
-        known = self.journal.known
+        known = self.journal.results
         unanswered = {n: prompt for n, prompt in prompts.items() if n not in known}
         done = self._count_answered(prompts)
         with Progress(len(prompts), "text", "generate", done=done) as progress:
@@ -232,7 +232,7 @@ class RequestAnswerer:
         return until_rules(until, options.pop("max_gen_toks"), options, self._length)
 
     def _count_answered(self, numbers: Iterable[int]) -> int:
-        return sum(number in self.journal.known for number in numbers)
+        return sum(number in self.journal.results for number in numbers)
 
     def _token_text(self, token: int) -> str:
         return self.encoder.decode([token], skip_special_tokens=False)

@@ -18,7 +18,7 @@ import numpy as np
 
 from btlm_jax.evaluation.batch_shapes import TOKENS_PER_DEVICE, check_batch_size
 from btlm_jax.generation import decode
-from btlm_jax.generation.scoring import filled_width
+from btlm_jax.generation.scoring import padded_width
 from btlm_jax.model import alibi, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.loss import token_predictions
@@ -107,11 +107,11 @@ def score_rows(
 def _score_batches(
     model: BTLM, params: Params, rows: InputRows, batch_size: int | None
 ) -> Iterator[tuple[Any, Likelihood]]:
-    num_shards = decode.ways(model, params)
+    num_shards = decode.num_batch_shards(model, params)
     by_length = alibi.scale_varies(model.config.alibi_scaling, max(map(len, rows), default=1))
     groups: dict[tuple[int, int], list[tuple[int, ...]]] = {}
     for inputs in sorted(rows, key=len, reverse=True):
-        width = filled_width(model, params, len(inputs))
+        width = padded_width(model, params, len(inputs))
         groups.setdefault((width, len(inputs) if by_length else 0), []).append(inputs)
     for (width, _), group in groups.items():
         max_rows = batch_size or max(1, TOKENS_PER_DEVICE // width) * num_shards

@@ -1,4 +1,4 @@
-"""Beam search and beam sampling: the loop around `beam.step`."""
+"""Beam search and beam sampling: the loop around `beam_search.beam_step`."""
 
 from __future__ import annotations
 
@@ -10,35 +10,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.generation import beam, decode
-from btlm_jax.generation.decode import Program, Prompt, Result, Rows
-from btlm_jax.generation.sampling import draw
+from btlm_jax.generation import beam_search, decode
+from btlm_jax.generation.decode import DecodeResult, DecodeSpec, RowInputs
+from btlm_jax.generation.prefill import PromptState
+from btlm_jax.generation.sampling import draw_tokens
 from btlm_jax.model import kv_cache, sharding
 from btlm_jax.model.kv_cache import KVCache
 
 
-class State(NamedTuple):
+class BeamState(NamedTuple):
     """B searches of K beams each. All beams have the same length, and B K = R rows."""
 
-    rows: Rows  # of the R beams
+    rows: RowInputs  # of the R beams
     length: jax.Array  # int32
     # Their tracks, [B, K, ...]: ids and log-probabilities [S], the rows that tokens came from [S],
     # and the state of the stop strings.
-    beams: beam.Beams
+    beams: beam_search.Beams
     cache: KVCache  # of new tokens; the prompts' is its prefix, and given beside
     kept: dict[str, jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames=("program", "capacity"))
-def start(
-    program: Program, params: Any, prompt: Prompt, rows: Rows, ids, table, stop_state, capacity: int
-) -> State:
-    """Begins searches, and takes the first step; arguments as in `sample.start`."""
+def start_loop(
+    program: DecodeSpec,
+    params: Any,
+    prompt: PromptState,
+    rows: RowInputs,
+    ids,
+    table,
+    stop_state,
+    capacity: int,
+) -> BeamState:
+    """Begins searches, and takes the first step; arguments as in `sample_loop.start_loop`."""
     model, K = program.model, program.options.num_beams
     with sharding.on_mesh(model.runtime(params).mesh):
         B, S = len(prompt.logits), ids.shape[1]
         cache = model.fork(params, prompt.cache, K, capacity)
-        logits = prompt.logits[decode.source(program, B)]
+        logits = prompt.logits[decode.prompt_index(program, B)]
         tracks = {
             "ids": ids.reshape(B, K, S),
             "logprobs": jnp.full((B, K, S), jnp.nan),
@@ -47,18 +55,20 @@ def start(
         if table is not None:
             tracks["stop"] = stop_state.reshape(B, K)
         active = rows.meant.reshape(B, K)[:, :1]
-        begun = State(
+        begun = BeamState(
             rows,
             rows.prompt_length[0],
-            beam.start(tracks, B, K, active),
+            beam_search.start_beams(tracks, B, K, active),
             dataclasses.replace(cache, prefix=None),
-            decode.buffers(program, logits),
+            decode.score_buffers(program, logits),
         )
         return _append(program, params, begun, logits, table)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def advance(program: Program, params: Any, prompts: KVCache, state: State, table, steps) -> State:
+def advance_loop(
+    program: DecodeSpec, params: Any, prompts: KVCache, state: BeamState, table, steps
+) -> BeamState:
     """Takes more steps: at most `steps`, until the search ends."""
 
     def unfinished(carry):
@@ -71,7 +81,7 @@ def advance(program: Program, params: Any, prompts: KVCache, state: State, table
         ids = ids.reshape(-1, ids.shape[-1])
         length = jnp.broadcast_to(s.length, len(ids))
         cache = dataclasses.replace(s.cache, prefix=prompts)
-        logits, cache = decode.forward(program, params, s.rows, ids, length, cache)
+        logits, cache = decode.decode_logits(program, params, s.rows, ids, length, cache)
         s = s._replace(cache=dataclasses.replace(cache, prefix=None))
         return i + 1, _append(program, params, s, logits, table)
 
@@ -79,12 +89,12 @@ def advance(program: Program, params: Any, prompts: KVCache, state: State, table
         return jax.lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
 
 
-def ended(s: State) -> bool:
+def loop_ended(s: BeamState) -> bool:
     """Whether nothing can become better."""
     return not s.beams.go_on
 
 
-def result(program: Program, s: State) -> Result:
+def loop_result(program: DecodeSpec, s: BeamState) -> DecodeResult:
     """The best `num_return_sequences` beams of each prompt."""
     beams, n = s.beams, program.options.num_return_sequences
 
@@ -95,10 +105,10 @@ def result(program: Program, s: State) -> Result:
     tracks = jax.tree.map(best, beams.finished)
     lengths = np.asarray(s.rows.prompt_length)[0] + best(beams.lengths)
     scores = best(beams.scores)
-    return Result(tracks["ids"], lengths, tracks["logprobs"], scores, tracks["rows"])
+    return DecodeResult(tracks["ids"], lengths, tracks["logprobs"], scores, tracks["rows"])
 
 
-def _append(program: Program, params: Any, s: State, logits: jax.Array, table) -> State:
+def _append(program: DecodeSpec, params: Any, s: BeamState, logits: jax.Array, table) -> BeamState:
     options, rows = program.options, s.rows
     B, K, S = s.beams.running["ids"].shape
     prompt_length, most = rows.prompt_length[0], rows.max_length[0]
@@ -107,17 +117,17 @@ def _append(program: Program, params: Any, s: State, logits: jax.Array, table) -
     V = own.shape[1]
     lengths = jnp.broadcast_to(length, B * K)
     ids = s.beams.running["ids"].reshape(B * K, S)
-    scores = decode.processed(program, rows, own, ids, lengths)
+    scores = decode.process_scores(program, rows, own, ids, lengths)
     totals = scores.reshape(B, K, V) + s.beams.running_scores[:, :, None]
     count = max(2, 1 + len(program.eos)) * K
     if options.do_sample:
-        keys = decode.keys(rows, lengths - prompt_length)[::K]
-        chosen = draw(totals.reshape(B, K * V), keys, count)
+        keys = decode.row_keys(rows, lengths - prompt_length)[::K]
+        chosen = draw_tokens(totals.reshape(B, K * V), keys, count)
     else:
         chosen = jax.lax.top_k(totals.reshape(B, K * V), count)[1]
-    found = beam.candidates(totals, chosen)
-    tracks = beam.take(s.beams.running, found.parents)
-    hit, state = decode.ended(program, table, found.tokens, tracks.get("stop"))
+    found = beam_search.beam_candidates(totals, chosen)
+    tracks = beam_search.take_beams(s.beams.running, found.parents)
+    hit, state = decode.ends_row(program, table, found.tokens, tracks.get("stop"))
     hit = hit | (length + 1 >= most)
     logprob = jnp.take_along_axis(own.reshape(B, K * V), chosen, 1)
     row_of = jnp.arange(B)[:, None] * K
@@ -129,16 +139,16 @@ def _append(program: Program, params: Any, s: State, logits: jax.Array, table) -
     active = rows.meant.reshape(B, K)[:, :1]
     powers = np.arange(S + 1, dtype=np.float64)
     powers[1:] **= options.length_penalty  # in float64, as Python does
-    beams, kept = beam.step(
+    beams, kept = beam_search.beam_step(
         s.beams, found, tracks, hit, step + 1, most - prompt_length,
         powers.astype(np.float32), options, active,
     )  # fmt: skip
     runtime = program.model.runtime(params)
     parents = runtime.shard(jnp.take_along_axis(found.parents, kept, 1), "batch", None)
-    return State(
+    return BeamState(
         rows,
         length + 1,
         beams,
         kv_cache.reordered(s.cache, parents, runtime.attention_shard),
-        decode.record(s.kept, step, scores=scores, logits=logits),
+        decode.record_scores(s.kept, step, scores=scores, logits=logits),
     )

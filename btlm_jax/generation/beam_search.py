@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax.generation.options import Options
+from btlm_jax.generation.options import GenerationOptions
 
 _NEVER = np.float32(-1e9)
 
@@ -32,7 +32,7 @@ class Beams(NamedTuple):
     go_on: jax.Array  # bool
 
 
-class Candidates(NamedTuple):
+class BeamCandidates(NamedTuple):
     """The best continuations of each prompt's beams, [B, C]."""
 
     scores: jax.Array
@@ -40,7 +40,7 @@ class Candidates(NamedTuple):
     tokens: jax.Array
 
 
-def start(tracks: Any, count: int, beams: int, active: jax.Array) -> Beams:
+def start_beams(tracks: Any, count: int, beams: int, active: jax.Array) -> Beams:
     """Before the first step; only the first beam counts, as all are the same prompt.
 
     Args:
@@ -60,7 +60,7 @@ def start(tracks: Any, count: int, beams: int, active: jax.Array) -> Beams:
     )
 
 
-def take(tracks: Any, index_BN: jax.Array) -> Any:
+def take_beams(tracks: Any, index_BN: jax.Array) -> Any:
     """Tracks [B, N, ...] by index along the second axis."""
 
     def one(x):
@@ -70,22 +70,22 @@ def take(tracks: Any, index_BN: jax.Array) -> Any:
     return jax.tree.map(one, tracks)
 
 
-def candidates(totals_BKV: jax.Array, chosen_BC: jax.Array) -> Candidates:
+def beam_candidates(totals_BKV: jax.Array, chosen_BC: jax.Array) -> BeamCandidates:
     """Candidates from indices into the flattened [K V] scores."""
     B, K, V = totals_BKV.shape
     scores = jnp.take_along_axis(totals_BKV.reshape(B, K * V), chosen_BC, 1)
-    return Candidates(scores, chosen_BC // V, chosen_BC % V)
+    return BeamCandidates(scores, chosen_BC // V, chosen_BC % V)
 
 
-def step(
+def beam_step(
     beams: Beams,
-    found: Candidates,
+    found: BeamCandidates,
     tracks: Any,
     hit_BC: jax.Array,
     new: jax.Array,
     limit: jax.Array,
     powers: ArrayLike,
-    options: Options,
+    options: GenerationOptions,
     active: jax.Array,
 ) -> tuple[Beams, jax.Array]:
     """The next state, and which candidates run on, int32 [B, K].
@@ -102,7 +102,7 @@ def step(
 
     left = found.scores + hit_BC * _NEVER
     kept = jax.lax.top_k(left, K)[1]
-    running, running_scores = take((tracks, left), kept)
+    running, running_scores = take_beams((tracks, left), kept)
 
     ended = hit_BC & (jnp.arange(C) < K)  # the others are there to run on in their place
     final = found.scores / power[new]
@@ -118,7 +118,7 @@ def step(
         (tracks, final, ended, jnp.broadcast_to(new, ended.shape)),
     )
     best = jax.lax.top_k(everything[1], K)[1]
-    finished, scores, is_finished, lengths = take(everything, best)
+    finished, scores, is_finished, lengths = take_beams(everything, best)
 
     reach = limit if options.early_stopping == "never" and options.length_penalty > 0 else new
     hope = running_scores[:, :1] / power[reach]

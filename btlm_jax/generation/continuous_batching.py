@@ -17,17 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.generation import decode, generate, prompts, sample
+from btlm_jax.generation import decode, generate, prompts, sample_loop
 from btlm_jax.generation.request import (
-    Request,
-    Row,
-    begin,
-    read_together,
-    request,
-    slots_at_first,
-    tell_of_stacked,
+    GenerationRequest,
+    RowRequest,
+    initial_capacity,
+    make_request,
+    prefill_group,
+    start_rows,
+    warn_if_stacked,
 )
-from btlm_jax.generation.sample import State
+from btlm_jax.generation.sample_loop import SampleState
 from btlm_jax.model import kv_cache, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
@@ -41,12 +41,12 @@ _SPREAD = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Result:
+class GenerationResult:
     """One continuation.
 
     Attributes:
       tokens: int32 [n], the new tokens, an EOS included.
-      logprobs: fp32 [n], as in `generate`'s `Output`.
+      logprobs: fp32 [n], as in `generate`'s `GenerateOutput`.
       finish_reason: "eos", "stop" (a stop string was completed) or "length".
     """
 
@@ -62,7 +62,7 @@ def generate_batch(
     *,
     batch_size: int = 8,
     **arguments: Any,
-) -> list[Result]:
+) -> list[GenerationResult]:
     """Continues many prompts.
 
     Each gets the tokens it would get alone, whatever the size of the batch and the order, up to
@@ -85,14 +85,14 @@ def generate_batch(
     """
     if not len(prompts):
         return []
-    asked = request(model, prompts, **arguments)
-    found = dict(results(asked, params, batch_size))
+    asked = make_request(model, prompts, **arguments)
+    found = dict(iterate_results(asked, params, batch_size))
     return [found[i] for i in range(len(found))]
 
 
-def results(
-    asked: Request, params: Params, batch_size: int, known: Container[int] = ()
-) -> Iterator[tuple[int, Result]]:
+def iterate_results(
+    asked: GenerationRequest, params: Params, batch_size: int, known: Container[int] = ()
+) -> Iterator[tuple[int, GenerationResult]]:
     """Continues the rows of a request; gives the result of each, with its index, as it ends.
 
     Args:
@@ -103,23 +103,23 @@ def results(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}, expected >= 1")
-    tell_of_stacked(params)
+    warn_if_stacked(params)
     if asked.program.options.num_beams > 1:
         return _searched(asked, params, batch_size, known)
     return _all_groups(asked, params, batch_size, known)
 
 
 def _all_groups(
-    asked: Request, params: Params, batch_size: int, known: Container[int]
-) -> Iterator[tuple[int, Result]]:
-    parts = decode.ways(asked.program.model, params)
+    asked: GenerationRequest, params: Params, batch_size: int, known: Container[int]
+) -> Iterator[tuple[int, GenerationResult]]:
+    parts = decode.num_batch_shards(asked.program.model, params)
     for group in _groups([len(row.ids) for row in asked.rows], batch_size):
         rows = [asked.rows[i] for i in group]
         shapes = _Shapes(
             -(-min(batch_size, len(rows)) // parts) * parts,
             parts,
-            prompts.bucket(max(len(row.ids) for row in rows)),
-            prompts.bucket(max(row.new for row in rows)),
+            prompts.bucket_length(max(len(row.ids) for row in rows)),
+            prompts.bucket_length(max(row.new for row in rows)),
         )
         yield from _run(asked, params, shapes, [i for i in group if i not in known])
 
@@ -149,23 +149,23 @@ class _Shapes(NamedTuple):
 
 
 def _run(
-    asked: Request, params: Params, shapes: _Shapes, group: Sequence[int]
-) -> Iterator[tuple[int, Result]]:
+    asked: GenerationRequest, params: Params, shapes: _Shapes, group: Sequence[int]
+) -> Iterator[tuple[int, GenerationResult]]:
     queue = collections.deque(group)
-    running: tuple[KVCache, State] | None = None
-    capacity = slots_at_first(shapes.room)
+    running: tuple[KVCache, SampleState] | None = None
+    capacity = initial_capacity(shapes.room)
     slots: list[int | None] = [None] * shapes.rows
     used = np.zeros(shapes.rows, np.int64)  # slots of new tokens
     while queue or any(i is not None for i in slots):
         while queue and None in slots:
             targets = _targets(slots, shapes)
             taken = _taken(asked, shapes, queue, int((targets < shapes.rows).sum()))
-            rows: list[Row | None] = [None] * len(targets)
+            rows: list[RowRequest | None] = [None] * len(targets)
             for place, i in zip(np.flatnonzero(targets < shapes.rows), taken, strict=False):
                 rows[place], slots[targets[place]] = asked.rows[i], i
                 used[targets[place]] = 0
             targets = np.where([row is None for row in rows], shapes.rows, targets)
-            begun = begin(asked, params, rows, shapes.prompt, shapes.room, capacity)
+            begun = start_rows(asked, params, rows, shapes.prompt, shapes.room, capacity)
             if running is None:
                 running = _blank(begun, shapes.rows)
             running = _inserted(running, begun, targets.astype(np.int32))
@@ -177,7 +177,7 @@ def _run(
             s = s._replace(cache=kv_cache.resized(s.cache, capacity))
         wait = min(shapes.read * shapes.parts, int(busy.sum()))
         steps, patience = capacity - used[busy].max(), (~busy).sum() + wait
-        s = sample.advance(
+        s = sample_loop.advance_loop(
             asked.program, params, cache, s, asked.table, np.int32(steps), np.int32(patience)
         )
         running = cache, s
@@ -192,7 +192,7 @@ def _run(
                 tokens = ids[slot, T:end].copy()
                 reason = asked.reason(row, tokens)
                 slots[slot] = None
-                yield i, Result(tokens, logprobs[slot, T:end].copy(), reason)
+                yield i, GenerationResult(tokens, logprobs[slot, T:end].copy(), reason)
 
 
 def _targets(slots: Sequence[int | None], shapes: _Shapes) -> np.ndarray:
@@ -206,11 +206,13 @@ def _targets(slots: Sequence[int | None], shapes: _Shapes) -> np.ndarray:
     return np.array(found)
 
 
-def _taken(asked: Request, shapes: _Shapes, queue: collections.deque[int], most: int) -> list[int]:
+def _taken(
+    asked: GenerationRequest, shapes: _Shapes, queue: collections.deque[int], most: int
+) -> list[int]:
     """The next rows, of those whose prompts can be read at once."""
 
     def key(i: int) -> int:
-        return read_together(asked.program.model, len(asked.rows[i].ids), shapes.prompt)
+        return prefill_group(asked.program.model, len(asked.rows[i].ids), shapes.prompt)
 
     taken = [queue.popleft()]
     while queue and len(taken) < most and key(queue[0]) == key(taken[0]):
@@ -261,8 +263,8 @@ def _inserted(running: Any, rows: Any, targets: jax.Array) -> Any:
 
 
 def _searched(
-    asked: Request, params: Params, batch_size: int, known: Container[int]
-) -> Iterator[tuple[int, Result]]:
+    asked: GenerationRequest, params: Params, batch_size: int, known: Container[int]
+) -> Iterator[tuple[int, GenerationResult]]:
     """By beams, prompts of one length at a time."""
     by_length: dict[int, list[int]] = {}
     for i in range(0, len(asked.rows), asked.copies):
@@ -287,4 +289,7 @@ def _searched(
                     logprobs = logprobs[: int((~np.isnan(logprobs)).sum())]
                     tokens = out.sequences[at, len(row.ids) :][: len(logprobs)]
                     if some[i] + n not in known:
-                        yield some[i] + n, Result(tokens, logprobs, asked.reason(row, tokens))
+                        yield (
+                            some[i] + n,
+                            GenerationResult(tokens, logprobs, asked.reason(row, tokens)),
+                        )

@@ -11,16 +11,18 @@ _BEFORE = 8
 _UNKNOWN = "\ufffd"
 
 
-def continuation(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+def detokenize_continuation(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that tokens add to the text of those before, special tokens left out.
 
     Args:
       tokenizer: of the `tokenizers` library (`btlm.load_tokenizer`) or of transformers.
     """
-    return "".join(pieces(tokenizer, before, [tokens]))
+    return "".join(detokenize_stream(tokenizer, before, [tokens]))
 
 
-def pieces(tokenizer: Any, before: Sequence[int], groups: Iterable[Sequence[int]]) -> Iterator[str]:
+def detokenize_stream(
+    tokenizer: Any, before: Sequence[int], groups: Iterable[Sequence[int]]
+) -> Iterator[str]:
     """The same, piece by piece: of every group of tokens, what has become whole characters.
 
     What is no character at the end comes last, as replacement characters. Pieces are not empty.

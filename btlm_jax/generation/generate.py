@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from btlm_jax.generation import decode, prompts, request, sample, search, stopping
-from btlm_jax.generation.processors import Processor, listed
-from btlm_jax.generation.prompt_cache import PromptCache, prompt_of
+from btlm_jax.generation import beam_loop, decode, prompts, request, sample_loop, stop_automaton
+from btlm_jax.generation.prefill import prefill_padded
+from btlm_jax.generation.processors import Processor, as_processors
+from btlm_jax.generation.prompt_cache import PromptCache
 from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Output:
+class GenerateOutput:
     """What `generate(..., return_dict_in_generate=True)` returns.
 
     R rows are `num_return_sequences` for each prompt, n the greatest number of new tokens.
@@ -75,7 +76,7 @@ def generate(
     """Continues prompts.
 
     Runs inside jit. Programs are compiled for every set of options and every bucket of lengths
-    (`prompts.bucket`); seeds and lengths within the bucket may change without compiling.
+    (`prompts.bucket_length`); seeds and lengths within the bucket may change without compiling.
 
     Args:
       model, params: the model and its weights, on a device or a mesh.
@@ -100,21 +101,21 @@ def generate(
         takes as many as are needed, in buckets, and grows with the text.
       cache_dtype: of the KV cache: "int8" takes half of bf16. Default the compute dtype.
       prompt_cache: how the prompts begin, read before (`PromptCache`); without the two above.
-      return_dict_in_generate: return an `Output`.
+      return_dict_in_generate: return an `GenerateOutput`.
       output_scores, output_logits: which of its large arrays to fill.
-      **named: see `options.Options`, the names and defaults.
+      **named: see `options.GenerationOptions`, the names and defaults.
 
     Returns:
       int32 [B * num_return_sequences, T + n], prompts included, as long as the longest row, or an
-      `Output`.
+      `GenerateOutput`.
 
     Raises:
       ValueError: an unknown argument or a value out of range; an empty prompt, tokens outside the
         vocabulary, right padding; more tokens than the cache or the learned positions hold.
     """
     c = model.config
-    request.tell_of_stacked(params)
-    how, eos = request.checked(c, eos_token_id, named, inspect.signature(generate).parameters)
+    request.warn_if_stacked(params)
+    how, eos = request.check_options(c, eos_token_id, named, inspect.signature(generate).parameters)
     if (output_scores or output_logits) and not return_dict_in_generate:
         logger.warning("output_scores and output_logits need return_dict_in_generate=True")
         output_scores = output_logits = False
@@ -125,19 +126,19 @@ def generate(
             "already: leave it out (PromptCache.of takes cache_dtype)"
         )
     pad = c.pad_token_id if pad_token_id is None else pad_token_id
-    ids, mask = prompts.prompts(
+    ids, mask = prompts.check_prompts(
         input_ids, attention_mask, c.vocab_size, None if pad in eos else pad
     )
     rows, T = ids.shape
-    lengths = prompts.lengths(T, max_new_tokens, max_length, min_new_tokens, min_length)
-    prompts.check_context(lengths, c, cache_length)
-    seed_of, stream_of = prompts.seeds(seed, rows)
+    lengths = prompts.resolve_lengths(T, max_new_tokens, max_length, min_new_tokens, min_length)
+    prompts.check_context_length(lengths, c, cache_length)
+    seed_of, stream_of = prompts.row_seeds(seed, rows)
     table = state = None
     if stop_strings is not None:
-        table = stopping.table(stop_strings, tokenizer, c.vocab_size)
-        state = stopping.after_prompt(table, ids, mask)
+        table = stop_automaton.build_stop_table(stop_strings, tokenizer, c.vocab_size)
+        state = stop_automaton.stop_state_after_prompt(table, ids, mask)
 
-    extra = -rows % decode.ways(model, params)
+    extra = -rows % decode.num_batch_shards(model, params)
 
     def filled(x):
         """`x` with copies of the last row, so that the batch divides over the mesh."""
@@ -146,26 +147,31 @@ def generate(
     ids, mask = filled(ids), filled(mask)
     fill = _fill(pad, eos, how.num_beams > 1)
     new = lengths.most - T
-    width, room = prompts.bucket(T), prompts.bucket(new)
+    width, room = prompts.bucket_length(T), prompts.bucket_length(new)
     if cache_length is not None:  # a bucket may be more than there may be
         width = width if width + new <= cache_length else T
         room = min(room, cache_length - width)
     if prompt_cache is None:
-        read = prompt_of(model, params, ids, mask, width, cache_dtype)
+        read = prefill_padded(model, params, ids, mask, width, cache_dtype)
     else:
         read = prompt_cache.continued(model, params, ids, mask)
-    steps = prompts.bucket(new)
-    program = decode.Program(
-        model, how, eos, listed(logits_processor), steps * output_scores, steps * output_logits
+    steps = prompts.bucket_length(new)
+    program = decode.DecodeSpec(
+        model,
+        how,
+        eos,
+        as_processors(logits_processor),
+        steps * output_scores,
+        steps * output_logits,
     )
 
     def each(x):
-        return np.repeat(x, how.copies, 0)
+        return np.repeat(x, how.rows_per_prompt, 0)
 
     def same(x):
-        return np.full(len(ids) * how.copies, x, np.int32)
+        return np.full(len(ids) * how.rows_per_prompt, x, np.int32)
 
-    state_of_row = decode.Rows(
+    state_of_row = decode.RowInputs(
         same(T),
         each(mask.sum(1)),
         each(mask.argmax(1)),
@@ -173,10 +179,10 @@ def generate(
         same(lengths.most),
         each(filled(seed_of)),
         each(filled(stream_of)),
-        np.tile(np.arange(how.copies, dtype=np.int32), len(ids)),
+        np.tile(np.arange(how.rows_per_prompt, dtype=np.int32), len(ids)),
         each(np.arange(len(ids)) < rows),
     )
-    after = prompts.bucket(T) - T + prompts.bucket(new)
+    after = prompts.bucket_length(T) - T + prompts.bucket_length(new)
     buffer = np.pad(each(ids), ((0, 0), (0, after)), constant_values=fill)
     begun = each(filled(state)) if state is not None else None
     result, kept = _run(program, params, read, state_of_row, buffer, table, begun, room)
@@ -193,11 +199,11 @@ def generate(
         """Of the rows that were decoded, which with beams run on after the best has ended."""
         if x is None:
             return None
-        x = np.asarray(x)[: end - T, : rows * how.copies]
+        x = np.asarray(x)[: end - T, : rows * how.rows_per_prompt]
         return x if how.num_beams > 1 else np.where(np.isnan(logprobs.T)[..., None], np.nan, x)
 
     scores, parents = result.sequences_scores, result.beam_indices
-    return Output(
+    return GenerateOutput(
         sequences,
         logprobs,
         None if scores is None else np.asarray(scores)[:count],
@@ -211,15 +217,15 @@ def _run(program, params, prompt, rows, ids, table, stop_state, room: int) -> An
     """Decodes to the end, in a cache that grows to `room` slots for new tokens.
 
     Returns:
-      The `decode.Result`, and the scores and logits that are kept.
+      The `decode.DecodeResult`, and the scores and logits that are kept.
     """
-    loop: Any = search if program.options.num_beams > 1 else sample
-    used, capacity = 0, request.slots_at_first(room)
-    s = loop.start(program, params, prompt, rows, ids, table, stop_state, capacity)
+    loop: Any = beam_loop if program.options.num_beams > 1 else sample_loop
+    used, capacity = 0, request.initial_capacity(room)
+    s = loop.start_loop(program, params, prompt, rows, ids, table, stop_state, capacity)
     while True:
-        s = loop.advance(program, params, prompt.cache, s, table, capacity - used)
-        if loop.ended(s):
-            return loop.result(program, s), s.kept
+        s = loop.advance_loop(program, params, prompt.cache, s, table, capacity - used)
+        if loop.loop_ended(s):
+            return loop.loop_result(program, s), s.kept
         used, capacity = capacity, min(2 * capacity, room)
         s = s._replace(cache=kv_cache.resized(s.cache, capacity))
 

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 from tokenizers import Tokenizer
 
 from btlm_jax.checkpoint.metadata import Metadata
-from btlm_jax.generation import text
-from btlm_jax.generation.batch import Result
+from btlm_jax.generation import detokenize
+from btlm_jax.generation.continuous_batching import GenerationResult
 from btlm_jax.utils import atomic, paths
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ _NAMED = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Lines:
+class PromptLines:
     """The lines of a file.
 
     Attributes:
@@ -46,7 +46,9 @@ class Lines:
     sha256: str
 
 
-def read(source: Path, tokenizer: Tokenizer, vocab_size: int, added: Sequence[str]) -> Lines:
+def read_prompt_lines(
+    source: Path, tokenizer: Tokenizer, vocab_size: int, added: Sequence[str]
+) -> PromptLines:
     """Reads and checks all lines.
 
     Args:
@@ -74,7 +76,7 @@ def read(source: Path, tokenizer: Tokenizer, vocab_size: int, added: Sequence[st
             f'{source}: found no line, expected JSON lines such as {{"prompt": "..."}}'
         )
     objects, ids = ([x[i] for x in found] for i in range(2))
-    return Lines(objects, ids, names, hashlib.sha256(data).hexdigest())
+    return PromptLines(objects, ids, names, hashlib.sha256(data).hexdigest())
 
 
 def _parsed(
@@ -118,7 +120,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Journal:
+class ResultJournal:
     """Results that are kept while others are still to come.
 
     Attributes:
@@ -137,7 +139,9 @@ class Journal:
 
 
 @contextlib.contextmanager
-def journal(target: Path, key: Mapping[str, Any], *, overwrite: bool) -> Iterator[Journal]:
+def open_journal(
+    target: Path, key: Mapping[str, Any], *, overwrite: bool
+) -> Iterator[ResultJournal]:
     """A context manager that keeps results in TARGET.partial, and takes up those of a killed run.
 
     `finish` or `complete` ends it.
@@ -170,7 +174,7 @@ def journal(target: Path, key: Mapping[str, Any], *, overwrite: bool) -> Iterato
             logger.info("continuing an interrupted run: %d results are there", len(known))
         else:
             file.write(header)
-        out = Journal(known, file)
+        out = ResultJournal(known, file)
         try:
             yield out
         except BaseException:
@@ -206,32 +210,34 @@ def _taken_up(
     )
 
 
-def finish(target: Path, lines: Lines, known: Mapping[int, Mapping[str, Any]], copies: int) -> None:
+def write_results(
+    target: Path, lines: PromptLines, known: Mapping[int, Mapping[str, Any]], copies: int
+) -> None:
     """Writes all lines with their results, in their order, and removes what was kept."""
     rows = (
         lines.objects[i] | ({"index": n} if copies > 1 else {}) | dict(known[i * copies + n])
         for i in range(len(lines.objects))
         for n in range(copies)
     )
-    complete(target, b"".join(map(_line, rows)))
+    finish_journal(target, b"".join(map(_line, rows)))
 
 
-def complete(target: Path, data: bytes) -> None:
+def finish_journal(target: Path, data: bytes) -> None:
     """Writes the target, and removes what `journal` kept."""
     atomic.write_bytes(paths.location(target), data)
     _partial(target).unlink()
 
 
-def fields(
+def result_fields(
     line: Mapping[str, Any],
     ids: Sequence[int],
-    result: Result,
+    result: GenerationResult,
     tokenizer: Tokenizer,
     logprobs: bool,
 ) -> dict[str, Any]:
     """What a result adds to its line."""
     tokens = result.tokens.tolist()
-    found: dict[str, Any] = {"text": text.continuation(tokenizer, ids, tokens)}
+    found: dict[str, Any] = {"text": detokenize.detokenize_continuation(tokenizer, ids, tokens)}
     if "input_ids" in line:
         found["token_ids"] = tokens
     found |= {"tokens": len(tokens), "finish_reason": result.finish_reason}
@@ -240,7 +246,7 @@ def fields(
     return found
 
 
-def added(*, logprobs: bool, copies: int) -> list[str]:
+def result_field_names(*, logprobs: bool, copies: int) -> list[str]:
     """The fields that results may add to lines."""
     more = ["logprobs"] * logprobs + ["index"] * (copies > 1)
     return ["text", "token_ids", "tokens", "finish_reason", *more]
@@ -250,7 +256,7 @@ def _line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def fingerprint(meta: Metadata) -> str:
+def checkpoint_fingerprint(meta: Metadata) -> str:
     """Tells a checkpoint from others: by its hashes, or its place if nobody recorded any."""
     arrays = {".".join(path): found for path, found in meta.sha256.items()} or str(meta.path)
     facts = json.dumps([arrays, dict(meta.asset_sha256)], sort_keys=True)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
-from btlm_jax.generation import batch, text
+from btlm_jax.generation import continuous_batching, detokenize
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 
@@ -58,7 +58,7 @@ class TextGeneration:
             raise ValueError(f"text_inputs: found {odd[0]!r}, expected text that is not empty")
         ids = [self.tokenizer.encode(prompt).ids for prompt in given]
         arguments["tokenizer"] = self.tokenizer
-        found = batch.generate_batch(
+        found = continuous_batching.generate_batch(
             self.model, self.params, ids, batch_size=batch_size, **arguments
         )
         copies = len(found) // max(len(given), 1)
@@ -66,7 +66,9 @@ class TextGeneration:
             [
                 {
                     "generated_text": prompt * return_full_text
-                    + text.continuation(self.tokenizer, before, result.tokens.tolist())
+                    + detokenize.detokenize_continuation(
+                        self.tokenizer, before, result.tokens.tolist()
+                    )
                 }
                 for result in found[i * copies : (i + 1) * copies]
             ]

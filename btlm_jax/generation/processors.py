@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.generation.options import Bias, Options
+from btlm_jax.generation.options import GenerationOptions, TokenBias
 
 # (ids [R, S], how many of the S are filled [R], scores [R, V]) -> scores [R, V]
 Processor = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def listed(given: Processor | Sequence[Processor] | None) -> tuple[Processor, ...]:
+def as_processors(given: Processor | Sequence[Processor] | None) -> tuple[Processor, ...]:
     """Processors, of which one, several or none were given."""
     return (given,) if callable(given) else tuple(given or ())
 
 
-class Context(NamedTuple):
-    """What the rules know of the rows. Lengths are int32 [R] and count padded prompts."""
+class ProcessorContext(NamedTuple):
+    """What the rules know of the rows. LengthLimits are int32 [R] and count padded prompts."""
 
     ids: jax.Array  # int32 [R, S], of which `length` are filled
     length: jax.Array
@@ -35,10 +35,10 @@ class Context(NamedTuple):
     max_length: jax.Array
 
 
-def process(
+def apply_processors(
     scores_RV: jax.Array,
-    context: Context,
-    options: Options,
+    context: ProcessorContext,
+    options: GenerationOptions,
     eos: tuple[int, ...],
     custom: Sequence[Processor],
 ) -> jax.Array:
@@ -101,13 +101,13 @@ def _seen(scores, tokens, where):
     )
 
 
-def _penalized(scores, c: Context, penalty: float):
+def _penalized(scores, c: ProcessorContext, penalty: float):
     slot = jnp.arange(c.ids.shape[1])
     seen = _seen(scores, c.ids, (slot < c.length[:, None]) & (slot >= c.start[:, None]))
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def _without_repeated(scores, c: Context, n: int):
+def _without_repeated(scores, c: ProcessorContext, n: int):
     windows = c.ids.shape[1] - n + 1
     if windows < 1:
         return scores
@@ -119,13 +119,13 @@ def _without_repeated(scores, c: Context, n: int):
     return jnp.where(banned & (c.length >= n)[:, None], -jnp.inf, scores)
 
 
-def _suffix(c: Context, n: int) -> jax.Array:
+def _suffix(c: ProcessorContext, n: int) -> jax.Array:
     """The last n tokens of every row, int32 [R, n]; anything of shorter ones."""
     at = c.length[:, None] - n + jnp.arange(n)
     return jnp.take_along_axis(c.ids, at, 1, mode="clip")
 
 
-def _biased(scores, c: Context, bias: Bias):
+def _biased(scores, c: ProcessorContext, bias: TokenBias):
     """Adds to the score of the last token of each sequence whose others end the row."""
     rows, vocab = scores.shape
     single = np.zeros(vocab, np.float32)

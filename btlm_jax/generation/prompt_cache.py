@@ -17,24 +17,13 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax.generation import decode, prompts
-from btlm_jax.generation.decode import Prompt
+from btlm_jax.generation.prefill import PromptState, extend_prefill, prefill, prefill_padded
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.params import Params
 
 _FORMAT = 1
-
-
-def prompt_of(
-    model: BTLM, params: Params, ids, mask, width: int, dtype: DTypeLike | None = None
-) -> Prompt:
-    """Reads prompts [B, T], padded on the left, in a cache of `width` slots."""
-    T = ids.shape[1]
-    room = ((0, 0), (0, width - T))
-    # Without padding there is nothing to mask: the filling comes after everything.
-    masked = None if mask.all() else np.pad(mask, room)
-    return decode.read(model, params, np.pad(ids, room), masked, np.int32(T), width, dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +40,7 @@ class PromptCache:
 
     ids: np.ndarray
     mask: np.ndarray
-    prompt: Prompt
+    prompt: PromptState
 
     @classmethod
     def of(
@@ -73,15 +62,19 @@ class PromptCache:
           ValueError: as `generate`.
         """
         c = model.config
-        ids, mask = prompts.prompts(input_ids, attention_mask, c.vocab_size, None)
+        ids, mask = prompts.check_prompts(input_ids, attention_mask, c.vocab_size, None)
         rows, T = ids.shape
-        prompts.check_context(prompts.Lengths(T, 0, T), c, None)
-        extra = -rows % decode.ways(model, params)
+        prompts.check_context_length(prompts.LengthLimits(T, 0, T), c, None)
+        extra = -rows % decode.num_batch_shards(model, params)
         filled = [np.concatenate([x, np.repeat(x[-1:], extra, 0)]) for x in (ids, mask)]
-        width = prompts.bucket(T)
-        return cls(ids, mask, prompt_of(model, params, filled[0], filled[1], width, cache_dtype))
+        width = prompts.bucket_length(T)
+        return cls(
+            ids, mask, prefill_padded(model, params, filled[0], filled[1], width, cache_dtype)
+        )
 
-    def continued(self, model: BTLM, params: Params, ids: np.ndarray, mask: np.ndarray) -> Prompt:
+    def continued(
+        self, model: BTLM, params: Params, ids: np.ndarray, mask: np.ndarray
+    ) -> PromptState:
         """What `prompt_of` would give for prompts that begin with these; reads only the rest.
 
         Raises:
@@ -89,7 +82,7 @@ class PromptCache:
         """
         (B, T), (known, read) = ids.shape, self.ids.shape
         rows = np.minimum(np.arange(B), known - 1)
-        # Rows beyond those that are meant repeat the last, on a mesh.
+        # RowInputs beyond those that are meant repeat the last, on a mesh.
         fits = read <= T and (known == 1 or known <= B)
         fits = fits and (ids[:, :read] == self.ids[rows]).all()
         if not fits or (mask[:, :read] != self.mask[rows]).any():
@@ -103,10 +96,10 @@ class PromptCache:
             prompt = _rows(model, params, prompt, rows)
         if read == T:
             return prompt
-        rest = prompts.bucket(T - read)
+        rest = prompts.bucket_length(T - read)
         tail = np.pad(ids[:, read:], ((0, 0), (0, rest - (T - read))))
-        capacity = prompts.bucket(read + rest)
-        return decode.read_on(model, params, tail, np.int32(T - read), prompt.cache, capacity)
+        capacity = prompts.bucket_length(read + rest)
+        return extend_prefill(model, params, tail, np.int32(T - read), prompt.cache, capacity)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it to a file, whole or not at all.
@@ -155,7 +148,7 @@ class PromptCache:
                              f"({e})") from e  # fmt: skip
         if about.get("format") != _FORMAT:
             raise ValueError(f"{path}: found format {about.get('format')}, expected {_FORMAT}")
-        rows, capacity = len(arrays[-1]), prompts.bucket(ids.shape[1])
+        rows, capacity = len(arrays[-1]), prompts.bucket_length(ids.shape[1])
         wanted = jax.eval_shape(
             functools.partial(_blank, model, rows=rows, capacity=capacity, dtype=about["cache"]),
             params,
@@ -173,14 +166,14 @@ class PromptCache:
         return self.prompt.cache.dtype
 
 
-def _blank(model: BTLM, params: Params, *, rows: int, capacity: int, dtype: str) -> Prompt:
+def _blank(model: BTLM, params: Params, *, rows: int, capacity: int, dtype: str) -> PromptState:
     """A prompt of which only shapes and shardings count."""
     ids = jnp.zeros((rows, capacity), jnp.int32)
-    return decode.read(model, params, ids, None, np.int32(1), capacity, dtype)
+    return prefill(model, params, ids, None, np.int32(1), capacity, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _rows(model: BTLM, params: Params, prompt: Prompt, index) -> Prompt:
+def _rows(model: BTLM, params: Params, prompt: PromptState, index) -> PromptState:
     """The prompts of the rows `index`."""
     runtime = model.runtime(params)
     with sharding.on_mesh(runtime.mesh):
@@ -193,4 +186,4 @@ def _rows(model: BTLM, params: Params, prompt: Prompt, index) -> Prompt:
         layers = jax.tree.map(lambda x: of(x, "batch", "heads"), cache.layers)
         ids, segment = of(cache.segment_ids, "batch"), of(cache.segment, "batch")
         cache = KVCache(layers, ids, segment, of(cache.length), cache.cursor)
-        return Prompt(cache, of(prompt.logits))
+        return PromptState(cache, of(prompt.logits))

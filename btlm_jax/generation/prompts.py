@@ -18,7 +18,7 @@ Seeds = int | Sequence[int] | Sequence[tuple[int, int]]
 _SMALLEST = 32
 
 
-def bucket(length: int) -> int:
+def bucket_length(length: int) -> int:
     """The static shape for a length: the next of four sizes per octave, from 32. At most 25 % more.
 
     Programs are compiled per bucket: 32, 40, 48, 56, 64, 80, ..., 8192.
@@ -27,7 +27,7 @@ def bucket(length: int) -> int:
     return max(_SMALLEST, -(-length // step) * step)
 
 
-def prompts(
+def check_prompts(
     input_ids: ArrayLike, attention_mask: ArrayLike | None, vocab_size: int, pad: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Checked prompts and their mask, int32 [B, T] each.
@@ -64,7 +64,7 @@ def prompts(
     return ids.astype(np.int32), mask.astype(np.int32)
 
 
-def end_tokens(eos_token_id: EndTokens, config: BTLMConfig) -> tuple[int, ...]:
+def resolve_eos_ids(eos_token_id: EndTokens, config: BTLMConfig) -> tuple[int, ...]:
     """The ids that end a row.
 
     Raises:
@@ -91,7 +91,7 @@ def end_tokens(eos_token_id: EndTokens, config: BTLMConfig) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-class Lengths(NamedTuple):
+class LengthLimits(NamedTuple):
     """In slots, padded prompt included."""
 
     prompt: int
@@ -99,13 +99,13 @@ class Lengths(NamedTuple):
     most: int
 
 
-def lengths(
+def resolve_lengths(
     prompt: int,
     max_new_tokens: int | None,
     max_length: int | None,
     min_new_tokens: int | None,
     min_length: int | None,
-) -> Lengths:
+) -> LengthLimits:
     """The lengths that the arguments of `generate` mean, for a padded prompt of `prompt` slots.
 
     Raises:
@@ -139,10 +139,12 @@ def lengths(
             least - prompt,
             most - prompt,
         )
-    return Lengths(prompt, least, most)
+    return LengthLimits(prompt, least, most)
 
 
-def check_context(lengths: Lengths, config: BTLMConfig, cache_length: int | None) -> None:
+def check_context_length(
+    lengths: LengthLimits, config: BTLMConfig, cache_length: int | None
+) -> None:
     """Raises ValueError, or warns, where there are more tokens than a cache or the model holds."""
     prompt, new, total = lengths.prompt, lengths.most - lengths.prompt, lengths.most
     if cache_length is not None and total > cache_length:
@@ -166,7 +168,7 @@ def check_context(lengths: Lengths, config: BTLMConfig, cache_length: int | None
         )
 
 
-def seeds(seed: Seeds, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def row_seeds(seed: Seeds, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Seed and stream of every row, uint32 and int32 [rows]: of one seed, a stream for each row.
 
     Raises:

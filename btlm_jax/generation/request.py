@@ -1,7 +1,7 @@
 """What is asked of rows that run on their own, each at its own length: in streams and batches.
 
-A `Request` is what all of them share; a `Row` is one of them. `begin` reads prompts and starts
-their rows.
+A `GenerationRequest` is what all of them share; a `RowRequest` is one of them. `start_rows` reads
+prompts, and starts their rows.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from btlm_jax.config import BTLMConfig
-from btlm_jax.generation import decode, options, prompts, sample, stopping
-from btlm_jax.generation.processors import Processor, listed
+from btlm_jax.generation import decode, options, prompts, sample_loop, stop_automaton
+from btlm_jax.generation.prefill import prefill
+from btlm_jax.generation.processors import Processor, as_processors
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
@@ -39,7 +40,7 @@ _OTHERS = (
 )  # fmt: skip
 
 
-class Row(NamedTuple):
+class RowRequest(NamedTuple):
     """One continuation of one prompt."""
 
     ids: np.ndarray  # int32 [T]
@@ -56,29 +57,29 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Request:
+class GenerationRequest:
     """How rows are continued.
 
     Attributes:
       program: what is compiled; one row for each prompt.
       rows: `num_return_sequences` neighbours for each prompt.
       copies: `num_return_sequences`.
-      table: `stopping.table`, or None.
+      table: `stop_automaton.build_stop_table`, or None.
       cache_dtype: of the KV cache.
       arguments: as they were given, for `generate`.
       stops_in_prompt: whether a stop string may begin in the prompt, as with transformers; not of
         beams, where it always may.
     """
 
-    program: decode.Program
-    rows: list[Row]
+    program: decode.DecodeSpec
+    rows: list[RowRequest]
     copies: int
     table: np.ndarray | None
     cache_dtype: DTypeLike | None
     arguments: Mapping[str, Any]
     stops_in_prompt: bool = True
 
-    def reason(self, row: Row, tokens: np.ndarray) -> str:
+    def reason(self, row: RowRequest, tokens: np.ndarray) -> str:
         """Why a row ended: "eos", "stop" (a stop string) or "length"."""
         if tokens[-1] in self.program.eos:
             return "eos"
@@ -86,41 +87,45 @@ class Request:
             return "length" if self.table is None else "stop"
         both = np.concatenate([row.ids, tokens[:-1]])[None]
         read = np.arange(both.shape[1]) >= (0 if self.stops_in_prompt else len(row.ids))
-        before = stopping.after_prompt(self.table, both, read[None])
-        return "stop" if stopping.advance(self.table, before[0], tokens[-1])[1] else "length"
+        before = stop_automaton.stop_state_after_prompt(self.table, both, read[None])
+        return (
+            "stop"
+            if stop_automaton.advance_stop_state(self.table, before[0], tokens[-1])[1]
+            else "length"
+        )
 
 
-def checked(
+def check_options(
     config: BTLMConfig,
     eos_token_id: prompts.EndTokens,
     named: Mapping[str, Any],
     also: Iterable[str],
-) -> tuple[options.Options, tuple[int, ...]]:
+) -> tuple[options.GenerationOptions, tuple[int, ...]]:
     """The options and the ids that end a row; warns of what does nothing.
 
     Args:
-      named, also: as for `options.from_names`.
+      named, also: as for `options.GenerationOptions.from_kwargs`.
 
     Raises:
       ValueError: an unknown name, a value out of range, or tokens outside the vocabulary.
     """
-    how = options.from_names(named, also)
-    for idle in how.idle:
+    how = options.GenerationOptions.from_kwargs(named, also)
+    for idle in how.unused:
         logger.warning("%s", idle)
     how.check_vocabulary(config.vocab_size)
-    eos = prompts.end_tokens(eos_token_id, config)
+    eos = prompts.resolve_eos_ids(eos_token_id, config)
     if any(len(ids) == 1 and ids[0] in eos for ids in how.bad_words_ids):
         logger.warning("bad_words_ids: an EOS alone stays allowed; see suppress_tokens")
     return how, eos
 
 
-def request(
+def make_request(
     model: BTLM,
     input_ids: Sequence[Any],
     names: Sequence[str] | None = None,
     /,
     **arguments: Any,
-) -> Request:
+) -> GenerationRequest:
     """Checks what is asked.
 
     Args:
@@ -158,35 +163,39 @@ def _request(
     logits_processor: Processor | Sequence[Processor] = (),
     cache_dtype: DTypeLike | None = None,
     **named: Any,
-) -> Request:
+) -> GenerationRequest:
     c = model.config
-    how, eos = checked(c, eos_token_id, named, inspect.signature(_request).parameters)
+    how, eos = check_options(c, eos_token_id, named, inspect.signature(_request).parameters)
     arrays = []
     for name, ids in zip(names, input_ids, strict=True):
         with _naming(name):
-            arrays.append(prompts.prompts(np.asarray(ids)[None], None, c.vocab_size, None)[0][0])
+            arrays.append(
+                prompts.check_prompts(np.asarray(ids)[None], None, c.vocab_size, None)[0][0]
+            )
     # What the longest may, the others may too; so they are warned of once.
     longest = max(range(len(arrays)), key=lambda i: len(arrays[i]))
     with _naming(names[longest]):
-        limits = prompts.lengths(
+        limits = prompts.resolve_lengths(
             len(arrays[longest]), max_new_tokens, max_length, min_new_tokens, min_length
         )
-        prompts.check_context(limits, c, None)
-    seeds, streams = prompts.seeds(seed, len(arrays))
+        prompts.check_context_length(limits, c, None)
+    seeds, streams = prompts.row_seeds(seed, len(arrays))
     alone = dataclasses.replace(how, num_return_sequences=1)
-    program = decode.Program(model, alone, eos, listed(logits_processor))
+    program = decode.DecodeSpec(model, alone, eos, as_processors(logits_processor))
     table = None
     if stop_strings is not None:
-        table = stopping.table(stop_strings, tokenizer, c.vocab_size)
+        table = stop_automaton.build_stop_table(stop_strings, tokenizer, c.vocab_size)
     by_total = max_new_tokens is None and max_length is not None
     rows = []
     for ids, own, stream in zip(arrays, seeds.tolist(), streams.tolist(), strict=True):
         longer = limits.prompt - len(ids)
         least = limits.least - (longer if min_new_tokens is not None else 0)
         most = limits.most - (0 if by_total else longer)
-        each = (Row(ids, least, most, own, stream, n) for n in range(how.num_return_sequences))
+        each = (
+            RowRequest(ids, least, most, own, stream, n) for n in range(how.num_return_sequences)
+        )
         rows.extend(each)
-    return Request(program, rows, how.num_return_sequences, table, cache_dtype, arguments)
+    return GenerationRequest(program, rows, how.num_return_sequences, table, cache_dtype, arguments)
 
 
 @contextlib.contextmanager
@@ -197,7 +206,7 @@ def _naming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {e}") from None
 
 
-def tell_of_stacked(params: Params) -> None:
+def warn_if_stacked(params: Params) -> None:
     """Warns, once, where decoding is much slower than it need be."""
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     stacked = not is_unstacked(params)
@@ -213,19 +222,19 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def slots_at_first(room: int) -> int:
+def initial_capacity(room: int) -> int:
     """With how many slots a cache that may need `room` for new tokens begins."""
     return room if room <= 2 * _FIRST else _FIRST
 
 
-def begin(
-    asked: Request,
+def start_rows(
+    asked: GenerationRequest,
     params: Params,
-    rows: Sequence[Row | None],
+    rows: Sequence[RowRequest | None],
     prompt_slots: int,
     room: int,
     new_slots: int,
-) -> tuple[KVCache, sample.State]:
+) -> tuple[KVCache, sample_loop.SampleState]:
     """Reads prompts and starts their rows.
 
     Args:
@@ -245,18 +254,18 @@ def begin(
         ids[i, : lengths[i]] = row.ids
     width = _width(int(lengths.max()), prompt_slots)
     program = asked.program
-    read = decode.read(
+    read = prefill(
         program.model, params, ids[:, :width], None, lengths, prompt_slots, asked.cache_dtype
     )
     stop_state = None
     if asked.table is not None:
         mask = (np.arange(width) < lengths[:, None]) & asked.stops_in_prompt
-        stop_state = stopping.after_prompt(asked.table, ids[:, :width], mask)
+        stop_state = stop_automaton.stop_state_after_prompt(asked.table, ids[:, :width], mask)
 
     def each(name: str, dtype: Any = np.int32) -> np.ndarray:
         return np.array([getattr(row, name) for row in filled], dtype)
 
-    state_of_row = decode.Rows(
+    state_of_row = decode.RowInputs(
         lengths,
         lengths,
         np.zeros_like(lengths),
@@ -267,13 +276,13 @@ def begin(
         each("copy"),
         np.array([row is not None for row in rows]),
     )
-    state = sample.start(
+    state = sample_loop.start_loop(
         program, params, read, state_of_row, ids, asked.table, stop_state, new_slots
     )
     return read.cache, state
 
 
-def read_together(model: BTLM, length: int, prompt_slots: int) -> int:
+def prefill_group(model: BTLM, length: int, prompt_slots: int) -> int:
     """Prompts for which this is equal can be read at once."""
     scaling = model.config.alibi_scaling
     dynamic = scaling is not None and scaling.train_seq_len is not None
@@ -282,5 +291,5 @@ def read_together(model: BTLM, length: int, prompt_slots: int) -> int:
 
 def _width(length: int, prompt_slots: int) -> int:
     """With how many slots a prompt is read: one of at most four, each another program."""
-    step = max(prompts.bucket(1), prompt_slots // 4)
+    step = max(prompts.bucket_length(1), prompt_slots // 4)
     return min(-(-length // step) * step, prompt_slots)

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.generation import decode
-from btlm_jax.generation.decode import Program, Prompt, Result, Rows
-from btlm_jax.generation.sampling import draw
+from btlm_jax.generation.decode import DecodeResult, DecodeSpec, RowInputs
+from btlm_jax.generation.prefill import PromptState
+from btlm_jax.generation.sampling import draw_tokens
 from btlm_jax.model import sharding
 from btlm_jax.model.kv_cache import KVCache
 
 
-class State(NamedTuple):
+class SampleState(NamedTuple):
     """R rows on their way. What is per token lies at its slot."""
 
-    rows: Rows
+    rows: RowInputs
     ids: jax.Array  # int32 [R, S]: prompts and new tokens, then the filling
     length: jax.Array  # int32 [R], of each row so far, at the end with its EOS
     done: jax.Array  # bool [R]
@@ -32,23 +33,30 @@ class State(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("program", "capacity"))
-def start(
-    program: Program, params: Any, prompt: Prompt, rows: Rows, ids, table, stop_state, capacity: int
-) -> State:
+def start_loop(
+    program: DecodeSpec,
+    params: Any,
+    prompt: PromptState,
+    rows: RowInputs,
+    ids,
+    table,
+    stop_state,
+    capacity: int,
+) -> SampleState:
     """Begins rows, and chooses the first token of each.
 
     Args:
       prompt: of B rows; R = B * copies.
       ids: int32 [R, S], prompts, then what fills a row that has ended.
-      table: `stopping.table`, or None; `stop_state`, after the prompts, int32 [R].
+      table: `stop_automaton.build_stop_table`, or None; `stop_state`, after the prompts, int32 [R].
       capacity: slots for new tokens, at first.
     """
     model = program.model
     with sharding.on_mesh(model.runtime(params).mesh):
-        of_row = decode.source(program, prompt.logits.shape[0])
-        cache = model.fork(params, prompt.cache, program.options.copies, capacity)
+        of_row = decode.prompt_index(program, prompt.logits.shape[0])
+        cache = model.fork(params, prompt.cache, program.options.rows_per_prompt, capacity)
         logits = prompt.logits[of_row]
-        begun = State(
+        begun = SampleState(
             rows,
             ids,
             rows.prompt_length,
@@ -57,15 +65,21 @@ def start(
             stop_state,
             dataclasses.replace(cache, prefix=None),
             jnp.int32(0),
-            decode.buffers(program, logits),
+            decode.score_buffers(program, logits),
         )
         return _append(program, begun, logits, table)
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def advance(
-    program: Program, params: Any, prompts: KVCache, state: State, table, steps, patience=None
-) -> State:
+def advance_loop(
+    program: DecodeSpec,
+    params: Any,
+    prompts: KVCache,
+    state: SampleState,
+    table,
+    steps,
+    patience=None,
+) -> SampleState:
     """Chooses more tokens: at most `steps` for each row, until `patience` rows (all) are done."""
     patience = len(state.done) if patience is None else patience
 
@@ -76,8 +90,8 @@ def advance(
     def one(carry):
         i, s = carry
         cache = dataclasses.replace(s.cache, prefix=prompts)
-        logits, cache = decode.forward(program, params, s.rows, s.ids, s.length, cache)
-        # Rows that are done take no more slots.
+        logits, cache = decode.decode_logits(program, params, s.rows, s.ids, s.length, cache)
+        # RowInputs that are done take no more slots.
         length = jnp.where(s.done, s.cache.length, cache.length)
         s = s._replace(cache=dataclasses.replace(cache, length=length, prefix=None))
         return i + 1, _append(program, s, logits, table)
@@ -86,27 +100,27 @@ def advance(
         return jax.lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
 
 
-def ended(s: State) -> bool:
+def loop_ended(s: SampleState) -> bool:
     """Whether all rows are done."""
     return bool(np.asarray(s.done).all())
 
 
-def result(program: Program, s: State) -> Result:
+def loop_result(program: DecodeSpec, s: SampleState) -> DecodeResult:
     """The rows as they are."""
-    return Result(s.ids, s.length, s.logprobs, None, None)
+    return DecodeResult(s.ids, s.length, s.logprobs, None, None)
 
 
-def _append(program: Program, s: State, logits: jax.Array, table) -> State:
+def _append(program: DecodeSpec, s: SampleState, logits: jax.Array, table) -> SampleState:
     step = s.length - s.rows.prompt_length
-    scores = decode.processed(program, s.rows, logits, s.ids, s.length)
+    scores = decode.process_scores(program, s.rows, logits, s.ids, s.length)
     if program.options.do_sample:
         # Each copy has a key of its own, the same however many there are.
-        keys = jax.vmap(jax.random.fold_in)(decode.keys(s.rows, step), s.rows.copy)
-        token = draw(scores, keys, 1)[:, 0].astype(jnp.int32)
+        keys = jax.vmap(jax.random.fold_in)(decode.row_keys(s.rows, step), s.rows.copy)
+        token = draw_tokens(scores, keys, 1)[:, 0].astype(jnp.int32)
     else:
         token = jnp.argmax(scores, -1).astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), token[:, None], 1)[:, 0]
-    hit, stop_state = decode.ended(program, table, token, s.stop_state)
+    hit, stop_state = decode.ends_row(program, table, token, s.stop_state)
     R, S = s.ids.shape
     at = jnp.arange(R), jnp.where(s.done, S, s.length)  # past the end: dropped
     length = s.length + ~s.done
@@ -117,5 +131,5 @@ def _append(program: Program, s: State, logits: jax.Array, table) -> State:
         logprobs=s.logprobs.at[at].set(logprob, mode="drop"),
         stop_state=stop_state,
         step=s.step + 1,
-        kept=decode.record(s.kept, s.step, scores=scores, logits=logits),
+        kept=decode.record_scores(s.kept, s.step, scores=scores, logits=logits),
     )

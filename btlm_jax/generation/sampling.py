@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.generation.options import Options
+from btlm_jax.generation.options import GenerationOptions
 
 
-def warp(scores_RV: jax.Array, options: Options, keep: int = 1) -> jax.Array:
+def warp_scores(scores_RV: jax.Array, options: GenerationOptions, keep: int = 1) -> jax.Array:
     """Applies the options that need `do_sample`, in transformers' order; removed tokens are -inf.
 
     Args:
@@ -43,7 +43,7 @@ def warp(scores_RV: jax.Array, options: Options, keep: int = 1) -> jax.Array:
     return scores
 
 
-def draw(scores_RV: jax.Array, keys_R: jax.Array, count: int) -> jax.Array:
+def draw_tokens(scores_RV: jax.Array, keys_R: jax.Array, count: int) -> jax.Array:
     """Draws `count` indices of each row without replacement from softmax(scores). int32 [R, count].
 
     In the order of the draws. The Gumbel-top-k trick (arXiv 1903.06059); `keys_R` holds one random

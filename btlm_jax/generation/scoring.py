@@ -44,10 +44,10 @@ def score(
         there are learned positions.
     """
     c = model.config
-    ids, mask = prompts.prompts(input_ids, attention_mask, c.vocab_size, None)
+    ids, mask = prompts.check_prompts(input_ids, attention_mask, c.vocab_size, None)
     rows, T = ids.shape
-    prompts.check_context(prompts.Lengths(T, 0, T), c, None)
-    extra, width = -rows % decode.ways(model, params), filled_width(model, params, T)
+    prompts.check_context_length(prompts.LengthLimits(T, 0, T), c, None)
+    extra, width = -rows % decode.num_batch_shards(model, params), padded_width(model, params, T)
 
     def filled(x):
         return np.pad(x, ((0, extra), (0, width - T)), mode="edge") * (np.arange(width) < T)
@@ -70,10 +70,10 @@ def _score(model: BTLM, params: Params, ids, mask, length):
         return jnp.concatenate([found[:, -1:], found[:, :-1]], 1)
 
 
-def filled_width(model: BTLM, params: Params, length: int) -> int:
+def padded_width(model: BTLM, params: Params, length: int) -> int:
     """The static shape for texts of a length: few programs, splits over a mesh."""
     mesh, parts = sharding.mesh_of(params["wte"]), 1
     if mesh is not None:
         parts = sharding.num_chunks(sharding.num_shards(mesh, model.rules, "sequence"))
-    width = prompts.bucket(length)
+    width = prompts.bucket_length(length)
     return sharding.round_up(width, math.lcm(min(width, _TILE), parts))

@@ -11,9 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax.generation import decode, prompts, sample, text
-from btlm_jax.generation.request import Request, begin, request, slots_at_first, tell_of_stacked
-from btlm_jax.generation.sample import State
+from btlm_jax.generation import decode, detokenize, prompts, sample_loop
+from btlm_jax.generation.request import (
+    GenerationRequest,
+    initial_capacity,
+    make_request,
+    start_rows,
+    warn_if_stacked,
+)
+from btlm_jax.generation.sample_loop import SampleState
 from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
@@ -58,7 +64,7 @@ def stream(
         )
     if chunk < 1:
         raise ValueError(f"chunk: found {chunk}, expected >= 1")
-    asked = request(model, [ids], tokenizer=tokenizer, **arguments)
+    asked = make_request(model, [ids], tokenizer=tokenizer, **arguments)
     if asked.program.options.num_beams > 1:
         raise ValueError(
             f"num_beams: found {asked.program.options.num_beams}, expected 1: which beam is the "
@@ -67,19 +73,19 @@ def stream(
     if asked.copies > 1:
         raise ValueError(f"num_return_sequences: found {asked.copies}, expected 1: streams have "
                          "one row; use generate")  # fmt: skip
-    tell_of_stacked(params)
+    warn_if_stacked(params)
     groups = _tokens(asked, params, chunk)
     if tokenizer is not None:
-        return text.pieces(tokenizer, ids.tolist(), groups)
+        return detokenize.detokenize_stream(tokenizer, ids.tolist(), groups)
     return (token for group in groups for token in group)
 
 
-def _tokens(asked: Request, params: Params, chunk: int) -> Iterator[list[int]]:
+def _tokens(asked: GenerationRequest, params: Params, chunk: int) -> Iterator[list[int]]:
     (row,) = asked.rows
-    T, room = len(row.ids), prompts.bucket(row.new)
-    capacity = slots_at_first(room)
-    rows = [row, *[None] * (decode.ways(asked.program.model, params) - 1)]
-    cache, s = begin(asked, params, rows, prompts.bucket(T), room, capacity)
+    T, room = len(row.ids), prompts.bucket_length(row.new)
+    capacity = initial_capacity(room)
+    rows = [row, *[None] * (decode.num_batch_shards(asked.program.model, params) - 1)]
+    cache, s = start_rows(asked, params, rows, prompts.bucket_length(T), room, capacity)
     # The first token has no slot yet: it takes one when it is read, to choose the second.
     length, used, ahead = T, 0, _tail(s, np.int32(T), chunk)
     while True:
@@ -88,7 +94,7 @@ def _tokens(asked: Request, params: Params, chunk: int) -> Iterator[list[int]]:
             capacity = min(2 * capacity, room)
             s = s._replace(cache=kv_cache.resized(s.cache, capacity))
         steps = min(chunk, capacity - used)
-        s = sample.advance(
+        s = sample_loop.advance_loop(
             asked.program, params, cache, s, asked.table, np.int32(steps), np.int32(len(rows))
         )
         used += steps
@@ -100,7 +106,7 @@ def _tokens(asked: Request, params: Params, chunk: int) -> Iterator[list[int]]:
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _tail(s: State, start, size: int):
+def _tail(s: SampleState, start, size: int):
     """Of the first row: `size` tokens from `start` on, its length, and whether it is done.
 
     Copies, which outlast the state that is given away.

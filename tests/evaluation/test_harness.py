@@ -67,7 +67,7 @@ def test_answers_are_kept_and_taken_up(of_bytes, tmp_path):
     """Killed amid its requests, a run goes on with those that are left, to the same answers."""
     asked = [(None, [1, 2, 3, i], [i, 7]) for i in range(6)]
     asked.append(asked[0])  # asked twice, answered once
-    expected = requests(of_bytes, jsonl.Journal())._loglikelihood_tokens(asked)
+    expected = requests(of_bytes, jsonl.ResultJournal())._loglikelihood_tokens(asked)
     assert expected[0] == expected[-1]
 
     def same(found):  # up to the shapes of batches
@@ -75,33 +75,36 @@ def test_answers_are_kept_and_taken_up(of_bytes, tmp_path):
 
     target = tmp_path / "out.json"
 
-    class Killed(jsonl.Journal):
+    class Killed(jsonl.ResultJournal):
         def add(self, number, fields):
             if len(self.known) == 4:
                 raise KeyboardInterrupt
             super().add(number, fields)
 
-    with pytest.raises(KeyboardInterrupt), jsonl.journal(target, {}, overwrite=False) as journal:
-        killed = Killed(journal.known, journal._file)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        jsonl.open_journal(target, {}, overwrite=False) as journal,
+    ):
+        killed = Killed(journal.results, journal._file)
         requests(of_bytes, killed)._loglikelihood_tokens(asked)
-    with jsonl.journal(target, {}, overwrite=False) as journal:
+    with jsonl.open_journal(target, {}, overwrite=False) as journal:
         added = []
         again = requests(of_bytes, journal)
         own = journal.add
         object.__setattr__(journal, "add", lambda *x: (added.append(x), own(*x)))
-        assert len(journal.known) == 4
+        assert len(journal.results) == 4
         same(again._loglikelihood_tokens(asked))
         assert len(added) == 2
         # Now that all is known, nothing is loaded.
         idle = dataclasses.replace(again, load=lambda: pytest.fail("loaded"))
         same(idle._loglikelihood_tokens(asked))
-        jsonl.complete(target, b"done\n")
+        jsonl.finish_journal(target, b"done\n")
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_encoding_and_prefix(of_bytes):
     model, _, tokenizer = of_bytes
-    found = requests(of_bytes, jsonl.Journal())
+    found = requests(of_bytes, jsonl.ResultJournal())
     assert found.prefix_token_id == found.eot_token_id == 256
     assert found.tok_encode("a<|endoftext|>") == [*tokenizer.encode("a").ids, 256]
     for value, prefix in ((None, 256), (258, 256), (7, 7)):  # one outside the vocabulary is none
@@ -171,14 +174,14 @@ def test_what_is_computed_in_tells_runs_apart(
     own_tasks_only, bytes_checkpoint, folder, tmp_path, monkeypatch
 ):
     """As on another platform, whose numbers are others."""
-    add, out = jsonl.Journal.add, tmp_path / "out.json"
+    add, out = jsonl.ResultJournal.add, tmp_path / "out.json"
 
     def killed(self, number, fields):
         if self.known:
             raise KeyboardInterrupt
         add(self, number, fields)
 
-    monkeypatch.setattr(jsonl.Journal, "add", killed)
+    monkeypatch.setattr(jsonl.ResultJournal, "add", killed)
     with pytest.raises(KeyboardInterrupt):
         run(bytes_checkpoint, folder, out, "local_text")
     monkeypatch.setattr(unstacked, "decoding_dtype", lambda *_: "bfloat16")
@@ -190,7 +193,7 @@ def test_killed_it_goes_on_to_the_same_file(
     own_tasks_only, bytes_checkpoint, folder, tmp_path, monkeypatch, caplog
 ):
     expected = run(bytes_checkpoint, folder, tmp_path / "whole.json")
-    add, out = jsonl.Journal.add, tmp_path / "out.json"
+    add, out = jsonl.ResultJournal.add, tmp_path / "out.json"
     for most in (5, 25, 30, 34):  # amid choices, texts to score, texts to generate
 
         def killed(self, number, fields, most=most):
@@ -198,11 +201,11 @@ def test_killed_it_goes_on_to_the_same_file(
                 raise KeyboardInterrupt
             add(self, number, fields)
 
-        monkeypatch.setattr(jsonl.Journal, "add", killed)
+        monkeypatch.setattr(jsonl.ResultJournal, "add", killed)
         with pytest.raises(KeyboardInterrupt):
             run(bytes_checkpoint, folder, out)
         assert not out.exists()
-    monkeypatch.setattr(jsonl.Journal, "add", add)
+    monkeypatch.setattr(jsonl.ResultJournal, "add", add)
     with pytest.raises(ValueError, match="holds 34 results of another run"):
         run(bytes_checkpoint, folder, out, dtype="bfloat16")
     caplog.clear()

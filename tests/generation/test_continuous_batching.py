@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate, generate_batch, make_mesh, stream
-from btlm_jax.generation import batch, request, sample
+from btlm_jax.generation import continuous_batching, request, sample_loop
 from btlm_jax.model import kv_cache
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden
@@ -78,8 +78,8 @@ def test_order_and_company_do_not_matter(of_bytes, alone):
 def test_nothing_is_compiled_for_refilling(of_bytes, monkeypatch):
     model, params, _ = of_bytes
     generate_batch(model, params, PROMPTS, batch_size=3, **DRAWN)
-    reads, begin = [], batch.begin
-    monkeypatch.setattr(batch, "begin", lambda *a: reads.append(a) or begin(*a))
+    reads, begin = [], continuous_batching.start_rows
+    monkeypatch.setattr(continuous_batching, "start_rows", lambda *a: reads.append(a) or begin(*a))
     with count_compilations() as found:
         generate_batch(model, params, PROMPTS * 2, batch_size=3, **DRAWN | dict(seed=6))
     assert found.count == 0 and len(reads) == 2 * len(PROMPTS)
@@ -88,11 +88,15 @@ def test_nothing_is_compiled_for_refilling(of_bytes, monkeypatch):
 def test_several_are_read_at_once(of_bytes, alone, monkeypatch):
     """Of different lengths, into slots that became free; and rows wait for each other."""
     model, params, _ = of_bytes
-    monkeypatch.setattr(batch, "_WAIT", 2)
+    monkeypatch.setattr(continuous_batching, "_WAIT", 2)
     sizes, patience = [], []
-    begin, advance = batch.begin, sample.advance
-    monkeypatch.setattr(batch, "begin", lambda *a: sizes.append(a[2]) or begin(*a))
-    monkeypatch.setattr(sample, "advance", lambda *a: patience.append(int(a[-1])) or advance(*a))
+    begin, advance = continuous_batching.start_rows, sample_loop.advance_loop
+    monkeypatch.setattr(
+        continuous_batching, "start_rows", lambda *a: sizes.append(a[2]) or begin(*a)
+    )
+    monkeypatch.setattr(
+        sample_loop, "advance_loop", lambda *a: patience.append(int(a[-1])) or advance(*a)
+    )
     check(generate_batch(model, params, PROMPTS, batch_size=4, **DRAWN), alone, "drawn")
     assert max(patience) > 2 and {len(rows) for rows in sizes} == {2}
     assert any(len({len(row.ids) for row in rows if row}) == 2 for rows in sizes)
@@ -114,15 +118,15 @@ def test_caches_grow(of_bytes, alone, monkeypatch):
 
 
 def test_long_prompts_have_a_group_of_their_own():
-    groups = batch._groups([10, 500, 20, 90, 30, 11], 3)
+    groups = continuous_batching._groups([10, 500, 20, 90, 30, 11], 3)
     assert groups == [[1], [3, 4], [2, 5, 0]]
-    assert batch._groups([10, 500, 20], 4) == [[1, 2, 0]]  # no other batch to fill
+    assert continuous_batching._groups([10, 500, 20], 4) == [[1, 2, 0]]  # no other batch to fill
 
 
 def test_dynamic_scaling_reads_equal_lengths_at_once(monkeypatch):
     """It counts the length of the text, which must be the same for all that are read at once."""
     c = golden.load("e_alibi_dynamic16")
-    monkeypatch.setattr(batch, "_WAIT", 2)
+    monkeypatch.setattr(continuous_batching, "_WAIT", 2)
     ids = [(c["gen/prompt"][0].tolist() * 8)[:n] for n in (31, 30, 18, 18)]  # beyond the trained
     how = dict(max_new_tokens=6, eos_token_id=None)
     found = generate_batch(c.model, c.params, ids, batch_size=4, **how)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from btlm_jax.generation.text import continuation, pieces
+from btlm_jax.generation.detokenize import detokenize_continuation, detokenize_stream
 
 # Bytes, and tokens that end within a character, as GPT-2 has some: " " and the first of three.
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -32,32 +32,36 @@ def test_pieces_are_the_whole(ids, size):
     """Of any bytes, special tokens among them; after text, and from the beginning."""
     groups = [ids[i : i + size] for i in range(0, len(ids), size)]
     for before in ([], TOKENIZER.encode(TEXT).ids):
-        found = list(pieces(TOKENIZER, before, groups))
+        found = list(detokenize_stream(TOKENIZER, before, groups))
         assert all(found)
-        assert "".join(found) == TOKENIZER.decode(ids) == continuation(TOKENIZER, before, ids)
+        assert (
+            "".join(found)
+            == TOKENIZER.decode(ids)
+            == detokenize_continuation(TOKENIZER, before, ids)
+        )
 
 
 def test_characters_are_never_split():
     ids = TOKENIZER.encode(TEXT).ids
-    found = list(pieces(TOKENIZER, [], ([i] for i in ids)))
+    found = list(detokenize_stream(TOKENIZER, [], ([i] for i in ids)))
     assert "".join(found) == TEXT and not any("\ufffd" in piece for piece in found)
     assert len(found) == len(TEXT)  # none is held back for longer than it needs
 
 
 def test_half_a_character_comes_at_the_end():
     ids = TOKENIZER.encode("a世").ids[:-1]
-    assert list(pieces(TOKENIZER, [], ([i] for i in ids))) == ["a", "\ufffd"]
+    assert list(detokenize_stream(TOKENIZER, [], ([i] for i in ids))) == ["a", "\ufffd"]
 
 
 def test_a_character_may_begin_in_the_prompt():
     """Its place is taken by what the prompt showed for it."""
     *before, last = TOKENIZER.encode("a世").ids
-    assert list(pieces(TOKENIZER, before, [[last], TOKENIZER.encode("b").ids])) == ["b"]
+    assert list(detokenize_stream(TOKENIZER, before, [[last], TOKENIZER.encode("b").ids])) == ["b"]
 
 
 @pytest.mark.parametrize("count", [1, 30])
 def test_spaces_of_other_tokenizers(count):
     tokenizer = Tokenizer(models.BPE({"▁a": 0, "b": 1, "▁": 2, "a": 3}, []))
     tokenizer.decoder = decoders.Metaspace()
-    found = list(pieces(tokenizer, [1], [[0]] * count))
+    found = list(detokenize_stream(tokenizer, [1], [[0]] * count))
     assert found == [" a"] * count  # the first of all tokens would lose its space

@@ -197,11 +197,11 @@ def test_one_program_per_bucket(tiny):
 
 
 def test_buckets():
-    assert [prompts.bucket(n) for n in (1, 32, 33, 40, 41, 65, 8192, 8193)] == [
+    assert [prompts.bucket_length(n) for n in (1, 32, 33, 40, 41, 65, 8192, 8193)] == [
         32, 32, 40, 40, 48, 80, 8192, 10240,
     ]  # fmt: skip
     for n in range(1, 5000):
-        assert n <= prompts.bucket(n) <= max(32, 1.25 * n)
+        assert n <= prompts.bucket_length(n) <= max(32, 1.25 * n)
 
 
 def test_rows_draw_alone_as_in_a_batch(tiny):

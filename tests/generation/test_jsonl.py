@@ -68,8 +68,10 @@ def test_killed_anywhere(capsys, bytes_checkpoint, source, tmp_path, monkeypatch
     """Whatever a kill leaves, the same command makes the same file, and computes only the rest."""
     target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     command = (bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
-    finish, left = jsonl.finish, []
-    monkeypatch.setattr(jsonl, "finish", lambda *a: left.append(partial.read_bytes()) or finish(*a))
+    finish, left = jsonl.write_results, []
+    monkeypatch.setattr(
+        jsonl, "write_results", lambda *a: left.append(partial.read_bytes()) or finish(*a)
+    )
     assert run(capsys, *command)[0] == 0
     whole, rng = target.read_bytes(), random.Random(0)
     ends = [0, left[0].index(b"\n") + 1, len(left[0]) - 1, len(left[0])]
@@ -85,15 +87,15 @@ def test_killed_anywhere(capsys, bytes_checkpoint, source, tmp_path, monkeypatch
 def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
     target = tmp_path / "out.jsonl"
     command = (bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
-    add = jsonl.Journal.add
+    add = jsonl.ResultJournal.add
 
     def interrupted(journal, number, fields):
-        if len(journal.known) == 2:
+        if len(journal.results) == 2:
             raise KeyboardInterrupt
         add(journal, number, fields)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jsonl.Journal, "add", interrupted)
+        patch.setattr(jsonl.ResultJournal, "add", interrupted)
         code, _, err = run(capsys, *command)
     assert code == 130 and f"2 results are kept in {target}.partial; the same command" in err
     assert not target.exists()
@@ -112,10 +114,10 @@ def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
 
 def test_two_processes(tmp_path):
     target = tmp_path / "out.jsonl"
-    with jsonl.journal(target, {}, overwrite=False) as first:
+    with jsonl.open_journal(target, {}, overwrite=False) as first:
         with (
             pytest.raises(FileExistsError, match="being written by another process"),
-            jsonl.journal(target, {}, overwrite=True),
+            jsonl.open_journal(target, {}, overwrite=True),
         ):
             pass
         first.add(0, {})
@@ -127,7 +129,7 @@ def test_files_of_others_stay(tmp_path):
         partial.write_text(content)
         with (
             pytest.raises(ValueError, match="results of another run"),
-            jsonl.journal(tmp_path / "out.jsonl", {"b": 2}, overwrite=False),
+            jsonl.open_journal(tmp_path / "out.jsonl", {"b": 2}, overwrite=False),
         ):
             pass
         assert partial.read_text() == content

@@ -5,22 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from btlm_jax.generation.options import Options, from_names
+from btlm_jax.generation.options import GenerationOptions
 
 
 def test_forms_that_mean_the_same_are_equal():
     """They are static under jit: equal options share one program."""
-    a = Options(
+    a = GenerationOptions(
         bad_words_ids=[[1, 2], [3]], suppress_tokens=np.array([4, 5]), forced_eos_token_id=6,
         sequence_bias={(1, 2): -1}, logit_bias={7: 2}, top_p=np.float32(0.5), min_p=None,
         top_k=None,
     )  # fmt: skip
-    b = Options(
+    b = GenerationOptions(
         bad_words_ids=((1, 2), (3,), (3,)), suppress_tokens=[4, 5], forced_eos_token_id=[6],
         sequence_bias=[[[1, 2], -1.0]], logit_bias=[(7, 2.0)], top_p=0.5,
     )  # fmt: skip
     assert a == b and hash(a) == hash(b)
-    assert Options(**dict.fromkeys(("num_beams", "bad_words_ids", "temperature"))) == Options()
+    assert (
+        GenerationOptions(**dict.fromkeys(("num_beams", "bad_words_ids", "temperature")))
+        == GenerationOptions()
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,32 +57,34 @@ def test_forms_that_mean_the_same_are_equal():
 )
 def test_bad_values(how, message):
     with pytest.raises(ValueError, match=message):
-        Options(**how)
+        GenerationOptions(**how)
 
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="no argument 'top_kk': did you mean top_k"):
-        from_names({"top_kk": 1}, ())
+        GenerationOptions.from_kwargs({"top_kk": 1}, ())
     with pytest.raises(ValueError, match="did you mean max_new_tokens"):
-        from_names({"max_new_token": 1}, ("max_new_tokens",))
+        GenerationOptions.from_kwargs({"max_new_token": 1}, ("max_new_tokens",))
     with pytest.raises(ValueError, match="no argument 'qqq': see"):
-        from_names({"qqq": 1}, ())
+        GenerationOptions.from_kwargs({"qqq": 1}, ())
 
 
 def test_tokens_of_other_vocabularies():
-    Options(bad_words_ids=[[9]], forced_bos_token_id=9).check_vocabulary(10)
+    GenerationOptions(bad_words_ids=[[9]], forced_bos_token_id=9).check_vocabulary(10)
     for how in (
         dict(bad_words_ids=[[1, 10]]), dict(sequence_bias={(10,): 1}), dict(logit_bias={10: 1}),
         dict(forced_bos_token_id=10), dict(forced_eos_token_id=10), dict(suppress_tokens=[-1]),
         dict(begin_suppress_tokens=[10]),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"{next(iter(how))}: found \[-?1\d?\], expected ids"):
-            Options(**how).check_vocabulary(10)
+            GenerationOptions(**how).check_vocabulary(10)
 
 
 def test_idle_options():
-    assert Options().idle == Options(do_sample=True, top_k=3).idle == []
-    assert Options(do_sample=False, top_k=3).idle == ["top_k=3 does nothing without do_sample=True"]
-    assert Options(num_beams=2, early_stopping=True).idle == []
-    (idle,) = Options(early_stopping=True).idle
+    assert GenerationOptions().unused == GenerationOptions(do_sample=True, top_k=3).unused == []
+    assert GenerationOptions(do_sample=False, top_k=3).unused == [
+        "top_k=3 does nothing without do_sample=True"
+    ]
+    assert GenerationOptions(num_beams=2, early_stopping=True).unused == []
+    (idle,) = GenerationOptions(early_stopping=True).unused
     assert idle == "early_stopping=True does nothing without num_beams > 1"

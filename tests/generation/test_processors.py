@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.generation.options import Options
-from btlm_jax.generation.processors import Context, process
+from btlm_jax.generation.options import GenerationOptions
+from btlm_jax.generation.processors import ProcessorContext, apply_processors
 
 VOCAB = 8
 FLAT = np.array([[0, 1, -1, 2, -2, 3, -3, 4]], np.float32)
@@ -16,12 +16,14 @@ MINUS = -np.inf
 def scores(ids, length=None, start=0, prompt=2, least=0, most=99, eos=(), **options):
     """The processed scores [V] after the first `length` of `ids`; the rest is not to be seen."""
     ids = np.array([ids])
-    context = Context(
+    context = ProcessorContext(
         jnp.asarray(ids),
         jnp.array([ids.shape[1] if length is None else length]),
         *(jnp.array([n]) for n in (start, prompt, least, most)),
     )
-    return np.asarray(process(jnp.asarray(FLAT), context, Options(**options), eos, ()))[0]
+    return np.asarray(
+        apply_processors(jnp.asarray(FLAT), context, GenerationOptions(**options), eos, ())
+    )[0]
 
 
 def banned(*args, **kwargs) -> list[int]:
@@ -89,7 +91,9 @@ def test_exponential_decay_raises_eos():
 
 
 def test_custom_processors_come_last():
-    context = Context(jnp.array([[1, 2]]), *(jnp.array([n]) for n in (2, 0, 2, 0, 9)))
-    options = Options(suppress_tokens=[0])
-    got = process(jnp.asarray(FLAT), context, options, (), (lambda ids, n, s: s.at[:, 0].set(9),))
+    context = ProcessorContext(jnp.array([[1, 2]]), *(jnp.array([n]) for n in (2, 0, 2, 0, 9)))
+    options = GenerationOptions(suppress_tokens=[0])
+    got = apply_processors(
+        jnp.asarray(FLAT), context, options, (), (lambda ids, n, s: s.at[:, 0].set(9),)
+    )
     assert got[0, 0] == 9

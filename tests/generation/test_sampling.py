@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from btlm_jax.generation.options import Options
-from btlm_jax.generation.sampling import draw, warp
+from btlm_jax.generation.options import GenerationOptions
+from btlm_jax.generation.sampling import draw_tokens, warp_scores
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.1, 0.1, 0.1], [0.05, 0.05, 0.8, 0.05, 0.05]]))
 
 
 def kept(keep: int = 1, **how) -> list[list[int]]:
-    options = Options(do_sample=True, **({"top_k": 0} | how))
-    return [list(np.flatnonzero(np.isfinite(r))) for r in warp(LOGITS, options, keep)]
+    options = GenerationOptions(do_sample=True, **({"top_k": 0} | how))
+    return [list(np.flatnonzero(np.isfinite(r))) for r in warp_scores(LOGITS, options, keep)]
 
 
 def test_top_k_keeps_ties():
@@ -56,15 +56,15 @@ def test_cutoffs():
 
 
 def test_temperature_then_filters():
-    how = Options(do_sample=True, temperature=0.5, top_k=2)
-    got = jax.nn.softmax(warp(LOGITS, how), -1)[0]
+    how = GenerationOptions(do_sample=True, temperature=0.5, top_k=2)
+    got = jax.nn.softmax(warp_scores(LOGITS, how), -1)[0]
     np.testing.assert_allclose(got, np.array([16, 9, 0, 0, 0]) / 25, atol=1e-6)
 
 
 def test_draws_follow_the_distribution():
     n = 4000
     keys = jax.random.split(jax.random.key(0), n)
-    drawn = np.asarray(draw(jnp.repeat(LOGITS[:1], n, 0), keys, 2))
+    drawn = np.asarray(draw_tokens(jnp.repeat(LOGITS[:1], n, 0), keys, 2))
     p = np.exp(np.asarray(LOGITS[0], np.float64))
     p /= p.sum()
     assert stats.chisquare(np.bincount(drawn[:, 0], minlength=5), n * p).pvalue > 1e-3
@@ -79,7 +79,7 @@ def test_draws_follow_the_distribution():
 
 def test_equal_rows_with_equal_keys_draw_alike():
     keys = jnp.stack([jax.random.key(1)] * 2)
-    both = draw(jnp.repeat(LOGITS[:1], 2, 0), keys, 5)
+    both = draw_tokens(jnp.repeat(LOGITS[:1], 2, 0), keys, 5)
     np.testing.assert_array_equal(both[0], both[1])
 
 
@@ -97,4 +97,4 @@ def test_equal_rows_with_equal_keys_draw_alike():
 )
 def test_bad_values(how, message):
     with pytest.raises(ValueError, match=message):
-        Options(do_sample=True, **how)
+        GenerationOptions(do_sample=True, **how)

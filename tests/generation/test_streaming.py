@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate, stream
-from btlm_jax.generation import request, sample
+from btlm_jax.generation import request, sample_loop
 from btlm_jax.model import kv_cache
 from btlm_jax.utils.compile_cache import count_compilations
 
@@ -68,8 +68,10 @@ def test_nothing_is_compiled_on_the_way(of_bytes, monkeypatch):
 def test_the_device_is_ahead(of_bytes, monkeypatch):
     """The next step is asked for before the last token is fetched."""
     model, params, _ = of_bytes
-    events, advance, fetch = [], sample.advance, jax.device_get
-    monkeypatch.setattr(sample, "advance", lambda *a: events.append("step") or advance(*a))
+    events, advance, fetch = [], sample_loop.advance_loop, jax.device_get
+    monkeypatch.setattr(
+        sample_loop, "advance_loop", lambda *a: events.append("step") or advance(*a)
+    )
     monkeypatch.setattr(jax, "device_get", lambda x: events.append("fetch") or fetch(x))
     tokens = stream(model, params, PROMPT, max_new_tokens=8, eos_token_id=None)
     next(tokens), next(tokens)

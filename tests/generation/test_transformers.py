@@ -15,8 +15,8 @@ import pytest
 
 from btlm_jax import generate
 from btlm_jax.generation import processors
-from btlm_jax.generation.options import Options
-from btlm_jax.generation.sampling import warp
+from btlm_jax.generation.options import GenerationOptions
+from btlm_jax.generation.sampling import warp_scores
 from support import golden
 from support import gpt2 as gpt2_lib
 
@@ -106,7 +106,7 @@ def record() -> None:
 # Rules one by one, on random scores ---------------------------------------------------------------
 
 
-def their_warpers(o: Options, keep: int):
+def their_warpers(o: GenerationOptions, keep: int):
     kept = dict(min_tokens_to_keep=keep)
     found = []
     if o.temperature != 1:
@@ -135,21 +135,23 @@ def test_warpers(seed):
         epsilon_cutoff=r.choice([0.02, 0.3]), eta_cutoff=r.choice([0.02, 0.3]),
     )  # fmt: skip
     chosen = {n: possible[n] for n in r.sample(sorted(possible), r.choice([1, 1, 2, 3]))}
-    options = Options(do_sample=True, **({"top_k": 0} | chosen))
+    options = GenerationOptions(do_sample=True, **({"top_k": 0} | chosen))
     scores = rng.normal(0, 2.5, (4, 31)).astype(np.float32)
     scores[0, 3:9] = -np.inf
     keep = r.choice([1, 2, 3])
     expected = their_warpers(options, keep)(None, torch.as_tensor(scores)).numpy()
-    got = np.asarray(warp(jnp.asarray(scores), options, keep))
+    got = np.asarray(warp_scores(jnp.asarray(scores), options, keep))
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(expected))
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_remove_invalid_values():
     scores = np.array([[np.nan, np.inf, -np.inf, 1.0]], np.float32)
-    context = processors.Context(np.zeros((1, 4), int), *(np.array([n]) for n in (2, 0, 1, 0, 9)))
-    got = processors.process(
-        jnp.asarray(scores), context, Options(remove_invalid_values=True), (), ()
+    context = processors.ProcessorContext(
+        np.zeros((1, 4), int), *(np.array([n]) for n in (2, 0, 1, 0, 9))
+    )
+    got = processors.apply_processors(
+        jnp.asarray(scores), context, GenerationOptions(remove_invalid_values=True), (), ()
     )
     expected = theirs.InfNanRemoveLogitsProcessor()(None, torch.as_tensor(scores)).numpy()
     np.testing.assert_array_equal(got, expected)
@@ -175,17 +177,17 @@ def letters():
 def test_stop_strings_end_where_theirs_do(seed):
     from transformers.generation.stopping_criteria import StopStringCriteria
 
-    from btlm_jax.generation import stopping
+    from btlm_jax.generation import stop_automaton
 
     r, rng = Random(seed), np.random.default_rng(seed)
     inner, wrapped = letters()
     stops = ["".join(r.choice("aabbc é\n") for _ in range(r.randint(1, 4))) for _ in range(3)]
     criterion = StopStringCriteria(wrapped, stops)
-    table = stopping.table(stops, inner if seed % 2 else wrapped, gpt2_lib.VOCAB)
+    table = stop_automaton.build_stop_table(stops, inner if seed % 2 else wrapped, gpt2_lib.VOCAB)
     ids = rng.integers(0, gpt2_lib.VOCAB, (20, 12))
-    state = stopping.after_prompt(table, ids[:, :4], np.ones((20, 4), int))
+    state = stop_automaton.stop_state_after_prompt(table, ids[:, :4], np.ones((20, 4), int))
     for end in range(5, 13):
-        state, hit = stopping.advance(table, state, ids[:, end - 1])
+        state, hit = stop_automaton.advance_stop_state(table, state, ids[:, end - 1])
         expected = criterion(torch.as_tensor(ids[:, :end]), None).numpy()
         np.testing.assert_array_equal(hit, expected)
 

@@ -42,7 +42,7 @@ def ours():
 
 
 def answer(case: dict):
-    """Our `Output` for a case."""
+    """Our `GenerateOutput` for a case."""
     how = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
     mask = np.array(case["mask"])
     return generate(*ours(), np.array(case["ids"]), attention_mask=mask, **case["options"], **how)

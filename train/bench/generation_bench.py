@@ -20,9 +20,10 @@ import numpy as np
 from btlm_jax.checkpoint import quantization, unstacked
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
-from btlm_jax.generation import decode, prompts, sample
-from btlm_jax.generation.decode import Program, Prompt, Rows
-from btlm_jax.generation.options import Options
+from btlm_jax.generation import prompts, sample_loop
+from btlm_jax.generation.decode import DecodeSpec, RowInputs
+from btlm_jax.generation.options import GenerationOptions
+from btlm_jax.generation.prefill import PromptState, prefill
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.perf import accounting
@@ -134,13 +135,13 @@ def bench_prefill(
         for length in lengths:
             ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
             args = (model, params, jnp.asarray(ids, jnp.int32), None, np.int32(length), length)
-            jax.block_until_ready(decode.read(*args))
+            jax.block_until_ready(prefill(*args))
             found: dict[str, list[float]] = {"ours": [], "torch": [], "limit": []}
             with Progress(rounds, "round", f"length {length}") as progress:
                 for _ in range(rounds):
                     found["limit"].append(product())
                     began = time.perf_counter()
-                    jax.block_until_ready(decode.read(*args))
+                    jax.block_until_ready(prefill(*args))
                     found["ours"].append(time.perf_counter() - began)
                     if peer is not None:
                         found["torch"].append(peer.ask(batch_size=1, length=length)["seconds"])
@@ -170,7 +171,7 @@ class _Decoder:
     def __init__(self, program, params, prompt, state, steps: int) -> None:
         counts = np.int32(steps), np.int32(len(state.done))
         args = program, params, prompt.cache, state, None, *counts
-        self._compiled: Any = sample.advance.lower(*args).compile()
+        self._compiled: Any = sample_loop.advance_loop.lower(*args).compile()
         self._args, self._state = args, state
         own = sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
         self.cache_bytes = own + prompt.cache.nbytes
@@ -205,16 +206,16 @@ def _decoder(
         at=jnp.int32(context),
         fresh=False,
     )
-    prompt = Prompt(cache, jnp.zeros((rows, model.config.vocab_size)))
+    prompt = PromptState(cache, jnp.zeros((rows, model.config.vocab_size)))
     zero = np.zeros(rows, np.int32)
-    of_rows = Rows(
+    of_rows = RowInputs(
         filled, filled, zero, zero, filled + new + 1, zero.astype(np.uint32), zero, zero,
         np.ones(rows, bool),
     )  # fmt: skip
-    program = Program(model, Options(), ())
-    ids = np.zeros((rows, context + prompts.bucket(new + 1)), np.int32)
+    program = DecodeSpec(model, GenerationOptions(), ())
+    ids = np.zeros((rows, context + prompts.bucket_length(new + 1)), np.int32)
     begin = program, params, prompt, of_rows, ids, None, None
-    state = sample.start(*begin, prompts.bucket(new))
+    state = sample_loop.start_loop(*begin, prompts.bucket_length(new))
     return _Decoder(program, params, prompt, state, steps)
 
 

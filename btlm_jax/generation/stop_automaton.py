@@ -15,7 +15,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 
-def table(stop_strings: str | Sequence[str], tokenizer: Any, vocab_size: int) -> np.ndarray:
+def build_stop_table(
+    stop_strings: str | Sequence[str], tokenizer: Any, vocab_size: int
+) -> np.ndarray:
     """The automaton. int32 [states, vocab_size]: twice the next state, plus 1 if a string ends.
 
     Args:
@@ -49,17 +51,17 @@ def table(stop_strings: str | Sequence[str], tokenizer: Any, vocab_size: int) ->
     return 2 * state + hit
 
 
-def advance(table: Any, state: Any, token: Any) -> tuple[Any, Any]:
+def advance_stop_state(table: Any, state: Any, token: Any) -> tuple[Any, Any]:
     """(next state, whether a string has ended), of any shape."""
     entry = table[state, token]
     return entry // 2, entry % 2 == 1
 
 
-def after_prompt(table: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def stop_state_after_prompt(table: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The state of every row after its prompt [B, T]; padding is passed over. int32 [B]."""
     state = np.zeros(len(ids), np.int32)
     for token, real in zip(ids.T, mask.T, strict=True):
-        state = np.where(real != 0, advance(table, state, token)[0], state)
+        state = np.where(real != 0, advance_stop_state(table, state, token)[0], state)
     return state
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from btlm_jax.generation import stopping
+from btlm_jax.generation import stop_automaton
 
 # "é" is two bytes, each a token; the tokens of GPT-2 are written with "Ġ" for a space.
 TOKENS = ["a", "b", "Ġ", "ab", "ba", "aab", "bĠ", "Ġab", "Ã", "©", "<|end|>"]
@@ -27,33 +27,42 @@ def byte_level() -> Tokenizer:
     st.lists(st.integers(0, len(TOKENS) - 1), min_size=1, max_size=14),
 )
 def test_ends_with_the_token_that_completes_a_string(stops, ids):
-    table = stopping.table(stops, byte_level(), len(TOKENS) + 1)
+    table = stop_automaton.build_stop_table(stops, byte_level(), len(TOKENS) + 1)
     state, text = 0, b""
     for token in ids:
         before, text = len(text), text + TEXTS[token]
-        state, hit = stopping.advance(table, state, token)
+        state, hit = stop_automaton.advance_stop_state(table, state, token)
         # Somewhere in the text, its last byte among the new ones.
         window = (text[max(0, before - len(s.encode()) + 1) :].find(s.encode()) for s in stops)
         assert hit == any(at >= 0 for at in window)
 
 
 def test_strings_may_begin_in_the_prompt_but_not_in_padding():
-    table = stopping.table("ab", byte_level(), len(TOKENS))
+    table = stop_automaton.build_stop_table("ab", byte_level(), len(TOKENS))
     ids, mask = np.array([[1, 0], [0, 0], [0, 1]]), np.array([[1, 1], [0, 1], [1, 1]])
-    state = stopping.after_prompt(table, ids, mask)
-    assert [bool(stopping.advance(table, s, 1)[1]) for s in state] == [True, True, False]
-    state = stopping.after_prompt(table, np.array([[0, 2]]), np.array([[1, 0]]))
-    assert stopping.advance(table, state, np.array([1]))[1].tolist() == [True]
+    state = stop_automaton.stop_state_after_prompt(table, ids, mask)
+    assert [bool(stop_automaton.advance_stop_state(table, s, 1)[1]) for s in state] == [
+        True,
+        True,
+        False,
+    ]
+    state = stop_automaton.stop_state_after_prompt(table, np.array([[0, 2]]), np.array([[1, 0]]))
+    assert stop_automaton.advance_stop_state(table, state, np.array([1]))[1].tolist() == [True]
 
 
 def test_other_tokenizers_are_decoded():
     tokenizer = Tokenizer(models.BPE({"▁a": 0, "b": 1, "▁": 2, "a": 3}, []))
     tokenizer.decoder = decoders.Metaspace()
-    table = stopping.table([" a"], tokenizer, 4)
-    assert [bool(stopping.advance(table, 0, t)[1]) for t in range(4)] == [True, False, False, False]
+    table = stop_automaton.build_stop_table([" a"], tokenizer, 4)
+    assert [bool(stop_automaton.advance_stop_state(table, 0, t)[1]) for t in range(4)] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_bad_strings():
     for stops in ("", [], ["a", ""], [1]):
         with pytest.raises(ValueError, match="stop_strings: found"):
-            stopping.table(stops, byte_level(), 11)
+            stop_automaton.build_stop_table(stops, byte_level(), 11)
