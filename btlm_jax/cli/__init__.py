@@ -1,65 +1,68 @@
-"""The `btlm` command: one dataclass per subcommand, its fields the arguments.
+"""The `btlm` command: one dataclass per subcommand, whose fields are the options.
 
-What a subcommand needs is imported when it runs, so that `btlm --help` is quick.
+Modules that a command needs are imported when it runs, so that `btlm --help` is quick.
 """
 
 from __future__ import annotations
 
+import difflib
+import importlib
+import inspect
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Any
 
 import tyro
-from tyro.conf import subcommand
 
-from btlm_jax.cli.bench_commands import Bench
-from btlm_jax.cli.checkpoint_commands import Convert, Export, Info, Verify
-from btlm_jax.cli.collapse_command import Collapse
-from btlm_jax.cli.compile_command import Compile
-from btlm_jax.cli.eval_commands import Eval
-from btlm_jax.cli.generate_command import Generate
-from btlm_jax.cli.mup_commands import CoordCheck, Transfer
-from btlm_jax.cli.train_commands import Quickstart, Tokenize, Train
+from btlm_jax.cli.arguments import translate_old_mesh_options
 from btlm_jax.utils import compile_cache
 
-Command = (
-    Annotated[Quickstart, subcommand("quickstart")]
-    | Annotated[Convert, subcommand("convert")]
-    | Annotated[Export, subcommand("export")]
-    | Annotated[Verify, subcommand("verify")]
-    | Annotated[Eval, subcommand("eval")]
-    | Annotated[Bench, subcommand("bench")]
-    | Annotated[Info, subcommand("info")]
-    | Annotated[Tokenize, subcommand("tokenize")]
-    | Annotated[Train, subcommand("train")]
-    | Annotated[Compile, subcommand("compile")]
-    | Annotated[Generate, subcommand("generate")]
-    | Annotated[CoordCheck, subcommand("coord-check")]
-    | Annotated[Transfer, subcommand("transfer")]
-    | Annotated[Collapse, subcommand("collapse")]
-)
+# Group -> command -> the dataclass behind it, as module:class.
+COMMANDS = {
+    "Start": {"quickstart": "train_commands:Quickstart"},
+    "Checkpoints": {
+        "convert": "checkpoint_commands:Convert",
+        "export": "checkpoint_commands:Export",
+        "verify": "checkpoint_commands:Verify",
+        "info": "checkpoint_commands:Info",
+    },
+    "Generation": {"generate": "generate_command:Generate"},
+    "Training": {
+        "tokenize": "train_commands:Tokenize",
+        "train": "train_commands:Train",
+    },
+    "Evaluation": {"eval": "eval_commands:Eval"},
+    "Planning": {
+        "compile": "compile_command:Compile",
+        "bench": "bench_commands:Bench",
+    },
+    "Research": {
+        "coord-check": "mup_commands:CoordCheck",
+        "transfer": "mup_commands:Transfer",
+        "collapse": "collapse_command:Collapse",
+    },
+}
+_EVERYWHERE = ("--debug", "--no-compilation-cache")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs `btlm`.
 
     Returns:
-      The exit code: 0, 1 if `verify` finds a difference, 2 on a bad argument or input, 130 on
-      Ctrl-C, 141 when the output is not wanted any more.
+      The exit code: 0; 1 if a check fails (`verify`, `coord-check`, `transfer`); 2 on a bad
+      argument or input; 130 on Ctrl-C; 141 when the reader of the output has closed it.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug, caching = "--debug" in argv, "--no-compilation-cache" not in argv
+    argv = [a for a in argv if a not in _EVERYWHERE]
     try:
-        command = tyro.cli(
-            Command,
-            prog="btlm",
-            description="BTLM in JAX: train, convert, evaluate, inspect and generate. "
-            "Anywhere: --debug shows tracebacks, --no-compilation-cache compiles everything anew.",
-            args=[a for a in argv if a not in ("--debug", "--no-compilation-cache")],
-        )
+        if not argv or argv[0] in ("-h", "--help"):
+            print(help_text())
+            return 0 if argv else 2
+        command = parse_command(argv)
         if caching:
-            compile_cache.enable_persistent_cache()
+            compile_cache.keep_between_processes()
         _log_to_stderr()
         code = command.run()
         sys.stdout.flush()
@@ -77,8 +80,48 @@ def main(argv: list[str] | None = None) -> int:
     return code or 0
 
 
+def parse_command(argv: list[str]) -> Any:
+    """Returns the command that the arguments describe; prints its help and exits where asked.
+
+    Raises:
+      ValueError: there is no such command; the message names the nearest one.
+    """
+    name, *rest = argv
+    commands = {name: home for group in COMMANDS.values() for name, home in group.items()}
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown command {name!r}{hint} `btlm --help` lists the commands")
+    rest = translate_old_mesh_options(rest)
+    return tyro.cli(_command_class(commands[name]), prog=f"btlm {name}", args=rest)
+
+
+def help_text() -> str:
+    """Returns `btlm --help`: every command with the first sentence of its description, by group."""
+    lines = [
+        "usage: btlm COMMAND [OPTIONS]",
+        "",
+        "BTLM in JAX. `btlm COMMAND --help` lists the options.",
+    ]
+    for group, commands in COMMANDS.items():
+        lines += ["", group]
+        for name, home in commands.items():
+            description = inspect.getdoc(_command_class(home)) or ""
+            lines.append(f"  {name:<12} {' '.join(description.split(chr(10) * 2)[0].split())}")
+    lines += [
+        "",
+        "Every command takes --debug (show tracebacks) and --no-compilation-cache (compile again).",
+    ]
+    return "\n".join(lines)
+
+
+def _command_class(home: str) -> type:
+    module, _, name = home.partition(":")
+    return getattr(importlib.import_module(f"btlm_jax.cli.{module}"), name)
+
+
 class _ToStderr(logging.StreamHandler):
-    """To whatever is standard error at the time; callers of `main` may exchange it."""
+    """Writes to the current standard error, which callers of `main` may replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -86,12 +129,12 @@ class _ToStderr(logging.StreamHandler):
 
 
 def _log_to_stderr() -> None:
-    """Our own notices on standard error; of libraries, warnings only."""
+    """Sends this package's notices to standard error, and of libraries only warnings."""
     handler: logging.Handler = _ToStderr()
     handler.setFormatter(logging.Formatter("btlm: %(message)s"))
     logging.getLogger().addHandler(logging.NullHandler())  # or a library would print them twice
-    ours = logging.getLogger("btlm_jax")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO)
+    package = logging.getLogger("btlm_jax")
+    package.handlers, package.propagate = [handler], False
+    package.setLevel(logging.INFO)
     for noisy in ("absl", "asyncio"):  # Orbax logs at length, and tracebacks of what it raises
         logging.getLogger(noisy).setLevel(logging.CRITICAL)

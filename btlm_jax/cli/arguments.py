@@ -1,14 +1,17 @@
-"""Arguments that several subcommands take."""
+"""Options that several commands take, and the outputs that they share."""
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import json
 import math
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from btlm_jax.utils.format import format_bytes, parse_bytes
@@ -35,18 +38,87 @@ Lengths = Annotated[
     ),
 ]
 
+Source = Annotated[Positional[str], arg(metavar="SOURCE")]
+Target = Annotated[Positional[str], arg(metavar="TARGET")]
+Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT")]
+RecipeName = Annotated[Positional[str], arg(metavar="RECIPE")]
+RunDirectory = Annotated[Positional[Path], arg(metavar="RUN_DIR")]
+Directory = Annotated[Positional[Path], arg(metavar="DIR")]
+OutputFile = Annotated[Path | None, arg(metavar="FILE")]
+Text = Annotated[str | None, arg(metavar="TEXT")]
+Number = Annotated[int | None, arg(metavar="N")]
+Scheme = Annotated[str | None, arg(metavar="SCHEME")]
+# The only way to override a value of a recipe or of a mesh, on every command.
+Overrides = Annotated[tuple[str, ...], UseAppendAction, arg(metavar="SECTION.KEY=VALUE")]
 
-def check_output(file: Path | None, suffix: str | None = None) -> None:
-    """Finds out before the work whether its result can be written; makes nothing.
+_MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+
+def translate_old_mesh_options(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with `--mesh.data 4` as `--set mesh.data=4`.
+
+    The old form is accepted with a note for one version.
+    """
+    arguments, result = list(argv), []
+    while arguments:
+        option = arguments.pop(0)
+        name, equals, value = option.partition("=")
+        if not (name.startswith("--mesh.") and name[len("--mesh.") :] in _MESH_AXES):
+            result.append(option)
+            continue
+        if not equals and arguments:
+            value = arguments.pop(0)
+        override = f"mesh.{name[len('--mesh.') :]}={value}"
+        print(f"btlm: note: write --set {override} for {name}", file=sys.stderr)
+        result += ["--set", override]
+    return result
+
+
+def mesh_from_overrides(overrides: Sequence[str], axes: Sequence[str] = _MESH_AXES[:3]) -> Any:
+    """Returns the mesh that `--set mesh.AXIS=N` describes, or None for a single device.
 
     Args:
-      file: to be written or replaced, its folders to be made; None is none.
-      suffix: that its name must end with, such as ".png".
+      overrides: KEY=N. An axis without an override has size 1; -1 takes the devices that are left.
+      axes: those that the command can split over.
+
+    Raises:
+      ValueError: a key that is no axis of the mesh, or a value that is no integer.
+    """
+    sizes = dict.fromkeys(axes, 1)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        axis = key.removeprefix("mesh.")
+        if not equals or not key.startswith("mesh.") or axis not in sizes:
+            names = [f"mesh.{name}" for name in axes]
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--set: found {override!r}, expected KEY=N with KEY one of "
+                             f"{', '.join(names)}{hint}")  # fmt: skip
+        try:
+            sizes[axis] = int(value)
+        except ValueError:
+            raise ValueError(f"--set {key}: found {value!r}, expected an integer") from None
+    if all(n == 1 for n in sizes.values()):
+        return None
+    import jax
+
+    from btlm_jax.model import sharding
+
+    wanted = None if -1 in sizes.values() else max(1, math.prod(sizes.values()))
+    return sharding.make_mesh(**sizes, devices=jax.devices()[:wanted])
+
+
+def check_output(file: Path | None, suffix: str | None = None) -> None:
+    """Checks, before the work, that its result can be written; creates nothing.
+
+    Args:
+      file: the file to write or replace, in folders that may be created; None is no file.
+      suffix: the required end of its name, such as ".png".
 
     Raises:
       ValueError: another suffix.
-      FileExistsError: it is a directory, or one of its folders is a file.
-      PermissionError: it may not be written there.
+      FileExistsError: the file is a directory, or one of its folders is a file.
+      PermissionError: the file may not be written there.
     """
     if file is None:
         return
@@ -61,45 +133,13 @@ def check_output(file: Path | None, suffix: str | None = None) -> None:
         raise PermissionError(f"{file}: {nearest} may not be written to: choose another place")
 
 
-def write_json(file: Path | None, found: Any) -> None:
-    """Writes what a command found to the file of its `--json`, if there is one.
+def write_json(file: Path | None, result: Any) -> None:
+    """Writes the result of a command to the file of its `--json`, if one was given.
 
-    JSON has no numbers that are not finite: null stands for them.
+    JSON has no NaN and no infinity: null stands for them.
     """
     if file is not None:
         from btlm_jax.utils.format import finite_json
 
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(finite_json(found), indent=2, allow_nan=False) + "\n")
-
-
-@dataclasses.dataclass(frozen=True)
-class Mesh:
-    """Devices to split the model and its rows over; all 1 takes a single one."""
-
-    data: int = 1
-    """Parts of the rows, each with the weights."""
-    fsdp: int = 1
-    """Parts of the rows, and of the weights."""
-    tensor: int = 1
-    """Parts of heads, MLP and vocabulary; -1 anywhere takes the devices that are left."""
-
-    def made(self) -> Any:
-        """The mesh, or None."""
-        sizes = dataclasses.asdict(self)
-        if all(n == 1 for n in sizes.values()):
-            return None
-        import jax
-
-        from btlm_jax.model import sharding
-
-        wanted = None if -1 in sizes.values() else max(1, math.prod(sizes.values()))
-        return sharding.make_mesh(**sizes, devices=jax.devices()[:wanted])
-
-
-@dataclasses.dataclass(frozen=True)
-class LongMesh(Mesh):
-    """Devices to split the model, its rows and its sequences over; all 1 takes a single one."""
-
-    context: int = 1
-    """Parts of every sequence, and of the weights."""
+        file.write_text(json.dumps(finite_json(result), indent=2, allow_nan=False) + "\n")

@@ -1,15 +1,25 @@
-"""Subcommands on checkpoints: convert, export, verify, info."""
+"""Commands on checkpoints: convert, export, verify, info."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from btlm_jax.cli.arguments import Bytes, check_output, write_json
+from btlm_jax.cli.arguments import (
+    Bytes,
+    Checkpoint,
+    OutputFile,
+    Scheme,
+    Source,
+    Target,
+    Text,
+    check_output,
+    write_json,
+)
 from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns, format_bytes
 
 if TYPE_CHECKING:
@@ -18,28 +28,29 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a Hugging Face checkpoint to Orbax, without loss; or quantize one of either format.
+    """Convert Hugging Face files to Orbax bit for bit, or quantize.
 
-    Killed or failed, the same command continues it.
+    A conversion that was interrupted resumes when the same command is run again.
     """
 
-    source: Positional[str]
-    """A directory with config.json and safetensors or .bin weights, or a Hub id (org/name); to
-    quantize, an Orbax checkpoint too."""
-    target: Positional[str]
-    """The Orbax checkpoint to write: a directory, or a gs:// URL."""
-    revision: str | None = None
+    source: Source
+    """A directory with config.json and safetensors or .bin weights, or a Hub id (org/name). With
+    --quantize, an Orbax checkpoint too."""
+    target: Target
+    """The Orbax checkpoint to write: a directory or a gs:// URL."""
+    revision: Text = None
     """Branch, tag or commit on the Hub."""
     max_memory: Bytes = DEFAULT_MEMORY
-    """Of weights in flight, such as 512MiB."""
+    """Memory for weights that are being processed, such as 512MiB."""
     allow_nonfinite: bool = False
-    """Convert weights that hold NaN or Inf too."""
+    """Also convert weights that contain NaN or Inf."""
     overwrite: bool = False
     """Replace an existing checkpoint."""
-    quantize: str | None = None
-    """int8, int4 (groups of 64), int4:32, int4:64 or int4:128: of the layers' kernels."""
+    quantize: Scheme = None
+    """Quantize the projections of the layers: int8, int4 (groups of 64), int4:32, int4:64 or
+    int4:128."""
     quantize_embedding: Literal["int8", "bfloat16"] = "int8"
-    """With --quantize: of embedding and untied head."""
+    """With --quantize: dtype of the embedding and the untied head."""
 
     def run(self) -> None:
         from btlm_jax.checkpoint.quantization import Quantization
@@ -53,29 +64,33 @@ class Convert:
                 self.source, self.target, allow_nonfinite=self.allow_nonfinite, **options
             )
         elif self.allow_nonfinite:
-            raise ValueError("--allow-nonfinite: NaN and Inf cannot be quantized: leave it out")
+            raise ValueError(
+                "--allow-nonfinite: found it with --quantize, but NaN and Inf cannot be quantized: "
+                "remove one of them"
+            )
         else:
             to = Quantization.parse(self.quantize, self.quantize_embedding)
             report = quantize(self.source, self.target, to, **options)
         print(f"{self.target}: {report}")
-        print(f"carried along: {', '.join(report.files) or 'no tokenizer'}")
+        print(f"also copied: {', '.join(report.files) or 'no tokenizer'}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Export an Orbax checkpoint to a Hugging Face directory, without loss.
+    """Convert an Orbax checkpoint to Hugging Face files bit for bit.
 
-    Of a training checkpoint, the weights. Killed or failed, the same command continues it.
+    The weights of a training checkpoint are exported. An export that was interrupted resumes when
+    the same command is run again.
     """
 
-    checkpoint: Positional[str]
-    """An Orbax checkpoint: a directory, or a gs:// URL."""
-    target: Positional[str]
+    checkpoint: Checkpoint
+    """An Orbax checkpoint: a directory or a gs:// URL."""
+    target: Target
     """The directory to write."""
     max_shard_size: Bytes = 5 * 10**9
-    """Of one safetensors file, such as 5GB."""
+    """Size limit of a safetensors file, such as 5GB."""
     max_memory: Bytes = DEFAULT_MEMORY
-    """Of weights in flight, such as 512MiB."""
+    """Memory for weights that are being processed, such as 512MiB."""
     overwrite: bool = False
     """Replace an existing export."""
 
@@ -95,21 +110,21 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
-    """Compare two checkpoints tensor by tensor, or hash one again.
+    """Compare two checkpoints, or check one against its checksums.
 
-    Exit code 1 and a table on any difference.
+    Any difference is listed, with exit code 1.
     """
 
-    first: Positional[str]
+    first: Annotated[Positional[str], arg(metavar="A")]
     """An Orbax checkpoint (directory or URL), a Hugging Face directory, or a Hub id."""
-    second: Positional[str | None] = None
-    """Another; without it, the first is checked against the SHA-256 that it records."""
-    atol: float | None = None
-    """Accept differences of values up to this, also between dtypes; default equal bits only."""
+    second: Annotated[Positional[str | None], arg(metavar="[B]")] = None
+    """A second checkpoint; without it, the first is checked against the SHA-256 that it records."""
+    atol: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Accept differences up to this, also between dtypes; by default bits must be equal."""
     logits: bool = False
-    """Run both through the model on the same tokens too (in fp32, one model at a time)."""
+    """Also run both models on the same tokens (in fp32, one model at a time)."""
     max_memory: Bytes = DEFAULT_MEMORY
-    """Of weights in flight, such as 512MiB."""
+    """Memory for weights that are being processed, such as 512MiB."""
 
     def run(self) -> int:
         from btlm_jax.convert import verify
@@ -127,17 +142,18 @@ class Verify:
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Parameters, bytes and FLOPs of a checkpoint or preset."""
+    """Print parameters, bytes and FLOPs of a checkpoint or preset."""
 
-    source: Positional[str]
-    """An Orbax checkpoint, a Hugging Face directory, or a preset's name."""
-    length: int = 0
-    """Sequence length for FLOPs and cache; 0 takes the trained context."""
+    source: Annotated[Positional[str], arg(metavar="CHECKPOINT|PRESET")]
+    """An Orbax checkpoint, a Hugging Face directory, or the name of a preset."""
+    length: Annotated[int, arg(metavar="TOKENS")] = 0
+    """Sequence length for FLOPs and cache; 0 is the trained context."""
     compare: bool = False
-    """FLOPs and memory beside the 7B models of 2023 instead, and whether the card's claims hold."""
-    png: Path | None = None
+    """Instead, compare FLOPs and memory with the 7B models of 2023, and check the model card's
+    claims."""
+    png: OutputFile = None
     """With --compare: a picture to write."""
-    json: Path | None = None
+    json: OutputFile = None
     """With --compare: a file for the numbers."""
 
     def run(self) -> None:
@@ -147,14 +163,14 @@ class Info:
 
         for name in ("png", "json"):
             if getattr(self, name) is not None and not self.compare:
-                raise ValueError(f"--{name}: found no --compare, to which it belongs: add it")
+                raise ValueError(f"--{name}: found no --compare, which it needs: add it")
         check_output(self.json)
         check_output(self.png, ".png")
         if self.png is not None:
             plots.require_matplotlib()
         rows: list[tuple[str, str]] = []
         if paths.location(self.source).exists():
-            config, rows = _look_into(self.source)
+            config, rows = _describe_checkpoint(self.source)
         elif self.source in PRESETS:
             config = BTLMConfig.preset(self.source)
         else:
@@ -179,8 +195,8 @@ class Info:
             print(f"picture: {self.png}")
 
 
-def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
-    """The configuration of a checkpoint of either format, and what an Orbax one says besides."""
+def _describe_checkpoint(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
+    """Returns the configuration of a checkpoint of either format, and rows on an Orbax one."""
     from btlm_jax.checkpoint import metadata
     from btlm_jax.config import BTLMConfig
     from btlm_jax.convert import auto
@@ -205,6 +221,6 @@ def _look_into(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     if meta.sha256:
         names = {x.path: x.hf_name for x in meta.disk_leaves}
         rows.append(
-            ("sha256 of sha256", weights_digest({names[p]: v for p, v in meta.sha256.items()}))
+            ("checksum of checksums", weights_digest({names[p]: v for p, v in meta.sha256.items()}))
         )
     return meta.config, rows

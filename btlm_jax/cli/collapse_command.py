@@ -1,14 +1,14 @@
-"""Subcommands on what small runs say about large ones."""
+"""The command that lays training curves over each other."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from btlm_jax.cli.arguments import check_output, write_json
+from btlm_jax.cli.arguments import OutputFile, check_output, write_json
 from btlm_jax.utils.format import align_columns
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Collapse:
-    """Lay training curves over each other: predict where a run ends, find the one at fault.
+    """Predict final losses from other runs' curves.
 
     Runs of different sizes with equal schedule, tokens per parameter and AdamW timescale have one
-    curve (arXiv 2509.25087). Finished runs are the family; a running one is laid over it by its
-    losses between 25 and 50 % of training, and watched for leaving it.
+    curve (arXiv 2509.25087). Finished runs are the family; a running one is scaled to it by its
+    losses between 25 and 50 % of training, and reported if it leaves the curve of the family.
     """
 
-    runs: Positional[tuple[Path, ...]]
-    """Directories of `btlm train`, finished or running."""
-    png: Path = Path("collapse.png")
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
+    """Run directories of `btlm train`, finished or running."""
+    png: Annotated[Path, arg(metavar="FILE")] = Path("collapse.png")
     """The picture to write."""
-    json: Path | None = None
+    json: OutputFile = None
     """A file for the numbers."""
 
     def run(self) -> None:
@@ -48,7 +48,7 @@ class Collapse:
         found = collapse_report.judge_runs(finished, running)
         ordered = [runs[name] for name in found.runs]
         print("\n".join(_table(ordered, found)))
-        for line in _notes(found):
+        for line in _summary(found):
             print(line)
         for line in curves.run_differences(ordered):
             print(f"warning: {line}: curves collapse only if these are equal")
@@ -98,18 +98,20 @@ def _verdict(judged: JudgedRun) -> str:
     return f"{out} at {v.left_at:.0%}, noticed at {v.noticed_at:.0%}, now {v.excess:+.1%}"
 
 
-def _notes(found: CollapseReport) -> list[str]:
-    said = [f"family: {found.family.runs} finished runs, noise {found.family.noise:.2%} in each of "
-            f"{len(found.family.shape)} parts of training"]  # fmt: skip
+def _summary(found: CollapseReport) -> list[str]:
+    lines = [
+        f"family: {found.family.runs} finished runs, noise {found.family.noise:.2%} in each of "
+        f"{len(found.family.shape)} parts of training"
+    ]
     if found.backtest is not None:
-        said.append(
+        lines.append(
             f"predictions of finished runs from their first halves were off by {found.backtest:.2%}"
             " (root mean square); ± of a predicted loss is that, or its noise if more"
         )
     left = [j for j in found.runs.values() if j.finished and j.verdict and j.verdict.left_at]
     if left and found.family.runs == 2 and all(j.member for j in left):
-        said.append("note: two finished runs that differ do not say which one is at fault")
-    return said
+        lines.append("note: two finished runs that differ do not show which one is at fault")
+    return lines
 
 
 def _numbers(runs: list[TrainingRun], found: CollapseReport) -> dict[str, Any]:

@@ -1,69 +1,77 @@
-"""The subcommand that compiles for machines that are not here."""
+"""The command that compiles for accelerators that are not attached."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import arg
 
-from btlm_jax.cli.arguments import check_output, write_json
+from btlm_jax.cli.arguments import (
+    Number,
+    OutputFile,
+    Overrides,
+    RecipeName,
+    Scheme,
+    check_output,
+    write_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compile:
-    """Compile a recipe's training step for TPUs or an H200 that are not here; say what it needs.
+    """Compile a recipe for accelerators that are not attached.
 
-    Prints memory per device against what there is, the collectives of the compiled program, and the
-    least time a step can take (roofline). Needs libtpu (`pip install 'btlm-jax[tpu]'`) and no TPU,
-    or, for h200, `pip install 'jax[cuda13]'` and no GPU. Every phase is compiled.
+    Prints the memory per device against its capacity, the collectives of the compiled program, and
+    a lower bound of the step time (roofline). Every phase of the recipe is compiled. TPUs need
+    libtpu (`pip install 'btlm-jax[tpu]'`) and no TPU; h200 needs `pip install 'jax[cuda13]'` and no
+    GPU.
     """
 
-    recipe: Positional[str] = "btlm-3b-8k"
-    """The name of a recipe that comes with btlm, or a TOML file; its data need not be there."""
-    topology: str = "v5e:4x4"
+    recipe: RecipeName = "btlm-3b-8k"
+    """The name of a recipe of the package, or a TOML file; its data need not exist."""
+    topology: Annotated[str, arg(metavar="TOPOLOGY")] = "v5e:4x4"
     """Chips along each dimension: v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, h200:8; or
-    v5e-16, v5p-8 (in cores, as Google names them)."""
-    slices: int = 1
-    """How many of them, joined by the data center's network."""
-    set: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """A value of the recipe to override, as section.key=value. May be repeated."""
-    phase: int | None = None
-    """Of the recipe, from 0; default all."""
+    v5e-16, v5p-8 (v4 and v5p in cores, as Google names them)."""
+    slices: Annotated[int, arg(metavar="N")] = 1
+    """Number of such slices, joined by the data center network."""
+    set: Overrides = ()
+    """Override a value of the recipe. May be repeated."""
+    phase: Number = None
+    """Compile this phase of the recipe, from 0; by default all."""
     decode: bool = False
-    """Compile a step of decoding instead."""
-    batch_size: int | None = None
-    """With --decode: sequences, over all devices; default 16. (Of training: --set
-    phases.0.batch_size.)"""
-    capacity: int | None = None
+    """Compile a decoding step instead."""
+    batch_size: Number = None
+    """With --decode: sequences over all devices; default 16. (For training: --set
+    phases.0.batch_size=N.)"""
+    capacity: Number = None
     """With --decode: slots of the KV cache; default 8192."""
-    quantize: str | None = None
-    """With --decode: weights in int8, int4 (in groups of 64) or int4:128; default bf16."""
+    quantize: Scheme = None
+    """With --decode: weights in int8, int4 (groups of 64) or int4:128; default bf16."""
     cache_dtype: Literal["int8"] | None = None
-    """With --decode: of the KV cache; default bf16."""
+    """With --decode: dtype of the KV cache; default bf16."""
     fit: bool = False
-    """Search microbatch, remat and mesh for what fits with the best bound, and compile that."""
-    keep: int = 3
-    """With --fit: how many that fit are enough."""
-    attempts: int = 12
-    """With --fit and --table: how many are compiled at most."""
-    jobs: int = max(1, (os.cpu_count() or 2) // 2)
-    """With --fit and --table: how many are compiled at a time."""
-    save: Path | None = None
-    """A new file for the executable, which `btlm_jax.train.aot.executables.load` loads."""
-    json: Path | None = None
+    """Search microbatch, remat and mesh for the lowest bound that fits, and compile that."""
+    keep: Annotated[int, arg(metavar="N")] = 3
+    """With --fit: stop after this many that fit."""
+    attempts: Annotated[int, arg(metavar="N")] = 12
+    """With --fit and --table: compile at most this many."""
+    jobs: Annotated[int, arg(metavar="N")] = max(1, (os.cpu_count() or 2) // 2)
+    """With --fit and --table: compile this many at a time."""
+    save: OutputFile = None
+    """A new file for the executable, which `btlm_jax.train.aot.executables` loads."""
+    json: OutputFile = None
     """A file for the reports."""
-    table: Path | None = None
-    """Search every topology of the README's table, and write the table between its markers in this
-    file."""
+    table: OutputFile = None
+    """Search every topology of the table in docs/ahead-of-time.md, and write the table between its
+    markers in this file."""
 
     def run(self) -> None:
         from btlm_jax.train import recipe_file
         from btlm_jax.train.aot import topologies
 
-        self._refuse_what_would_be_ignored()
+        self._refuse_ignored_options()
         check_output(self.json)
         check_output(self.table)
         topologies.prepare()
@@ -77,18 +85,18 @@ class Compile:
         reports = self._reports(recipe, topologies.parse(self.topology, self.slices))
         write_json(self.json, reports)
 
-    def _refuse_what_would_be_ignored(self) -> None:
+    def _refuse_ignored_options(self) -> None:
         if self.decode and (self.fit or self.phase is not None):
             found = "--fit" if self.fit else "--phase"
-            raise ValueError(f"--decode: found {found}, which is of training: give one of them")
+            raise ValueError(f"--decode: found {found} too, which is for training: remove one")
         for name in ("quantize", "cache_dtype"):
             if getattr(self, name) is not None and not self.decode:
-                raise ValueError(f"--{name.replace('_', '-')} is of --decode: give that too")
+                raise ValueError(f"--{name.replace('_', '-')} needs --decode: add it")
         for name in ("batch_size", "capacity"):
             if getattr(self, name) is not None and not self.decode:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} is of --decode; training's sizes are the "
-                    "recipe's: --set phases.0.batch_size=N, --set phases.0.length=N"
+                    f"--{name.replace('_', '-')} needs --decode; for training set the sizes of the "
+                    "recipe: --set phases.0.batch_size=N, --set phases.0.length=N"
                 )
 
     def _reports(self, recipe: Any, topology: Any) -> list[dict[str, Any]]:
@@ -101,8 +109,8 @@ class Compile:
             executables.require_free(self.save)
             if self.fit or (len(phases) > 1 and not self.decode):
                 raise ValueError(
-                    "--save: found several programs to save, expected one: name its --phase, "
-                    "without --fit"
+                    "--save: found several programs to save, expected one: select it with "
+                    "--phase and remove --fit"
                 )
         reports = []
 

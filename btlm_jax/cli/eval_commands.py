@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg, subcommand
 
-from btlm_jax.cli.arguments import Lengths, LongMesh, Mesh, check_output, write_json
+from btlm_jax.cli.arguments import Lengths, Overrides, check_output, mesh_from_overrides, write_json
 from btlm_jax.cli.harness_command import EvalHarness
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class EvalPerplexity(_TextOptions):
     """Also evaluate the weights quantized to these, such as int8,int4,int4:128; embedding int8."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and computation; default as stored, computing in the platform's."""
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    set: Overrides = ()
+    """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N; -1 takes those left."""
     json: Path | None = None
     """A file for the numbers."""
 
@@ -88,7 +89,7 @@ class EvalPerplexity(_TextOptions):
             batch_size=self.batch_size,
             quantizations=[Quantization.parse(kind.strip()) for kind in kinds],
             dtype=self.dtype,
-            mesh=self.mesh.made(),
+            mesh=mesh_from_overrides(self.set),
             show=_show,
         )
         write_json(self.json, report)
@@ -123,7 +124,9 @@ class EvalLossByPosition(_TextOptions):
     """Windows per batch, over all devices; default about 8192 tokens on each."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and computation; default as stored, computing in the platform's."""
-    mesh: LongMesh = dataclasses.field(default_factory=LongMesh)
+    set: Overrides = ()
+    """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N, mesh.context=N; -1 takes those
+    left."""
     json: Path | None = None
     """A file for the numbers of every position, and of bins."""
     plot: Path | None = None
@@ -145,7 +148,7 @@ class EvalLossByPosition(_TextOptions):
             concatenate=self.concatenate,
             batch_size=self.batch_size,
             dtype=self.dtype,
-            mesh=self.mesh.made(),
+            mesh=mesh_from_overrides(self.set, ("data", "fsdp", "tensor", "context")),
             plot=self.plot,
             show=_show,
         )
@@ -187,7 +190,8 @@ class EvalRetrieval:
     """Prompts per batch."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and computation; default as stored, computing in the platform's."""
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    set: Overrides = ()
+    """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N; -1 takes those left."""
     json: Path | None = None
     """A file for the numbers and all answers."""
     plot: Path | None = None
@@ -210,7 +214,7 @@ class EvalRetrieval:
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             dtype=self.dtype,
-            mesh=self.mesh.made(),
+            mesh=mesh_from_overrides(self.set),
             plot=self.plot,
             show=_show,
         )

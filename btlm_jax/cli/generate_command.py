@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from btlm_jax.cli.arguments import Mesh
+from btlm_jax.cli.arguments import Overrides, mesh_from_overrides
 
 # Fields that say where and how fast, not what is generated.
 _AROUND = (
-    "checkpoint", "prompt", "input", "output", "batch_size", "overwrite", "stream", "mesh"
+    "checkpoint", "prompt", "input", "output", "batch_size", "overwrite", "stream", "set"
 )  # fmt: skip
 
 
@@ -41,7 +41,8 @@ class Generate:
     """With --input: replace the output, and what a run with other options left unfinished."""
     stream: bool = False
     """Print the text while it is generated; not with beams."""
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    set: Overrides = ()
+    """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N; -1 takes those left."""
     max_new_tokens: int | None = None
     """How many tokens to add at most; default 50."""
     max_length: int | None = None
@@ -140,7 +141,7 @@ class Generate:
         import btlm_jax as btlm
 
         model, params = btlm.load(
-            self.checkpoint, dtype=self.dtype, mesh=self.mesh.made(), unstacked=True
+            self.checkpoint, dtype=self.dtype, mesh=mesh_from_overrides(self.set), unstacked=True
         )
         if self.dtype:
             model = dataclasses.replace(model, compute_dtype=self.dtype)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from btlm_jax.cli.arguments import Mesh
+from btlm_jax.cli.arguments import Overrides, mesh_from_overrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ class EvalHarness:
     """Replace the file, and the unfinished answers of a run of another checkpoint."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Dtype of weights and computation; default as stored, computing in the platform's."""
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    set: Overrides = ()
+    """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N; -1 takes those left."""
 
     def run(self) -> None:
         from btlm_jax.evaluation.checkpoint_harness import checkpoint_harness
@@ -61,6 +62,6 @@ class EvalHarness:
             seed=self.seed,
             overwrite=self.overwrite,
             dtype=self.dtype,
-            mesh=self.mesh.made(),
+            mesh=mesh_from_overrides(self.set),
             show=print,
         )

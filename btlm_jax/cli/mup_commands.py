@@ -1,14 +1,14 @@
-"""Subcommands on muP: coord-check, transfer."""
+"""Commands on muP: coord-check, transfer."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, arg
 
-from btlm_jax.cli.arguments import check_output, write_json
+from btlm_jax.cli.arguments import Directory, check_output, write_json
 
 if TYPE_CHECKING:
     from btlm_jax.mup_study.corpus import Corpus
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """What is trained, in every width."""
+    """The models that are trained in every width, and their data."""
 
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    """Of the models; the first is muP's base, at which all parametrizations are the same model."""
+    """Widths of the models; at the first, the base width of muP, all parametrizations agree."""
     heads: int = 4
-    """At every width: the head dimension grows, or a wrong scale of attention would stay unseen."""
+    """Heads at every width. The head dimension grows, so that a wrong scale of attention shows."""
     layers: int = 2
-    """Of every model."""
-    model: str | None = None
-    """A preset or a config.json whose other fields to take; default a BTLM in small."""
-    data: Path | None = None
-    """A directory of `btlm tokenize`; default the bytes of Python's language reference."""
+    """Layers of every model."""
+    model: Annotated[str | None, arg(metavar="PRESET|FILE")] = None
+    """A preset or a config.json for all other fields; by default a small BTLM."""
+    data: Annotated[Path | None, arg(metavar="DIR")] = None
+    """A directory of `btlm tokenize`; by default the bytes of Python's language reference."""
     batch_size: int = 8
     """Sequences per step."""
     length: int = 64
     """Tokens per sequence."""
     seeds: int = 2
-    """Of weights, and in `transfer` of batches; sizes and losses are means over them."""
+    """Number of seeds of weights (and of batches in `transfer`); results are means over them."""
 
-    def made(self) -> tuple[Family, Corpus]:
-        """The models' family, and what they are trained on."""
+    def build(self) -> tuple[Family, Corpus]:
+        """Returns the models and the corpus that they are trained on."""
         from btlm_jax.config import BTLMConfig
         from btlm_jax.mup_study import corpus as corpus_lib
         from btlm_jax.mup_study import parametrization
@@ -61,21 +61,22 @@ class Models:
 
 @dataclasses.dataclass(frozen=True)
 class CoordCheck:
-    """Check that what a model computes changes by amounts that do not depend on its width, as muP
-    promises; beside it run models with a broken rule, which must be found out.
+    """Check that activations keep their scale in every width.
 
-    Exit code 1 if muP fails, or a broken rule passes.
+    muP promises that activations change by amounts that do not depend on the width. Models with one
+    deliberately broken rule each must fail the check. Exit code 1 if muP fails or a broken rule
+    passes.
     """
 
-    directory: Positional[Path] = Path("coord-check")
-    """For coord_check.json and coord_check.png."""
+    directory: Directory = Path("coord-check")
+    """Directory for coord_check.json and coord_check.png."""
     models: OmitArgPrefixes[Models] = dataclasses.field(default_factory=Models)
     steps: int = 10
-    """To train before activations are compared."""
-    learning_rate: float | None = None
-    """Of embeddings; near the best one, or nothing follows. Default 2^-6.25."""
+    """Training steps before activations are compared."""
+    learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """Learning rate of embeddings, which must be near the best one. Default 2^-6.25."""
     faults: bool = True
-    """Also break every rule of muP on its own; without, only the standard parametrization."""
+    """Also break every rule of muP, one at a time; otherwise compare with SP only."""
 
     def run(self) -> int:
         from btlm_jax.mup_study import coord_check
@@ -89,7 +90,7 @@ class CoordCheck:
             raise ValueError(f"--steps: found {self.steps}, expected at least 1")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate: found {self.learning_rate}, expected more than 0")
-        family, corpus = self.models.made()
+        family, corpus = self.models.build()
         found = coord_check.coord_check(
             family,
             corpus,
@@ -103,24 +104,25 @@ class CoordCheck:
         print("\n".join(coord_check.table(found)))
         write_json(numbers, coord_check.to_json(found))
         coord_check.draw(picture, found)
-        print(f"made in {self.directory}: coord_check.json, coord_check.png")
+        print(f"written to {self.directory}: coord_check.json, coord_check.png")
         return int(not all(good for good, _ in coord_check.verdicts(found)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """Sweep the learning rate over widths, under muP and in the standard parametrization: where the
-    optimum goes, and what it costs to keep that of the narrowest.
+    """Sweep the learning rate over widths, with muP and without.
 
-    Killed or stopped, the same command goes on. Exit code 1 if muP does not transfer, or if the
-    standard parametrization does, so that the sweep tells nothing.
+    Reports how the optimum moves with the width, and the cost of keeping that of the narrowest
+    model. A sweep that was interrupted resumes when the same command is run again. Exit code 1 if
+    the learning rate does not transfer under muP, or if it transfers in the standard
+    parametrization, which makes the sweep inconclusive.
     """
 
-    directory: Positional[Path] = Path("transfer")
-    """For the runs, transfer.json and transfer.png."""
+    directory: Directory = Path("transfer")
+    """Directory for the runs, transfer.json and transfer.png."""
     models: OmitArgPrefixes[Models] = dataclasses.field(default_factory=Models)
     steps: int = 150
-    """Of every run: a tenth of warmup, then linearly to zero."""
+    """Training steps of every run: a tenth of warmup, then linear decay to zero."""
 
     def run(self) -> int:
         from btlm_jax.mup_study import transfer
@@ -129,7 +131,7 @@ class Transfer:
             raise ValueError(f"--steps: found {self.steps}, expected at least 2")
         check_output(self.directory / "transfer.json")
         check_output(self.directory / "transfer.png")
-        family, corpus = self.models.made()
+        family, corpus = self.models.build()
         found = transfer.transfer(
             self.directory,
             family,
@@ -140,5 +142,5 @@ class Transfer:
             length=self.models.length,
         )
         print("\n".join(transfer.table(found)))
-        print(f"made in {self.directory}: transfer.json, transfer.png")
+        print(f"written to {self.directory}: transfer.json, transfer.png")
         return int(not all(good for good, _ in transfer.verdicts(found)))

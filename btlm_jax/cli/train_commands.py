@@ -1,4 +1,4 @@
-"""Subcommands that make models: quickstart, tokenize, train."""
+"""Commands that train: quickstart, tokenize, train."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
+
+from btlm_jax.cli.arguments import Directory, Number, Overrides, RecipeName, RunDirectory, Text
 
 
 @dataclasses.dataclass(frozen=True)
 class Quickstart:
-    """Train a small BTLM on the Python manual, save, export, convert back and generate.
+    """Run every step end to end on real text.
 
-    With --hf, convert that checkpoint and generate from it instead.
+    The quickstart trains a tokenizer and a small BTLM on Python's language reference, saves,
+    exports and converts back, and generates. With --hf, it converts that checkpoint and generates.
     """
 
-    directory: Positional[Path] = Path("btlm-quickstart")
-    """Where everything is written; must not exist."""
-    hf: str | None = None
+    directory: Directory = Path("btlm-quickstart")
+    """Directory for everything that is written; must not exist."""
+    hf: Text = None
     """A Hugging Face directory or Hub id to convert and generate from instead of training."""
-    steps: int | None = None
-    """Training steps; default the recipe's."""
+    steps: Number = None
+    """Training steps; by default those of the recipe."""
     seed: int = 0
-    """Of the initial weights and the order of the data."""
+    """Seed of the initial weights and the order of the data."""
 
     def run(self) -> None:
         from btlm_jax.train.demo import quickstart
@@ -38,31 +41,31 @@ class Quickstart:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Train by a recipe, or go on with a run that was stopped.
+    """Train from a recipe, or resume a run.
 
-    The run directory holds the recipe as resolved, metrics, the loss curve and the checkpoints. The
-    same command goes on from the newest checkpoint; SIGTERM and Ctrl-C save first.
+    The run directory holds the resolved recipe, metrics, the loss curve and checkpoints. The same
+    command resumes from the newest checkpoint; SIGTERM and Ctrl-C save one before they stop.
     """
 
-    recipe: Positional[str]
-    """The name of a recipe that comes with btlm, or a TOML file."""
-    directory: Positional[Path]
-    """Of the run; made, or gone on with."""
-    set: Annotated[tuple[str, ...], UseAppendAction] = ()
-    """A value of the recipe to override, as section.key=value. May be repeated."""
-    profile: str | None = None
-    """Steps to trace for a profiler, as first:last (10:15), into profile/ of the run."""
-    coordinator: str | None = None
-    """For several processes: host:port of process 0. The same command, with another --process, runs
-    on every host. Not needed on TPU pods, in SLURM, Open MPI and Kubernetes (see README)."""
-    processes: int | None = None
-    """How many processes; 1 looks for no others."""
-    process: int | None = None
-    """Which of them this is, from 0."""
-    join_timeout: int = 300
-    """Seconds within which all processes must have come."""
-    lost_timeout: int = 100
-    """Seconds without a sign of life after which a process counts as lost and the others end."""
+    recipe: RecipeName
+    """The name of a recipe of the package, or a TOML file."""
+    directory: RunDirectory
+    """Run directory; created, or resumed if it exists."""
+    set: Overrides = ()
+    """Override a value of the recipe. May be repeated."""
+    profile: Annotated[str | None, arg(metavar="FIRST:LAST")] = None
+    """Steps to trace for a profiler (10:15), into profile/ of the run directory."""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Address of process 0, for several processes. The same command, with another --process, runs
+    on every host. Not needed on TPU pods, in SLURM, Open MPI and Kubernetes: docs/multi-host.md."""
+    processes: Number = None
+    """Number of processes; 1 looks for no others."""
+    process: Number = None
+    """Index of this process, from 0."""
+    join_timeout: Annotated[int, arg(metavar="SECONDS")] = 300
+    """Time within which all processes must have joined."""
+    lost_timeout: Annotated[int, arg(metavar="SECONDS")] = 100
+    """Time without a heartbeat after which a process counts as lost and the others stop."""
 
     def run(self) -> None:
         import jax
@@ -100,37 +103,38 @@ def _steps(text: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenize:
-    """Turn text into the token files that training reads: .jsonl, .txt (also .gz, .zst), .parquet.
+    """Tokenize text files for training.
 
-    A document is an object (a line) of .jsonl, a row of .parquet, or a whole .txt file. Killed or
-    failed, the same command continues it.
+    Reads .jsonl, .txt (also .gz and .zst) and .parquet. A document is a line of .jsonl, a row of
+    .parquet, or a .txt file. Tokenization that was interrupted resumes when the same command is
+    run again.
     """
 
-    inputs: Positional[tuple[str, ...]]
+    inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT...")]
     """Files or globs; - is standard input."""
-    target: Annotated[str, arg(aliases=["-o"])]
+    target: Annotated[str, arg(aliases=["-o"], metavar="DIR")]
     """The directory to write."""
-    tokenizer: str | None = None
-    """A directory with a tokenizer's files, or a checkpoint that carries one."""
+    tokenizer: Annotated[str | None, arg(metavar="DIR")] = None
+    """A directory with the files of a tokenizer, or a checkpoint that has one."""
     new_tokenizer: Annotated[int | None, arg(metavar="SIZE")] = None
-    """Instead: train a byte-level BPE with a vocabulary of this size on the text that is not held
-    out, on 64 Mi characters of it at most, from the beginning of every file."""
+    """Instead, train a byte-level BPE with a vocabulary of this size on the text that is not held
+    out, on at most 64 Mi characters from the beginnings of the files."""
     held_out: Annotated[float | None, arg(metavar="FRACTION")] = None
-    """Write this fraction of the documents to TARGET/held_out and the rest to TARGET/train. A hash
-    of its text decides about a document, so it is always the same; a single .txt file is cut, and
-    its end held out."""
-    field: str = "text"
-    """Of JSON objects, or the parquet column, that holds the text."""
-    shard_tokens: int = 100_000_000
+    """Write this fraction of the documents to DIR/held_out and the rest to DIR/train. A hash of its
+    text decides for each document, so the split is always the same; a single .txt file is cut, and
+    its end is held out."""
+    field: Annotated[str, arg(metavar="NAME")] = "text"
+    """Field of JSON objects, or parquet column, that holds the text."""
+    shard_tokens: Annotated[int, arg(metavar="N")] = 100_000_000
     """Tokens per file."""
-    eos: str | None = None
-    """The token that ends a document; default the tokenizer's own."""
+    eos: Annotated[str | None, arg(metavar="TOKEN")] = None
+    """Token that ends a document; by default that of the tokenizer."""
     on_error: Literal["raise", "skip"] = "raise"
-    """About a record that cannot be used: stop, or skip and count it."""
+    """Whether to stop at a record that cannot be used, or to skip and count it."""
     stdin_format: Literal["jsonl", "txt"] = "jsonl"
-    """What comes on standard input."""
-    threads: int | None = None
-    """Default one per core; the result does not depend on it."""
+    """Format of standard input."""
+    threads: Number = None
+    """Number of threads, by default one per core; the result does not depend on it."""
     overwrite: bool = False
     """Replace an existing directory of tokens."""
 
@@ -146,4 +150,4 @@ class Tokenize:
             data = f"--set data.train={names['train']} --set data.held_out={names['held_out']}"
         else:
             data = f"--set data.train={shlex.quote(self.target)}"
-        print(f"next: btlm train RECIPE RUN {data}")
+        print(f"next: btlm train RECIPE RUN_DIR {data}")

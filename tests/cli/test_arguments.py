@@ -1,4 +1,4 @@
-"""What subcommands share: outputs that are tried before the work, and JSON that is JSON."""
+"""Shared options: meshes, outputs that are checked before the work, and valid JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from pathlib import Path
 import pytest
 
 from btlm_jax import BTLM, cli
-from btlm_jax.cli.arguments import check_output, write_json
+from btlm_jax.cli.arguments import (
+    check_output,
+    mesh_from_overrides,
+    translate_old_mesh_options,
+    write_json,
+)
 from btlm_jax.mup_study import corpus
 from btlm_jax.train.aot import topologies
 from btlm_jax.train.bench import measure
 
 
-def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
+def test_an_output_is_checked_and_nothing_is_created(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
     for good in (None, file, tmp_path / "a.json", tmp_path / "deep" / "er" / "a.json"):
@@ -31,12 +36,12 @@ def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
         check_output(file / "deep" / "a.json")
     monkeypatch.chdir(tmp_path)
     check_output(Path("a.json"))
-    asked = []
+    accessed = []
     # Root may write anywhere.
-    monkeypatch.setattr(os, "access", lambda place, _: bool(asked.append(place)))
+    monkeypatch.setattr(os, "access", lambda place, _: bool(accessed.append(place)))
     with pytest.raises(PermissionError, match="may not be written to"):
         check_output(tmp_path / "deep" / "a.json")
-    assert asked == [tmp_path]
+    assert accessed == [tmp_path]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +57,7 @@ def test_an_output_is_checked_and_nothing_is_made(tmp_path, monkeypatch):
         "transfer TAKEN",
     ],
 )
-def test_long_work_tries_its_outputs_first(command, tmp_path, monkeypatch, capsys):
+def test_outputs_are_checked_before_long_work(command, tmp_path, monkeypatch, capsys):
     def too_late(*args, **options):
         raise AssertionError("the work has begun")
 
@@ -67,7 +72,7 @@ def test_long_work_tries_its_outputs_first(command, tmp_path, monkeypatch, capsy
     assert "is a directory: choose another name" in capsys.readouterr().err
 
 
-def test_json_has_null_for_what_is_not_finite(tmp_path):
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
     found = {"a": [math.nan, 1.5, (math.inf, 2)], "b": {"c": -math.inf, "d": True}, "e": "NaN"}
     write_json(None, found)
     write_json(tmp_path / "new" / "a.json", found)
@@ -79,3 +84,35 @@ def test_json_has_null_for_what_is_not_finite(tmp_path):
     assert json.loads(text, parse_constant=refused) == {
         "a": [None, 1.5, [None, 2]], "b": {"c": None, "d": True}, "e": "NaN"
     }  # fmt: skip
+
+
+def test_a_mesh_is_described_by_overrides():
+    assert mesh_from_overrides([]) is None and mesh_from_overrides(["mesh.data=1"]) is None
+    mesh = mesh_from_overrides(["mesh.data=2", "mesh.tensor=2"])
+    assert mesh.shape == {"data": 2, "fsdp": 1, "context": 1, "tensor": 2}
+    assert mesh_from_overrides(["mesh.fsdp=-1"]).shape["fsdp"] == 8
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("mesh.date=2", r"found 'mesh.date=2'.*did you mean mesh.data\?"),
+        ("mesh.context=2", "expected KEY=N with KEY one of mesh.data, mesh.fsdp, mesh.tensor"),
+        ("data=2", "found 'data=2'"),
+        ("mesh.data", "found 'mesh.data'"),
+        ("mesh.data=two", "--set mesh.data: found 'two', expected an integer"),
+        ("mesh.data=16", "16 devices"),
+    ],
+)
+def test_a_bad_mesh_is_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        mesh_from_overrides([override])
+
+
+def test_old_mesh_options_work_with_a_note(capsys):
+    argv = ["generate", "c", "--mesh.data", "4", "--prompt", "x", "--mesh.tensor=2"]
+    assert translate_old_mesh_options(argv) == [
+        "generate", "c", "--set", "mesh.data=4", "--prompt", "x", "--set", "mesh.tensor=2"
+    ]  # fmt: skip
+    notes = capsys.readouterr().err
+    assert "note: write --set mesh.data=4 for --mesh.data" in notes and "mesh.tensor=2" in notes

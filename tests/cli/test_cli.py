@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it prints, exit codes, and no traceback."""
+"""The command line: output, exit codes, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -37,12 +37,36 @@ def test_help_of_every_command(capsys):
         assert code == 0 and "show this help message" in text
 
 
-def test_members_of_eval_keep_their_options_names(capsys):
+def test_help_of_all_commands_fits_on_a_screen(capsys):
+    _, out, _ = run(capsys, "--help")
+    lines = out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+    named = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert named == [name for group in cli.COMMANDS.values() for name in group]
+
+
+def test_positional_arguments_have_names(capsys):
+    for name in (name for group in cli.COMMANDS.values() for name in group):
+        _, out, _ = run(capsys, name, "--help")
+        assert not {"STR", "PATH", "{None}|STR"} & set(out.splitlines()[0].split()), name
+
+
+def test_an_unknown_command_names_the_nearest(capsys):
+    code, _, err = run(capsys, "trian")
+    assert code == 2 and "unknown command 'trian'; did you mean 'train'?" in err
+
+
+def test_no_command_prints_the_help_and_fails(capsys):
+    code, out, _ = run(capsys)
+    assert code == 2 and "btlm COMMAND --help" in out
+
+
+def test_members_of_eval_keep_the_names_of_their_options(capsys):
     code, out, _ = run(capsys, "eval", "--help")
     for name in ("perplexity", "loss-by-position", "retrieval"):
         assert name in out
         code, text, _ = run(capsys, "eval", name, "--help")
-        assert code == 0 and "--mesh.fsdp INT" in text and "--dtype" in text
+        assert code == 0 and "--set SECTION.KEY=VALUE" in text and "--dtype" in text
 
 
 def test_help_needs_no_jax():
@@ -91,14 +115,14 @@ def test_convert_info_generate_export(capsys, tmp_path):
     assert code == 0 and "model-00001-of-" in out
 
 
-def test_info_of_a_preset(capsys):
+def test_info_describes_a_preset(capsys):
     code, out, _ = run(capsys, "info", "btlm-3b-8k")
     assert code == 0
     for text in ("2,646,255,744", "327,680 B per token", "full attention", "causal"):
         assert text in out
 
 
-def test_info_sees_to_its_files_first(capsys, tmp_path):
+def test_info_checks_its_files_before_the_work(capsys, tmp_path):
     argv = ("info", "btlm-3b-8k", "--compare", "--png", tmp_path / "a.png", "--json", tmp_path)
     code, out, err = run(capsys, *argv)
     assert code == 2 and "is a directory" in err and not out
@@ -131,7 +155,7 @@ def test_generate_takes_the_options_of_the_library(capsys, checkpoint_dir):
     assert f"{expected.logprobs[0, 0]:9.4f} " in err
 
 
-def test_warning_of_useless_options(capsys, checkpoint_dir):
+def test_options_without_effect_are_warned_about(capsys, checkpoint_dir):
     code, _, err = run(capsys, "generate", checkpoint_dir, "--prompt", "a", "--top-k", "5")
     assert code == 0 and "top_k=5 does nothing without do_sample=True" in err
 
@@ -159,7 +183,7 @@ def bad_inputs(tmp_path):
     }
 
 
-def test_bad_input(capsys, tmp_path):
+def test_bad_input_is_one_message_and_writes_nothing(capsys, tmp_path):
     for name, (argv, message) in bad_inputs(tmp_path).items():
         before = sorted(os.listdir(tmp_path))
         code, out, err = run(capsys, *argv)
@@ -183,12 +207,12 @@ def test_bad_input(capsys, tmp_path):
         (("--prompt", "Hello", "--bad-words", ""), "bad_words_ids: found"),
     ],
 )
-def test_bad_generation(capsys, checkpoint_dir, options, message):
+def test_bad_generation_options_are_refused(capsys, checkpoint_dir, options, message):
     code, _, err = run(capsys, "generate", checkpoint_dir, *options)
     assert code == 2 and message in err
 
 
-def test_checkpoint_without_tokenizer(capsys, tmp_path):
+def test_a_checkpoint_without_tokenizer_is_named(capsys, tmp_path):
     source = golden.write_hf(tmp_path / "hf", golden.load("a2_btlm_mup_h32"))
     code, _, err = run(capsys, "convert", source, tmp_path / "c")
     assert code == 0 and "no tokenizer files" in err
@@ -201,19 +225,19 @@ def test_debug_shows_the_traceback(tmp_path):
         cli.main(["info", str(tmp_path / "nowhere"), "--debug"])
 
 
-def test_unknown_arguments(capsys):
+def test_an_unknown_option_names_the_nearest(capsys):
     code, out, err = run(capsys, "convert", "a", "b", "--overwritee")
     assert code == 2 and "overwrite" in out + err
 
 
-def test_output_that_is_not_wanted():
+def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m btlm_jax.cli info tiny | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
 
 
-def test_console_script(tmp_path):
-    """The installed command, in a process of its own, with an error and without a traceback."""
+def test_the_console_script_reports_errors(tmp_path):
+    """The installed command prints an error without a traceback."""
     done = subprocess.run(
         [sys.executable, "-m", "btlm_jax.cli", "info", str(tmp_path / "x")],
         capture_output=True,

@@ -440,7 +440,8 @@ def test_the_command(capsys, of_bytes, bytes_checkpoint, tmp_path):
     for curve, other in zip(found["curves"], expected.curves, strict=True):
         np.testing.assert_allclose(curve["mean"], other.nll / 6, atol=2e-6)
     # On a mesh, sequences split too; one kind.
-    argv += ["--scaling", "fixed", "--mesh.context", 2, "--mesh.tensor", 2, "--mesh.data", 2]
+    argv += ["--scaling", "fixed", "--set", "mesh.context=2"]
+    argv += ["--set", "mesh.tensor=2", "--set", "mesh.data=2"]
     code, out, _ = run(capsys, *argv, "--json", files[0])
     assert code == 0 and "dynamic" not in out
     (curve,) = json.loads(files[0].read_text())["curves"]
@@ -467,7 +468,14 @@ def test_bad_input(capsys, of_bytes, bytes_checkpoint, tmp_path, monkeypatch):
         (bytes_checkpoint, *text, "--trained-length", 1): "trained length: found 1",
         (bytes_checkpoint, *text, "--trained-length", 9, "--windows", 0): "windows: found 0",
         (bytes_checkpoint, *short, "--batch-size", 0): "batch_size: found 0, expected at least 1",
-        (bytes_checkpoint, *short, "--batch-size", 3, "--mesh.fsdp", 2): "batch size 3 does not",
+        (
+            bytes_checkpoint,
+            *short,
+            "--batch-size",
+            3,
+            "--set",
+            "mesh.fsdp=2",
+        ): "batch size 3 does not",
         (bytes_checkpoint, *short, "--json", tmp_path): "is a directory: choose another name",
         (bytes_checkpoint, *short, "--plot", tmp_path / "a.svg"): "found the suffix '.svg'",
     }.items():

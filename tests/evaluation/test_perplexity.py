@@ -362,7 +362,7 @@ def test_documents_of_json_lines_on_a_mesh(capsys, trained, tmp_path):
     file.write_bytes(gzip.compress("\n".join(json.dumps({"body": x}) for x in lines).encode()))
     report = tmp_path / "r.json"
     argv = (home / "run", "--jsonl", file, "--field", "body", "--json", report)
-    code, out, _ = run(capsys, *argv, "--mesh.fsdp", 4, "--mesh.tensor", 2)
+    code, out, _ = run(capsys, *argv, "--set", "mesh.fsdp=4", "--set", "mesh.tensor=2")
     assert code == 0 and "2 documents, 350 tokens, 350 bytes; 6 windows of 64 tokens" in out
     encode = load_tokenizer(home).encode
     texts = [TokenizedDocument(np.array(encode(x).ids), len(x)) for x in lines]
@@ -409,10 +409,17 @@ def test_bad_input(capsys, trained, tmp_path, monkeypatch):
         (home / "run", *text, "--length", "1"): "length: found 1",
         (home / "run", *text, "--length", "8", "--stride", "9"): "stride: found 9",
         (home / "run", *text, "--quantize", "int3"): "quantize: found 'int3'",
-        (home / "run", *text, "--quantize", "int8", "--mesh.fsdp", "8"): "found a mesh",
+        (home / "run", *text, "--quantize", "int8", "--set", "mesh.fsdp=8"): "found a mesh",
         (home / "run", *text, "--eos", "</s>"): "no token '</s>'",
         (home / "run", *text, "--batch-size", "0"): "batch_size: found 0, expected at least 1",
-        (home / "run", *text, "--batch-size", "3", "--mesh.fsdp", "2"): "batch size 3 does not div",
+        (
+            home / "run",
+            *text,
+            "--batch-size",
+            "3",
+            "--set",
+            "mesh.fsdp=2",
+        ): "batch size 3 does",
         (home / "run", *text, "--json", tmp_path): "is a directory: choose another name",
     }.items():
         code, out, err = run(capsys, *argv)

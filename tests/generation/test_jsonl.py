@@ -147,7 +147,7 @@ def test_several_continuations(capsys, bytes_checkpoint, source, tmp_path):
 
 def test_on_a_mesh(capsys, bytes_checkpoint, source, tmp_path):
     texts = []
-    for mesh in ((), ("--mesh.data", "2", "--mesh.tensor", "2")):
+    for mesh in ((), ("--set", "mesh.data=2", "--set", "mesh.tensor=2")):
         target = tmp_path / f"out{len(mesh)}.jsonl"
         command = ("--input", source, "--output", target, *OPTIONS, *mesh)
         assert run(capsys, bytes_checkpoint, *command)[0] == 0
@@ -198,7 +198,10 @@ def test_bad_lines_are_named_before_anything_is_computed(
         (("--input", "in.jsonl", "--output", "o", "--prompt", "a"), "found both"),
         (("--input", "in.jsonl", "--output", "o", "--stream"), "--stream: found it with --input"),
         (("--input", "in.jsonl", "--output", "o", "--batch-size", "0"), "batch_size: found 0"),
-        (("--input", "in.jsonl", "--output", "o", "--mesh.data", "9"), "needs 9 devices, found 8"),
+        (
+            ("--input", "in.jsonl", "--output", "o", "--set", "mesh.data=9"),
+            "needs 9 devices, found 8",
+        ),
         (("--input", "in.jsonl", "--output", "o", "--max-length", "9"), "in.jsonl:1: max_length"),
         (("--input", "in.jsonl", "--output", "o", "--cache-length", "9"), "cache_length: found it"),
         ((), "--prompt and --input: found neither"),
