@@ -95,5 +95,5 @@ def _check_quantizations(
     if quantizations and mesh is not None:
         raise ValueError(
             "--quantize: found a mesh, expected one device, where weights are quantized: leave "
-            "--mesh out, or evaluate the output of `btlm convert --quantize` on it"
+            "--set mesh.* out, or evaluate the output of `btlm convert --quantize` on it"
         )
