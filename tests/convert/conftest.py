@@ -27,7 +27,7 @@ def forms(tmp_path_factory) -> dict[str, Path]:
 def run_verify(capsys):
     """Runs `btlm verify`; returns exit code, standard output and standard error."""
     package = logging.getLogger("btlm_jax")
-    before = package.handlers, package.propagate, package.level
+    settings = package.handlers, package.propagate, package.level
 
     def call(*argv):
         try:
@@ -39,4 +39,15 @@ def run_verify(capsys):
         return code, out.out, out.err
 
     yield call
-    package.handlers, package.propagate, package.level = before
+    package.handlers, package.propagate, package.level = settings
+
+
+@pytest.fixture
+def package_log(caplog):
+    """The log of this package, from INFO on, even if a test of the command line redirected it."""
+    package = logging.getLogger("btlm_jax")
+    propagate = package.propagate
+    package.propagate = True
+    with caplog.at_level("INFO", "btlm_jax"):
+        yield caplog
+    package.propagate = propagate
