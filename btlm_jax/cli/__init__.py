@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0 if argv else 2
         command = parse_command(argv)
         if caching:
-            compile_cache.keep_between_processes()
+            compile_cache.enable_persistent_cache()
         _log_to_stderr()
         code = command.run()
         sys.stdout.flush()
