@@ -7,9 +7,16 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, arg, subcommand
+from tyro.conf import arg, subcommand
 
-from btlm_jax.cli.arguments import Lengths, Overrides, check_output, mesh_from_overrides, write_json
+from btlm_jax.cli.arguments import (
+    Checkpoint,
+    Lengths,
+    Overrides,
+    check_output,
+    mesh_from_overrides,
+    write_json,
+)
 from btlm_jax.cli.harness_command import EvalHarness
 
 if TYPE_CHECKING:
@@ -23,7 +30,7 @@ _show = functools.partial(print, flush=True)
 class _TextOptions:
     """A checkpoint, and documents to read with it."""
 
-    checkpoint: Positional[str]
+    checkpoint: Checkpoint
     """An Orbax checkpoint with a tokenizer: a directory, or a gs:// URL."""
     text: tuple[str, ...] = ()
     """Files or globs, each file a document (also .gz, .zst); - is standard input."""
@@ -165,7 +172,7 @@ class EvalRetrieval:
     them as fit into the length.
     """
 
-    checkpoint: Positional[str]
+    checkpoint: Checkpoint
     """An Orbax checkpoint with a tokenizer: a directory, or a gs:// URL."""
     task: Literal["lines", "topics"] = "lines"
     """The question."""

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from btlm_jax.cli.arguments import Overrides, mesh_from_overrides
+from btlm_jax.cli.arguments import Checkpoint, Overrides, mesh_from_overrides
 
 # Fields that say where and how fast, not what is generated.
 _AROUND = (
@@ -27,7 +27,7 @@ class Generate:
     OUTPUT.partial while others are still to come; killed, the same command goes on.
     """
 
-    checkpoint: Positional[str]
+    checkpoint: Checkpoint
     """An Orbax checkpoint that carries a tokenizer: a directory, or a gs:// URL."""
     prompt: str | None = None
     """The text to continue."""

@@ -6,9 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
-
-from btlm_jax.cli.arguments import Overrides, mesh_from_overrides
+from btlm_jax.cli.arguments import Checkpoint, Overrides, mesh_from_overrides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +18,7 @@ class EvalHarness:
     resumes, also with other tasks of the same checkpoint. Needs the extra `eval`.
     """
 
-    checkpoint: Positional[str]
+    checkpoint: Checkpoint
     """An Orbax checkpoint with a tokenizer: a directory, or a gs:// URL."""
     tasks: str
     """Names of tasks, groups or tags, or YAML files, separated by commas; * matches any."""
