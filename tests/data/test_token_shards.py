@@ -1,4 +1,4 @@
-"""The format of token ids on disk: what is written is read, what is damaged is refused."""
+"""Token shards on disk: read back exactly, and refused if damaged."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ def directory(tmp_path):
 
 
 @given(st.data())
-def test_reads_what_was_written(tmp_path_factory, data):
+def test_tokens_are_read_back(tmp_path_factory, data):
     vocab = data.draw(st.sampled_from([300, 1 << 16, (1 << 16) + 1, 250_000]))
     tokens = data.draw(st.lists(st.integers(0, vocab - 1), min_size=1, max_size=40))
     size = data.draw(st.integers(1, 40))
     path = write_tokens(
         tmp_path_factory.mktemp("t") / "t", tokens, vocab_size=vocab, shard_tokens=size
     )
-    opened = TokenShards(path, vocab_size=vocab)
-    assert len(opened) == opened.metadata.tokens == len(tokens)
-    assert opened.metadata.max_id == max(tokens)
-    assert opened.metadata.documents == tokens.count(EOS)
+    shards = TokenShards(path, vocab_size=vocab)
+    assert len(shards) == shards.metadata.tokens == len(tokens)
+    assert shards.metadata.max_id == max(tokens)
+    assert shards.metadata.documents == tokens.count(EOS)
     start = data.draw(st.integers(0, len(tokens)))
     n = data.draw(st.integers(0, len(tokens) - start))
-    got = opened.read(start, n)
+    got = shards.read(start, n)
     assert got.dtype == np.int32 and got.tolist() == tokens[start : start + n]
 
 
-def test_width_follows_the_vocabulary(tmp_path):
+def test_ids_have_the_width_of_the_vocabulary(tmp_path):
     for vocab, width in ((1 << 16, 2), ((1 << 16) + 1, 4)):
         path = write_tokens(tmp_path / str(vocab), [1, vocab - 1, 0], vocab_size=vocab)
         assert (path / "tokens-00000.bin").stat().st_size == 3 * width
         assert TokenShards(path).read(0, 3).tolist() == [1, vocab - 1, 0]
 
 
-def test_fingerprint_follows_the_manifest(directory):
+def test_the_fingerprint_follows_the_metadata(directory):
     before = TokenShards(directory).fingerprint
     assert TokenShards(directory).fingerprint == before
     edit(directory, eos_id=1)
     assert TokenShards(directory).fingerprint != before
 
 
-def test_reading_beyond_the_end(directory):
+def test_reading_beyond_the_end_is_refused(directory):
     for start, n in ((90, 11), (-1, 2), (101, 0)):
         with pytest.raises(ValueError, match="it holds 100"):
             TokenShards(directory).read(start, n)
 
 
-def test_ids_outside_the_vocabulary(directory):
+def test_ids_outside_the_vocabulary_are_refused(directory):
     TokenShards(directory, vocab_size=50)
     with pytest.raises(ValueError, match=r"tokens-00000\.bin holds token 39.*vocab_size is 39"):
         TokenShards(directory, vocab_size=39)
@@ -67,7 +67,7 @@ def test_ids_outside_the_vocabulary(directory):
         TokenShards(directory, vocab_size=49)
 
 
-def test_missing(directory, tmp_path):
+def test_missing_files_are_named(directory, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory, expected tokens made by"):
         TokenShards(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no manifest\.json in it"):
@@ -80,20 +80,20 @@ def test_missing(directory, tmp_path):
         TokenShards(directory)
 
 
-def test_shards_of_another_size(directory):
+def test_shards_of_another_size_are_refused(directory):
     shard = directory / "tokens-00002.bin"
     whole = shard.read_bytes()
-    for data, said in (
+    for data, message in (
         (b"", "found 0 bytes, expected 40: the file is truncated"),
         (whole[:-1], "found 39 bytes, expected 40: the file is truncated"),
         (whole + b"x", "not the one described"),
     ):
         shard.write_bytes(data)
-        with pytest.raises(ValueError, match=rf"tokens-00002\.bin: .*{said}"):
+        with pytest.raises(ValueError, match=rf"tokens-00002\.bin: .*{message}"):
             TokenShards(directory)
 
 
-def test_tokenizer_files(directory):
+def test_the_fingerprint_covers_the_files_that_define_the_tokenizer(directory):
     assert [f.name for f in TokenShards(directory).tokenizer_files] == ["tokenizer.json"]
     gpt2 = {"vocab.json": b"a", "merges.txt": b"b", "tokenizer_config.json": b"c"}
     assert tokenizer_fingerprint(gpt2) == hashlib.sha256(b"ab").hexdigest()
@@ -107,7 +107,7 @@ def edit(directory: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (dict(kind="other"), "expected metadata written by `btlm tokenize`"),
         (dict(format=99), r"format: found 99, this version reads 1; it was written by btlm-jax"),
@@ -121,13 +121,13 @@ def edit(directory: Path, **changes) -> None:
         (dict(sources=[{"name": 3}]), "name: found 3, expected str"),
     ],
 )
-def test_damaged_manifest(directory, changes, said):
+def test_damaged_metadata_is_refused(directory, changes, message):
     edit(directory, **changes)
-    with pytest.raises(ValueError, match=rf"manifest\.json: {said}"):
+    with pytest.raises(ValueError, match=rf"manifest\.json: {message}"):
         TokenShards(directory)
 
 
-def test_shards_stay_inside_the_directory(directory):
+def test_shards_cannot_leave_the_directory(directory):
     shards = json.loads((directory / "manifest.json").read_text())["shards"]
     shards[0]["name"] = "../tokens-00000.bin"
     edit(directory, shards=shards)
@@ -136,7 +136,7 @@ def test_shards_stay_inside_the_directory(directory):
 
 
 @pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b"[]", b""])
-def test_manifest_that_is_none(directory, data):
+def test_a_manifest_of_another_kind_is_refused(directory, data):
     assert is_token_directory(directory)
     (directory / "manifest.json").write_bytes(data)
     assert not is_token_directory(directory)
@@ -144,8 +144,8 @@ def test_manifest_that_is_none(directory, data):
         TokenShards(directory)
 
 
-def test_the_directory_above_is_told_apart(tmp_path):
-    """What `btlm tokenize --held-out` makes is two directories of tokens."""
+def test_the_parent_of_token_directories_names_them(tmp_path):
+    """`btlm tokenize --held-out` writes two directories of tokens."""
     for name in ("train", "held_out"):
         write_tokens(tmp_path / "t" / name, np.arange(10))
     with pytest.raises(FileNotFoundError, match=r"there are tokens in .*t/held_out, .*t/train"):

@@ -1,4 +1,4 @@
-"""Tokenizers trained here: lossless, reproducible, and from no more text than is needed."""
+"""Tokenizers that are trained: lossless, reproducible, from a bounded amount of text."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def trained():
 
 
 @given(text=st.text())
-def test_any_text_survives(trained, text):
+def test_encoding_is_lossless(trained, text):
     assert trained.decode(trained.encode(text).ids) == text
 
 
-def test_vocabulary(trained, caplog):
+def test_the_vocabulary_has_the_given_size_if_the_text_allows(trained, caplog):
     assert trained.get_vocab_size() == 512 and trained.token_to_id("<|endoftext|>") == 0
     assert (
         len(trained.encode(sample_text.read_sample_text()[:50_000]).ids) < 50_000 / 2
-    )  # merges were learnt
+    )  # merges were learned
     assert train_bpe(["ab" * 9], 257).get_vocab_size() == 257  # bytes alone
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     few = train_bpe(["abab"], 300).get_vocab_size()
@@ -41,7 +41,7 @@ def test_vocabulary(trained, caplog):
         train_bpe(["abab"], 256)
 
 
-AGAIN = """
+TRAIN_AGAIN = """
 from btlm_jax.data import sample_text
 from btlm_jax.data.train_tokenizer import train_bpe
 print(train_bpe([sample_text.read_sample_text()[:50_000]], 512).to_str())
@@ -50,14 +50,14 @@ print(train_bpe([sample_text.read_sample_text()[:50_000]], 512).to_str())
 
 @pytest.mark.parametrize("threads", ["1", "5"])
 def test_the_same_text_gives_the_same_tokenizer(trained, threads):
-    """In another process (whose hashes have other seeds), on any number of threads."""
+    """In another process, whose hashes have other seeds, and with any number of threads."""
     env = os.environ | {"RAYON_NUM_THREADS": threads}
-    command = [sys.executable, "-c", AGAIN]
+    command = [sys.executable, "-c", TRAIN_AGAIN]
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout
     assert out.rstrip("\n") == trained.to_str()
 
 
-def test_sample_is_spread_over_the_files(tmp_path):
+def test_the_sample_is_spread_over_the_files(tmp_path):
     sizes = {"a": 10, "b": 1000, "c": 1000, "d": 1000}
     for name, size in sizes.items():
         (tmp_path / f"{name}.txt").write_text(name * size)
@@ -65,14 +65,14 @@ def test_sample_is_spread_over_the_files(tmp_path):
     (tmp_path / "e.jsonl").write_text("\n".join(lines))
     files = expand_inputs([str(tmp_path / "*.txt"), str(tmp_path / "e.jsonl")])
     text = "".join(sample_texts(files, "text", characters=1000))
-    # a leaves 190 of its share of 200 to the other four: 990 // 4, 743 // 3, 496 // 2, 248
+    # a.txt leaves 190 of its share of 200 to the other four: 990 // 4, 743 // 3, 496 // 2, 248
     assert [text.count(c) for c in "abcde"] == [10, 247, 247, 248, 248]
     assert (
         "".join(sample_texts(files, "text")) == "".join(c * n for c, n in sizes.items()) + "e" * 630
     )
 
 
-def test_sample_is_of_one_part(tmp_path):
+def test_the_sample_is_taken_from_one_part(tmp_path):
     documents = [f"document {i}" for i in range(100)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     for held_out in (False, True):
