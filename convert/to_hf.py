@@ -17,11 +17,10 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from btlm_jax import __version__
+from btlm_jax import __version__, hf_config
 from btlm_jax.checkpoint import metadata
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
-from btlm_jax.convert.hf.export_config import config_json, generation_config
 from btlm_jax.convert.hf.safetensors_writer import (
     WRITER_KEY,
     SafetensorsFile,
@@ -89,7 +88,7 @@ def export(
             f"{source} is quantized ({meta.quantization}), which the original code cannot read: "
             "export the checkpoint it was made from"
         )
-    config = config_json(meta)
+    config = _config_json(meta)
     threads = num_threads(max_memory, meta.largest_block)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
     tensors = [
@@ -156,6 +155,14 @@ def is_our_export(path: metadata.PathLike) -> bool:
         return False
 
 
+def _config_json(meta: metadata.Metadata) -> dict[str, Any]:
+    """Returns the `config.json` of an export; see `hf_config.export_config_json`."""
+    dtypes = {str(meta.leaves[leaf.path].dtype) for leaf in weights.disk_leaves(meta.config)}
+    return hf_config.export_config_json(
+        meta.config, sorted(dtypes), meta.origin.get("hf_config"), meta.origin.get("dtypes")
+    )
+
+
 def _name_shards(shards: list[list[TensorSpec]]) -> dict[str, list[TensorSpec]]:
     """Names the files of an export as transformers does."""
     if len(shards) == 1:
@@ -184,7 +191,7 @@ def _write_small_files(
 ) -> None:
     """Writes everything but the weights: configuration, carried files, and the index of shards."""
     _write_json(content / "config.json", config)
-    _write_json(content / "generation_config.json", generation_config(meta.config))
+    _write_json(content / "generation_config.json", hf_config.generation_config_json(meta.config))
     for file in asset_files(meta.path):
         data = file.read_bytes()
         recorded = meta.asset_sha256.get(file.name)

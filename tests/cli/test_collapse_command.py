@@ -151,7 +151,7 @@ def test_where_to_write_is_seen_to_first(capsys, tmp_path, runs, monkeypatch):
     def fails(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(collapse_report, "draw", fails)
+    monkeypatch.setattr(collapse_report, "draw_collapse", fails)
     numbers, png = tmp_path / "c.json", tmp_path / "c.png"
     code, _, err = run(capsys, "collapse", *runs, "--png", png, "--json", numbers)
     assert code == 2 and "disk is full" in err and numbers.exists()  # the numbers come first
