@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -64,3 +65,12 @@ def test_every_public_name_is_on_the_api_page():
         if isinstance(key, ast.Constant)
     }
     assert names - documented == set()
+
+
+def test_the_table_of_modules_is_current():
+    spec = importlib.util.spec_from_file_location("modules", ROOT / "docs/modules.py")
+    assert spec is not None and spec.loader is not None
+    modules = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(modules)
+    page = modules.PAGE.read_text()
+    assert page == modules.with_table(page), "run `python docs/modules.py`"
