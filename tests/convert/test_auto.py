@@ -1,4 +1,4 @@
-"""Which format a source is of, and that both give the same model."""
+"""Sources of either format are recognized and give the same model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from btlm_jax.model.params import flatten_tree
 from support import golden
 
 
-def test_which_it_is(tmp_path, monkeypatch):
+def test_hugging_face_sources_are_recognized(tmp_path, monkeypatch):
     hf = golden.write_hf(tmp_path / "hf", golden.load("b_sp_alibi"))
     convert(hf, tmp_path / "orbax")
     monkeypatch.chdir(tmp_path)
@@ -23,17 +23,19 @@ def test_which_it_is(tmp_path, monkeypatch):
         assert auto.is_huggingface(source), source
     for source in (tmp_path / "orbax", f"file://{tmp_path}/orbax", "orbax", tmp_path):
         assert not auto.is_huggingface(source), source
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # as if gcsfs were there
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name
+    )  # as if gcsfs were installed
     assert not auto.is_huggingface("gs://bucket/hf")
-    # What is not there can only be on the Hub; a file is no directory of either format.
+    # A name without a file can only be on the Hub; a file is a checkpoint of neither format.
     assert auto.is_huggingface("org/name") and auto.is_huggingface(tmp_path / "nowhere")
     assert not auto.is_huggingface(hf / "config.json")
     with pytest.raises(ValueError, match="s3://"):
         auto.is_huggingface("s3://bucket/hf")
 
 
-def test_both_give_the_same_model(tmp_path, monkeypatch):
-    """Slopes that lost bits in bf16 included: 0.83984375 where the exact one is 0.84089..."""
+def test_both_formats_give_the_same_model(tmp_path, monkeypatch):
+    """Including slopes that bf16 has rounded: 0.83984375 instead of 0.84089..."""
     case = golden.load("g_bf16")
     hf = golden.write_hf(tmp_path / "hf", case)
     convert(hf, tmp_path / "orbax")

@@ -1,8 +1,8 @@
-"""The siblings of BTLM, tiny: converted, run against the NumPy witness, and exported as they were.
+"""Tiny siblings of BTLM are converted, compared with the NumPy reference, and exported unchanged.
 
-Every flavor states by hand, in `means`, what its muP keys mean for the witness, which knows only
-those of the released model. Learned, ALiBi and scaled positions, gelu and SwiGLU, head counts that
-are no power of two, tied and untied heads, fp32, fp16 and bf16 all occur.
+The reference knows only the muP keys of the released model; `released_mup` translates those of
+every flavor by hand. The siblings cover learned, ALiBi and scaled positions, GELU and SwiGLU, head
+counts that are not a power of two, tied and untied heads, fp32, fp16 and bf16.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from btlm_jax.model import weights
 from support import golden
 from support import reference_numpy as ref
 
-MASKS = (".attn.bias", ".attn.masked_bias")
+MASK_SUFFIXES = (".attn.bias", ".attn.masked_bias")
 LM_HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 SIZES: dict[str, Any] = dict(
     vocab_size=61, n_positions=32, n_embd=32, n_layer=2, n_head=4, n_inner=85,
@@ -52,15 +52,15 @@ class Sibling:
 
     Attributes:
       raw: its config.json.
-      means: the muP numbers of the released flavor, as the witness understands them.
-      dtype: of its weights.
+      released_mup: its muP values under the keys of the released flavor, for the reference.
+      dtype: dtype of its weights.
       slopes: dtype of the stored slopes; None if it stores none.
-      head: whether the tied head is stored as well.
-      buffers: whether the causal masks of old files are there.
+      head: whether it stores the tied head as well.
+      buffers: whether it stores the causal masks of old files.
     """
 
     raw: dict[str, Any]
-    means: dict[str, Any]
+    released_mup: dict[str, Any]
     dtype: Any = np.float32
     slopes: Any = np.float32
     head: bool = False
@@ -128,7 +128,7 @@ SIBLINGS = {
 
 
 def tensors(sibling: Sibling) -> dict[str, np.ndarray]:
-    """Random weights by the table, and what else such a file holds."""
+    """Returns random weights and the other tensors of such a file."""
     config, rng = btlm.BTLMConfig.from_hf(sibling.raw), np.random.default_rng(7)
     out = {}
     for leaf in weights.disk_leaves(config):
@@ -161,33 +161,37 @@ def sibling(request) -> Sibling:
     return SIBLINGS[request.param]
 
 
-def kept(sibling: Sibling, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What an export holds of them: no masks, no second copy of a tied head."""
+def exported_tensors(sibling: Sibling, named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the tensors of an export, without masks and without a copy of a tied head."""
     tied = sibling.raw.get("tie_word_embeddings", True)
-    return {n: x for n, x in named.items() if not n.endswith(MASKS) and not (tied and n == LM_HEAD)}
+    return {
+        n: x
+        for n, x in named.items()
+        if not n.endswith(MASK_SUFFIXES) and not (tied and n == LM_HEAD)
+    }
 
 
-def test_sibling(sibling, tmp_path, caplog):
+def test_a_sibling_converts_computes_and_exports_exactly(sibling, tmp_path, caplog):
     named = tensors(sibling)
     source = write(tmp_path / "hf", sibling.raw, named)
     with caplog.at_level("INFO"):
         convert(source, tmp_path / "c")
-    masks = sorted(n for n in named if n.endswith(MASKS))
+    masks = sorted(n for n in named if n.endswith(MASK_SUFFIXES))
     assert bool(masks) == sibling.buffers
     assert not masks or f"ignored mask buffers: {', '.join(masks)}" in caplog.text
     assert sibling.buffers or "ignored" not in caplog.text
     assert verify(source, tmp_path / "c") and verify(tmp_path / "c")
 
-    # It computes what the witness computes, from 24 tokens: more than "Jais family" was trained on.
+    # The logits of 24 tokens, more than "Jais family" was trained on, equal the reference.
     ids = np.random.default_rng(1).integers(0, SIZES["vocab_size"], (2, 24))
-    expected = ref.forward(named, sibling.raw | sibling.means, ids)["logits"]
+    expected = ref.forward(named, sibling.raw | sibling.released_mup, ids)["logits"]
     model, params = btlm.load(tmp_path / "c", dtype=jnp.float32)
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     logits = model.apply(params, ids)
     assert np.abs(expected).max() > 0.1  # measured 0.16 to 0.98
     assert golden.max_error(logits, expected) < 3e-6  # measured 2.9e-7
 
-    # The direct way is the same way.
+    # Loading directly gives the same.
     direct, same = load_hf(source, dtype=jnp.float32)
     assert direct.config == model.config
     jax.tree.map(np.testing.assert_array_equal, same, params)
@@ -200,20 +204,23 @@ def test_sibling(sibling, tmp_path, caplog):
     if sibling.slopes is None and sibling.raw["position_embedding_type"] == "alibi":
         # Exact slopes are added: 4 heads have 2**-2, 2**-4, ...
         assert (found.pop(golden.SLOPES) == ref.alibi_slopes(4)[:, None]).all()
-    original = kept(sibling, named)
+    original = exported_tensors(sibling, named)
     assert set(found) == set(original)
     for name, x in original.items():
         assert (found[name].dtype, found[name].shape) == (x.dtype, x.shape), name
         assert found[name].tobytes() == x.tobytes(), name
 
 
-def test_the_witness_notices_a_wrong_scale(tmp_path):
-    """The flavors do differ: what `means` says of one is not true of another."""
+def test_the_reference_distinguishes_the_flavors(tmp_path):
+    """The muP values of one flavor are wrong for another."""
     july, jais = SIBLINGS["BTLM of July 2023"], SIBLINGS["Jais-13b"]
     named, ids = tensors(jais), np.arange(12)[None]
-    right = ref.forward(named, jais.raw | jais.means, ids)["logits"]
-    assert golden.max_error(right, ref.forward(named, jais.raw | july.means, ids)["logits"]) > 0.1
-    unscaled = jais.means | {"mup_scale_qk_dot_by_d": False}
+    right = ref.forward(named, jais.raw | jais.released_mup, ids)["logits"]
+    assert (
+        golden.max_error(right, ref.forward(named, jais.raw | july.released_mup, ids)["logits"])
+        > 0.1
+    )
+    unscaled = jais.released_mup | {"mup_scale_qk_dot_by_d": False}
     assert golden.max_error(right, ref.forward(named, jais.raw | unscaled, ids)["logits"]) > 1e-4
 
 
@@ -232,7 +239,7 @@ def test_the_witness_notices_a_wrong_scale(tmp_path):
         "score.weight",
     ],
 )
-def test_any_other_key_is_an_error_that_names_it(name, tmp_path):
+def test_unknown_tensors_are_refused_by_name(name, tmp_path):
     chat = SIBLINGS["BTLM chat"]
     named = tensors(chat) | {name: np.ones(4, np.float32)}
     source = write(tmp_path / "hf", chat.raw, named)
@@ -244,7 +251,7 @@ def test_any_other_key_is_an_error_that_names_it(name, tmp_path):
     assert os.listdir(tmp_path) == ["hf"]
 
 
-def test_slopes_with_learned_positions_are_an_error(tmp_path):
+def test_slopes_with_learned_positions_are_refused(tmp_path):
     gpt = SIBLINGS["Cerebras-GPT muP"]
     named = tensors(gpt) | {golden.SLOPES: np.ones((4, 1), np.float32)}
     with pytest.raises(ValueError, match=f"unexpected: {golden.SLOPES}"):

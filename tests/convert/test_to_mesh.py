@@ -1,13 +1,12 @@
-"""Hugging Face checkpoints straight onto devices: the same as by way of Orbax, from as few bytes.
+"""`load_hf` gives the weights of `convert` and `load`, and reads no byte that is not needed.
 
-One test starts two processes, which talk over the loopback, as two hosts of a cluster would.
+One test runs two processes over the loopback, like two hosts of a cluster.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -25,9 +24,9 @@ import btlm_jax as btlm
 from btlm_jax import make_mesh
 from btlm_jax.convert import convert, load_hf
 from btlm_jax.convert.hf import source as hf_source
-from btlm_jax.model import weights
+from btlm_jax.model import sharding, weights
 from btlm_jax.model.params import Params, check_params, flatten_tree
-from support import golden
+from support import compiling, golden
 from support.processes import free_port
 
 MESHES = [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)]
@@ -51,7 +50,7 @@ def write(path: Path, config: btlm.BTLMConfig, tensors: dict[str, np.ndarray]) -
 
 
 def stacked(config: btlm.BTLMConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The weights as they should lie in memory, unpadded, by path."""
+    """Returns the expected weights in memory, stacked and unpadded, by path."""
     out = {}
     for w in weights.weight_table(config):
         names = [w.hf_name.format(layer=i) for i in range(config.n_layer if w.stacked else 1)]
@@ -61,7 +60,7 @@ def stacked(config: btlm.BTLMConfig, tensors: dict[str, np.ndarray]) -> dict[str
 
 
 def assert_same(got, want) -> None:
-    """Bits, dtypes, shapes (padding included) and shardings."""
+    """Asserts equal bits, dtypes, shapes (padding included) and shardings."""
     (model, a), (other, b) = got, want
     assert model == other
     assert jax.tree.structure(a) == jax.tree.structure(b)
@@ -70,8 +69,8 @@ def assert_same(got, want) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
 
 
-def both(source: Path, target: Path, **kwargs):
-    """What loads directly, checked against what loads by way of Orbax."""
+def load_both_ways(source: Path, target: Path, **kwargs):
+    """Loads directly, after checking that loading through Orbax gives the same."""
     if not target.exists():
         convert(source, target)
     direct = load_hf(source, **kwargs)
@@ -80,7 +79,7 @@ def both(source: Path, target: Path, **kwargs):
 
 
 def logits_error(case: golden.Case, model: btlm.BTLM, params: Params) -> float:
-    """Of the golden prompts, repeated so that they divide over any mesh here."""
+    """Returns the largest logits error of the golden prompts, repeated to divide any mesh."""
     model = dataclasses.replace(model, compute_dtype=jnp.float32)
     ids, rows = case["plain/input_ids"], case.exact_logits
     assert 8 % len(ids) == 0
@@ -88,12 +87,9 @@ def logits_error(case: golden.Case, model: btlm.BTLM, params: Params) -> float:
     return golden.max_error(got, np.tile(rows, (8 // len(ids), 1, 1)))
 
 
-# Equal to convert and load.
-
-
-def test_one_device(case, tmp_path):
+def test_weights_load_onto_one_device(case, tmp_path):
     source = golden.write_hf(tmp_path / "hf", case)
-    model, params = both(source, tmp_path / "c")
+    model, params = load_both_ways(source, tmp_path / "c")
     assert model.config == case.config
     dtype = jnp.bfloat16 if case.bf16 else jnp.float32
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
@@ -109,10 +105,10 @@ def test_one_device(case, tmp_path):
         ("i_untied", dict(fsdp=8)),
     ],
 )
-def test_meshes(name, sizes, tmp_path):
+def test_weights_load_onto_meshes(name, sizes, tmp_path):
     case, mesh = golden.load(name), make_mesh(**sizes)
     source = golden.write_hf(tmp_path / "hf", case)
-    model, params = both(source, tmp_path / "c", mesh=mesh, dtype=jnp.float32)
+    model, params = load_both_ways(source, tmp_path / "c", mesh=mesh, dtype=jnp.float32)
     assert params["wte"].shape[0] == (98 if "tensor" in sizes else 97)
     assert logits_error(case, model, params) < 5e-5
 
@@ -122,12 +118,12 @@ def test_meshes(name, sizes, tmp_path):
     [(MESHES[0], np.float32), (MESHES[1], ml_dtypes.bfloat16), (MESHES[2], np.float16)],
     ids=str,
 )
-def test_padding_and_casts(sizes, stored, tmp_path):
+def test_padding_is_zero_and_dtypes_are_cast(sizes, stored, tmp_path):
     tensors, mesh = random_tensors(ODD, stored), make_mesh(**sizes)
     source = write(tmp_path / "hf", ODD, tensors)
     padding = {"vocab": 512} | ({"mlp": 172} if "tensor" in sizes else {})
     for dtype in (None, jnp.float32 if stored == ml_dtypes.bfloat16 else jnp.bfloat16):
-        model, params = both(source, tmp_path / "c", mesh=mesh, dtype=dtype)
+        model, params = load_both_ways(source, tmp_path / "c", mesh=mesh, dtype=dtype)
         assert check_params(params, model.config) == padding
         flat = {"/".join(p): np.array(x) for p, x in flatten_tree(params).items()}
         for name, expected in stacked(ODD, tensors).items():
@@ -139,9 +135,9 @@ def test_padding_and_casts(sizes, stored, tmp_path):
 
 @pytest.mark.parametrize("form", ["single", "sharded"])
 @pytest.mark.parametrize("sizes", [None, dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
-def test_bin_files(form, sizes, tmp_path):
+def test_bin_files_load_onto_meshes(form, sizes, tmp_path):
     mesh = make_mesh(**sizes) if sizes else None
-    model, params = both(BIN / form, tmp_path / "c", mesh=mesh)
+    model, params = load_both_ways(BIN / form, tmp_path / "c", mesh=mesh)
     assert model.config.alibi_slopes == (0.83984375, 0.0625)
     with np.load(BIN / "weights.npz") as z:
         tensors = {name: z[name].view(ml_dtypes.bfloat16) for name in z.files}
@@ -151,21 +147,21 @@ def test_bin_files(form, sizes, tmp_path):
         assert np.asarray(x)[inside].tobytes() == expected.tobytes()
 
 
-def test_other_rules(tmp_path):
-    """The vocabulary over both axes, the width over none: other shards, the same weights."""
-    rules = tuple({**dict(btlm.sharding.RULES), "vocab": ("fsdp", "tensor"), "embed": None}.items())
+def test_other_sharding_rules_are_followed(tmp_path):
+    """The vocabulary is sharded over both axes, the width over none."""
+    rules = tuple({**dict(sharding.RULES), "vocab": ("fsdp", "tensor"), "embed": None}.items())
     source = write(tmp_path / "hf", ODD, random_tensors(ODD))
     mesh = make_mesh(fsdp=4, tensor=2)
-    model, params = both(source, tmp_path / "c", mesh=mesh, rules=rules)
+    model, params = load_both_ways(source, tmp_path / "c", mesh=mesh, rules=rules)
     assert model.rules == rules and params["wte"].addressable_shards[0].data.shape == (64, 64)
 
 
-def test_mixed_dtypes(tmp_path):
+def test_layers_of_mixed_dtypes_need_a_dtype(tmp_path):
     mesh = make_mesh(fsdp=4, tensor=2)
     tensors = random_tensors(ODD)
     tensors["transformer.wte.weight"] = tensors["transformer.wte.weight"].astype(np.float16)
     source = write(tmp_path / "hf1", ODD, tensors)
-    _, params = both(source, tmp_path / "c1", mesh=mesh)  # each family its own: no trouble
+    _, params = load_both_ways(source, tmp_path / "c1", mesh=mesh)  # a dtype per weight is fine
     assert params["wte"].dtype == jnp.float16 and params["ln_f"]["bias"].dtype == jnp.float32
     name = "transformer.h.1.mlp.c_fc.weight"
     tensors[name] = tensors[name].astype(ml_dtypes.bfloat16)
@@ -173,13 +169,10 @@ def test_mixed_dtypes(tmp_path):
     said = r"hf2: the layers of blocks/mlp/c_fc/kernel are stored as bfloat16, float32.*pass dtype="
     with pytest.raises(ValueError, match=said):
         load_hf(source)
-    both(source, tmp_path / "c2", dtype=jnp.float32)
+    load_both_ways(source, tmp_path / "c2", dtype=jnp.float32)
 
 
-# Refusals.
-
-
-def test_refusals(tmp_path):
+def test_bad_sources_and_meshes_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_hf(tmp_path / "nowhere")
     source = write(tmp_path / "hf", ODD, random_tensors(ODD))
@@ -191,7 +184,7 @@ def test_refusals(tmp_path):
         load_hf(source)
 
 
-def test_a_damaged_bin_is_noticed_where_whole_tensors_are_read(tmp_path):
+def test_a_damaged_bin_is_found_where_whole_tensors_are_read(tmp_path):
     (tmp_path / "config.json").write_bytes((BIN / "single/config.json").read_bytes())
     raw = bytearray((BIN / "single/pytorch_model.bin").read_bytes())
     with np.load(BIN / "weights.npz") as z:
@@ -201,9 +194,6 @@ def test_a_damaged_bin_is_noticed_where_whole_tensors_are_read(tmp_path):
         convert(tmp_path, tmp_path / "c")
     with pytest.raises(ValueError, match="checksum mismatch"):
         load_hf(tmp_path)
-
-
-# Bytes that are read.
 
 
 @pytest.mark.parametrize("sizes", [None, *MESHES], ids=str)
@@ -224,7 +214,7 @@ def test_every_byte_is_read_once(sizes, tmp_path, monkeypatch):
     for name, info in tensors.items():
         assert (times[info.offset : info.offset + info.nbytes] == 1).all(), name
     assert times.sum() == sum(info.nbytes for info in tensors.values())
-    # And never more at once than one device needs of one tensor.
+    # No read is larger than the part of one tensor that one device needs.
     matrices = [i.nbytes for i in tensors.values() if len(i.shape) == 2 and min(i.shape) > 1]
     parts = np.prod([n for axis, n in (sizes or {}).items() if axis != "data"])
     largest = max(stop - start for start, stop in spans)
@@ -240,8 +230,9 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank, initialization_timeout=
 assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
 import numpy as np
 from btlm_jax import make_mesh
-from btlm_jax.model.params import Params, check_params, flatten_tree
-from btlm_jax.convert import hf_source, load_hf
+from btlm_jax.model.params import flatten_tree
+from btlm_jax.convert import load_hf
+from btlm_jax.convert.hf import source as hf_source
 
 read, counted = hf_source.read_into, []
 def counting(file, offset, out):
@@ -265,11 +256,8 @@ for k, sizes in enumerate(json.loads(sys.argv[5])):
 
 
 def run_two(source: Path, out: Path, meshes: list[dict]) -> None:
-    """Runs PROCESS twice, with 4 devices each, and waits; leaves no process behind."""
-    env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-    }
+    """Runs PROCESS twice, with 4 devices each, and waits for both."""
+    env = compiling.one_device() | {"JAX_NUM_CPU_DEVICES": "4"}
     rest = [str(free_port()), str(source), str(out), json.dumps(meshes)]
     logs = [out / "0.log", out / "1.log"]
     processes: list[subprocess.Popen] = []
@@ -286,8 +274,8 @@ def run_two(source: Path, out: Path, meshes: list[dict]) -> None:
     assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
 
-def test_two_processes(tmp_path):
-    """Each reads what its own devices need, and every shard is the right part of its tensor."""
+def test_each_of_two_processes_reads_only_its_own_shards(tmp_path):
+    """And every shard is the right part of its tensor."""
     tensors = random_tensors(ODD)
     source = write(tmp_path / "hf", ODD, tensors)
     meshes = [dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)]

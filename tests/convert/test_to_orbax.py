@@ -19,6 +19,7 @@ from btlm_jax.checkpoint import metadata
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf.safetensors_writer import TensorSpec
 from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.model import alibi
 from btlm_jax.train.bench.random_checkpoint import write_bin
 from support import golden
 from support.conversion_runs import assert_complete, write_one_layer_model
@@ -173,7 +174,7 @@ def test_a_fresh_model_exports_exact_slopes(tmp_path):
     export(tmp_path / "c", tmp_path / "hf")
     written = read_tensors(tmp_path / "hf")
     assert written[golden.SLOPES].shape == (4, 1)
-    np.testing.assert_array_equal(written[golden.SLOPES].ravel(), btlm.alibi.slopes(4))
+    np.testing.assert_array_equal(written[golden.SLOPES].ravel(), alibi.slopes(4))
     assert written["transformer.h.0.mlp.c_fc.weight"].shape == (64, 170)  # no padding
     raw = json.loads((tmp_path / "hf/config.json").read_text())
     assert raw["torch_dtype"] == "float32" and btlm.BTLMConfig.from_hf(raw) == config

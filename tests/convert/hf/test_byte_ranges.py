@@ -1,4 +1,4 @@
-"""Ranges of bytes: every part of every tensor, and every way in which a file can let one down."""
+"""Parts of tensors are read exactly, and files that are damaged or change are reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAFETENSORS = {
 
 
 def torch_tensors() -> dict[str, np.ndarray]:
-    """What torch_bin/state_dict.bin holds: transposed, offset, strided and shared tensors too."""
+    """Returns the tensors of state_dict.bin, of which some are transposed, strided or shared."""
     arrays = dict(np.load(BIN / "state_dict.npz"))
     return arrays | {"bf16.weight": arrays["bf16.weight"].view(ml_dtypes.bfloat16)}
 
@@ -62,7 +62,7 @@ def opened(tmp_path_factory) -> dict[str, HFSource]:
     return {form: open_hf(write(folder / form, form)) for form in TENSORS}
 
 
-def same(a: np.ndarray, b: np.ndarray) -> bool:
+def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and a.tobytes() == b.tobytes()
 
 
@@ -72,7 +72,7 @@ def slices(n: int) -> st.SearchStrategy[slice]:
 
 
 def indices(shape: tuple[int, ...]) -> st.SearchStrategy[tuple[slice, ...]]:
-    """Parts of an array; half of all axes are taken whole, for long runs."""
+    """Indices of parts of an array that cover half of all axes completely, for long runs."""
     return st.tuples(*(st.just(slice(0, n)) | slices(n) for n in shape))
 
 
@@ -87,10 +87,7 @@ def reshaped(draw, size: int) -> tuple[int, ...]:
     return (*shape, size)
 
 
-# Runs.
-
-
-@settings(max_examples=500)
+@settings(max_examples=max(200, settings.default.max_examples))  # microseconds each
 @given(st.data(), st.lists(st.integers(0, 5), max_size=5).map(tuple))
 def test_runs_cover_a_part_exactly_once_in_order_and_are_maximal(data, shape):
     index = data.draw(indices(shape))
@@ -103,7 +100,7 @@ def test_runs_cover_a_part_exactly_once_in_order_and_are_maximal(data, shape):
 
 
 def test_runs_of_the_released_shapes():
-    """What a device reads: one run of rows, or one run per row of a slice of columns."""
+    """A device reads one run of rows, or one run per row of a slice of columns."""
     whole = slice(None)
     assert list(contiguous_runs((50304, 2560), (slice(12576, 25152), whole))) == [
         (12576 * 2560, 12576 * 2560)
@@ -115,32 +112,27 @@ def test_runs_of_the_released_shapes():
     assert list(contiguous_runs((), ())) == [(0, 1)]
 
 
-# Reading.
-
-
-@settings(max_examples=300)
 @given(data=st.data())
-def test_read_equals_slicing(opened, data):
+def test_reading_a_part_equals_slicing(opened, data):
     form, name = data.draw(st.sampled_from(NAMES))
     expected = TENSORS[form][name]
     shape = data.draw(st.just(expected.shape) | reshaped(expected.size))
     index = data.draw(indices(shape))
     got = opened[form].read_tensor(name, index, shape)
-    assert got.flags.c_contiguous and same(got, np.asarray(expected.reshape(shape)[index]))
+    assert got.flags.c_contiguous and equal_bits(got, np.asarray(expected.reshape(shape)[index]))
 
 
 @pytest.mark.parametrize("form, name", NAMES)
-def test_read_whole(opened, form, name):
+def test_whole_tensors_are_read_exactly(opened, form, name):
     source, expected = opened[form], TENSORS[form][name]
     assert source.tensors[name].shape == expected.shape
     assert source.tensors[name].dtype == expected.dtype
-    assert same(source.read_tensor(name), expected)
+    assert equal_bits(source.read_tensor(name), expected)
     for shape in (expected.shape, (expected.size,)):
         for index in (None, (slice(None),) * len(shape)):
-            assert same(source.read_tensor(name, index, shape), expected.reshape(shape))
+            assert equal_bits(source.read_tensor(name, index, shape), expected.reshape(shape))
 
 
-@settings(max_examples=100)
 @given(data=st.data())
 def test_blocks_concatenate_to_the_tensor(opened, data):
     form, name = data.draw(st.sampled_from(NAMES))
@@ -152,7 +144,7 @@ def test_blocks_concatenate_to_the_tensor(opened, data):
     assert b"".join(b.tobytes() for b in blocks) == expected.tobytes()
 
 
-def test_views_are_those_expected(opened):
+def test_only_views_have_no_offset(opened):
     offsets = {name for name, info in opened["bin"].tensors.items() if info.offset is None}
     assert offsets == {*VIEWS, "empty"}
 
@@ -175,14 +167,14 @@ def test_no_other_bytes_are_read(opened, monkeypatch):
             assert sum(counted) == part.nbytes == expected[index].nbytes
 
 
-def test_unknown_names(opened):
+def test_unknown_names_are_reported(opened):
     for read in (lambda s: s.read_tensor("nope"), lambda s: list(s.blocks("nope", 1))):
         with pytest.raises(KeyError, match="holds no tensor 'nope'"):
             read(opened["bin"])
 
 
 class Trickle(io.RawIOBase):
-    """A file that hands out at most three bytes at a time, as a pipe or a network disk may."""
+    """A file that returns at most three bytes per read, as a pipe or a network disk may."""
 
     name = "trickle"
 
@@ -207,11 +199,8 @@ def test_short_reads_are_continued():
         read_into(file, 90, np.empty(2, np.float64))
 
 
-# Files that are damaged, or change meanwhile.
-
-
 def damaged_bin(path: Path, name: str) -> HFSource:
-    """state_dict.bin with the first byte of a tensor flipped, opened."""
+    """Opens a copy of state_dict.bin in which the first byte of a tensor is changed."""
     source = write(path, "bin")
     file = source / "pytorch_model.bin"
     raw = bytearray(file.read_bytes())
@@ -221,22 +210,22 @@ def damaged_bin(path: Path, name: str) -> HFSource:
 
 
 @pytest.mark.parametrize("name", ["f32.weight", "bf16.weight", "f16.bias", "param", "scalar"])
-def test_blocks_find_a_wrong_checksum_at_the_end(tmp_path, name):
+def test_a_wrong_checksum_is_found_after_the_last_block(tmp_path, name):
     source = damaged_bin(tmp_path / "hf", name)
-    said = rf"pytorch_model\.bin: tensor '{name}': checksum mismatch"
+    message = rf"pytorch_model\.bin: tensor '{name}': checksum mismatch"
     for size in (1, 3, 1000):
         blocks, found = source.blocks(name, size), 0
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             for block in blocks:
                 found += block.size
         assert found == TENSORS["bin"][name].size
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         source.read_tensor(name)
     for other in set(TENSORS["bin"]) - {name}:
-        assert same(source.read_tensor(other), TENSORS["bin"][other])
+        assert equal_bits(source.read_tensor(other), TENSORS["bin"][other])
 
 
-def test_checksum_of_a_view(tmp_path):
+def test_the_checksum_of_a_view_is_checked(tmp_path):
     source = write(tmp_path / "hf", "bin")
     file = source / "pytorch_model.bin"
     raw = bytearray(file.read_bytes())
@@ -247,7 +236,7 @@ def test_checksum_of_a_view(tmp_path):
 
 
 @pytest.mark.parametrize("form, name", [("safetensors", "f32"), ("bin", "f32.weight")])
-def test_truncated_while_reading(tmp_path, form, name):
+def test_a_file_truncated_while_reading_is_reported(tmp_path, form, name):
     folder = write(tmp_path / "hf", form)
     source = open_hf(folder)
     info = source.tensors[name]
@@ -270,7 +259,7 @@ def test_truncated_while_reading(tmp_path, form, name):
         *(("bin", n) for n in VIEWS),
     ],
 )
-def test_changed_file(tmp_path, form, name, change):
+def test_a_changed_file_is_refused(tmp_path, form, name, change):
     source = open_hf(write(tmp_path / "hf", form))
     file = source.tensors[name].file
     raw = file.read_bytes()
@@ -289,7 +278,7 @@ def test_changed_file(tmp_path, form, name, change):
 
 
 @pytest.mark.parametrize("form", TENSORS)
-def test_removed_file(tmp_path, form):
+def test_a_removed_file_is_reported(tmp_path, form):
     source = open_hf(write(tmp_path / "hf", form))
     name = next(iter(source.tensors))
     source.tensors[name].file.unlink()

@@ -1,4 +1,4 @@
-"""Reading torch .bin files: real ones made by torch, hostile ones made here, mutated ones."""
+"""Torch .bin files written by torch are read; hostile and mutated ones are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from btlm_jax.convert.hf import torch_zip
 from btlm_jax.convert.hf.torch_pickle import TorchFile
-from support.torch_pickles import DATA, ORDERED_DICT, archive, pickled, storage, tensor, text
+from support.torch_pickles import DATA, ORDERED_DICT, pickled, storage, tensor, text, write_zip
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "torch_bin"
 STATE_DICT = GOLDEN / "state_dict.bin"
@@ -24,15 +24,12 @@ SHARED = {"shared.head", "shared.tail", "shared.strided"}
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """bfloat16 as the uint16 view that the .npz holds."""
+    """Returns bfloat16 as uint16, as the .npz stores it."""
     return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
 
 
-# A small assembler of pickles: what torch.save writes, with any number in any place.
-
-
 def refusal(path: Path) -> str:
-    """The message with which a file is refused, on opening or on reading."""
+    """Returns the message with which a file is refused, on opening or on reading."""
     with pytest.raises(ValueError) as caught:
         file = TorchFile(path)
         for name in file.tensors:
@@ -45,7 +42,7 @@ def refusal(path: Path) -> str:
 # Files made by torch.
 
 
-def test_real_state_dict_shapes_dtypes_values():
+def test_a_state_dict_of_torch_is_read_exactly():
     file = TorchFile(STATE_DICT)
     assert list(file.tensors) == list(EXPECTED)
     for name, expected in EXPECTED.items():
@@ -65,7 +62,7 @@ def test_protocol_4_and_absent_checksums_are_read():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message_part"),
     [
         ("nested.bin", "under 'state_dict'"),
         ("mixed.bin", "'lr': float, 'names': list"),
@@ -76,9 +73,9 @@ def test_protocol_4_and_absent_checksums_are_read():
         ("legacy.bin", "before 1.6"),
     ],
 )
-def test_real_files_that_are_no_plain_state_dict(name, said):
+def test_files_of_torch_without_a_plain_state_dict_are_refused(name, message_part):
     message = refusal(GOLDEN / name)
-    assert said in message and "Fix: " in message
+    assert message_part in message and "Fix: " in message
 
 
 def test_read_touches_only_its_own_member(tmp_path):
@@ -94,22 +91,22 @@ def test_read_touches_only_its_own_member(tmp_path):
         np.testing.assert_array_equal(bits(file.read_tensor(name)), EXPECTED[name])
 
 
-def test_unknown_name_and_missing_file(tmp_path):
+def test_unknown_names_and_missing_files_are_reported(tmp_path):
     with pytest.raises(KeyError, match="no tensor 'nope'"):
         TorchFile(STATE_DICT).read_tensor("nope")
     with pytest.raises(FileNotFoundError):
         TorchFile(tmp_path / "absent.bin")
 
 
-def test_truncated_at_any_length(tmp_path):
-    whole = STATE_DICT.read_bytes()
-    for length in range(0, len(whole), 61):
+def test_files_truncated_at_any_length_are_refused(tmp_path):
+    content = STATE_DICT.read_bytes()
+    for length in range(0, len(content), 61):
         path = tmp_path / "short.bin"
-        path.write_bytes(whole[:length])
+        path.write_bytes(content[:length])
         assert "Fix: " in refusal(path)
 
 
-def test_truncated_after_opening(tmp_path):
+def test_a_file_truncated_after_opening_is_reported(tmp_path):
     path = tmp_path / "m.bin"
     path.write_bytes(STATE_DICT.read_bytes())
     file = TorchFile(path)
@@ -118,31 +115,31 @@ def test_truncated_after_opening(tmp_path):
         file.read_tensor("scalar")
 
 
-def test_other_kinds_of_file_are_named(tmp_path):
-    for head, said in [
+def test_other_kinds_of_files_are_recognized(tmp_path):
+    for head, message_part in [
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html>", "not a torch.save zip archive"),
         (b"x" * 257 + b"ustar", "before 1.6"),
     ]:
         path = tmp_path / "x.bin"
         path.write_bytes(head)
-        assert said in refusal(path)
+        assert message_part in refusal(path)
 
 
 # Hostile files made here.
 
 
-def test_the_assembler_makes_what_torch_makes(tmp_path):
-    file = TorchFile(archive(tmp_path / "ok.bin", pickled(a=tensor())))
+def test_assembled_pickles_are_read(tmp_path):
+    file = TorchFile(write_zip(tmp_path / "ok.bin", pickled(a=tensor())))
     np.testing.assert_array_equal(file.read_tensor("a"), [0, 1, 2, 3])
     view = tensor(offset=1, shape=(1, 2), strides=(1 << 62, 2))
-    file = TorchFile(archive(tmp_path / "view.bin", pickled(a=view)))
+    file = TorchFile(write_zip(tmp_path / "view.bin", pickled(a=view)))
     np.testing.assert_array_equal(file.read_tensor("a"), [[1, 3]])
 
 
 def test_negated_or_conjugated_views_are_refused(tmp_path):
     for flags, fine in [(b"}", True), (b"}" + text("neg") + b"\x88s", False), (b"}}", False)]:
-        path = archive(tmp_path / "flags.bin", pickled(a=tensor(hooks=ORDERED_DICT + flags)))
+        path = write_zip(tmp_path / "flags.bin", pickled(a=tensor(hooks=ORDERED_DICT + flags)))
         if fine:
             assert TorchFile(path).tensors["a"][0] == (4,)
         else:
@@ -151,7 +148,7 @@ def test_negated_or_conjugated_views_are_refused(tmp_path):
 
 def test_bytes_other_than_0_and_1_are_true(tmp_path):
     at = storage(cls="BoolStorage")
-    path = archive(tmp_path / "bool.bin", pickled(a=tensor(at)), {"m/data/0": b"\0\1\2\xff"})
+    path = write_zip(tmp_path / "bool.bin", pickled(a=tensor(at)), {"m/data/0": b"\0\1\2\xff"})
     array = TorchFile(path).read_tensor("a")
     assert array.dtype == np.bool_ and array.tobytes() == b"\0\1\1\1"
 
@@ -173,7 +170,7 @@ def test_payloads_are_refused_without_running(tmp_path, protocol, wrap):
         Payload(eval, f"open({str(flag)!r}, 'w')"),
         Payload(open, str(flag), "w"),
     ):
-        path = archive(tmp_path / "evil.bin", pickle.dumps(wrap(payload), protocol))
+        path = write_zip(tmp_path / "evil.bin", pickle.dumps(wrap(payload), protocol))
         assert "refused" in refusal(path)
         assert not flag.exists()
 
@@ -182,13 +179,13 @@ def test_a_payload_inside_a_tensor_is_refused_without_running(tmp_path):
     flag = tmp_path / "ran"
     evil = pickle.dumps(Payload(os.system, f"touch {flag}"), 2)[2:-1]
     for pkl in (pickled(a=tensor(at=evil)), pickled(a=tensor(hooks=evil))):
-        message = refusal(archive(tmp_path / "evil.bin", pkl))
+        message = refusal(write_zip(tmp_path / "evil.bin", pkl))
         assert "refused" in message and "would run code" in message and "system" in message
     assert not flag.exists()
 
 
 @pytest.mark.parametrize(
-    ("pkl", "said"),
+    ("pkl", "message_part"),
     [
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(K\x01tR.", "arguments"),
         (b"\x80\x02ctorch._utils\n_rebuild_parameter\n(K\x01\x88}tR.", "arguments"),
@@ -231,36 +228,36 @@ def test_a_payload_inside_a_tensor_is_refused_without_running(tmp_path):
         (b"\x80\x02}K\x01K\x02a.", "stack underflow|appends to"),
     ],
 )
-def test_odd_pickles(tmp_path, pkl, said):
-    path = archive(tmp_path / "odd.bin", pkl)
-    if said is None:
+def test_malformed_pickles_are_refused(tmp_path, pkl, message_part):
+    path = write_zip(tmp_path / "odd.bin", pkl)
+    if message_part is None:
         assert dict(TorchFile(path).tensors) == {}
         return
     message = refusal(path)
-    assert any(part in message for part in said.split("|")), message
+    assert any(part in message for part in message_part.split("|")), message
 
 
-def test_pickles_that_exhaust_or_crash_the_standard_unpickler(tmp_path):
+def test_pickles_that_crash_the_standard_unpickler_are_harmless(tmp_path):
     # A memo index of 2**32 - 1 (tens of GB), and a key whose hash overflows the C stack.
-    TorchFile(archive(tmp_path / "memo.bin", b"\x80\x02}r\xff\xff\xff\xff."))
+    TorchFile(write_zip(tmp_path / "memo.bin", b"\x80\x02}r\xff\xff\xff\xff."))
     deep = b")" + b"\x85" * 200_000
     assert "tuple as a dict key" in refusal(
-        archive(tmp_path / "key.bin", b"\x80\x02}" + deep + b"K\x01s.")
+        write_zip(tmp_path / "key.bin", b"\x80\x02}" + deep + b"K\x01s.")
     )
-    assert "'a': tuple" in refusal(archive(tmp_path / "value.bin", pickled(a=deep)))
+    assert "'a': tuple" in refusal(write_zip(tmp_path / "value.bin", pickled(a=deep)))
     long = b"\x80\x02}X\xff\xff\xff\xffabc"
-    assert "expected 4294967295 bytes" in refusal(archive(tmp_path / "long.bin", long))
+    assert "expected 4294967295 bytes" in refusal(write_zip(tmp_path / "long.bin", long))
 
 
 def test_pickle_size_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_zip, "_MAX_PICKLE_BYTES", 20)
-    assert "at most 20 are read" in refusal(archive(tmp_path / "big.bin", pickled(a=tensor())))
+    assert "at most 20 are read" in refusal(write_zip(tmp_path / "big.bin", pickled(a=tensor())))
 
 
 def test_compressed_members_are_refused(tmp_path):
     bomb = {"m/data/0": bytes(4_000_000)}
     pkl = pickled(a=tensor(at=storage(numel=1_000_000), shape=(1_000_000,)))
-    path = archive(tmp_path / "bomb.bin", pkl, bomb, zipfile.ZIP_DEFLATED)
+    path = write_zip(tmp_path / "bomb.bin", pkl, bomb, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 10_000
     assert "is compressed" in refusal(path)
     with zipfile.ZipFile(tmp_path / "bomb2.bin", "w") as file:
@@ -271,14 +268,14 @@ def test_compressed_members_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["../x", "m/../../x", "/etc/x", "m\\..\\x", "C:/x", "m/.."])
 def test_member_paths_that_lead_out_are_refused(tmp_path, name):
-    path = archive(tmp_path / "p.bin", pickled(a=tensor()), {"m/data/0": DATA, name: b""})
+    path = write_zip(tmp_path / "p.bin", pickled(a=tensor()), {"m/data/0": DATA, name: b""})
     assert "points outside" in refusal(path)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_odd_archives(tmp_path):
+def test_malformed_archives_are_refused(tmp_path):
     pkl = pickled(a=tensor())
-    two = archive(tmp_path / "two.bin", pkl, {"m/data/0": DATA, "n/data.pkl": pkl})
+    two = write_zip(tmp_path / "two.bin", pkl, {"m/data/0": DATA, "n/data.pkl": pkl})
     assert "found 2 members" in refusal(two)
     with zipfile.ZipFile(tmp_path / "none.bin", "w") as file:
         file.writestr("weights.txt", b"")
@@ -287,18 +284,16 @@ def test_odd_archives(tmp_path):
         file.writestr("m/data.pkl", pkl)
         file.writestr("m/data.pkl", pkl)
     assert "occurs twice" in refusal(tmp_path / "twice.bin")
-    big = archive(tmp_path / "big.bin", pkl, {"m/data/0": DATA, "m/byteorder": b"big"})
+    big = write_zip(tmp_path / "big.bin", pkl, {"m/data/0": DATA, "m/byteorder": b"big"})
     assert "byte order b'big'" in refusal(big)
 
 
 # Mutated files.
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_mutated_archives_are_refused_or_right(tmp_path, data):
+def test_mutated_archives_are_refused_or_read_exactly(tmp_path, data):
     raw = bytearray(STATE_DICT.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
@@ -320,17 +315,15 @@ def test_mutated_archives_are_refused_or_right(tmp_path, data):
             np.testing.assert_array_equal(array, expected)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_mutated_pickles_are_refused_or_hold_what_they_state(tmp_path, data):
+def test_mutated_pickles_are_refused_or_read_as_described(tmp_path, data):
     with zipfile.ZipFile(STATE_DICT) as source:
         members = {i.filename.replace("state_dict", "m"): source.read(i) for i in source.infolist()}
     pkl = bytearray(members.pop("m/data.pkl"))
     for _ in range(data.draw(st.integers(1, 3))):
         pkl[data.draw(st.integers(0, len(pkl) - 1))] = data.draw(st.integers(0, 255))
-    path = archive(tmp_path / "mutated.bin", bytes(pkl), members)
+    path = write_zip(tmp_path / "mutated.bin", bytes(pkl), members)
     try:
         file = TorchFile(path)
     except ValueError:

@@ -1,7 +1,8 @@
-"""Makes the fixtures of this folder with real torch (2.13.0): `python make_fixtures.py`.
+"""Writes the fixtures of this folder with torch (2.13.0): `python make_fixtures.py`.
 
-A BTLM of 2 layers as the released checkpoint is published: bf16 pickle, single and sharded, with
-the tied head and the mask buffers of older files; the same weights as .npz (bf16 as uint16).
+They are a BTLM of 2 layers in the form of the released checkpoint (bf16 .bin files, single and
+sharded, with the tied head and the mask buffers of older files), and the same weights as .npz, with
+bf16 as uint16.
 """
 
 import json
@@ -41,25 +42,27 @@ state["transformer.relative_pe.slopes"] = torch.tensor([[0.83984375], [0.0625]])
 arrays = {k: v.view(torch.uint16).numpy() for k, v in state.items()}
 np.savez(HERE / "weights.npz", **arrays)
 
-whole = dict(state)
-whole["lm_head.weight"] = whole["transformer.wte.weight"]  # one storage, as a tied model saves it
-whole["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
-whole["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+tensors = dict(state)
+tensors["lm_head.weight"] = tensors[
+    "transformer.wte.weight"
+]  # one storage, as in a saved tied model
+tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
 
 for folder, shards in (
-    ("single", [list(whole)]),
-    ("sharded", [list(whole)[::2], list(whole)[1::2]]),
+    ("single", [list(tensors)]),
+    ("sharded", [list(tensors)[::2], list(tensors)[1::2]]),
 ):
     out = HERE / folder
     out.mkdir(exist_ok=True)
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if len(shards) == 1:
-        torch.save(whole, out / "pytorch_model.bin")
+        torch.save(tensors, out / "pytorch_model.bin")
         continue
     weight_map = {}
     for i, part in enumerate(shards):
         file = f"pytorch_model-{i + 1:05d}-of-{len(shards):05d}.bin"
-        torch.save({n: whole[n] for n in part}, out / file)
+        torch.save({n: tensors[n] for n in part}, out / file)
         weight_map |= dict.fromkeys(part, file)
     index = {"metadata": {}, "weight_map": weight_map}
     (out / "pytorch_model.bin.index.json").write_text(json.dumps(index, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""Write the fixtures beside this file with real torch (made with 2.13.0): python make_fixtures.py.
+"""Writes the fixtures of this folder with torch (2.13.0): `python make_fixtures.py`.
 
-``state_dict.npz`` holds the expected values of ``state_dict.bin`` and of the two shards, with
-bfloat16 as a uint16 view.
+`state_dict.npz` holds the expected values of `state_dict.bin` and of the two shards, with bfloat16
+as uint16.
 """
 
 import collections
@@ -35,7 +35,7 @@ def make_state_dict() -> dict:
     state["param"] = torch.nn.Parameter(randn(2, 2))
     state["scalar"] = torch.tensor(0.125)
     state["empty"] = torch.zeros(0, 4)
-    # What a module's state_dict() carries besides its tensors.
+    # The attribute that a module's state_dict() has besides its tensors.
     state._metadata = torch.nn.Linear(1, 1).state_dict()._metadata
     return state
 
