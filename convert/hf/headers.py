@@ -120,7 +120,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if invalid:
         raise ValueError(
             f"{index}: weight_map leads to {join_first(sorted(set(invalid)))}, expected plain "
-            "names of files next to the index. Fix: download the checkpoint again, or do not use it."
+            "names of files beside the index. Fix: download it again, or do not use it."
         )
     missing = [n for n in sorted(set(weight_map.values())) if not (index.parent / n).is_file()]
     if missing:
