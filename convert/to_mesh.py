@@ -58,44 +58,56 @@ def load_hf(
     unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
     hf = open_hf(source, revision=revision)
     model = BTLM(read_source_config(hf), rules=rules or sharding.RULES)
-    config = model.config
-    pad, placed = sharding.param_layout(config, mesh, model.rules)
-    params = {}
-    total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in weights.disk_leaves(config))
+    total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in weights.disk_leaves(model.config))
     with Progress(total, "B", "load") as progress:
-        if unstacked:
-
-            def read_part(leaf: weights.DiskLeaf, index: Index) -> np.ndarray:
-                part = hf.read_tensor(leaf.hf_name, index, leaf.weight.shape)
-                progress.update(part.nbytes)
-                return part
-
-            all_leaves = weights.disk_leaves(config)
-            dtypes = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in all_leaves}
-            return model, unstacked_lib.load_unstacked(
-                config, read_part, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
-            )
-        for w in weights.weight_table(config):
-            leaves = weights.disk_leaves_of(w, config)
-            memory_dtype = jnp.dtype(dtype) if dtype is not None else _one_dtype(hf, w, leaves)
-            shape, out = w.padded(pad), placed[w.path]
-            if not w.stacked:
-                params[w.path] = _read_sharded(hf, leaves[0], shape, memory_dtype, out)
-                progress.update(hf.tensors[leaves[0].hf_name].nbytes)
-                continue
-            layer_out = sharding.layer_sharding(out)
-            stack = _zeros((config.n_layer, *shape), memory_dtype, out)
-            for i, leaf in enumerate(leaves):
-                layer = _read_sharded(hf, leaf, shape, memory_dtype, layer_out)
-                stack = _set_layer(stack, layer, np.int32(i), out)
-                progress.update(hf.tensors[leaf.hf_name].nbytes)
-            params[w.path] = stack
-    return model, unflatten_tree(params)
+        load = _load_unstacked if unstacked else _load_stacked
+        return model, load(hf, model, mesh, dtype, progress)
 
 
-def _one_dtype(hf: HFSource, w: weights.Weight, leaves: list[weights.DiskLeaf]) -> np.dtype:
+def _load_unstacked(
+    hf: HFSource, model: BTLM, mesh: Mesh | None, dtype: DTypeLike | None, progress: Progress
+) -> Params:
+    def read_part(leaf: weights.DiskLeaf, index: Index) -> np.ndarray:
+        part = hf.read_tensor(leaf.hf_name, index, leaf.weight.shape)
+        progress.update(part.nbytes)
+        return part
+
+    leaves = weights.disk_leaves(model.config)
+    dtypes = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in leaves}
+    return unstacked_lib.load_unstacked(
+        model.config, read_part, dtypes, dtype=dtype, mesh=mesh, rules=model.rules
+    )
+
+
+def _load_stacked(
+    hf: HFSource, model: BTLM, mesh: Mesh | None, dtype: DTypeLike | None, progress: Progress
+) -> Params:
+    """Copies every layer into its place in a stack that is on the devices already."""
+    config = model.config
+    pad, shardings = sharding.param_layout(config, mesh, model.rules)
+    params = {}
+    for weight in weights.weight_table(config):
+        leaves = weights.disk_leaves_of(weight, config)
+        memory_dtype = jnp.dtype(dtype) if dtype is not None else _common_dtype(hf, weight, leaves)
+        shape, out = weight.padded(pad), shardings[weight.path]
+        if not weight.stacked:
+            params[weight.path] = _read_sharded(hf, leaves[0], shape, memory_dtype, out)
+            progress.update(hf.tensors[leaves[0].hf_name].nbytes)
+            continue
+        layer_out = sharding.layer_sharding(out)
+        stack = _zeros((config.n_layer, *shape), memory_dtype, out)
+        for i, leaf in enumerate(leaves):
+            layer = _read_sharded(hf, leaf, shape, memory_dtype, layer_out)
+            stack = _set_layer(stack, layer, np.int32(i), out)
+            progress.update(hf.tensors[leaf.hf_name].nbytes)
+        params[weight.path] = stack
+    return unflatten_tree(params)
+
+
+def _common_dtype(hf: HFSource, weight: weights.Weight, leaves: list[weights.DiskLeaf]) -> np.dtype:
+    """Returns the dtype of all layers of a weight; raises an error with the directory otherwise."""
     try:
-        return weights.common_dtype(w, (hf.tensors[leaf.hf_name].dtype for leaf in leaves))
+        return weights.common_dtype(weight, (hf.tensors[leaf.hf_name].dtype for leaf in leaves))
     except ValueError as e:
         raise ValueError(f"{hf.directory}: {e}") from None
 

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from btlm_jax.convert.hf.advice import join_first
+
 _log = logging.getLogger(__name__)
 
 _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
@@ -84,7 +86,7 @@ def fetch_from_hub(
     if "config.json" not in files or not set(mains) & set(files):
         raise FileNotFoundError(
             f"{repo_id!r} on the Hub has no config.json or no weights; expected config.json and "
-            f"one of {', '.join(mains)}; it has {', '.join(sorted(listed)[:20])}. "
+            f"one of {', '.join(mains)}; it has {join_first(sorted(listed))}. "
             "Fix: name a model repository in the transformers layout."
         )
     # Downloads the listed commit, because the branch may have moved since.

@@ -44,9 +44,9 @@ def test_both_formats_give_the_same_model(tmp_path, monkeypatch):
         assert auto.read_any_config(source) == case.config
         model, params = auto.load_any_checkpoint(source, dtype=jnp.float32)
         assert model.config == case.config
-        found, expected = flatten_tree(params), flatten_tree(case.params)
-        assert found.keys() == expected.keys()
-        for path, x in found.items():
+        loaded, expected = flatten_tree(params), flatten_tree(case.params)
+        assert loaded.keys() == expected.keys()
+        for path, x in loaded.items():
             assert x.dtype == jnp.float32
             np.testing.assert_array_equal(x, expected[path])
     with pytest.raises(FileNotFoundError, match="no directory"):

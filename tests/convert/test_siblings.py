@@ -200,15 +200,15 @@ def test_a_sibling_converts_computes_and_exports_exactly(sibling, tmp_path, capl
     back = json.loads((tmp_path / "back/config.json").read_text())
     assert back == sibling.raw and list(back) == list(sibling.raw)
     exported = open_hf(tmp_path / "back")
-    found = {n: exported.read_tensor(n) for n in exported.tensors}
+    written = {n: exported.read_tensor(n) for n in exported.tensors}
     if sibling.slopes is None and sibling.raw["position_embedding_type"] == "alibi":
         # Exact slopes are added: 4 heads have 2**-2, 2**-4, ...
-        assert (found.pop(golden.SLOPES) == ref.alibi_slopes(4)[:, None]).all()
+        assert (written.pop(golden.SLOPES) == ref.alibi_slopes(4)[:, None]).all()
     original = exported_tensors(sibling, named)
-    assert set(found) == set(original)
+    assert set(written) == set(original)
     for name, x in original.items():
-        assert (found[name].dtype, found[name].shape) == (x.dtype, x.shape), name
-        assert found[name].tobytes() == x.tobytes(), name
+        assert (written[name].dtype, written[name].shape) == (x.dtype, x.shape), name
+        assert written[name].tobytes() == x.tobytes(), name
 
 
 def test_the_reference_distinguishes_the_flavors(tmp_path):

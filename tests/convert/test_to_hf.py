@@ -90,8 +90,8 @@ def test_completep_is_refused_until_it_is_folded(tmp_path):
     theirs, exported = btlm.convert.load_hf(tmp_path / "hf")
     np.testing.assert_array_equal(theirs.apply(exported, ids), model.apply(params, ids))
     assert not np.allclose(model.apply(params, ids), UNTIED.model.apply(params, ids), atol=0.1)
-    found = dict(verify(tmp_path / "c", tmp_path / "hf").differences)
-    assert found["config completep_base_layers"] == "1 and None"
+    differences = dict(verify(tmp_path / "c", tmp_path / "hf").differences)
+    assert differences["config completep_base_layers"] == "1 and None"
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,8 @@ def test_an_existing_generation_config_is_copied_verbatim(tmp_path):
     (source / "generation_config.json").write_text(text, encoding="utf-8")
     convert(source, tmp_path / "c")
     export(tmp_path / "c", tmp_path / "back")
-    own = (source / "generation_config.json").read_bytes()
-    assert (tmp_path / "back/generation_config.json").read_bytes() == own
+    original = (source / "generation_config.json").read_bytes()
+    assert (tmp_path / "back/generation_config.json").read_bytes() == original
     assert (tmp_path / "back/tokenizer.json").read_bytes() == (
         source / "tokenizer.json"
     ).read_bytes()

@@ -59,9 +59,9 @@ def stacked(config: btlm.BTLMConfig, tensors: dict[str, np.ndarray]) -> dict[str
     return out
 
 
-def assert_same(got, want) -> None:
+def assert_same(actual, expected) -> None:
     """Asserts equal bits, dtypes, shapes (padding included) and shardings."""
-    (model, a), (other, b) = got, want
+    (model, a), (other, b) = actual, expected
     assert model == other
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree.leaves_with_path(a), jax.tree.leaves(b), strict=True):
@@ -258,13 +258,13 @@ for k, sizes in enumerate(json.loads(sys.argv[5])):
 def run_two(source: Path, out: Path, meshes: list[dict]) -> None:
     """Runs PROCESS twice, with 4 devices each, and waits for both."""
     env = compiling.one_device() | {"JAX_NUM_CPU_DEVICES": "4"}
-    rest = [str(free_port()), str(source), str(out), json.dumps(meshes)]
+    arguments = [str(free_port()), str(source), str(out), json.dumps(meshes)]
     logs = [out / "0.log", out / "1.log"]
     processes: list[subprocess.Popen] = []
     try:
         for rank, log in enumerate(logs):
             with log.open("w") as file:
-                command = [sys.executable, "-c", PROCESS, str(rank), *rest]
+                command = [sys.executable, "-c", PROCESS, str(rank), *arguments]
                 processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=file))
         codes = [p.wait(timeout=180) for p in processes]
     finally:

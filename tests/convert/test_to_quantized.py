@@ -38,7 +38,7 @@ CONFIG = dataclasses.replace(
 )
 
 
-def same(a, b) -> bool:
+def equal_bits(a, b) -> bool:
     equal = jax.tree.map(lambda x, y: x.dtype == y.dtype and bool((x == y).all()), a, b)
     return jax.tree.all(equal)
 
@@ -53,9 +53,9 @@ def dequantized(params) -> dict[weights.Path, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def checkpoints(tmp_path_factory) -> Path:
     """A checkpoint of floats and its quantizations."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("checkpoints")
     params = init_params(jax.random.key(0), CONFIG)
     btlm.save(folder / "floats", CONFIG, params)
     for to in KINDS:
@@ -63,8 +63,8 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
-def quantized_path(made: Path, to: Quantization) -> Path:
-    return made / str(to.bits) / str(to.group)
+def quantized_path(checkpoints: Path, to: Quantization) -> Path:
+    return checkpoints / str(to.bits) / str(to.group)
 
 
 @pytest.mark.parametrize("to", KINDS, ids=str)
@@ -80,7 +80,7 @@ def test_quantized_checkpoints_equal_weights_quantized_in_memory(name, to, tmp_p
     dtype = jnp.bfloat16 if case.bf16 else jnp.float32
     source = jax.tree.map(lambda x: x.astype(dtype), case.params)
     expected = quantization.quantize_params(source, case.config, to)
-    assert same(params, expected) and check_params(params, model.config) == {}
+    assert equal_bits(params, expected) and check_params(params, model.config) == {}
     convert(tmp_path / "hf", tmp_path / "c")
     quantize(tmp_path / "c", tmp_path / "again", to)
     assert verify(tmp_path / "q") and verify(tmp_path / "q", tmp_path / "again")
@@ -99,13 +99,13 @@ MESHES = [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(fsdp=2, tensor=4), dict(fsd
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("to", KINDS, ids=str)
-def test_quantized_checkpoints_load_onto_meshes(made, to, sizes, caplog):
+def test_quantized_checkpoints_load_onto_meshes(checkpoints, to, sizes, caplog):
     mesh = btlm.make_mesh(**sizes)
-    _, alone = btlm.load(quantized_path(made, to))
-    params = btlm.load(quantized_path(made, to), mesh=mesh)[1]
+    _, unsharded = btlm.load(quantized_path(checkpoints, to))
+    params = btlm.load(quantized_path(checkpoints, to), mesh=mesh)[1]
     pad = check_params(params, CONFIG)
     assert pad.get("mlp") == {2: 172, 4: 172}.get(sizes.get("tensor", 1))
-    got, expected = dequantized(params), dequantized(alone)
+    got, expected = dequantized(params), dequantized(unsharded)
     for path, x in expected.items():
         stored = got[path][tuple(slice(n) for n in x.shape)]
         np.testing.assert_array_equal(stored, x, err_msg="/".join(path))
@@ -128,7 +128,7 @@ def test_quantized_checkpoints_load_onto_meshes(made, to, sizes, caplog):
     assert all("blocks/mlp/c_proj/kernel" in message for message in coarse)
 
 
-def test_rules_that_scatter_the_inputs_are_refused(made):
+def test_rules_that_scatter_the_inputs_are_refused(checkpoints):
     """Heads are the outermost of the flattened inputs, and only they can be sharded."""
     scattered = tuple(
         {"heads": ("heads", None), "head_dim": ("head_dim", "tensor")}.get(name, (name, axis))
@@ -136,12 +136,12 @@ def test_rules_that_scatter_the_inputs_are_refused(made):
     )
     mesh = btlm.make_mesh(fsdp=4, tensor=2)
     with pytest.raises(ValueError, match=r"attn/c_proj/kernel: .*'head_dim'.*at 'heads' only"):
-        btlm.load(quantized_path(made, INT4), mesh=mesh, rules=scattered)
+        btlm.load(quantized_path(checkpoints, INT4), mesh=mesh, rules=scattered)
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_the_dtype_applies_to_floats_only(made, dtype):
-    _, params = btlm.load(quantized_path(made, INT4), dtype=dtype)
+def test_the_dtype_applies_to_floats_only(checkpoints, dtype):
+    _, params = btlm.load(quantized_path(checkpoints, INT4), dtype=dtype)
     kernel = params["blocks"]["1"]["mlp"]["c_fc"]["kernel"]
     assert kernel.packed and kernel.scales.dtype == jnp.bfloat16
     assert params["wte"].values.dtype == jnp.int8 and params["wte"].scales.dtype == jnp.float32
@@ -150,11 +150,11 @@ def test_the_dtype_applies_to_floats_only(made, dtype):
 
 @pytest.mark.parametrize("sizes", [None, *MESHES[1:3]], ids=str)
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
-def test_floats_load_unstacked(made, sizes, dtype):
+def test_floats_load_unstacked(checkpoints, sizes, dtype):
     """With inputs last on a CPU, and in the order of the table on a mesh."""
     mesh = btlm.make_mesh(**sizes) if sizes else None
-    model, unstacked = btlm.load(made / "floats", unstacked=True, mesh=mesh, dtype=dtype)
-    _, stacked = btlm.load(made / "floats", mesh=mesh, dtype=dtype)
+    model, unstacked = btlm.load(checkpoints / "floats", unstacked=True, mesh=mesh, dtype=dtype)
+    _, stacked = btlm.load(checkpoints / "floats", mesh=mesh, dtype=dtype)
     assert check_params(unstacked, CONFIG) == check_params(stacked, CONFIG)
     expected = flatten_tree(stacked)
     for leaf in weights.disk_leaves(model.config):
@@ -166,7 +166,7 @@ def test_floats_load_unstacked(made, sizes, dtype):
             x = packed.transposed(x, leaf.weight.inputs)
         else:
             assert got.sharding.is_equivalent_to(x.sharding, x.ndim)
-        assert same(got, x)
+        assert equal_bits(got, x)
 
 
 @pytest.mark.parametrize("sizes", [None, MESHES[1]], ids=str)
@@ -174,14 +174,14 @@ def test_hugging_face_files_load_unstacked(sizes, tmp_path):
     mesh = btlm.make_mesh(**sizes) if sizes else None
     golden.write_hf(tmp_path / "hf", golden.load("i_untied"))
     convert(tmp_path / "hf", tmp_path / "c")
-    _, found = auto.load_any_checkpoint(tmp_path / "hf", mesh=mesh, unstacked=True)
+    _, loaded = auto.load_any_checkpoint(tmp_path / "hf", mesh=mesh, unstacked=True)
     _, expected = auto.load_any_checkpoint(tmp_path / "c", mesh=mesh, unstacked=True)
-    assert is_unstacked(found) and same(found, expected)
+    assert is_unstacked(loaded) and equal_bits(loaded, expected)
 
 
-def test_orbax_alone_reads_quantized_checkpoints(made):
-    tree = ocp.load(quantized_path(made, INT4))
-    _, params = btlm.load(quantized_path(made, INT4))
+def test_orbax_alone_reads_quantized_checkpoints(checkpoints):
+    tree = ocp.load(quantized_path(checkpoints, INT4))
+    _, params = btlm.load(quantized_path(checkpoints, INT4))
     kernel = params["blocks"]["0"]["attn"]["c_attn"]["kernel"]
     stored = tree["blocks"]["0"]["attn"]["c_attn"]["kernel"]
     np.testing.assert_array_equal(stored["int4"], kernel.values)
@@ -197,9 +197,9 @@ def server(tmp_path_factory):
         yield server
 
 
-def test_a_killed_quantization_resumes_to_the_same_bytes(made, server, tmp_path):
+def test_a_killed_quantization_resumes_to_the_same_bytes(checkpoints, server, tmp_path):
     """Also between values and scales of a weight, which are then both written again."""
-    source, expected = made / "floats", read_tree(quantized_path(made, INT4))
+    source, expected = checkpoints / "floats", read_tree(quantized_path(checkpoints, INT4))
     uninterrupted = server.run("quantize", source, tmp_path / "uninterrupted", at=-1)
     assert read_tree(tmp_path / "uninterrupted") == expected
     written = [path if event == "open" else "" for event, path in uninterrupted["changes"]]
@@ -216,50 +216,52 @@ def test_a_killed_quantization_resumes_to_the_same_bytes(made, server, tmp_path)
     assert len(resumed) == 4 and {0, len(records) - 1} <= resumed
 
 
-def test_a_quantization_that_failed_at_any_array_resumes(made, tmp_path):
-    expected = read_tree(quantized_path(made, INT4))
+def test_a_quantization_that_failed_at_any_array_resumes(checkpoints, tmp_path):
+    expected = read_tree(quantized_path(checkpoints, INT4))
     for arrays in (1, 2, 5, 8):
         with failing_after(arrays, OSError("failed")), pytest.raises(OSError, match="failed"):
-            quantize(made / "floats", tmp_path / "q", INT4)
+            quantize(checkpoints / "floats", tmp_path / "q", INT4)
         if arrays == 2:  # work of another kind starts over
-            assert quantize(made / "floats", tmp_path / "q", Quantization(8)).resumed == 0
+            assert quantize(checkpoints / "floats", tmp_path / "q", Quantization(8)).resumed == 0
             shutil.rmtree(tmp_path / "q")
-    assert quantize(made / "floats", tmp_path / "q", INT4).resumed > 0
+    assert quantize(checkpoints / "floats", tmp_path / "q", INT4).resumed > 0
     assert read_tree(tmp_path / "q") == expected
 
 
-def test_a_budget_below_one_weight_is_refused(made, tmp_path):
+def test_a_budget_below_one_weight_is_refused(checkpoints, tmp_path):
     with pytest.raises(ValueError, match=r"max_memory: found 1000 B, expected at least .* MiB"):
-        quantize(made / "floats", tmp_path / "q", INT4, max_memory=1000)
+        quantize(checkpoints / "floats", tmp_path / "q", INT4, max_memory=1000)
     assert not os.listdir(tmp_path)
 
 
-def test_unsupported_uses_of_quantized_checkpoints_are_refused(made, tmp_path):
-    quantized = quantized_path(made, INT4)
+def test_unsupported_uses_of_quantized_checkpoints_are_refused(checkpoints, tmp_path):
+    quantized = quantized_path(checkpoints, INT4)
     with pytest.raises(ValueError, match=r"is quantized \(int4 in groups of 64.*export the check"):
         export(quantized, tmp_path / "hf")
     with pytest.raises(ValueError, match="is quantized already"):
         quantize(quantized, tmp_path / "again", INT4)
     with pytest.raises(ValueError, match="hold int4 in groups of 64, embedding int8 and floats"):
-        verify(quantized, made / "floats")
+        verify(quantized, checkpoints / "floats")
     with pytest.raises(ValueError, match=r"hold int4 .* and int8, embedding int8: only"):
-        verify(quantized, quantized_path(made, KINDS[0]))
+        verify(quantized, quantized_path(checkpoints, KINDS[0]))
     with pytest.raises(ValueError, match="atol: quantized"):
         verify(quantized, quantized, atol=0.1)
     with pytest.raises(ValueError, match="found them by layer, expected stacked ones"):
         btlm.save(tmp_path / "c", *reversed([btlm.load(quantized)[1], CONFIG]))
     with pytest.raises(ValueError, match="which has none"):
-        quantize(made / "floats", tmp_path / "again", INT4, revision="main")
+        quantize(checkpoints / "floats", tmp_path / "again", INT4, revision="main")
     with pytest.raises(ValueError, match="quantize: found 'int5'"):
-        quantize(made / "floats", tmp_path / "again", "int5")
+        quantize(checkpoints / "floats", tmp_path / "again", "int5")
     assert not os.listdir(tmp_path)
 
 
-def test_training_from_a_quantized_checkpoint_is_refused(made):
+def test_training_from_a_quantized_checkpoint_is_refused(checkpoints):
     mesh = btlm.make_mesh()
-    asked = recipe_file.load_recipe("finetune", [f"model.checkpoint={quantized_path(made, INT4)}"])
+    recipe = recipe_file.load_recipe(
+        "finetune", [f"model.checkpoint={quantized_path(checkpoints, INT4)}"]
+    )
     with pytest.raises(ValueError, match=r"model.checkpoint: .* is quantized, and only floats"):
-        loop._weights(asked, btlm.BTLM(CONFIG), mesh)
+        loop._weights(recipe, btlm.BTLM(CONFIG), mesh)
 
 
 @pytest.mark.parametrize("name", ["h.1.mlp.c_fc.weight", "wte.weight", "ln_f.bias"])
@@ -274,9 +276,9 @@ def test_nan_is_refused(name, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
-def test_damage_is_found_by_verify_and_quantize(made, tmp_path):
-    for folder, what in (("q", quantized_path(made, INT4)), ("c", made / "floats")):
-        shutil.copytree(what, tmp_path / folder)
+def test_damage_is_found_by_verify_and_quantize(checkpoints, tmp_path):
+    for folder, source in (("q", quantized_path(checkpoints, INT4)), ("c", checkpoints / "floats")):
+        shutil.copytree(source, tmp_path / folder)
     for file in (
         tmp_path / "q/state/blocks.1.mlp.c_fc.kernel.int4/c/0/0",
         tmp_path / "c/state/blocks.1.mlp.c_fc.kernel/c/0/0",
@@ -284,17 +286,17 @@ def test_damage_is_found_by_verify_and_quantize(made, tmp_path):
         data = bytearray(file.read_bytes())
         data[100] ^= 1
         file.write_bytes(data)
-    for other in ((), (quantized_path(made, INT4),)):
-        found = verify(tmp_path / "q", *other).differences
-        assert [what for what, _ in found] == ["transformer.h.1.mlp.c_fc.weight.int4"]
-    assert found[0][1].startswith("1 of 10,944 elements differ")  # 171 x 128 / 2 bytes
+    for other in ((), (quantized_path(checkpoints, INT4),)):
+        differences = verify(tmp_path / "q", *other).differences
+        assert [name for name, _ in differences] == ["transformer.h.1.mlp.c_fc.weight.int4"]
+    assert differences[0][1].startswith("1 of 10,944 elements differ")  # 171 x 128 / 2 bytes
     with pytest.raises(ValueError, match="c_fc/kernel: its bytes do not match the recorded SHA"):
         quantize(tmp_path / "c", tmp_path / "again", INT4)
 
 
-def test_arrays_of_another_quantization_are_refused(made, tmp_path):
+def test_arrays_of_another_quantization_are_refused(checkpoints, tmp_path):
     """The metadata state another quantization than that of the arrays."""
-    shutil.copytree(quantized_path(made, INT4), tmp_path / "q")
+    shutil.copytree(quantized_path(checkpoints, INT4), tmp_path / "q")
     edit_metadata(tmp_path / "q", lambda notes: notes["quantization"].update(bits=8, group=None))
     with pytest.raises(ValueError) as error:
         btlm.load(tmp_path / "q")
@@ -305,12 +307,12 @@ def test_arrays_of_another_quantization_are_refused(made, tmp_path):
     assert "found dtype bfloat16, expected float32" in str(error.value)
 
 
-def test_the_command_quantizes(made, tmp_path, capsys):
-    argv = ["convert", str(made / "floats"), str(tmp_path / "q"), "--quantize", "int4:128"]
+def test_the_command_quantizes(checkpoints, tmp_path, capsys):
+    argv = ["convert", str(checkpoints / "floats"), str(tmp_path / "q"), "--quantize", "int4:128"]
     assert cli.main([*argv, "--quantize-embedding", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "blocks/mlp/c_fc/kernel: relative RMS error 0.0" in out and "Q4_0" in out
-    assert verify(tmp_path / "q", quantized_path(made, KINDS[2]))
+    assert verify(tmp_path / "q", quantized_path(checkpoints, KINDS[2]))
     assert cli.main(["info", str(tmp_path / "q")]) == 0
     out = capsys.readouterr().out
     assert "int4 in groups of 128, embedding bfloat16" in out and "bits a parameter" in out
