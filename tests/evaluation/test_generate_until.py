@@ -11,8 +11,8 @@ from btlm_jax.evaluation.generate_until import UntilPrompt, generate_continuatio
 LENGTH = 128
 
 
-def one_at_a_time(of_bytes, ids, until, new, **named) -> str:
-    """Every token is made, and the text is cut afterwards."""
+def generate_and_cut(of_bytes, ids, until, new, **named) -> str:
+    """Generates every token of one prompt, and cuts the text afterwards."""
     model, params, tokenizer = of_bytes
     ids = ids[-(LENGTH - new) :]
     row = generate(model, params, np.array([ids]), max_new_tokens=new, **named)[0, len(ids) :]
@@ -21,44 +21,48 @@ def one_at_a_time(of_bytes, ids, until, new, **named) -> str:
     return text[: min([text.find(end) for end in until if end in text], default=len(text))]
 
 
-def answers(of_bytes, prompts, **how):
+def answers(of_bytes, prompts, **options):
     model, params, tokenizer = of_bytes
-    return dict(generate_continuations(model, params, tokenizer, prompts, max_length=LENGTH, **how))
+    return dict(
+        generate_continuations(model, params, tokenizer, prompts, max_length=LENGTH, **options)
+    )
 
 
 @pytest.fixture(scope="module")
 def texts(of_bytes) -> list[list[int]]:
-    """Prompts; one is longer than what fits."""
+    """Prompts, one of which is too long."""
     rng = np.random.default_rng(0)
     return [rng.integers(32, 127, n).tolist() for n in (3, 30, 12, 150, 7)]
 
 
-def test_as_one_at_a_time(of_bytes, texts):
-    whole = [one_at_a_time(of_bytes, ids, [], 20) for ids in texts]
-    # Ends that do occur, one within another; and one that does not.
-    until = [whole[0][3:5], whole[1][8:9], whole[1][8:11], "never to be found"]
-    how = until_rules(until, 20, {"do_sample": False, "temperature": 0.0}, LENGTH)
-    got = answers(of_bytes, {i: UntilPrompt(tuple(ids), how) for i, ids in enumerate(texts)})
+def test_batches_answer_like_single_prompts(of_bytes, texts):
+    full = [generate_and_cut(of_bytes, ids, [], 20) for ids in texts]
+    # Ends that occur, one within another, and one that does not.
+    until = [full[0][3:5], full[1][8:9], full[1][8:11], "never to be found"]
+    rules = until_rules(until, 20, {"do_sample": False, "temperature": 0.0}, LENGTH)
+    texts_until = answers(
+        of_bytes, {i: UntilPrompt(tuple(ids), rules) for i, ids in enumerate(texts)}
+    )
     for i, ids in enumerate(texts):
-        assert got[i] == one_at_a_time(of_bytes, ids, until, 20)
-        assert not any(end in got[i] for end in until)
-    assert got[1] != whole[1]
+        assert texts_until[i] == generate_and_cut(of_bytes, ids, until, 20)
+        assert not any(end in texts_until[i] for end in until)
+    assert texts_until[1] != full[1]
 
 
-def test_an_end_that_begins_in_the_prompt_is_none(of_bytes, texts):
-    """As in the harness, which looks at new tokens only."""
+def test_an_end_that_begins_in_the_prompt_does_not_count(of_bytes, texts):
+    """As in the harness, which searches new tokens only."""
     tokenizer = of_bytes[2]
-    whole = one_at_a_time(of_bytes, texts[1], [], 12)
-    end = tokenizer.decode(texts[1][-1:]) + whole[0]
-    assert end not in whole
-    how = until_rules([end], 12, {}, LENGTH)
-    assert answers(of_bytes, {0: UntilPrompt(tuple(texts[1]), how)}) == {0: whole}
+    full = generate_and_cut(of_bytes, texts[1], [], 12)
+    end = tokenizer.decode(texts[1][-1:]) + full[0]
+    assert end not in full
+    rules = until_rules([end], 12, {}, LENGTH)
+    assert answers(of_bytes, {0: UntilPrompt(tuple(texts[1]), rules)}) == {0: full}
 
 
-def test_a_sampled_text_is_the_same_alone_and_among_others(of_bytes, texts):
-    how = until_rules([], 10, {"do_sample": True, "temperature": 3.0, "top_k": 0}, LENGTH)
+def test_a_sampled_text_does_not_depend_on_other_prompts(of_bytes, texts):
+    rules = until_rules([], 10, {"do_sample": True, "temperature": 3.0, "top_k": 0}, LENGTH)
     other = until_rules(["x"], 10, {}, LENGTH)
-    prompts = {i: UntilPrompt(tuple(ids), how) for i, ids in enumerate(texts)}
+    prompts = {i: UntilPrompt(tuple(ids), rules) for i, ids in enumerate(texts)}
     prompts |= {"again": prompts[1], "greedy": UntilPrompt(tuple(texts[1]), other)}
     together = answers(of_bytes, prompts, seed=1, batch_size=2)
     assert together.keys() == prompts.keys()
@@ -78,12 +82,12 @@ def test_a_sampled_text_is_the_same_alone_and_among_others(of_bytes, texts):
         (9, {"max_length": 40}, "generate has no argument 'max_length'"),
     ],
 )
-def test_rules_that_are_refused(new, named, expected):
+def test_bad_rules_are_refused(new, named, expected):
     with pytest.raises(ValueError, match=expected):
         until_rules(["a"], new, named, LENGTH)
 
 
-def test_rules_that_say_the_default():
+def test_explicit_defaults_are_the_default_rules():
     plain = until_rules(["a", ""], 9, {}, LENGTH)
     assert plain.until == ("a",)
     assert until_rules(["a"], 9, {"temperature": 0.0}, LENGTH) == plain

@@ -38,7 +38,7 @@ SHOTS = (None, 2)
 
 
 def write_tokenizer(home: Path) -> None:
-    """Of 96 characters; EOS is 96, as in the golden cases."""
+    """Writes a tokenizer of 96 characters; EOS is 96, as in the golden cases."""
     tokens = [chr(c) for c in range(32, 127)] + ["\n"]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, []))
     tokenizer.decoder = decoders.Fuse()

@@ -1,4 +1,4 @@
-"""Log-likelihoods in batches against one at a time, by the float64 witness."""
+"""Log-likelihoods in batches against the float64 witness, one pair at a time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from btlm_jax.utils.compile_cache import count_compilations
 from support import golden, reference_numpy
 
 
-def exactly(case: golden.Case, pair: ContinuationPair, max_length: int) -> tuple[float, bool]:
-    """One pair alone, in float64: (log-probability, whether greedy)."""
+def witness_score(case: golden.Case, pair: ContinuationPair, max_length: int) -> tuple[float, bool]:
+    """Returns (log-probability, whether greedy) of one pair, in float64."""
     inputs = np.array((pair.context + pair.continuation)[-(max_length + 1) :][:-1])
     named = {k: v.astype(np.float64) for k, v in case.weights.items()}
     logits = reference_numpy.forward(named, golden.witness_config(case.config), inputs[None])
@@ -33,24 +33,24 @@ def exactly(case: golden.Case, pair: ContinuationPair, max_length: int) -> tuple
 def random_pairs(
     rng: np.random.Generator, vocab: int, count: int = 16
 ) -> dict[int, ContinuationPair]:
-    """Of few lengths, as every width is a program."""
-    found = {}
+    """Returns pairs of few lengths, because every width is a program."""
+    pairs = {}
     for i in range(count):
         ids = rng.integers(0, vocab, rng.choice([2, 9, 32, 38, 60])).tolist()
-        at = int(rng.integers(max(1, len(ids) - 20), len(ids)))
-        found[i] = ContinuationPair(tuple(ids[:at]), tuple(ids[at:]))
-    return found
+        split = int(rng.integers(max(1, len(ids) - 20), len(ids)))
+        pairs[i] = ContinuationPair(tuple(ids[:split]), tuple(ids[split:]))
+    return pairs
 
 
-def answers(model, params, pairs, max_length, **how):
-    return dict(score_rows(model, params, group_by_inputs(pairs, max_length), **how))
+def answers(model, params, pairs, max_length, **options):
+    return dict(score_rows(model, params, group_by_inputs(pairs, max_length), **options))
 
 
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "e_alibi_dynamic16", "f_learned_gelu_mup"])
-def test_in_batches_as_one_at_a_time(name):
-    case, max_length = golden.load(name), 39  # shorter than some pairs, and no bucket
+def test_batches_score_like_single_pairs(name):
+    case, max_length = golden.load(name), 39  # shorter than some pairs, and not a bucket
     pairs = random_pairs(np.random.default_rng(0), case.config.vocab_size)
-    # Some continue as the model would.
+    # Some continuations are greedy.
     for i in range(0, 6):
         context, _ = pairs[i]
         named = {k: v.astype(np.float64) for k, v in case.weights.items()}
@@ -58,30 +58,30 @@ def test_in_batches_as_one_at_a_time(name):
         config = golden.witness_config(case.config)
         found = reference_numpy.forward(named, config, inputs)["logits"][0, -1]
         pairs[i] = ContinuationPair(context, (int(found.argmax()),))
-    expected = {i: exactly(case, pair, max_length) for i, pair in pairs.items()}
+    expected = {i: witness_score(case, pair, max_length) for i, pair in pairs.items()}
     assert {greedy for _, greedy in expected.values()} == {True, False}
-    got = answers(case.model, case.params, pairs, max_length, batch_size=3)
-    assert got.keys() == pairs.keys()
+    scores = answers(case.model, case.params, pairs, max_length, batch_size=3)
+    assert scores.keys() == pairs.keys()
     for i, (logprob, greedy) in expected.items():
         # Logits differ by up to 5e-5, each of the up to 20 terms by twice that.
-        assert abs(got[i].logprob - logprob) < 1e-4 * (1 + len(pairs[i].continuation))
-        assert got[i].is_greedy == greedy
+        assert abs(scores[i].logprob - logprob) < 1e-4 * (1 + len(pairs[i].continuation))
+        assert scores[i].is_greedy == greedy
 
 
-def test_a_context_is_read_once_for_all_its_answers():
+def test_a_context_is_read_once_for_all_answers():
     case = golden.load("a2_btlm_mup_h32")
     context = tuple(range(30))
     pairs = {i: ContinuationPair(context, (i,)) for i in range(5)}
     pairs["longer"] = ContinuationPair(context, (1, 2, 3))
     pairs["the same split elsewhere"] = ContinuationPair((*context, 1), (2, 3))
-    asked = group_by_inputs(pairs, 128)
-    assert len(asked) == 2
-    got = dict(score_rows(case.model, case.params, asked))
+    rows = group_by_inputs(pairs, 128)
+    assert len(rows) == 2
+    scores = dict(score_rows(case.model, case.params, rows))
     for key, pair in pairs.items():
-        assert abs(got[key].logprob - exactly(case, pair, 128)[0]) < 5e-4
+        assert abs(scores[key].logprob - witness_score(case, pair, 128)[0]) < 5e-4
 
 
-def test_few_programs(tiny):
+def test_few_widths_are_compiled(tiny):
     model, params = tiny
     rng = np.random.default_rng(0)
     pairs = {
@@ -93,7 +93,7 @@ def test_few_programs(tiny):
     assert found.count == 3  # widths of 32, 40 and 48
 
 
-def test_few_logits_are_held_and_none_leave_the_device():
+def test_full_logits_are_never_materialized_nor_returned():
     model = BTLM(dataclasses.replace(BTLMConfig.preset("tiny"), n_layer=1, vocab_size=8192))
     params = jax.eval_shape(model.init, jax.random.key(0))
     count, width, vocab = 256, 32, model.config.vocab_size
@@ -104,7 +104,7 @@ def test_few_logits_are_held_and_none_leave_the_device():
         .compile()
         .memory_analysis()
     )
-    # fp32: of all tokens they would be 256 MiB; a chunk of 1024 is 32 MiB, and some copies of it.
+    # fp32 logits of all tokens would be 256 MiB; a chunk of 1024 is 32 MiB, with some copies.
     assert memory.temp_size_in_bytes < count * width * vocab * 4 / 2
     assert memory.output_size_in_bytes < 3 * count * width * 4
 
@@ -112,26 +112,26 @@ def test_few_logits_are_held_and_none_leave_the_device():
 @pytest.mark.parametrize(
     "axes", [dict(data=8), dict(data=2, fsdp=2, tensor=2), dict(context=4, data=2)]
 )
-def test_a_mesh_answers_alike(axes):
+def test_a_mesh_gives_the_same_scores(axes):
     model = BTLM(BTLMConfig.preset("tiny"))
     pairs = random_pairs(np.random.default_rng(1), 512, 13)
     expected = answers(model, model.init(jax.random.key(0)), pairs, 32)
     params = model.init(jax.random.key(0), mesh=make_mesh(**axes))
-    got = answers(model, params, pairs, 32, batch_size=5)
+    scores = answers(model, params, pairs, 32, batch_size=5)
     for i, (logprob, greedy) in expected.items():
-        assert abs(got[i].logprob - logprob) < 2e-5 * (1 + len(pairs[i].continuation))
-        assert got[i].is_greedy == greedy
+        assert abs(scores[i].logprob - logprob) < 2e-5 * (1 + len(pairs[i].continuation))
+        assert scores[i].is_greedy == greedy
 
 
-def test_weights_by_layer(tiny):
+def test_unstacked_weights_give_the_same_scores(tiny):
     model, params = tiny
     pairs = random_pairs(np.random.default_rng(2), 512, 5)
-    got = answers(model, unstack_params(model.config, params), pairs, 32)
+    scores = answers(model, unstack_params(model.config, params), pairs, 32)
     for i, (logprob, _) in answers(model, params, pairs, 32).items():
-        assert abs(got[i].logprob - logprob) < 2e-5 * (1 + len(pairs[i].continuation))
+        assert abs(scores[i].logprob - logprob) < 2e-5 * (1 + len(pairs[i].continuation))
 
 
-def test_bad_input(tiny, caplog):
+def test_bad_pairs_and_sizes_are_refused(tiny, caplog):
     model, params = tiny
     with pytest.raises(ValueError, match="continuation of 0, expected at least one each"):
         group_by_inputs({0: ContinuationPair((1,), ())}, 10)
@@ -146,7 +146,7 @@ def test_bad_input(tiny, caplog):
     assert answers(model, params, {}, 10) == {}
 
 
-def test_rows_of_other_lengths_share_no_batch_where_the_scale_depends_on_it(tiny):
+def test_rows_of_different_lengths_share_no_batch_under_dynamic_scaling(tiny):
     model, params = tiny
     scaled = dataclasses.replace(model.config, alibi_scaling=AlibiScaling(train_seq_len=4))
     model = dataclasses.replace(model, config=scaled)

@@ -48,33 +48,50 @@ COMMON = """
 task: {name}
 dataset_path: json
 dataset_kwargs:
-  data_files: {{test: {home}/test.jsonl, train: {home}/train.jsonl}}
-  cache_dir: {home}/cache
+  data_files: {{test: {folder}/test.jsonl, train: {folder}/train.jsonl}}
+  cache_dir: {folder}/cache
 training_split: train
 fewshot_split: train
 test_split: test
 """
 
 
-def _letters(r: Random, n: int) -> str:
-    """Text of n characters that ends with a letter."""
-    before = "".join(r.choice("abcdefghij klmnopqrst.\nuvwxyz") for _ in range(n - 1))
-    return before + r.choice("abcdfghijklmnopqrstuvwxyz")
+def _random_text(r: Random, n: int) -> str:
+    """Returns a text of n characters that ends with a letter."""
+    start = "".join(r.choice("abcdefghij klmnopqrst.\nuvwxyz") for _ in range(n - 1))
+    return start + r.choice("abcdfghijklmnopqrstuvwxyz")
 
 
-def write_tasks(home: Path, greedy=None) -> Path:
-    """Task files and documents; `greedy` continues a question as the model would."""
-    home.mkdir()
+def write_tasks(folder: Path, greedy=None) -> Path:
+    """Writes task files and documents. Returns the folder.
+
+    Args:
+      folder: the folder to make.
+      greedy: returns the model's greedy continuation of a question.
+    """
+    folder.mkdir()
     for seed, split in enumerate(("test", "train")):
         r, lines = Random(seed), []
         for i in range(6):
-            question = _letters(r, r.choice([6, 20, 45]))
-            choices = [_letters(r, n) for n in ([1, 1, 1] if i % 2 else [3, 1, 12])]
-            said = greedy(question) if greedy and split == "test" else _letters(r, 3)
+            question = _random_text(r, r.choice([6, 20, 45]))
+            choices = [_random_text(r, n) for n in ([1, 1, 1] if i % 2 else [3, 1, 12])]
+            continued = greedy(question) if greedy and split == "test" else _random_text(r, 3)
             doc = {"question": question, "choices": choices, "answer": i % 3}
-            doc |= {"greedy": said if i % 2 else _letters(r, 5), "continued": said.split("e")[0]}
-            lines.append(doc | {"text": _letters(r, r.choice([5, 60, 200]))})
-        (home / f"{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+            doc |= {
+                "greedy": continued if i % 2 else _random_text(r, 5),
+                "continued": continued.split("e")[0],
+            }
+            lines.append(doc | {"text": _random_text(r, r.choice([5, 60, 200]))})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     for name, text in TASKS.items():
-        (home / f"{name}.yaml").write_text(COMMON.format(name=name, home=home) + text)
-    return home
+        (folder / f"{name}.yaml").write_text(COMMON.format(name=name, folder=folder) + text)
+    return folder
+
+
+def run_harness(checkpoint, folder: Path, out: Path, names: str | None = None, **options) -> dict:
+    """Runs `btlm eval harness` on all tasks, or those of `names`. Returns the report."""
+    from btlm_jax.cli.harness_command import EvalHarness
+
+    names = ",".join(TASKS) if names is None else names
+    EvalHarness(str(checkpoint), names, out, include_path=folder, **options).run()
+    return json.loads(out.read_text())
