@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers from a directory of Hugging Face files."""
+"""Byte-level BPE tokenizers, loaded from directories with Hugging Face's files."""
 
 from __future__ import annotations
 
@@ -12,58 +12,58 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from btlm_jax.utils import paths
 
-# The files that `load_tokenizer` reads.
-_READ = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 END_OF_TEXT = "<|endoftext|>"
+# The files that `load_tokenizer` reads.
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 def tokenizer_directory(directory: str | os.PathLike[str]) -> epath.Path:
-    """The folder that holds a tokenizer's files.
+    """Returns the directory that holds the files of a tokenizer.
 
     Args:
-      directory: it; or a checkpoint of ours, which keeps them in `tokenizer/`; or one of a training
-        run, which keeps them there once for all its checkpoints.
+      directory: a directory of tokenizer files; or an Orbax checkpoint of ours, which holds them in
+        `tokenizer/`; or a checkpoint of a training run, whose run directory holds them once in
+        `tokenizer/`; or a run directory.
     """
-    place = paths.location(directory)
-    run = place.parent.parent if place.parent.name == "checkpoints" else place
-    homes = [p for p in (place / "tokenizer", run / "tokenizer") if p.is_dir()]
-    return homes[0] if homes else place
+    folder = paths.location(directory)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    candidates = [p for p in (folder / "tokenizer", run / "tokenizer") if p.is_dir()]
+    return candidates[0] if candidates else folder
 
 
 def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """Loads `tokenizer.json`, or GPT-2's `vocab.json`, `merges.txt` and any `added_tokens.json`.
 
-    Texts are encoded whole and as they are: that a `tokenizer.json` asks to cut them off or to fill
-    them up is left aside.
+    Texts are encoded in full and without padding, even if a `tokenizer.json` enables truncation or
+    padding.
 
     Args:
-      directory: of the files, or an Orbax checkpoint of ours (which keeps them in `tokenizer/`) or
-        of a training run (which keeps them there once), or the URL of one.
+      directory: path or URL of a directory that `tokenizer_directory` accepts.
 
     Raises:
-      FileNotFoundError: neither is there; the message says where it looked.
-      ValueError: a file that cannot be parsed.
+      FileNotFoundError: the files do not exist; the message names the directory searched.
+      ValueError: a file cannot be parsed.
     """
     home = tokenizer_directory(directory)
-    if paths.is_remote(home):  # the tokenizers library reads local files
-        found = paths.read_files(home, _READ)
+    if paths.is_remote(home):  # the tokenizers library reads local files only
+        contents = paths.read_files(home, _FILES)
         with tempfile.TemporaryDirectory() as copy:
-            for name, data in found.items():
+            for name, data in contents.items():
                 if data is not None:
                     (Path(copy) / name).write_bytes(data)
             try:
                 return load_tokenizer(copy)
             except (FileNotFoundError, ValueError) as e:
                 raise type(e)(str(e).replace(copy, str(home))) from e
-    whole, vocab, merges = (home / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+    combined, vocab, merges = (home / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
-        if whole.is_file():
-            found = Tokenizer.from_file(str(whole))
-            found.no_truncation()
-            found.no_padding()
-            return found
+        if combined.is_file():
+            tokenizer = Tokenizer.from_file(str(combined))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return tokenizer
         if vocab.is_file() and merges.is_file():
-            return _gpt2(vocab, merges)
+            return _load_gpt2(vocab, merges)
     except Exception as e:  # the tokenizers library raises bare Exception
         raise ValueError(f"{home}: cannot parse the tokenizer ({e}); copy its files again") from e
     raise FileNotFoundError(
@@ -72,17 +72,18 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     )
 
 
-def _gpt2(vocab: epath.Path, merges: epath.Path) -> Tokenizer:
+def _load_gpt2(vocab: epath.Path, merges: epath.Path) -> Tokenizer:
+    """Builds the tokenizer that transformers builds from GPT-2's files."""
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if END_OF_TEXT in json.loads(vocab.read_text(encoding="utf-8")):
-        # Without this the BPE would split the marker into pieces.
+        # Otherwise BPE would split the marker into pieces.
         tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
     added = vocab.with_name("added_tokens.json")
     if added.is_file():
-        named = json.loads(added.read_text(encoding="utf-8"))
-        for token, index in sorted(named.items(), key=lambda item: item[1]):
+        ids = json.loads(added.read_text(encoding="utf-8"))
+        for token, index in sorted(ids.items(), key=lambda item: item[1]):
             tokenizer.add_tokens([AddedToken(token, normalized=False)])
             if tokenizer.token_to_id(token) != index:
                 raise ValueError(
@@ -93,9 +94,9 @@ def _gpt2(vocab: epath.Path, merges: epath.Path) -> Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError if the tokenizer has ids the model does not know.
+    """Raises ValueError if the tokenizer has ids that the model does not have.
 
-    A model with more rows than the tokenizer has tokens is normal (rows are rounded up).
+    A model may have more rows than the tokenizer has tokens, because rows are rounded up.
     """
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocab_size:
@@ -106,13 +107,13 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def tokenizers_match(a: Tokenizer, b: Tokenizer) -> bool:
-    """Whether two tokenizers know the same tokens by the same ids and merge alike.
+    """Returns whether two tokenizers have the same tokens, ids and merges.
 
-    A `tokenizer.json` and the `vocab.json` and `merges.txt` it was made of are the same.
+    A `tokenizer.json` matches the `vocab.json` and `merges.txt` that it was made from.
     """
 
-    def known(tokenizer: Tokenizer):
+    def contents(tokenizer: Tokenizer):
         merges = json.loads(tokenizer.to_str())["model"].get("merges")
         return merges, tokenizer.get_vocab(with_added_tokens=True)
 
-    return known(a) == known(b)
+    return contents(a) == contents(b)

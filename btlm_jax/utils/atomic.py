@@ -1,9 +1,10 @@
-"""Directories that appear complete under their name, or not at all, however the writer ends.
+"""Directories that appear complete under their name or not at all, however the writer ends.
 
-The work happens in a hidden sibling, `.NAME.partial`, on the same file system, and takes its name
-by one atomic rename. Work that names its `key` can be taken up again: every finished piece leaves a
-record, and the next run with the same key is handed the records. Object stores cannot rename: there
-the work happens in place, and what makes it loadable (its metadata) is written last by the caller.
+A local directory is filled in a hidden sibling, `.NAME.partial`, on the same file system, and one
+atomic rename gives it its name. Work that has a `key` can be resumed: every finished piece leaves a
+record, and the next run with the same key receives these records. Object stores cannot rename, so
+there the directory is filled in place, and the caller writes last the metadata that makes it
+loadable.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class StagedDirectory:
-    """Work in progress.
+    """A directory that is being filled.
 
     Attributes:
       content: the directory to fill.
-      finished: the records of pieces that this run or an interrupted one has finished, by name.
+      finished: records of the finished pieces by name, from this run and from an interrupted one.
     """
 
     content: epath.Path
@@ -41,7 +42,7 @@ class StagedDirectory:
     _records: epath.Path
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
-        """Notes a finished piece, once its data is on disk. Threads may call it at once."""
+        """Records that a piece is finished. Call it once the data is on disk; thread-safe."""
         write_text(self._records / f"{name}.json", json.dumps(value))
         self.finished[name] = dict(value)
 
@@ -54,52 +55,52 @@ def new_directory(
     ours: Callable[[epath.Path], bool],
     key: Mapping[str, Any] | None = None,
 ) -> Iterator[StagedDirectory]:
-    """A context manager with a `StagedDirectory`; its content takes the name when the block ends.
+    """Creates a directory that gets its name, `path`, when the `with` block ends without an error.
 
-    A directory that has the name is replaced only then.
+    An existing directory of that name stays in place until then.
 
     Args:
       path: the final name.
-      overwrite: replace what exists under the name.
-      ours: whether an existing directory is of the kind about to be written; others are never
-        replaced.
-      key: JSON-able facts that tell this work from any other. With a key, a block that fails or is
-        killed leaves its finished pieces for the next run with the same key; without, it leaves
-        nothing.
+      overwrite: whether to replace an existing directory of that name.
+      ours: returns whether an existing directory is of the kind about to be written; no other
+        directory is ever replaced.
+      key: JSON-able facts that identify the work. With a key, a block that fails or is killed leaves
+        its finished pieces to the next run with the same key; without one, it leaves nothing.
+
+    Yields:
+      The directory to fill.
 
     Raises:
       FileExistsError: see `refuse_existing`; or another process is writing there.
-      ValueError: several processes, which would each write here; overwriting in an object store.
-      OSError: the disk is full (it says what is kept and what to do) or fails.
+      ValueError: several processes would each write here; or `overwrite` in an object store.
+      OSError: the disk is full (the message says what was kept and how to continue) or fails.
     """
-    # Only asked where it can be so: it starts JAX's backends, which a converter on a TPU host that
-    # trains should not.
+    # `process_count` starts JAX's backends, which a converter beside a training run on a TPU host
+    # must not do, so it is called only where there can be several processes.
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         raise ValueError("writing a checkpoint from several processes is not supported yet")
     target = paths.location(path)
-    if not paths.is_remote(target):
-        target = epath.Path(os.path.realpath(target))  # a link stays a link
+    remote = paths.is_remote(target)
+    if not remote:
+        target = epath.Path(os.path.realpath(target))  # a symbolic link stays a link
     refuse_existing(target, overwrite=overwrite, ours=ours)
-    if paths.is_remote(target):
+    if remote:
         work, content = target / ".partial", target
     else:
         work = target.parent / f".{target.name}.partial"
         content = work / target.name
-    with (
-        _full_disk_explained(path, resumable=key is not None),
-        _locked_work_directory(work, target),
-    ):
+    with _explain_full_disk(path, resumable=key is not None), _lock_directory(work, target):
         stage = StagedDirectory(content, _resume_or_clear(work, content, key), work / "finished")
-        done = False
+        complete = False
         try:
             yield stage
-            if not paths.is_remote(target):
-                refuse_existing(target, overwrite=overwrite, ours=ours)  # it may be new
-                _rename(content, target, aside=target.parent / f".{target.name}.replaced")
-            done = True
+            if not remote:
+                refuse_existing(target, overwrite=overwrite, ours=ours)  # it may have appeared
+                _rename(content, target, backup=target.parent / f".{target.name}.replaced")
+            complete = True
         finally:
-            if done or key is None:
-                if not done and paths.is_remote(target):
+            if complete or key is None:
+                if not complete and remote:
                     _remove(target)
                 _remove(work)
             else:
@@ -112,18 +113,18 @@ def new_directory(
 def refuse_existing(
     path: str | os.PathLike[str], *, overwrite: bool, ours: Callable[[epath.Path], bool]
 ) -> None:
-    """Refuses to write under a name that is taken, or to replace what we did not write.
+    """Refuses to write under a name that is taken, or to replace a directory of another kind.
 
     Raises:
       FileExistsError: `path` exists, and `overwrite` is not set or it is not `ours`.
-      ValueError: `overwrite` in an object store, which cannot replace at one stroke.
+      ValueError: `overwrite` in an object store, which cannot replace a directory atomically.
     """
     target = paths.location(path)
     if paths.is_remote(target):
         if overwrite:
             raise ValueError(
-                f"{target}: an object store cannot replace a checkpoint at one stroke: choose "
-                "another name, or delete it first"
+                f"{target}: an object store cannot replace a checkpoint atomically: choose another "
+                "name, or delete it first"
             )
         paths.forget_listings(target)
         if ours(target):
@@ -135,9 +136,9 @@ def refuse_existing(
     if not target.exists():
         return
     if not overwrite:
-        left = ", ".join(map(str, leftovers(target)))
-        also = f" (a killed run left {left}, which --overwrite removes)" if left else ""
-        raise FileExistsError(f"{target} exists: choose another name, or pass --overwrite{also}")
+        remains = ", ".join(map(str, leftovers(target)))
+        hint = f" (a killed run left {remains}, which --overwrite removes)" if remains else ""
+        raise FileExistsError(f"{target} exists: choose another name, or pass --overwrite{hint}")
     if not ours(target):
         raise FileExistsError(
             f"{target} exists and was not written by this command, so --overwrite does not replace "
@@ -146,13 +147,13 @@ def refuse_existing(
 
 
 def require_space(path: str | os.PathLike[str], nbytes: int) -> None:
-    """Raises OSError if the disk of a local `path` lacks room for `nbytes`."""
-    place = paths.location(path)
-    if paths.is_remote(place):
+    """Raises OSError if the disk that holds a local `path` has less than `nbytes` free."""
+    folder = paths.location(path)
+    if paths.is_remote(folder):
         return
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise OSError(
             errno.ENOSPC,
@@ -162,7 +163,7 @@ def require_space(path: str | os.PathLike[str], nbytes: int) -> None:
 
 
 def leftovers(path: str | os.PathLike[str]) -> list[epath.Path]:
-    """What killed runs left for `path`: unfinished work, or what was being replaced."""
+    """Returns the directories that killed runs left for `path`: unfinished and replaced ones."""
     target = paths.location(path)
     if paths.is_remote(target):
         return [p for p in (target / ".partial",) if p.exists()]
@@ -172,65 +173,41 @@ def leftovers(path: str | os.PathLike[str]) -> list[epath.Path]:
 
 
 def make_directory(path: epath.Path) -> None:
-    """Makes a folder, if it is not there; object stores know none, but fsspec may make a bucket."""
+    """Creates a local directory and its parents if they do not exist.
+
+    Object stores have no directories, and fsspec might create a bucket instead.
+    """
     if not paths.is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """As `write_bytes`, of text in UTF-8."""
+    """Writes a small text file in UTF-8; see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a small file so that it is there as a whole or not at all, also after a power cut."""
+    """Writes a small file that is complete or absent, even after a power failure."""
     if paths.is_remote(path):
         path.write_bytes(data)
         return
-    fresh = path.with_name(f"{path.name}.new")
-    with open(fresh, "wb") as file:
+    temporary = path.with_name(f"{path.name}.new")
+    with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.rename(fresh, path)
-
-
-@contextlib.contextmanager
-def _full_disk_explained(path: str | os.PathLike[str], *, resumable: bool) -> Iterator[None]:
-    """Says of a full disk what is kept and what to do."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno != errno.ENOSPC or "free space" in str(e):  # `require_space` has said it
-            raise
-        kept = (
-            "the finished pieces are kept: free space, then run the same command again"
-            if resumable
-            else "nothing of it is kept: free space or choose another disk, then write it again"
-        )
-        raise OSError(errno.ENOSPC, f"no space left while writing {path}; {kept}") from e
-
-
-@contextlib.contextmanager
-def _locked_work_directory(work: epath.Path, target: epath.Path) -> Iterator[None]:
-    """Makes the folder and keeps a second process out of it while this one lives.
-
-    Object stores know neither folders nor locks.
-    """
-    make_directory(work)
-    if paths.is_remote(work):
-        yield
-        return
-    with open(work / "lock", "w") as file:
-        lock_file(file, target)
-        yield
+    os.rename(temporary, path)
 
 
 def lock_file(file: IO[Any], target: Any) -> None:
-    """Keeps other processes from what `file` stands for, until it is closed.
+    """Locks an open file against other processes until it is closed.
+
+    Args:
+      file: the lock.
+      target: what it protects, for the message.
 
     Raises:
-      FileExistsError: another one holds it; it is writing `target`.
+      FileExistsError: another process holds the lock.
     """
     import fcntl
 
@@ -242,64 +219,102 @@ def lock_file(file: IO[Any], target: Any) -> None:
         ) from None
 
 
+@contextlib.contextmanager
+def _explain_full_disk(path: str | os.PathLike[str], *, resumable: bool) -> Iterator[None]:
+    """Turns ENOSPC into an error that says what was kept and how to continue."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno != errno.ENOSPC or "free space" in str(e):  # `require_space` has explained it
+            raise
+        advice = (
+            "the finished pieces are kept: free space, then run the same command again"
+            if resumable
+            else "nothing of it is kept: free space or choose another disk, then write it again"
+        )
+        raise OSError(errno.ENOSPC, f"no space left while writing {path}; {advice}") from e
+
+
+@contextlib.contextmanager
+def _lock_directory(work: epath.Path, target: epath.Path) -> Iterator[None]:
+    """Creates the working directory and locks it while this process uses it.
+
+    Object stores have neither directories nor locks.
+    """
+    make_directory(work)
+    if paths.is_remote(work):
+        yield
+        return
+    with open(work / "lock", "w") as file:
+        lock_file(file, target)
+        yield
+
+
 def _resume_or_clear(
     work: epath.Path, content: epath.Path, key: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """Makes the working folders, and returns the records of an interrupted run with this key."""
+    """Prepares the working directories and returns the records of an interrupted run with `key`."""
     paths.forget_listings(work)
-    found = _parsed(paths.read_files(work, ["key.json"])["key.json"])
-    if key is not None and found == json.loads(json.dumps(key)) and content.exists():
+    stored_key = _parse_json(paths.read_files(work, ["key.json"])["key.json"])
+    if key is not None and stored_key == json.loads(json.dumps(key)) and content.exists():
         folder = work / "finished"
         names = [p.name for p in folder.iterdir()] if folder.exists() else []
         files = paths.read_files(folder, (n for n in names if n.endswith(".json")))
-        records = {name.removesuffix(".json"): _parsed(data) for name, data in files.items()}
-        # A record cut short by the kill counts as none.
+        records = {name.removesuffix(".json"): _parse_json(data) for name, data in files.items()}
+        # A record that was cut short by a kill does not count.
         finished = {name: r for name, r in records.items() if r is not None}
         if finished:
             logger.info("continuing an interrupted run: %d pieces are finished", len(finished))
         return finished
-    if found is not None:
+    if stored_key is not None:
         logger.warning("%s held unfinished work of another kind: starting over", work)
-    # The key goes first: if this is cut short, no record counts any more.
+    # The key is deleted first, so that no record counts if the clearing is cut short.
     (work / "key.json").unlink(missing_ok=True)
     if paths.is_remote(content):
-        _remove(content)  # `work` too
+        _remove(content)  # `work` included
     else:
         for child in work.iterdir():
             if child.name != "lock":
                 child.rmtree() if child.is_dir() else child.unlink()
         content.mkdir(parents=True, exist_ok=True)
         (work / "finished").mkdir(parents=True, exist_ok=True)
-    # Without a key too: in an object store this file is what makes `work` exist.
+    # Written even without a key: in an object store, `work` exists because this file does.
     write_text(work / "key.json", json.dumps(key))
     return {}
 
 
 def _remove(folder: epath.Path) -> None:
-    """Removes a folder, if it is there."""
+    """Removes a directory, local or remote, if it exists."""
     if paths.is_remote(folder):
         paths.remove_files(folder)
     else:
         folder.rmtree(missing_ok=True)
 
 
-def _parsed(data: bytes | None) -> Any:
+def _parse_json(data: bytes | None) -> Any:
+    """Returns the value of a JSON file; None if the file is missing or damaged."""
     try:
         return None if data is None else json.loads(data)
     except ValueError:
         return None
 
 
-def _rename(staged: epath.Path, target: epath.Path, aside: epath.Path) -> None:
-    """Gives finished work its name; what had it before is removed last."""
-    if target.exists() and aside.exists():
-        shutil.rmtree(aside)
+def _rename(staged: epath.Path, target: epath.Path, backup: epath.Path) -> None:
+    """Renames the staged directory into place, then deletes the one that it replaced.
+
+    Args:
+      staged: the complete directory.
+      target: its final name.
+      backup: the name of an existing `target` in the meantime.
+    """
+    if target.exists() and backup.exists():
+        shutil.rmtree(backup)
     try:
         if target.exists():
-            os.rename(target, aside)
+            os.rename(target, backup)
         os.rename(staged, target)
     except BaseException:
-        if aside.exists() and not target.exists():
-            os.rename(aside, target)
+        if backup.exists() and not target.exists():
+            os.rename(backup, target)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)

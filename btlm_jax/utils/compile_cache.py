@@ -1,4 +1,4 @@
-"""CompilationCount by XLA: kept between processes, counted and timed."""
+"""XLA compilations: cached between processes, counted and timed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Read by JAX when it is imported.
-_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+_VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX reads it when it is imported
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def enable_persistent_cache() -> None:
-    """Has JAX, once it is imported, keep compiled programs in the user's cache directory.
+    """Makes JAX, once it is imported, keep compiled programs in the user's cache directory.
 
-    Another directory that the environment names in `JAX_COMPILATION_CACHE_DIR` stays.
+    A directory that the environment already names in `JAX_COMPILATION_CACHE_DIR` takes precedence.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault(_VARIABLE, str(cache / "btlm-jax" / "compiled"))
@@ -24,7 +23,12 @@ def enable_persistent_cache() -> None:
 
 @dataclasses.dataclass
 class CompilationCount:
-    """So far: how many programs, and how many seconds; from the cache, those it took to read."""
+    """Compilations so far.
+
+    Attributes:
+      count: number of programs, including those read from the cache.
+      seconds: time spent to compile them or to read them from the cache.
+    """
 
     count: int = 0
     seconds: float = 0.0
@@ -32,18 +36,18 @@ class CompilationCount:
 
 @contextlib.contextmanager
 def count_compilations() -> Iterator[CompilationCount]:
-    """Counts what XLA compiles, in any thread, while the context lasts."""
+    """Counts the programs that XLA compiles, in any thread, within the `with` block."""
     import jax
 
-    found = CompilationCount()
+    total = CompilationCount()
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _EVENT:
-            found.count += 1
-            found.seconds += duration_secs
+            total.count += 1
+            total.seconds += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield found
+        yield total
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

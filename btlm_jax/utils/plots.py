@@ -1,4 +1,4 @@
-"""Pictures as PNG (needs matplotlib, extra `plot`)."""
+"""Plots as PNG files (requires matplotlib, extra `plot`)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def require_matplotlib() -> None:
-    """Raises ValueError if matplotlib is missing; call it before long work."""
+    """Raises ValueError if matplotlib is not installed; call it before long work."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("pictures need matplotlib: pip install 'btlm-jax[plot]'")
+        raise ValueError("plots need matplotlib: pip install 'btlm-jax[plot]'")
 
 
 def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (7, 4.2)) -> Any:
-    """An empty figure of rows x columns panels, each of `size` inches; never a window.
+    """Creates a figure of rows x columns panels, each of `size` inches, without opening a window.
 
     Returns:
       The matplotlib figure and its axes, [rows, columns].
@@ -23,19 +23,19 @@ def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (7, 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    FigureCanvasAgg(made)
-    return made, made.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_png(path: Path, figure: Any, dpi: int = 150) -> None:
-    """Writes a figure as PNG, with so many pixels for each inch."""
+    """Writes a figure as PNG with `dpi` pixels per inch; creates the directory if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
 
 
 def draw_level(axes: Any, value: float, label: str) -> None:
-    """A dashed line across, to compare with."""
+    """Draws a dashed horizontal line at `value` as a baseline."""
     axes.axhline(value, color="gray", linestyle="--", linewidth=1)
     axes.annotate(
         f"{label} {value:.2f}", (1, value), (-4, 3), xycoords=("axes fraction", "data"),
@@ -49,21 +49,22 @@ def draw_loss_curve(
     levels: Mapping[str, float],
     title: str,
 ) -> None:
-    """Draws loss against step.
+    """Draws loss against step and writes the plot.
 
     Args:
-      path: the PNG to write.
+      path: the PNG file to write.
       curves: label -> (steps, nats per token).
-      levels: label -> a constant to compare with.
+      levels: label -> constant loss of a baseline.
+      title: shown above the plot.
     """
-    made, panels = new_figure()
+    figure, panels = new_figure()
     axes = panels[0, 0]
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     for label, (steps, losses) in curves.items():
-        few = len(steps) < 40
-        axes.plot(steps, losses, marker="o" if few else None, markersize=4, label=label)
+        marker = "o" if len(steps) < 40 else None
+        axes.plot(steps, losses, marker=marker, markersize=4, label=label)
     for label, value in levels.items():
         draw_level(axes, value, label)
     axes.grid(alpha=0.3)
     axes.legend()
-    save_png(path, made)
+    save_png(path, figure)

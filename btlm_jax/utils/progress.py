@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A context manager that counts, towards `total` where that is known.
+    """A context manager that counts finished work, towards `total` if that is known.
 
     Args:
-      total: how much there is to do, in `unit`; None if nobody knows.
+      total: the amount of work in `unit`; None if unknown.
       unit: such as "B" (shown with binary prefixes) or "step".
       title: what is being done.
-      done: how many units an earlier run has done.
-      every: seconds between lines when standard error is not a terminal.
-      shown: False counts silently, as all but one of several processes should.
-      clock: seconds; injected by tests.
+      done: number of units that an earlier run finished.
+      every: seconds between log lines when standard error is not a terminal.
+      shown: False counts silently, as all processes but one should.
+      clock: returns seconds; tests inject it.
     """
 
     def __init__(
@@ -46,15 +46,14 @@ class Progress:
         self._lock = threading.Lock()
         self._bar = None
         if shown and sys.stderr.isatty():
-            scale = unit == "B"
-            base = 1024 if scale else 1000
+            is_bytes = unit == "B"
             self._bar = tqdm(
                 total=total,
                 initial=done,
                 unit=unit,
                 desc=title,
-                unit_scale=scale,
-                unit_divisor=base,
+                unit_scale=is_bytes,
+                unit_divisor=1024 if is_bytes else 1000,
             )
 
     def __enter__(self) -> Progress:
@@ -65,7 +64,12 @@ class Progress:
             self._bar.close()
 
     def update(self, n: float, note: str = "") -> None:
-        """Counts `n` more; `note` is shown beside the count (a loss, say). Threads may."""
+        """Counts `n` more units; thread-safe.
+
+        Args:
+          n: number of units.
+          note: shown beside the count, such as a loss.
+        """
         with self._lock:
             self._done += n
             if self._bar is not None:
@@ -73,32 +77,37 @@ class Progress:
                 self._bar.update(n)
                 return
             now = self._clock()
-            ended = self.total is not None and self._done >= self.total
-            if self._shown and (ended or now - self._last >= self._every):
+            complete = self.total is not None and self._done >= self.total
+            if self._shown and (complete or now - self._last >= self._every):
                 self._last = now
                 logger.info("%s", self.line(now, note))
 
     def extend(self, n: float) -> None:
-        """There are `n` more to do than was known."""
+        """Adds `n` units to the total."""
         with self._lock:
             self.total = (self.total or 0) + n
             if self._bar is not None:
                 self._bar.total = self.total
 
     def line(self, now: float, note: str = "") -> str:
-        """The plain line: done/total, percentage, rate, time left; of no total, done and rate."""
+        """Returns the log line: done/total, percentage, rate and time left.
+
+        Without a total it shows the amount done and the rate.
+        """
         rate = (self._done - self._initial) / max(now - self._start, 1e-9)
-        line, speed = f"{self.title}: {_count(self._done, self.unit)}", _count(rate, self.unit)
+        line = f"{self.title}: {_format_count(self._done, self.unit)}"
+        speed = _format_count(rate, self.unit)
         if self.total is None:
             line += f", {speed}/s"
         else:
-            left = max(self.total - self._done, 0) / max(rate, 1e-9)
-            part = self._done / max(self.total, 1)
-            line += f"/{_count(self.total, self.unit)} ({part:.0%}), {speed}/s, {left:.0f} s left"
+            seconds = max(self.total - self._done, 0) / max(rate, 1e-9)
+            fraction = self._done / max(self.total, 1)
+            total = _format_count(self.total, self.unit)
+            line += f"/{total} ({fraction:.0%}), {speed}/s, {seconds:.0f} s left"
         return f"{line}, {note}" if note else line
 
 
-def _count(n: float, unit: str) -> str:
+def _format_count(n: float, unit: str) -> str:
     if unit == "B":
         return format_bytes(n)
     return f"{n:.4g} {unit}" if isinstance(n, float) else f"{n} {unit}"
