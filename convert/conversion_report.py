@@ -24,7 +24,8 @@ class ConversionReport:
       peak_rss: largest resident set of this process, in bytes.
       digest: `weights_digest` of the tensors.
       files: names of the carried files (conversion) or of the weight files (export).
-      errors: quantization errors of every quantized weight, by path (`metadata.Metadata.errors`).
+      errors: quantization errors of every quantized weight, by path (see
+        `CheckpointMetadata`).
     """
 
     tensors: int

@@ -155,7 +155,7 @@ def is_our_export(path: metadata.PathLike) -> bool:
         return False
 
 
-def _config_json(meta: metadata.Metadata) -> dict[str, Any]:
+def _config_json(meta: metadata.CheckpointMetadata) -> dict[str, Any]:
     """Returns the `config.json` of an export; see `hf_config.export_config_json`."""
     dtypes = {str(meta.leaves[leaf.path].dtype) for leaf in weights.disk_leaves(meta.config)}
     return hf_config.export_config_json(
@@ -172,7 +172,7 @@ def _name_shards(shards: list[list[TensorSpec]]) -> dict[str, list[TensorSpec]]:
 
 
 def _resume_key(
-    meta: metadata.Metadata, shards: Mapping[str, Sequence[TensorSpec]]
+    meta: metadata.CheckpointMetadata, shards: Mapping[str, Sequence[TensorSpec]]
 ) -> dict[str, Any]:
     """Returns the facts that must be unchanged to resume an interrupted export."""
     mark = (meta.path / metadata.MARKER_FILE).read_bytes()
@@ -184,7 +184,7 @@ def _resume_key(
 
 
 def _write_small_files(
-    meta: metadata.Metadata,
+    meta: metadata.CheckpointMetadata,
     config: dict[str, Any],
     content: epath.Path,
     shards: Mapping[str, Sequence[TensorSpec]],
@@ -225,7 +225,7 @@ def _log_missing_code(stage: epath.Path) -> None:
         )
 
 
-def slopes_tensor(meta: metadata.Metadata) -> np.ndarray:
+def slopes_tensor(meta: metadata.CheckpointMetadata) -> np.ndarray:
     """Returns the ALiBi slopes [H, 1] in the dtype of the source, if that holds them exactly.
 
     A checkpoint that was not converted gets bfloat16, or float32 where bfloat16 would round; fresh

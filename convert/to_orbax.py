@@ -105,7 +105,7 @@ def convert(
 
 
 def source_origin(hf: HFSource, source: str | os.PathLike[str], names: list[str]) -> dict[str, Any]:
-    """Returns the record of a checkpoint's origin (`metadata.Metadata.origin`).
+    """Returns the record of a checkpoint's origin (`metadata.CheckpointMetadata.origin`).
 
     Args:
       hf: the opened source.

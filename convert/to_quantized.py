@@ -18,6 +18,7 @@ from btlm_jax import __version__
 from btlm_jax.checkpoint import checkpoint, metadata, zarr
 from btlm_jax.checkpoint import quantization as q
 from btlm_jax.checkpoint.assets import asset_files
+from btlm_jax.checkpoint.quantize_arrays import QuantizationErrors
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
@@ -243,7 +244,7 @@ def _quantize_weight(
             yield result.values.reshape(-1)
 
     writer.write(values, dtype, quantized())
-    errors = q.QuantizationErrors(*np.sum(errors_of_blocks, 0).tolist())
+    errors = QuantizationErrors(*np.sum(errors_of_blocks, 0).tolist())
     all_scales = np.concatenate(scales_of_blocks)
     writer.write(scales, all_scales.dtype, _split_blocks(all_scales, scales), errors.relative())
 

@@ -22,7 +22,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax.checkpoint import checkpoint, metadata
+from btlm_jax.checkpoint import checkpoint, metadata, stacking
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
@@ -67,7 +67,7 @@ class Checkpoints:
         """
         items: dict[str, Any] = {
             metadata.ITEM: unflatten_tree(
-                checkpoint.unstack_layers(config, flatten_tree(state.params))
+                stacking.unstack_layers(config, flatten_tree(state.params))
             ),
             _OPTIMIZER: _stored(config, state),
         }
@@ -189,12 +189,12 @@ def restore(
     _check_optimizer(path, wanted[_OPTIMIZER])
     found = checkpoint.restore_items(meta.path, wanted)
 
-    params = checkpoint.stack_layers(config, flatten_tree(found[metadata.ITEM]), placed)
+    params = stacking.stack_layers(config, flatten_tree(found[metadata.ITEM]), placed)
     optimizer = found[_OPTIMIZER]
     for name, part in parts.items():
         if isinstance(part, Mapping):
             places = {p: placed[p] for p in part}
-            parts[name] = checkpoint.stack_layers(config, flatten_tree(optimizer[name]), places)
+            parts[name] = stacking.stack_layers(config, flatten_tree(optimizer[name]), places)
         else:
             parts[name] = optimizer[name]
     opt_state = _from_parts(config, like.opt_state, parts)
@@ -207,7 +207,7 @@ def _stored(config: BTLMConfig, state: TrainState) -> dict[str, Any]:
     stored: dict[str, Any] = {name: getattr(state, name) for name in _COUNTERS}
     for name, part in _parts(config, state.opt_state).items():
         if isinstance(part, Mapping):
-            stored[name] = unflatten_tree(checkpoint.unstack_layers(config, part))
+            stored[name] = unflatten_tree(stacking.unstack_layers(config, part))
         else:
             stored[name] = part
     return stored

@@ -17,7 +17,7 @@ ASSET_NAMES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
-    # The original modelling code, which the `auto_map` of config.json names; never run by us.
+    # The original model code, to which `auto_map` in config.json refers; it is never run here.
     "configuration_btlm.py",
     "modeling_btlm.py",
     "configuration_jais.py",

@@ -1,7 +1,7 @@
-"""Writes a scalar checkpoint with Orbax in a temporary folder to borrow its two metadata files.
+"""Writes a scalar checkpoint with Orbax into a temporary directory to borrow its metadata files.
 
-Orbax offers no function that writes these files for arrays that it did not write itself. Their
-contents do not depend on the shapes of the arrays, so a checkpoint of scalars has the same ones.
+Orbax has no function that writes its two metadata files for arrays that it did not write itself.
+Neither file contains the shapes of the arrays, so a checkpoint of scalars has the right ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,37 +21,35 @@ from btlm_jax.model import weights
 from btlm_jax.model.params import unflatten_tree
 
 ITEM = "state"  # Orbax's name for the item that `ocp.load(path)` reads: the weights
-MARKER_FILE = "_CHECKPOINT_METADATA"  # a file that Orbax writes into every finished checkpoint
+MARKER_FILE = "_CHECKPOINT_METADATA"  # Orbax writes it into every finished checkpoint
 
 
-def array_list(paths: Iterable[weights.Path]) -> str:
-    """Returns Orbax's `_METADATA` for arrays of these paths; each `zarr.json` holds a shape."""
-    return _scalar_checkpoint(paths, None)[0]
+def array_list(leaves: Iterable[weights.Path]) -> str:
+    """Returns Orbax's `_METADATA` for arrays of these paths; their shapes are in `zarr.json`."""
+    return _scalar_checkpoint(leaves, None)[0]
 
 
-def commit_marker(custom: Mapping[str, Any]) -> str:
+def commit_marker(custom: dict[str, Any]) -> str:
     """Returns Orbax's `_CHECKPOINT_METADATA` with custom metadata and without clock readings."""
     values = json.loads(_scalar_checkpoint([("x",)], custom)[1])
     return json.dumps(values | {"init_timestamp_nsecs": None, "commit_timestamp_nsecs": None})
 
 
 def _scalar_checkpoint(
-    paths: Iterable[weights.Path], custom: Mapping[str, Any] | None
+    leaves: Iterable[weights.Path], custom: dict[str, Any] | None
 ) -> tuple[str, str]:
-    """Saves a tree of scalars. Returns the text of Orbax's array list and of its commit marker."""
+    """Saves a tree of scalars and returns the texts of Orbax's two metadata files."""
     context = ocp.Context()
     context.array_options.saving.use_ocdbt = False
-    tree: Any = unflatten_tree({path: np.zeros((), np.float32) for path in paths})
+    tree: Any = unflatten_tree({path: np.zeros((), np.float32) for path in leaves})
     logger = logging.getLogger("absl")
     level = logger.level
     with tempfile.TemporaryDirectory() as folder, context:
-        # Orbax warns that without OCDBT there are no OCDBT databases to merge.
+        # Orbax warns that there is no OCDBT database to merge, which is intended.
         logger.setLevel(logging.ERROR)
         path = epath.Path(folder) / "scalars"
         try:
-            ocp.save(
-                os.fspath(path), tree, custom_metadata=None if custom is None else dict(custom)
-            )
+            ocp.save(os.fspath(path), tree, custom_metadata=custom)
         finally:
             logger.setLevel(level)
         return (path / ITEM / "_METADATA").read_text(), (path / MARKER_FILE).read_text()

@@ -1,7 +1,7 @@
-"""Weights by layer, as decoding takes them, each read straight into its place.
+"""Unstacked weights, {"blocks": {"0": {...}}}, read straight onto the devices for decoding.
 
-Arrays are read one at a time, and of each only what the devices here hold: a host holds the weights
-once, and one array besides.
+Arrays are read one at a time, and of each one only the parts that local devices hold: the peak
+memory of a host is the weights and one array.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +19,29 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from btlm_jax.checkpoint import metadata
 from btlm_jax.checkpoint import quantization as quantization_lib
+from btlm_jax.checkpoint.metadata import CheckpointMetadata
 from btlm_jax.checkpoint.quantization import Quantization
+from btlm_jax.checkpoint.quantize_arrays import unpack_host
+from btlm_jax.checkpoint.schemes import INT4_BLOCK
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import packed as packed_lib
 from btlm_jax.model import sharding, weights
-from btlm_jax.model.packed import BLOCK, PackedWeight
+from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import Params, unflatten_tree
 
 logger = logging.getLogger(__name__)
 
-# Finer groups than this are told of: scales would take more than 2 bits a weight.
-_FINE = 8
+# Groups smaller than this cause a warning: their scales would take more than 2 bits a weight.
+_SMALL_GROUP = 8
 
 Index = tuple[slice, ...]
-# Gives a part, of slices with bounds, of a stored array.
-Read = Callable[[weights.DiskLeaf, Index], np.ndarray]
-# As `sharding.assemble_array`.
-Make = Callable[..., Any]
+# Reads a part of a stored array, given by slices with bounds.
+ReadPart = Callable[[weights.DiskLeaf, Index], np.ndarray]
+# Makes an array from its parts, as `sharding.assemble_array` does.
+MakeArray = Callable[..., Any]
+
+_inputs_last = jax.jit(packed_lib.transposed, static_argnums=1)
 
 
 def unstacked_option(unstacked: bool, by_layer: bool | None) -> bool:
@@ -50,122 +54,164 @@ def unstacked_option(unstacked: bool, by_layer: bool | None) -> bool:
 
 def load_unstacked(
     config: BTLMConfig,
-    read: Read,
+    read: ReadPart,
     dtypes: Mapping[weights.Path, DTypeLike],
     *,
     quantization: Quantization | None = None,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
-    make: Make = sharding.assemble_array,
+    make: MakeArray = sharding.assemble_array,
 ) -> Params:
-    """The weights by layer, {"blocks": {"0": {...}, ...}}.
+    """Loads weights without stacking their layers.
 
-    Quantized weights become a `packed.PackedWeight`. On a CPU without a mesh int4 stays packed, and
-    float kernels get their inputs last, as CPUs read them fastest. Elsewhere int4 is an array of
-    jnp.int4, 4 bits each on TPUs and GPUs, and float kernels are as the table has them.
+    A quantized weight becomes a `PackedWeight`. On a CPU without a mesh, int4 stays packed, and the
+    inputs of float weights become the last axis, because CPUs read them fastest that way.
+    Elsewhere, int4 becomes an array of jnp.int4, which takes 4 bits on TPUs and GPUs, and float
+    weights keep the shape of the table.
 
-    On a mesh the outputs of a quantized kernel are split by the table's logical axes, its inputs,
-    flattened, by the axis of the first. Where a device's inputs are not whole groups, groups are
-    cut into finer ones of the same scale.
+    On a mesh, the outputs of a quantized weight are sharded by their logical axes, and its
+    flattened inputs by the logical axis of the first one. Where the inputs of a device are not
+    whole groups, groups are split into smaller ones with the same scale.
 
     Args:
       config: the model.
-      read, dtypes: the stored arrays, those of `quantization.stored_leaves(config, to)`.
-      quantization: what they are quantized to.
-      dtype: of what is stored in floats and is no scale; None keeps it.
+      read: reads the stored arrays, those of `quantization.stored_leaves(config, quantization)`.
+      dtypes: dtypes of the stored arrays by path.
+      quantization: how the weights are quantized.
+      dtype: dtype of float weights (not of scales) in memory; None keeps the stored one.
       mesh, rules: as for `checkpoint.load`.
       make: makes the arrays.
 
     Raises:
-      ValueError: a weight does not fit the mesh; or what `read` raises.
+      ValueError: a weight does not fit the mesh; and any error of `read`.
     """
-    pad, placed = sharding.param_layout(config, mesh, rules)
+    padding, shardings = sharding.param_layout(config, mesh, rules)
     on_cpu = mesh is None and jax.default_backend() == "cpu"
-    found: dict[weights.Path, Any] = {}
+    flat: dict[weights.Path, Any] = {}
     for leaf in weights.disk_leaves(config):
-        w, parts = leaf.weight, quantization_lib.stored_parts(leaf, quantization)
-        out = placed[w.path] if leaf.layer is None else sharding.layer_sharding(placed[w.path])
+        w = leaf.weight
+        out = shardings[w.path]
+        out = out if leaf.layer is None else sharding.layer_sharding(out)
+        parts = quantization_lib.stored_parts(leaf, quantization)
         if len(parts) == 1:
-            to_dtype = jnp.dtype(dtypes[leaf.path] if dtype is None else dtype)
-            part = functools.partial(read, parts[0])
-            x: Any = make(w.padded(pad), to_dtype, out, w.shape, part)
+            memory_dtype = jnp.dtype(dtypes[leaf.path] if dtype is None else dtype)
+            read_part = functools.partial(read, parts[0])
+            x: Any = make(w.padded(padding), memory_dtype, out, w.shape, read_part)
             if on_cpu and w.inputs:
-                x = jax.block_until_ready(_inputs_last(x, w.inputs))  # or many would be in flight
+                # Without waiting, several arrays would be in memory twice.
+                x = jax.block_until_ready(_inputs_last(x, w.inputs))
         elif on_cpu:
             values, scales = (
                 make(p.shape, p.dtype, out, p.shape, functools.partial(read, p)) for p in parts
             )
             x = PackedWeight(values, scales, w.transposed_shape({})[-1])
         else:
+            layout = _kernel_layout(w, w.transposed_shape(padding), mesh, rules, out)
             assert quantization is not None
-            place, ways = _places(w, mesh, rules, out)
-            x = _kernel(parts, read, quantization.group, w.transposed_shape(pad), place, ways, make)
-        found[leaf.path] = x
-    return unflatten_tree(found)
+            scheme = quantization.scheme(w)
+            assert scheme is not None
+            load = {"int8": _load_int8, "int4": _load_int4}[scheme.layout]
+            x = load(parts, read, scheme.group, layout, make)
+        flat[leaf.path] = x
+    return unflatten_tree(flat)
 
 
 def abstract_unstacked(
     config: BTLMConfig,
     dtype: DTypeLike,
-    to: Quantization | None,
+    quantization: Quantization | None,
     mesh: Mesh,
     rules: sharding.Rules = sharding.RULES,
 ) -> Params:
-    """Shapes, dtypes and shardings of what `load` would give; devices need not be here.
+    """Returns shapes, dtypes and shardings of what `load_unstacked` would return.
 
     Args:
-      dtype: of floats.
-      to, mesh, rules: as for `load`.
+      config: the model.
+      dtype: dtype of float weights.
+      quantization: how the weights are quantized.
+      mesh, rules: as for `load_unstacked`; the devices need not be attached.
     """
 
     def make(shape, dtype, out, stored, read) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=out)
 
     def read(leaf, index) -> np.ndarray:
-        raise AssertionError("nothing is read")
+        raise AssertionError("an abstract array is never read")
 
     return load_unstacked(
-        config, read, {}, quantization=to, dtype=dtype, mesh=mesh, rules=rules, make=make
+        config,
+        read,
+        {},
+        quantization=quantization,
+        dtype=dtype,
+        mesh=mesh,
+        rules=rules,
+        make=make,
     )
 
 
 def decoding_dtype(
-    meta: metadata.Metadata, dtype: DTypeLike | None, mesh: Mesh | None
+    meta: CheckpointMetadata, dtype: DTypeLike | None, mesh: Mesh | None
 ) -> np.dtype | None:
-    """What `load` has a model compute in whose weights are by layer; None is the platform's.
+    """Returns the compute dtype of a model with unstacked weights; None for the platform's default.
+
+    CPUs multiply weights in the dtype in which they are stored.
 
     Args:
       meta: of the checkpoint.
-      dtype, mesh: as for `load`.
+      dtype, mesh: as for `checkpoint.load`.
 
     Raises:
-      ValueError: float16 on a CPU, in which no product runs as the weights rest.
+      ValueError: float16 on a CPU, which has no matrix product of float16.
     """
     if mesh is not None or jax.default_backend() != "cpu":
         return None
     if meta.quantization is not None:
         return jnp.dtype(jnp.bfloat16)
-    first = next(x for x in weights.disk_leaves(meta.config) if x.weight.role == "hidden")
-    own = jnp.dtype(meta.leaves[first.path].dtype if dtype is None else dtype)
-    if own == jnp.float16:
+    hidden = next(x for x in weights.disk_leaves(meta.config) if x.weight.role == "hidden")
+    compute_dtype = jnp.dtype(meta.leaves[hidden.path].dtype if dtype is None else dtype)
+    if compute_dtype == jnp.float16:
         raise ValueError("weights in float16: CPUs decode in bfloat16 or float32, pass dtype=")
-    return own
+    return compute_dtype
 
 
-_inputs_last = jax.jit(packed_lib.transposed, static_argnums=1)
+class _KernelLayout(NamedTuple):
+    """Shape and sharding of a kernel in memory.
+
+    Attributes:
+      shape: padded, [*O, I].
+      split: sharding of an array whose last axis is split like the inputs.
+      whole: sharding of an array whose last axis is not split.
+      num_shards: number of parts into which the inputs are split.
+    """
+
+    shape: tuple[int, ...]
+    split: jax.sharding.Sharding
+    whole: jax.sharding.Sharding
+    num_shards: int
 
 
-def _places(
-    w: weights.Weight, mesh: Mesh | None, rules: sharding.Rules, single: jax.sharding.Sharding
-) -> tuple[Callable[[bool], jax.sharding.Sharding], int]:
-    """Where a kernel [*O, I] belongs, its last axis split or whole; and in how many parts I is.
+def _kernel_layout(
+    w: weights.Weight,
+    shape: tuple[int, ...],
+    mesh: Mesh | None,
+    rules: sharding.Rules,
+    single: jax.sharding.Sharding,
+) -> _KernelLayout:
+    """Returns the layout of a quantized weight.
+
+    Args:
+      w: the weight.
+      shape: padded, [*O, I].
+      mesh, rules: as for `load_unstacked`.
+      single: sharding without a mesh.
 
     Raises:
       ValueError: the rules split inputs that are not consecutive once flattened.
     """
     if mesh is None:
-        return lambda split: single, 1
+        return _KernelLayout(shape, single, single, 1)
     outputs = [axis for i, axis in enumerate(w.axes) if i not in w.inputs]
     first, *others = [w.axes[i] for i in w.inputs]
     for axis in others:
@@ -174,67 +220,80 @@ def _places(
                 f"{w.name}: its inputs {(first, *others)} are split by the rules at {axis!r}; a "
                 f"quantized weight can be split at {first!r} only: change rules or mesh"
             )
-
-    def place(split: bool) -> jax.sharding.Sharding:
-        return NamedSharding(
-            mesh, sharding.partition_spec(rules, *outputs, first if split else None)
-        )
-
-    return place, sharding.num_shards(mesh, rules, first)
+    split, whole = (
+        NamedSharding(mesh, sharding.partition_spec(rules, *outputs, axis))
+        for axis in (first, None)
+    )
+    return _KernelLayout(shape, split, whole, sharding.num_shards(mesh, rules, first))
 
 
-def _kernel(
+def _load_int8(
     parts: tuple[weights.DiskLeaf, ...],
-    read: Read,
+    read: ReadPart,
     group: int | None,
-    shape: tuple[int, ...],
-    place: Callable[[bool], jax.sharding.Sharding],
-    ways: int,
-    make: Make,
+    layout: _KernelLayout,
+    make: MakeArray,
 ) -> PackedWeight:
-    """A quantized kernel of padded `shape` [*O, I] with its inputs split `ways`, int4 unpacked."""
+    """Loads an int8 kernel; its scales, one per output, are not split along the last axis."""
     values, scales = parts
-    *outputs, inputs = shape
+    *outputs, inputs = layout.shape
     read_values, read_scales = (functools.partial(read, part) for part in parts)
-    if group is None or values.part == "int8":
-        return PackedWeight(
-            make(shape, jnp.int8, place(True), values.shape, read_values),
-            make((*outputs, 1), jnp.float32, place(False), scales.shape, read_scales),
-            inputs,
-        )
-    # Where inputs are whole, filling stays: `packed.dequantize` cuts it off.
-    filled = values.shape[-1] * 2
-    length = inputs if ways > 1 else filled
-    finer = math.gcd(length // ways, group)
-    if finer < min(group, _FINE) and values.layer == 0:
+    return PackedWeight(
+        make(layout.shape, jnp.int8, layout.split, values.shape, read_values),
+        make((*outputs, 1), jnp.float32, layout.whole, scales.shape, read_scales),
+        inputs,
+    )
+
+
+def _load_int4(
+    parts: tuple[weights.DiskLeaf, ...],
+    read: ReadPart,
+    group: int | None,
+    layout: _KernelLayout,
+    make: MakeArray,
+) -> PackedWeight:
+    """Loads an int4 kernel as an unpacked array of jnp.int4, with smaller groups if needed."""
+    assert group is not None
+    values, scales = parts
+    *outputs, inputs = layout.shape
+    # Inputs that are not split keep their padding, which `packed.dequantize` removes.
+    padded = values.shape[-1] * 2
+    length = inputs if layout.num_shards > 1 else padded
+    local = length // layout.num_shards
+    smaller = math.gcd(local, group)
+    if smaller < min(group, _SMALL_GROUP) and values.layer == 0:
         logger.warning(
             "%s: the %d inputs of a device are no whole groups of %d; scales for every %d take %.1f"
-            " bits a weight", values.weight.name, length // ways, group, finer, 16 / finer,
+            " bits a weight", values.weight.name, local, group, smaller, 16 / smaller,
         )  # fmt: skip
-    repeats = group // finer
+    repeats = group // smaller
 
-    def unpacked(index: Index) -> np.ndarray:
+    def read_values(index: Index) -> np.ndarray:
         *rows, last = index
-        start, stop = last.start // BLOCK, -(-last.stop // BLOCK)
-        packed = read_values((*rows, slice(start * BLOCK // 2, stop * BLOCK // 2)))
-        found = quantization_lib.unpack_host(packed)
-        return found[..., last.start - start * BLOCK : last.stop - start * BLOCK]
+        start, stop = last.start // INT4_BLOCK, -(-last.stop // INT4_BLOCK)
+        packed = read(values, (*rows, slice(start * INT4_BLOCK // 2, stop * INT4_BLOCK // 2)))
+        offset = start * INT4_BLOCK
+        return unpack_host(packed)[..., last.start - offset : last.stop - offset]
 
-    def repeated(index: Index) -> np.ndarray:
+    def read_scales(index: Index) -> np.ndarray:
         *rows, last = index
         start, stop = last.start // repeats, -(-last.stop // repeats)
-        found = np.repeat(read_scales((*rows, slice(start, stop))), repeats, -1)
-        return found[..., last.start - start * repeats : last.stop - start * repeats]
+        repeated = np.repeat(read(scales, (*rows, slice(start, stop))), repeats, -1)
+        offset = start * repeats
+        return repeated[..., last.start - offset : last.stop - offset]
 
     stored = values.shape[:-1]
+    groups = length // smaller
+    scale_sharding = layout.split if groups > 1 else layout.whole  # one group cannot be split
+    stored_groups = scales.shape[-1] * repeats
     return PackedWeight(
-        make((*outputs, length), jnp.int4, place(True), (*stored, filled), unpacked),
+        make((*outputs, length), jnp.int4, layout.split, (*stored, padded), read_values),
         make(
-            (*outputs, length // finer),
+            (*outputs, groups),
             jnp.bfloat16,
-            place(length > finer),  # one group has nothing to split
-            (*stored, scales.shape[-1] * repeats),
-            repeated,
+            scale_sharding,
+            (*stored, stored_groups),
+            read_scales,
         ),
         inputs,
     )

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from tokenizers import Tokenizer
 
-from btlm_jax.checkpoint.metadata import Metadata
+from btlm_jax.checkpoint.metadata import CheckpointMetadata
 from btlm_jax.generation import detokenize
 from btlm_jax.generation.continuous_batching import GenerationResult
 from btlm_jax.utils import atomic, paths
@@ -256,7 +256,7 @@ def _line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def checkpoint_fingerprint(meta: Metadata) -> str:
+def checkpoint_fingerprint(meta: CheckpointMetadata) -> str:
     """Tells a checkpoint from others: by its hashes, or its place if nobody recorded any."""
     arrays = {".".join(path): found for path, found in meta.sha256.items()} or str(meta.path)
     facts = json.dumps([arrays, dict(meta.asset_sha256)], sort_keys=True)

@@ -12,7 +12,7 @@ import tomllib
 from importlib import resources
 from typing import Any, Literal, NamedTuple
 
-from btlm_jax.checkpoint.quantization import padded_inputs
+from btlm_jax.checkpoint.schemes import padded_inputs
 from btlm_jax.config import BTLMConfig
 
 Precision = Literal["bf16", "int8", "int4"]

@@ -64,8 +64,8 @@ def new_directory(
       overwrite: whether to replace an existing directory of that name.
       ours: returns whether an existing directory is of the kind about to be written; no other
         directory is ever replaced.
-      key: JSON-able facts that identify the work. With a key, a block that fails or is killed leaves
-        its finished pieces to the next run with the same key; without one, it leaves nothing.
+      key: JSON-able facts that identify the work. With a key, a block that fails or is killed
+        leaves its finished pieces to the next run with the same key; without one, nothing.
 
     Yields:
       The directory to fill.

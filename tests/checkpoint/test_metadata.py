@@ -139,7 +139,7 @@ EDITS = {
 def test_an_edit_breaks_the_seal(converted, change):
     with edited(converted, seal=False) as apply:
         apply(change)
-        with pytest.raises(ValueError, match="its metadata does not match its seal"):
+        with pytest.raises(ValueError, match="its metadata does not match its checksum"):
             metadata.read_metadata(converted)
     metadata.read_metadata(converted)
 
@@ -174,7 +174,7 @@ KEYS = ["format", "config", "origin", "sha256", "asset_sha256", "structure_sha25
 def test_missing_keys(converted, key):
     with edited(converted, seal=False) as apply:
         apply(lambda n: n.pop(key))
-        said = "checkpoint format None" if key == "format" else "does not match its seal"
+        said = "checkpoint format None" if key == "format" else "does not match its checksum"
         with pytest.raises(ValueError, match=said):
             metadata.read_metadata(converted)
 

@@ -17,6 +17,8 @@ from hypothesis.extra import numpy as hnp
 from btlm_jax import BTLMConfig
 from btlm_jax.checkpoint import quantization
 from btlm_jax.checkpoint.quantization import Quantization
+from btlm_jax.checkpoint.quantize_arrays import QuantizationErrors, unpack_host
+from btlm_jax.checkpoint.schemes import INT4
 from btlm_jax.model import packed as packed_lib
 from btlm_jax.model import weights
 from btlm_jax.model.params import (
@@ -42,16 +44,14 @@ def leaf_of(inputs: int, outputs: int) -> weights.DiskLeaf:
     return weights.DiskLeaf(w, 0)
 
 
-def quantize(
-    x: np.ndarray, to: Quantization
-) -> tuple[np.ndarray, np.ndarray, quantization.QuantizationErrors]:
+def quantize(x: np.ndarray, to: Quantization) -> tuple[np.ndarray, np.ndarray, QuantizationErrors]:
     """Values as int8 [O, I], scales [O, G] and errors of a kernel [I, O]."""
     leaf = leaf_of(*x.shape)
     values, scales = quantization.stored_parts(leaf, to)
     found = quantization.quantize_array(x, values, to)
     for array, part in ((found.values, values), (found.scales, scales)):
         assert array.shape == part.shape and array.dtype == part.dtype
-    whole = found.values if to.group is None else quantization.unpack_host(found.values)
+    whole = found.values if to.group is None else unpack_host(found.values)
     assert not whole[:, len(x) :].any()  # the filling
     return whole[:, : len(x)], found.scales, found.errors
 
@@ -90,7 +90,7 @@ def matrices(elements):
     return shapes.flatmap(lambda shape: hnp.arrays(np.float32, shape, elements=elements))
 
 
-@given(matrices(moderate), st.sampled_from(quantization.GROUPS))
+@given(matrices(moderate), st.sampled_from(sorted(INT4)))
 @example(np.full((32, 1), 1.1, np.float32), 32)  # max - min is zero
 def test_int4_is_no_worse_than_the_rule_of_q4_0(x, group):
     values, scales, _ = quantize(x, Quantization(4, group))
@@ -195,14 +195,14 @@ def test_two_int4_share_a_byte():
     values = x[:, 0].astype(int).reshape(2, 2, 64)
     np.testing.assert_array_equal(packed.reshape(2, 64) & 15, values[:, 0] & 15)
     np.testing.assert_array_equal(packed.reshape(2, 64) >> 4, values[:, 1] & 15)
-    for back in (quantization.unpack_host(packed), packed_lib.unpack(jnp.asarray(packed))):
+    for back in (unpack_host(packed), packed_lib.unpack(jnp.asarray(packed))):
         assert back.dtype == np.int8
         np.testing.assert_array_equal(back[0], x[:, 0])
 
 
 @given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 3), st.sampled_from([64, 128]))))
 def test_unpacking_on_host_and_device_agree(packed):
-    np.testing.assert_array_equal(quantization.unpack_host(packed), packed_lib.unpack(packed))
+    np.testing.assert_array_equal(unpack_host(packed), packed_lib.unpack(packed))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

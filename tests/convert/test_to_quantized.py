@@ -246,7 +246,7 @@ def test_unsupported_uses_of_quantized_checkpoints_are_refused(checkpoints, tmp_
         verify(quantized, quantized_path(checkpoints, KINDS[0]))
     with pytest.raises(ValueError, match="atol: quantized"):
         verify(quantized, quantized, atol=0.1)
-    with pytest.raises(ValueError, match="found them by layer, expected stacked ones"):
+    with pytest.raises(ValueError, match="found unstacked ones, expected stacked ones"):
         btlm.save(tmp_path / "c", *reversed([btlm.load(quantized)[1], CONFIG]))
     with pytest.raises(ValueError, match="which has none"):
         quantize(checkpoints / "floats", tmp_path / "again", INT4, revision="main")
