@@ -168,11 +168,9 @@ def _open_floats(source: str | os.PathLike[str], revision: str | None) -> FloatC
         )
 
     def from_orbax(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
-        hashed = hashlib.sha256()
-        for block in meta.blocks(leaf, width):
-            hashed.update(block.view(np.uint8).data)
-            yield block
-        if hashed.hexdigest() != meta.sha256.get(leaf.path, hashed.hexdigest()):
+        digest = zarr.Digest()
+        yield from digest.watch(meta.blocks(leaf, width))
+        if digest.sha256 != meta.sha256.get(leaf.path, digest.sha256):
             reason = f"{'/'.join(leaf.path)}: its bytes do not match the recorded SHA-256"
             raise metadata.damaged_error(meta.path, reason)
 
@@ -228,9 +226,11 @@ def _quantize_weight(
         return
     values, scales = stored
     if leaf.weight.stacked:
-        result = q.quantize_array(_join_blocks(blocks(), leaf, floats), values, to)
-        writer.write(values, dtype, _split_blocks(result.values, values))
-        scale_blocks = _split_blocks(result.scales, scales)
+        result = q.quantize_array(
+            zarr.join_blocks(blocks(), leaf.weight.shape, floats.dtypes[leaf.path]), values, to
+        )
+        writer.write(values, dtype, zarr.split_blocks(result.values))
+        scale_blocks = zarr.split_blocks(result.scales)
         writer.write(scales, result.scales.dtype, scale_blocks, result.errors.relative())
         return
     # Embedding and head have a scale per row, so that their blocks can be quantized one by one.
@@ -246,21 +246,4 @@ def _quantize_weight(
     writer.write(values, dtype, quantized())
     errors = QuantizationErrors(*np.sum(errors_of_blocks, 0).tolist())
     all_scales = np.concatenate(scales_of_blocks)
-    writer.write(scales, all_scales.dtype, _split_blocks(all_scales, scales), errors.relative())
-
-
-def _join_blocks(
-    blocks: Iterator[np.ndarray], leaf: weights.DiskLeaf, floats: FloatCheckpoint
-) -> np.ndarray:
-    flat = np.empty(int(np.prod(leaf.weight.shape)), floats.dtypes[leaf.path])
-    start = 0
-    for block in blocks:
-        flat[start : start + len(block)] = block
-        start += len(block)
-    return flat.reshape(leaf.weight.shape)
-
-
-def _split_blocks(x: np.ndarray, leaf: weights.DiskLeaf) -> Iterator[np.ndarray]:
-    """Yields an array in the blocks that `checkpoint.CheckpointWriter.write` expects."""
-    flat, size = x.reshape(-1), zarr.block_size(leaf.shape, x.dtype.itemsize)
-    yield from (flat[i : i + size] for i in range(0, len(flat), size))
+    writer.write(scales, all_scales.dtype, zarr.split_blocks(all_scales), errors.relative())

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint import metadata, zarr
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.conversion_report import weights_digest
@@ -146,14 +146,14 @@ def _compare_tensors(
         name = leaf.hf_name
         dtype, other_dtype = first.dtypes[name], second.dtypes[name]
         width = max(dtype.itemsize, other_dtype.itemsize)
-        hasher = hashlib.sha256()
+        digest = zarr.Digest()
         count, largest = 0, 0.0
-        for x, y in zip(first.blocks(leaf, width), second.blocks(leaf, width), strict=True):
-            hasher.update(x.view(np.uint8).data)
+        blocks = digest.watch(first.blocks(leaf, width))
+        for x, y in zip(blocks, second.blocks(leaf, width), strict=True):
             block_count, block_largest = block_difference(x, y)
             count, largest = count + block_count, max(largest, block_largest)
             progress.update(x.nbytes)
-        sha256[name] = hasher.hexdigest()
+        sha256[name] = digest.sha256
         if atol is not None and largest <= atol:
             return
         dtypes = "" if dtype == other_dtype else f"{dtype} and {other_dtype}, "
@@ -191,15 +191,14 @@ def _verify_records(checkpoint: VerifiableCheckpoint, max_memory: int) -> Verifi
     sha256: dict[str, str] = {}
 
     def check(leaf: weights.DiskLeaf) -> None:
-        name, hasher = leaf.hf_name, hashlib.sha256()
+        name, digest = leaf.hf_name, zarr.Digest()
         try:
-            for block in checkpoint.blocks(leaf, checkpoint.dtypes[name].itemsize):
-                hasher.update(block.view(np.uint8).data)
+            for block in digest.watch(checkpoint.blocks(leaf, checkpoint.dtypes[name].itemsize)):
                 progress.update(block.nbytes)
         except ValueError as e:  # a damaged file
             descriptions[name] = str(e)
             return
-        sha256[name] = hasher.hexdigest()
+        sha256[name] = digest.sha256
         recorded = checkpoint.sha256.get(name)
         if sha256[name] != recorded:
             descriptions[name] = f"sha256 {sha256[name]}, recorded {recorded}"

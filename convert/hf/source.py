@@ -90,7 +90,7 @@ class HFSource:
         if info.offset is None:
             with self._open(info):  # checks that the file is unchanged
                 flat = self._torch_files[info.file].read_tensor(name).reshape(-1)
-            yield from (flat[i : i + size] for i in range(0, len(flat), size))
+            yield from zarr.split_blocks(flat, size)
             return
         crc32, itemsize = 0, info.dtype.itemsize
         with self._open(info) as file:
@@ -131,12 +131,8 @@ class HFSource:
         if index is None or all(
             i.indices(n) == (0, n, 1) for i, n in zip(index, shape, strict=True)
         ):  # by blocks, which checks the checksum
-            flat = np.empty(info.size, info.dtype)
-            start = 0
-            for block in self.blocks(name, zarr.BLOCK_BYTES // info.dtype.itemsize):
-                flat[start : start + len(block)] = block
-                start += len(block)
-            return flat.reshape(shape)
+            blocks = self.blocks(name, zarr.BLOCK_BYTES // info.dtype.itemsize)
+            return zarr.join_blocks(blocks, shape, info.dtype)
         if info.offset is None:
             return np.ascontiguousarray(self.read_tensor(name, None, shape)[index])
         out = np.empty([len(range(n)[i]) for n, i in zip(shape, index, strict=True)], info.dtype)
