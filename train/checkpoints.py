@@ -104,7 +104,7 @@ class Checkpoints:
 
     def restore_newest(
         self, model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None
-    ) -> tuple[TrainState, metadata.Metadata] | None:
+    ) -> tuple[TrainState, metadata.CheckpointMetadata] | None:
         """The state of the newest checkpoint that can be read; None if there is none.
 
         A damaged one is reported and the one before is taken; only then is the damaged one renamed
@@ -153,7 +153,7 @@ class Checkpoints:
 
 def restore(
     path: Path, model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None
-) -> tuple[TrainState, metadata.Metadata]:
+) -> tuple[TrainState, metadata.CheckpointMetadata]:
     """Reads a training checkpoint onto a device or mesh.
 
     Raises:
