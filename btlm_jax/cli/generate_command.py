@@ -182,20 +182,20 @@ class Generate:
         import time
 
         import btlm_jax as btlm
-        from btlm_jax.generation import continuous_batching, jsonl
+        from btlm_jax.generation import continuous_batching, jsonl, result_journal
         from btlm_jax.generation.request import make_request
         from btlm_jax.utils.progress import Progress
 
         assert self.input is not None and self.output is not None
         copies = self.num_return_sequences
-        added = jsonl.result_field_names(logprobs=self.logprobs, copies=copies)
+        added = jsonl.result_field_names(logprobs=self.logprobs, num_return_sequences=copies)
         lines = jsonl.read_prompt_lines(self.input, tokenizer, meta.config.vocab_size, added)
         model = btlm.BTLM(meta.config, compute_dtype=self.dtype)
         asked = make_request(model, lines.ids, lines.names, **self._options(tokenizer))
         same = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        key = {"input": lines.sha256, "checkpoint": jsonl.checkpoint_fingerprint(meta)}
+        key = {"input": lines.sha256, "checkpoint": result_journal.checkpoint_fingerprint(meta)}
         key |= {name: value for name, value in same.items() if name not in _AROUND}
-        with jsonl.open_journal(self.output, key, overwrite=self.overwrite) as journal:
+        with result_journal.open_journal(self.output, key, overwrite=self.overwrite) as journal:
             _, params = self._load()
             known, start, tokens = frozenset(journal.results), time.monotonic(), 0
             size = 8 if self.batch_size is None else self.batch_size

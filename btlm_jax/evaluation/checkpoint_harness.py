@@ -12,7 +12,7 @@ from btlm_jax.checkpoint import checkpoint, metadata, unstacked
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from btlm_jax.evaluation import harness
 from btlm_jax.evaluation.tasks import load_tasks
-from btlm_jax.generation import jsonl
+from btlm_jax.generation import result_journal
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 
@@ -63,11 +63,11 @@ def checkpoint_harness(
         model, params = checkpoint.load(path, dtype=dtype, mesh=mesh, unstacked=True)
         return dataclasses.replace(model, compute_dtype=compute_dtype), params
 
-    key = {"checkpoint": jsonl.checkpoint_fingerprint(meta), "dtype": dtype, "seed": seed}
+    key = {"checkpoint": result_journal.checkpoint_fingerprint(meta), "dtype": dtype, "seed": seed}
     key |= {"max_length": max_length, "compute_dtype": compute_dtype}
     limits: dict[str, Any] = dict(num_fewshot=num_fewshot, limit=limit)
     logging.getLogger("lm_eval").handlers = logging.getLogger("btlm_jax").handlers
-    with jsonl.open_journal(json_file, key, overwrite=overwrite) as journal:
+    with result_journal.open_journal(json_file, key, overwrite=overwrite) as journal:
         tasks = load_tasks(names, include_path, **limits)
         lm = harness.make_language_model(
             meta.config, tokenizer, load, max_length, batch_size, seed, journal
@@ -75,5 +75,5 @@ def checkpoint_harness(
         results = harness.run_tasks(lm, tasks, **limits)
         header = {"checkpoint": path, "tasks": list(names), **limits}
         header["compute_dtype"] = compute_dtype
-        jsonl.finish_journal(json_file, harness.encode_report(header, results))
+        result_journal.finish_journal(json_file, harness.encode_report(header, results))
     show(harness.format_results(results))

@@ -30,8 +30,8 @@ from btlm_jax.evaluation.generate_until import (
 )
 from btlm_jax.evaluation.likelihood import ContinuationPair, group_by_inputs, score_rows
 from btlm_jax.evaluation.tasks import HarnessTasks, import_lm_eval
-from btlm_jax.generation.jsonl import ResultJournal
 from btlm_jax.generation.prompts import resolve_eos_ids
+from btlm_jax.generation.result_journal import ResultJournal
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 from btlm_jax.utils.format import finite_json

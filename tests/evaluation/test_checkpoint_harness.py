@@ -13,7 +13,7 @@ import btlm_jax as btlm
 from btlm_jax import cli
 from btlm_jax.checkpoint import unstacked
 from btlm_jax.cli.harness_command import EvalHarness
-from btlm_jax.generation import jsonl
+from btlm_jax.generation import result_journal
 from support.harness_tasks import TASKS, run_harness
 
 
@@ -66,14 +66,14 @@ def test_a_run_is_not_resumed_with_another_compute_dtype(
     only_local_tasks, bytes_checkpoint, tasks, tmp_path, monkeypatch
 ):
     """As on another platform, which computes other numbers."""
-    add, out = jsonl.ResultJournal.add, tmp_path / "out.json"
+    add, out = result_journal.ResultJournal.add, tmp_path / "out.json"
 
     def add_until_killed(self, number, fields):
         if self.results:
             raise KeyboardInterrupt
         add(self, number, fields)
 
-    monkeypatch.setattr(jsonl.ResultJournal, "add", add_until_killed)
+    monkeypatch.setattr(result_journal.ResultJournal, "add", add_until_killed)
     with pytest.raises(KeyboardInterrupt):
         run_harness(bytes_checkpoint, tasks, out, "local_text")
     monkeypatch.setattr(unstacked, "decoding_dtype", lambda *_: "bfloat16")
@@ -85,7 +85,7 @@ def test_a_killed_run_resumes_to_the_same_file(
     only_local_tasks, bytes_checkpoint, tasks, tmp_path, monkeypatch, caplog
 ):
     expected = run_harness(bytes_checkpoint, tasks, tmp_path / "expected.json")
-    add, out = jsonl.ResultJournal.add, tmp_path / "out.json"
+    add, out = result_journal.ResultJournal.add, tmp_path / "out.json"
     for count in (5, 25, 30, 34):  # during choices, texts to score, texts to generate
 
         def add_until_killed(self, number, fields, count=count):
@@ -93,11 +93,11 @@ def test_a_killed_run_resumes_to_the_same_file(
                 raise KeyboardInterrupt
             add(self, number, fields)
 
-        monkeypatch.setattr(jsonl.ResultJournal, "add", add_until_killed)
+        monkeypatch.setattr(result_journal.ResultJournal, "add", add_until_killed)
         with pytest.raises(KeyboardInterrupt):
             run_harness(bytes_checkpoint, tasks, out)
         assert not out.exists()
-    monkeypatch.setattr(jsonl.ResultJournal, "add", add)
+    monkeypatch.setattr(result_journal.ResultJournal, "add", add)
     with pytest.raises(ValueError, match="holds 34 results of another run"):
         run_harness(bytes_checkpoint, tasks, out, dtype="bfloat16")
     caplog.clear()

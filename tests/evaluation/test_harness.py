@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from btlm_jax.evaluation import harness
-from btlm_jax.generation import jsonl
+from btlm_jax.generation import result_journal
 from support import gpt2
 
 
@@ -23,7 +23,9 @@ def test_an_interrupted_run_resumes_with_the_remaining_requests(of_bytes, tmp_pa
     """Equal requests are answered once."""
     requests = [(None, [1, 2, 3, i], [i, 7]) for i in range(6)]
     requests.append(requests[0])
-    expected = make_answerer(of_bytes, jsonl.ResultJournal())._loglikelihood_tokens(requests)
+    expected = make_answerer(of_bytes, result_journal.ResultJournal())._loglikelihood_tokens(
+        requests
+    )
     assert expected[0] == expected[-1]
 
     def check_answers(answers):  # up to the shapes of batches
@@ -31,7 +33,7 @@ def test_an_interrupted_run_resumes_with_the_remaining_requests(of_bytes, tmp_pa
 
     target = tmp_path / "out.json"
 
-    class Killed(jsonl.ResultJournal):
+    class Killed(result_journal.ResultJournal):
         def add(self, number, fields):
             if len(self.results) == 4:
                 raise KeyboardInterrupt
@@ -39,11 +41,11 @@ def test_an_interrupted_run_resumes_with_the_remaining_requests(of_bytes, tmp_pa
 
     with (
         pytest.raises(KeyboardInterrupt),
-        jsonl.open_journal(target, {}, overwrite=False) as journal,
+        result_journal.open_journal(target, {}, overwrite=False) as journal,
     ):
         killed = Killed(journal.results, journal._file)
         make_answerer(of_bytes, killed)._loglikelihood_tokens(requests)
-    with jsonl.open_journal(target, {}, overwrite=False) as journal:
+    with result_journal.open_journal(target, {}, overwrite=False) as journal:
         added = []
         again = make_answerer(of_bytes, journal)
         add = journal.add
@@ -54,13 +56,13 @@ def test_an_interrupted_run_resumes_with_the_remaining_requests(of_bytes, tmp_pa
         # All answers are known now, so nothing is loaded.
         unused = dataclasses.replace(again, load=lambda: pytest.fail("loaded"))
         check_answers(unused._loglikelihood_tokens(requests))
-        jsonl.finish_journal(target, b"done\n")
+        result_journal.finish_journal(target, b"done\n")
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_texts_start_after_bos_or_eos(of_bytes):
     model, _, tokenizer = of_bytes
-    answerer = make_answerer(of_bytes, jsonl.ResultJournal())
+    answerer = make_answerer(of_bytes, result_journal.ResultJournal())
     assert answerer.prefix_token_id == answerer.eot_token_id == 256
     assert answerer.tok_encode("a<|endoftext|>") == [*tokenizer.encode("a").ids, 256]
     for value, prefix in (

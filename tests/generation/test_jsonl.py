@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import cli, generate
-from btlm_jax.generation import jsonl
+from btlm_jax.generation import jsonl, result_journal
 
 LINES = [
     {"id": 7, "prompt": "Hello wörld", "note": "世界"},
@@ -81,13 +81,13 @@ def test_killed_anywhere(capsys, bytes_checkpoint, source, tmp_path, monkeypatch
         kept = max(left[0][:end].count(b"\n") - 1, 0)
         code, _, err = run(capsys, *command)
         assert code == 0 and target.read_bytes() == whole and not partial.exists()
-        assert (f"continuing an interrupted run: {kept} results are there" in err) == (kept > 0)
+        assert (f"continuing an interrupted run: {kept} results are finished" in err) == (kept > 0)
 
 
 def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
     target = tmp_path / "out.jsonl"
     command = (bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
-    add = jsonl.ResultJournal.add
+    add = result_journal.ResultJournal.add
 
     def interrupted(journal, number, fields):
         if len(journal.results) == 2:
@@ -95,7 +95,7 @@ def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
         add(journal, number, fields)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jsonl.ResultJournal, "add", interrupted)
+        patch.setattr(result_journal.ResultJournal, "add", interrupted)
         code, _, err = run(capsys, *command)
     assert code == 130 and f"2 results are kept in {target}.partial; the same command" in err
     assert not target.exists()
@@ -106,7 +106,7 @@ def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
     code, _, err = run(capsys, *command)
     assert code == 2 and "another run (input: found " in err
     code, _, err = run(capsys, *command, "--overwrite")
-    assert code == 0 and "held something else: starting over" in err
+    assert code == 0 and "belonged to another run: starting over" in err
     assert len(target.read_text().splitlines()) == 4
     code, _, err = run(capsys, *command)
     assert code == 2 and f"{target} exists: choose another name, or pass --overwrite" in err
@@ -114,10 +114,10 @@ def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
 
 def test_two_processes(tmp_path):
     target = tmp_path / "out.jsonl"
-    with jsonl.open_journal(target, {}, overwrite=False) as first:
+    with result_journal.open_journal(target, {}, overwrite=False) as first:
         with (
             pytest.raises(FileExistsError, match="being written by another process"),
-            jsonl.open_journal(target, {}, overwrite=True),
+            result_journal.open_journal(target, {}, overwrite=True),
         ):
             pass
         first.add(0, {})
@@ -129,7 +129,7 @@ def test_files_of_others_stay(tmp_path):
         partial.write_text(content)
         with (
             pytest.raises(ValueError, match="results of another run"),
-            jsonl.open_journal(tmp_path / "out.jsonl", {"b": 2}, overwrite=False),
+            result_journal.open_journal(tmp_path / "out.jsonl", {"b": 2}, overwrite=False),
         ):
             pass
         assert partial.read_text() == content
@@ -162,11 +162,11 @@ BAD = {
     '{"txt": "a"}': 'found fields ["txt"], expected {"prompt": "..."}',
     '{"prompt": 3}': "prompt: found 3, expected a string",
     '{"prompt": "a", "input_ids": [1]}': "found both prompt and input_ids",
-    '{"input_ids": []}': "input_ids: found [], expected integers from 0 to 257, one at least",
+    '{"input_ids": []}': "input_ids: found [], expected at least one integer, each from 0 to 257",
     '{"input_ids": [true]}': "input_ids: found [true]",
     '{"input_ids": [258]}': "input_ids: found [258]",
     '{"input_ids": [99999999999999999999]}': "input_ids: found [99999999999999999999]",
-    '{"prompt": "a", "text": 3}': "found a field 'text', which is what results are called",
+    '{"prompt": "a", "text": 3}': "found a field 'text', the name of a result field",
     '{"prompt": "\\ud800"}': "found no JSON ('utf-8' codec",
     '{"prompt": "a"': "found no JSON (Expecting",
 }
@@ -175,7 +175,7 @@ BAD = {
 def test_bad_lines_are_named_before_anything_is_computed(
     capsys, bytes_checkpoint, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(jsonl, "_NAMED", len(BAD) - 1)
+    monkeypatch.setattr(jsonl, "_MAX_LISTED", len(BAD) - 1)
     monkeypatch.setattr("btlm_jax.load", lambda *a, **k: pytest.fail("loaded"), raising=False)
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(f"{line}\n" for line in ['{"prompt": "fine"}', *BAD]))
