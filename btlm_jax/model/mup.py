@@ -1,8 +1,8 @@
 """muP (maximal update parametrization) for the optimizer.
 
-The forward multipliers of muP live in the model and its initial scales in the table of weights.
-What is left are the groups of the original's `get_mup_param_groups`: a factor on the learning rate
-and one on the weight decay. With m = 1 / mup_width_scale, for AdamW:
+The forward multipliers of muP are in the model, its initial scales in the table of weights. This
+module adds the groups of the original's `get_mup_param_groups`: a factor on the learning rate and
+one on the weight decay. With m = 1 / mup_width_scale, for AdamW:
 
 | group | members | learning rate | weight decay |
 |---|---|---|---|
@@ -10,14 +10,22 @@ and one on the weight decay. With m = 1 / mup_width_scale, for AdamW:
 | embedding | wte (tied head included), wpe | lr | wd |
 | vector | LayerNorm scales, every bias | lr | 0 |
 
-CompleteP (arXiv 2505.01618), transfer in depth, is a matter of the configuration: at d times the
-depth of `completep_base_layers`, everything in a layer learns at d ** (alpha - 1) times its rate,
-eps becomes eps / m * d ** -alpha, and hidden matrices decay "coupled".
+CompleteP (arXiv 2505.01618), transfer in depth, is turned on in the configuration: at d times the
+depth of `completep_base_layers`, all weights of the layers learn at d ** (alpha - 1) times their
+rate, eps becomes eps / m * d ** -alpha, and hidden matrices decay "coupled".
 
-`adamw`, `lion` and `muon` have everything in its place. In a chain of one's own, `scale_by_mup`
-must come after what normalizes the gradients (Adam would divide the factor out again), and within
-`schedule_free`, never around it. A transformation cannot see its neighbours in `optax.chain`; so
-`chain` and `check` look at the optimizer's state, which lists them in order.
+`adamw`, `lion` and `muon` are complete optimizers. A custom optimizer is a `chain`:
+
+    mup.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(0.1, mask=mup.decay_mask(config)),
+        mup.scale_by_mup(config),
+        optax.scale_by_learning_rate(1.2e-2),
+    )
+
+`scale_by_mup` must come after the normalization of the gradients (Adam would divide the factor out
+again), and inside `schedule_free`, never around it. A transformation cannot see its neighbors in
+`optax.chain`, so `chain` and `check` inspect the optimizer's state, which lists them in order.
 """
 
 from __future__ import annotations
@@ -29,30 +37,30 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import DTypeLike
-from optax.contrib import MuonDimensionNumbers, ScheduleFreeState, scale_by_muon
+from optax.contrib import ScheduleFreeState, scale_by_muon
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
+from btlm_jax.model.muon_matrices import matrix_view, on_any_mesh
 from btlm_jax.model.params import flatten_tree, unflatten_tree
 
 Decay = Literal["original", "coupled", "independent"]
-"""What a hidden matrix loses per step, relative to itself; r is its factor on the learning rate.
+"""The relative decay of a hidden matrix per step, where r is its factor on the learning rate.
 
 "original": lr * r * wd, the group's learning rate times wd. AdamW: lr * wd / m, less when wider.
-"coupled": lr * wd, the original's `decoupled_wd=False`: its wd is divided by the width's part of r.
+"coupled": lr * wd, the original's `decoupled_wd=False`: wd is divided by the width factor in r.
 "independent": lr * wd at every width and depth. It differs from "coupled" only for CompleteP with
-  alpha < 1, where "coupled", the published rule, keeps the depth's part of r.
+  alpha < 1, where "coupled", the published rule, keeps the depth factor in r.
 
-Embeddings lose lr * wd under each, vectors nothing.
+Embeddings decay by lr * wd under every rule, vectors not at all.
 """
 
-# What normalizes the gradients; "muon_rms" is Muon scaled to a consistent RMS.
+# The normalization of the gradients; "muon_rms" is Muon scaled to a consistent RMS.
 Optimizer = Literal["adam", "lion", "muon", "muon_rms"]
-# Hidden matrices learn at lr * m ** -power. Adam and Lion move every entry by about lr, which adds
-# up over m times as many inputs. Muon's updates have the spectral norm sqrt(max(1, out / in)),
+# Hidden matrices learn at lr * m ** -power. Adam and Lion change every entry by about lr, which
+# adds up over m times as many inputs. Muon's updates have the spectral norm sqrt(max(1, out / in)),
 # right at every width; scaled to a constant RMS instead, that norm grows as sqrt(m).
 _WIDTH_POWER = {"adam": 1.0, "lion": 1.0, "muon": 0.0, "muon_rms": 0.5}
 _ROLES = ("hidden", "embedding", "vector")
@@ -61,7 +69,7 @@ _ROLES = ("hidden", "embedding", "vector")
 def _factors(
     config: BTLMConfig, optimizer: Optimizer, decay: Decay
 ) -> dict[weights.Path, tuple[float, float]]:
-    """The factors on learning rate and weight decay, by path. Every rule of the groups is here."""
+    """Returns the factors on learning rate and weight decay by path: all rules of the groups."""
     for name, value, known in (("optimizer", optimizer, Optimizer), ("decay", decay, Decay)):
         if value not in get_args(known):
             raise ValueError(f"{name}: found {value!r}, expected one of {get_args(known)}")
@@ -74,7 +82,7 @@ def _factors(
     for w in weights.weight_table(config):
         width = depth = 1.0
         if w.role == "hidden":
-            # Muon is for the matrices of layers: an untied head stays with Adam.
+            # Muon updates only the matrices of the layers; an untied head uses Adam.
             width = config.mup_width_scale ** (_WIDTH_POWER[optimizer] if w.stacked else 1.0)
         if base_layers and w.stacked:
             depth = (config.n_layer / base_layers) ** (config.completep_alpha - 1.0)
@@ -84,65 +92,72 @@ def _factors(
 
 
 def _eps(config: BTLMConfig, eps: float) -> float:
-    """Under CompleteP it follows the size of the gradients, which falls with width and depth."""
+    """Scales Adam's eps under CompleteP like the gradients, which shrink with width and depth."""
     if not config.completep_base_layers:
         return eps
     return eps * config.mup_width_scale * config.residual_scale
 
 
 def multipliers(config: BTLMConfig, optimizer: Optimizer = "adam") -> dict[str, Any]:
-    """The learning-rate multiplier of every weight: a tree of floats like the parameters."""
-    factors = _factors(config, optimizer, "coupled")  # any decay: only rates are used
+    """Returns the learning-rate multipliers: a tree of floats like the parameters."""
+    factors = _factors(config, optimizer, "coupled")  # the rates are the same under every decay
     return unflatten_tree({path: rate for path, (rate, _) in factors.items()})
 
 
 def decay_mask(config: BTLMConfig) -> dict[str, Any]:
-    """Which weights decay: a tree of bools like the parameters (matrices and embeddings do)."""
+    """Returns which weights decay, for `optax.add_decayed_weights`: matrices and embeddings.
+
+    The result is a tree of bools like the parameters.
+    """
     return unflatten_tree({w.path: w.decay for w in weights.weight_table(config)})
 
 
 class ScaleByMupState(NamedTuple):
-    """Holds nothing; it marks the place of `scale_by_mup` in the state of an optimizer."""
+    """An empty state, which shows where `scale_by_mup` is in the state of an optimizer."""
 
 
 def scale_by_mup(config: BTLMConfig, optimizer: Optimizer = "adam") -> optax.GradientTransformation:
     """Multiplies updates by `multipliers`: hidden matrices by mup_width_scale. Stateless.
 
-    It belongs after what normalizes the gradients: before Adam it would change nothing.
+    Place it after the normalization of the gradients: before Adam it would have no effect.
     `add_decayed_weights` before it gives the "original" decay, after it the "independent" one.
-    Under CompleteP, Adam's eps is yours to scale, as `adamw` does. Compose with `mup.chain`, which
+    Under CompleteP, scale Adam's eps yourself, as `adamw` does. Compose with `mup.chain`, which
     refuses a wrong order.
 
     Raises:
-      ValueError: unknown optimizer; on update, a tree that is not of this configuration's weights.
+      ValueError: unknown optimizer; on update, a tree that does not match the configuration.
     """
     scales = flatten_tree(multipliers(config, optimizer))
     return _multiply(scales, config, ScaleByMupState())
 
 
 def _multiply(factors: Mapping[weights.Path, float], config: BTLMConfig, state: Any):
-    """Multiplies updates by the factor of their path; one that is 1 or absent changes no bit."""
+    """Multiplies updates by the factor of their path; factors that are 1 or absent are skipped."""
 
-    def times(path, u):
+    def scaled(path, u):
         factor = factors.get(path, 1.0)
         return u if factor == 1.0 else u * factor
 
     def update(updates, state, params=None):
-        return _map(times, updates, config), state
+        return _map(scaled, updates, config), state
 
     return optax.GradientTransformation(lambda params: state, update)
 
 
 def _map(f: Callable, tree: Mapping[str, Any], config: BTLMConfig) -> dict[str, Any]:
-    """f(path, leaf) over a tree like the parameters; what optax masked (MaskedNode) stays so."""
+    """Maps f(path, leaf) over a tree like the parameters; MaskedNode of optax stays in place."""
     flat = flatten_tree(tree)
-    if odd := sorted("/".join(p) for p in set(flat) ^ set(weights.weights_by_path(config))):
-        raise ValueError(f"mup: the weights do not match the configuration at {odd}")
+    differing = set(flat) ^ set(weights.weights_by_path(config))
+    if names := sorted("/".join(path) for path in differing):
+        raise ValueError(f"mup: the weights do not match the configuration at {names}")
     return unflatten_tree({p: jax.tree.map(partial(f, p), x) for p, x in flat.items()})
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """`optax.chain` whose `init` refuses a misplaced `scale_by_mup` (ValueError; see `check`)."""
+    """Returns `optax.chain` whose `init` refuses a misplaced `scale_by_mup` with a ValueError.
+
+    See `check`.
+    """
     inner = optax.chain(*transforms)
 
     def init(params):
@@ -154,37 +169,37 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def check(state: Any) -> None:
-    """Checks where `scale_by_mup` stands in any optimizer, by the state that its `init` returned.
+    """Checks the position of `scale_by_mup` in an optimizer, given the state from its `init`.
 
-    It is wrong before what keeps statistics of its updates (but for momentum, which is linear),
-    after `schedule_free`, and a second time in one chain. What normalizes without a state
-    (`optax.scale_by_sign`) leaves no trace and goes unseen.
+    It must not come before a transformation that keeps statistics of its updates (except momentum,
+    which is linear), after `schedule_free`, or twice in one chain. Normalization without a state
+    (`optax.scale_by_sign`) cannot be detected.
 
     Raises:
       ValueError: it is misplaced.
     """
-    # A chain's state is a bare tuple, in order; named tuples and dicts are parts and branches.
+    # The state of a chain is a bare tuple, in order; named tuples and dicts are nested states.
     if type(state) is tuple:
-        marked = [i for i, part in enumerate(state) if _holds(part, ScaleByMupState)]
-        before, after = (state[: marked[0]], state[marked[0] + 1 :]) if marked else ((), ())
+        indices = [i for i, s in enumerate(state) if _contains(s, ScaleByMupState)]
+        before, after = (state[: indices[0]], state[indices[0] + 1 :]) if indices else ((), ())
         linear = (optax.TraceState, optax.EmaState)
         statistics = jax.tree.leaves(after, is_leaf=lambda x: isinstance(x, linear))
         wrong = {
-            "twice": len(marked) > 1,
-            "after schedule_free": _holds(before, ScheduleFreeState),
-            "before what normalizes": any(getattr(x, "ndim", 0) for x in statistics),
+            "twice": len(indices) > 1,
+            "after schedule_free": _contains(before, ScheduleFreeState),
+            "before the normalization": any(getattr(x, "ndim", 0) for x in statistics),
         }
-        for where in (name for name, found in wrong.items() if found):
+        for position in (name for name, is_wrong in wrong.items() if is_wrong):
             raise ValueError(
-                f"scale_by_mup: found {where}, expected once, after what normalizes the gradients "
-                "and within schedule_free (the optimizers of btlm_jax.mup contain it)"
+                f"scale_by_mup: found {position}, expected once, after the normalization of the "
+                "gradients and inside schedule_free (the optimizers of btlm_jax.mup contain it)"
             )
     if isinstance(state, tuple | list | Mapping):
-        for part in state.values() if isinstance(state, Mapping) else state:
-            check(part)
+        for nested in state.values() if isinstance(state, Mapping) else state:
+            check(nested)
 
 
-def _holds(state: Any, kind: type) -> bool:
+def _contains(state: Any, kind: type) -> bool:
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
     return any(isinstance(x, kind) for x in nodes)
 
@@ -201,21 +216,25 @@ def adamw(
     clip_norm: float | None = 1.0,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW in the original's muP groups. The defaults are those that trained BTLM-3B-8K.
+    """Returns AdamW in the original's muP groups, with the settings that trained BTLM-3B-8K.
 
-    Equal to torch.optim.AdamW over `get_mup_param_groups(lr, weight_decay)`, after clipping the
+    It equals torch.optim.AdamW over `get_mup_param_groups(lr, weight_decay)`, after clipping the
     global gradient norm to `clip_norm` (None: no clipping).
 
     Args:
-      learning_rate: of embeddings and vectors, a number or an optax schedule.
-      config: of the model whose weights are trained.
-      b1, b2: decay per step of the averages of gradients and of their squares.
-      weight_decay, decay: of matrices and embeddings, and what hidden ones make of it (`Decay`).
-      eps: Adam's; under CompleteP, at the base width and depth.
-      mu_dtype: of the first moment; None is the dtype of the weights.
+      learning_rate: a number or an optax schedule, for embeddings and vectors; hidden matrices get
+        it times mup_width_scale.
+      config: configuration of the model.
+      b1, b2: decay rates of the averages of the gradients and of their squares.
+      eps: Adam's epsilon; under CompleteP, its value at the base width and depth.
+      weight_decay: weight decay of matrices and embeddings.
+      decay: how hidden matrices apply it (`Decay`).
+      clip_norm: largest global norm of the gradients; None for no clipping.
+      mu_dtype: dtype of the first moment; None is the dtype of the weights.
 
     Raises:
-      ValueError: unknown decay, "original" with CompleteP; on update, weights of another config.
+      ValueError: unknown decay, or "original" with CompleteP; on update, weights that do not match
+        the configuration.
     """
     normalize = optax.scale_by_adam(b1, b2, _eps(config, eps), mu_dtype=mu_dtype)
     rate = optax.scale_by_learning_rate(learning_rate)
@@ -234,7 +253,7 @@ def lion(
     clip_norm: float | None = 1.0,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lion (optax.lion) in the muP groups; arguments and errors are those of `adamw`."""
+    """Returns Lion (optax.lion) in the muP groups; arguments and errors are as for `adamw`."""
     normalize = optax.scale_by_lion(b1, b2, mu_dtype=mu_dtype)
     rate = optax.scale_by_learning_rate(learning_rate)
     factors = _factors(config, "lion", decay)
@@ -256,32 +275,34 @@ def muon(
     clip_norm: float | None = 1.0,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon for the matrices of the layers, Adam for the rest, as in optax.contrib.muon.
+    """Returns Muon for the matrices of the layers and Adam for the rest, as optax.contrib.muon.
 
-    Every layer is a matrix of its own, and so are its q, k and v, [D, H·K] each. What is not listed
-    is as in `adamw`.
+    Every layer is a separate matrix, and so are its q, k and v, [D, H·K] each. Arguments that are
+    not listed are as for `adamw`.
 
     Args:
-      learning_rate: of matrices, the same at every width; with `consistent_rms` it is that of the
-        base width and becomes lr / sqrt(m).
-      beta: Muon's momentum. Both parts are Nesterov's, as in optax.
-      consistent_rms: scale updates to this RMS, not to the spectral norm sqrt(max(1, out / in)); at
-        0.2 Muon can share Adam's learning rate (arXiv 2502.16982).
-      adam_learning_rate: of the rest; None is `learning_rate`.
+      learning_rate: learning rate of matrices, the same at every width; with `consistent_rms` it is
+        the rate at the base width and becomes lr / sqrt(m).
+      beta: Muon's momentum. Muon and Adam use Nesterov momentum, as in optax.
+      consistent_rms: scale updates to this RMS instead of the spectral norm sqrt(max(1, out / in));
+        at 0.2 Muon can share Adam's learning rate (arXiv 2502.16982).
+      adam_learning_rate: learning rate of the rest; None is `learning_rate`.
     """
     rms = consistent_rms is not None
     eps = _eps(config, eps)
     table = weights.weight_table(config)
-    seen = {w.path: _matrix(w, rms) for w in table if w.role == "hidden" and w.stacked}
-    labels = unflatten_tree({w.path: "muon" if w.path in seen else "adam" for w in table})
+    views = {w.path: matrix_view(w, rms) for w in table if w.role == "hidden" and w.stacked}
+    labels = unflatten_tree({w.path: "muon" if w.path in views else "adam" for w in table})
 
     def axes(tree):
-        return _map(lambda path, _: seen[path][0], tree, config)
+        return _map(lambda path, _: views[path][0], tree, config)
 
     momentum = scale_by_muon(beta=beta, eps=eps, mu_dtype=mu_dtype, weight_dimension_numbers=axes)
     matrices = optax.chain(
-        _on_any_mesh(momentum),
-        _multiply({path: factor for path, (_, factor) in seen.items()}, config, optax.EmptyState()),
+        on_any_mesh(momentum),
+        _multiply(
+            {path: factor for path, (_, factor) in views.items()}, config, optax.EmptyState()
+        ),
         optax.scale(consistent_rms if rms else 1.0),
     )
     adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=True)
@@ -295,7 +316,7 @@ def muon(
 
 
 def _optimizer(config, clip_norm, normalize, weight_decay, factors, rate):
-    """The order of every optimizer here. In it a group's learning rate multiplies its decay."""
+    """Chains the steps of every optimizer: a group's learning rate also multiplies its decay."""
     decays = []
     for factor in sorted({decay for _, decay in factors.values()} - {0.0}):
         mask = unflatten_tree({path: decay == factor for path, (_, decay) in factors.items()})
@@ -309,40 +330,8 @@ def _optimizer(config, clip_norm, normalize, weight_decay, factors, rate):
     )
 
 
-def _matrix(w: weights.Weight, rms: bool) -> tuple[MuonDimensionNumbers, float]:
-    """How Muon sees a stacked kernel [L, ...]: its axes, and its factor by shape.
-
-    Axes that are neither inputs nor outputs are batches: L and qkv. The factor is optax's, in fp32,
-    but for the true shape: `scale_by_shape` would count the zero padding of a mesh.
-    """
-    split = next(i for i in range(len(w.shape)) if math.prod(w.shape[:i]) == w.hf_shape[0])
-    outputs = [i for i in range(split, len(w.shape)) if w.axes[i] != "qkv"]
-    n_in, n_out = w.hf_shape[0], math.prod(w.shape[i] for i in outputs)
-    factor = np.sqrt(np.float32(max(n_in, n_out) if rms else max(1, n_out / n_in)))
-    inputs = tuple(range(1, split + 1))
-    return MuonDimensionNumbers(inputs, tuple(i + 1 for i in outputs)), float(factor)
-
-
-def _on_any_mesh(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Lets XLA choose the shardings within `tx.update`; results have those of the arguments.
-
-    On a mesh of explicit type, optax's Muon would have to say how every product is sharded.
-    """
-
-    def update(updates, state, params=None):
-        mesh = next((jax.typeof(x).sharding.mesh for x in jax.tree.leaves(updates)), None)
-        if mesh is None or mesh.empty:
-            return tx.update(updates, state)
-        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
-        with jax.sharding.use_abstract_mesh(mesh):
-            free: Any = jax.sharding.auto_axes(tx.update, axes=mesh.axis_names, out_sharding=specs)
-            return free(updates, state)
-
-    return optax.GradientTransformation(tx.init, update)
-
-
 class ParamGroup(NamedTuple):
-    """One group, as the original's optimizer has it."""
+    """One parameter group of the original's optimizer."""
 
     name: weights.Role
     lr: float
@@ -359,13 +348,19 @@ def param_groups(
     optimizer: Optimizer = "adam",
     adam_learning_rate: float | None = None,
 ) -> list[ParamGroup]:
-    """The groups of the original's `get_mup_param_groups`, by default; those of any optimizer here.
+    """Returns the groups of an optimizer; by default those of `get_mup_param_groups`.
 
-    "original" is the original's default, "coupled" its `decoupled_wd=False`. CompleteP with
-    alpha < 1 splits the vectors, Muon an untied head from "hidden". Errors are those of `adamw`.
+    The decay "original" is the original's default, "coupled" its `decoupled_wd=False`. CompleteP
+    with alpha < 1 splits the vectors; Muon splits an untied head from "hidden".
 
     Args:
-      adam_learning_rate: as of `muon`, whose matrices alone then learn at `learning_rate`.
+      config: configuration of the model.
+      learning_rate, weight_decay, decay: as for `adamw`.
+      optimizer: the normalization of the gradients.
+      adam_learning_rate: as for `muon`: the rate of all weights but the matrices of the layers.
+
+    Raises:
+      ValueError: as `adamw`.
     """
     rest = learning_rate if adam_learning_rate is None else adam_learning_rate
     factors = _factors(config, optimizer, decay)
@@ -384,9 +379,9 @@ def param_groups(
 
 
 def format_groups(groups: list[ParamGroup]) -> str:
-    """The groups as a small table, to print at the start of training.
+    """Formats the groups as a table, printed at the start of training.
 
-    Its last column is what a weight loses per step, relative to itself: lr * weight_decay.
+    The last column is the relative decay of a weight per step: lr * weight_decay.
     """
     lines = ["group      arrays     parameters          lr  weight decay   per step"]
     lines += [
@@ -398,12 +393,12 @@ def format_groups(groups: list[ParamGroup]) -> str:
 
 
 def group_norms(tree: Mapping[str, Any], config: BTLMConfig) -> dict[str, jax.Array]:
-    """The L2 norm of gradients or updates per muP group: fp32 scalars, replicated on a mesh.
+    """Returns the L2 norm of gradients or updates by muP group: fp32 scalars, replicated.
 
-    Padding is zero in both and masked leaves are left out, so neither counts.
+    Padding is zero and masked leaves are left out, so that neither counts.
 
     Raises:
-      ValueError: the tree is not of this configuration's weights.
+      ValueError: the tree does not match the configuration.
     """
     fp32 = flatten_tree(_map(lambda _, x: x.astype(jnp.float32), tree, config))
     return {

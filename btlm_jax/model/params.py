@@ -1,4 +1,8 @@
-"""Trees of weights: init, flatten, check, unstack, fold."""
+"""Trees of parameters: init, flatten, check, unstack, fold.
+
+A tree is a nested dict of arrays, keyed by the paths of `weights.weight_table`. Its layers are
+stacked ([L, ...] under "blocks"), or unstacked ("blocks", "0", ...), as decoding wants them.
+"""
 
 from __future__ import annotations
 
@@ -36,29 +40,33 @@ def init_params(
     shardings: Mapping[str, Any] | None = None,
     truncation: float | None = None,
 ) -> Params:
-    """Draws fresh weights; the values depend on neither padding, which is zero, nor sharding.
+    """Draws fresh weights; their values depend neither on padding, which is zero, nor on sharding.
 
-    Every weight has its own key, derived from its path, so adding a weight changes no other. They
-    are drawn one by one: the peak of memory is the result and one weight.
+    Every weight has its own key, derived from its path, so that adding a weight changes no other.
+    Weights are drawn one at a time: peak memory is the result and one more weight.
 
     Args:
-      shardings: a tree like the result; default the default device.
-      truncation: draw within this many standard deviations of the plain normal, whose standard
-        deviation shrinks with it (0.88 of it at 2), as in the original training.
+      key: PRNG key.
+      config: configuration of the model.
+      dtype: dtype of the weights; they are drawn in fp32.
+      padding: padded sizes by logical axis, from `sharding.param_padding`.
+      shardings: a tree of shardings like the result; None is the default device.
+      truncation: the number of standard deviations at which the normal distribution is truncated,
+        which reduces its standard deviation (to 0.88 of it at 2), as in the original training.
     """
-    placed = flatten_tree(shardings) if shardings is not None else {}
+    flat_shardings = flatten_tree(shardings) if shardings is not None else {}
     leaves = {}
     for w in weight_table(config):
         shape, target = stacked_shape(w, config), stacked_shape(w, config, padding)
-        out = placed.get(w.path)
-        draw = _drawer(shape, target, w.mean, w.std, truncation, jnp.dtype(dtype), out)
+        out = flat_shardings.get(w.path)
+        draw = _make_sampler(shape, target, w.mean, w.std, truncation, jnp.dtype(dtype), out)
         leaves[w.path] = draw(jax.random.fold_in(key, zlib.crc32(w.name.encode())))
     return unflatten_tree(leaves)
 
 
 @functools.cache
-def _drawer(shape, target, mean, std, truncation, dtype, sharding):
-    """A compiled function from a key to N(mean, std²) of `shape`, zero-padded to `target`."""
+def _make_sampler(shape, target, mean, std, truncation, dtype, sharding):
+    """Returns a compiled function from a key to N(mean, std²) of `shape`, padded to `target`."""
 
     def normal(key):
         if truncation is None:
@@ -74,16 +82,19 @@ def _drawer(shape, target, mean, std, truncation, dtype, sharding):
 
 
 def fold_completep(config: BTLMConfig, params: Mapping[str, Any]) -> tuple[BTLMConfig, Params]:
-    """The same model without CompleteP, as Hugging Face's code can run it.
+    """Returns the same model without CompleteP, which Hugging Face's code can run.
 
     The factor on residual branches is multiplied into the kernels and biases of their
     out-projections, in their dtype: exact if it is a power of two (and nothing underflows), else
-    rounded. The result is for inference and export; what is trained on is the original. `save` it
+    rounded. The result is for inference and export; continue training from the original. `save` it
     with `assets=asset_files(path)` to carry the tokenizer of a checkpoint along.
 
     Args:
-      config: with CompleteP or without; then nothing changes.
-      params: its weights, sharded or not, padded or not.
+      config: the configuration; without CompleteP, nothing changes.
+      params: the weights, sharded or not, padded or not.
+
+    Returns:
+      The configuration without CompleteP, and the weights for it.
     """
     scale, flat = config.residual_scale, flatten_tree(params)
     if scale != 1.0:
@@ -98,7 +109,7 @@ def fold_completep(config: BTLMConfig, params: Mapping[str, Any]) -> tuple[BTLMC
 
 
 def flatten_tree(tree: Mapping[str, Any]) -> dict[Path, Any]:
-    """A nested dict as a flat one keyed by path."""
+    """Returns a nested dict as a flat one, keyed by path."""
     flat: dict[Path, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -110,7 +121,7 @@ def flatten_tree(tree: Mapping[str, Any]) -> dict[Path, Any]:
 
 
 def unflatten_tree(flat: Mapping[Path, Any]) -> Params:
-    """The inverse of `flatten`."""
+    """Returns a flat dict as a nested one: the inverse of `flatten_tree`."""
     tree: Params = {}
     for path, leaf in flat.items():
         node = tree
@@ -121,15 +132,15 @@ def unflatten_tree(flat: Mapping[Path, Any]) -> Params:
 
 
 def unstack_params(config: BTLMConfig, params: Mapping[str, Any]) -> Params:
-    """The weights with every layer's apart, as decoding wants them: {"blocks": {"0": {...}}}."""
+    """Unstacks the layers: {"blocks": {"0": {...}}}, which decodes fastest."""
     return unflatten_tree({leaf.path: x for leaf, x in iter_unstacked(config, params)})
 
 
 def iter_unstacked(config: BTLMConfig, params: Mapping[str, Any]) -> Iterator[tuple[DiskLeaf, Any]]:
-    """Every weight of every layer, one after the other: cut out of stacked ones, or as it is."""
-    flat, apart = flatten_tree(params), is_unstacked(params)
+    """Yields (leaf, array) for the weights of every layer, slicing stacked arrays."""
+    flat, unstacked = flatten_tree(params), is_unstacked(params)
     for leaf in disk_leaves(config):
-        if apart or leaf.layer is None:
+        if unstacked or leaf.layer is None:
             yield leaf, flat[leaf.path]
         else:
             stacked = flat[leaf.weight.path]
@@ -137,35 +148,37 @@ def iter_unstacked(config: BTLMConfig, params: Mapping[str, Any]) -> Iterator[tu
 
 
 def is_unstacked(params: Mapping[str, Any]) -> bool:
-    """Whether every layer's weights are apart, not stacked."""
+    """Returns whether every layer has its own arrays, instead of stacked ones."""
     return "0" in params.get("blocks", {})
 
 
 def check_params(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int]:
-    """Checks a tree of weights, stacked or by layer, against the table.
+    """Checks a tree of weights, stacked or unstacked, against the table.
 
     Returns:
-      Its padding by logical axis.
+      The padded sizes of the tree by logical axis; empty if nothing is padded.
 
     Raises:
-      ValueError: weights are missing, unexpected or of the wrong shape; all are listed.
+      ValueError: weights are missing, unexpected or of the wrong shape or dtype; all are listed.
     """
-    flat, apart = flatten_tree(params), is_unstacked(params)
-    known = {x.path: x.weight for x in disk_leaves(config)} if apart else weights_by_path(config)
+    flat, unstacked = flatten_tree(params), is_unstacked(params)
+    known = (
+        {x.path: x.weight for x in disk_leaves(config)} if unstacked else weights_by_path(config)
+    )
     problems = [f"missing: {'/'.join(p)}" for p in known if p not in flat]
     problems += [f"unexpected: {'/'.join(p)}" for p in flat if p not in known]
     sizes, padding = paddable_sizes(config), {}
     for path, w in known.items():
         for axis in sizes.keys() - padding.keys():
             if path in flat and axis in w.axes:
-                size = _size_of(flat[path], w, axis, w.stacked and not apart)
+                size = _axis_size(flat[path], w, axis, w.stacked and not unstacked)
                 padding |= {} if size is None else {axis: size}
     padding = {a: n for a, n in padding.items() if n > sizes[a]}
     for path, leaf in flat.items():
         if path not in known:
             continue
         w, kinds = known[path], jnp.floating
-        expected = (config.n_layer,) * (w.stacked and not apart) + w.padded(padding)
+        expected = (config.n_layer,) * (w.stacked and not unstacked) + w.padded(padding)
         if isinstance(leaf, PackedWeight):
             expected, kinds = w.transposed_shape(padding), jnp.number
         if tuple(leaf.shape) != expected:
@@ -177,11 +190,11 @@ def check_params(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int
     return padding
 
 
-def _size_of(leaf: Any, w: Weight, axis: str, stacked: bool) -> int | None:
-    """The size of a logical axis of a weight; None if it has not even as many dimensions."""
+def _axis_size(leaf: Any, w: Weight, axis: str, stacked: bool) -> int | None:
+    """Returns the size of a logical axis of a weight; None if the array has too few dimensions."""
     dim = w.axes.index(axis)
     if isinstance(leaf, PackedWeight):
-        if dim in w.inputs:  # flattened; the table pads none that has others beside it
+        if dim in w.inputs:  # inputs are flattened, but padded ones are always alone
             return leaf.inputs
         dim = [i for i in range(len(w.axes)) if i not in w.inputs].index(dim)
     dim += stacked

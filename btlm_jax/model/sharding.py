@@ -1,7 +1,7 @@
-"""Meshes, and the one table of rules from logical axes to mesh axes.
+"""Meshes, and the table of rules that maps logical axes to mesh axes.
 
-Meshes have explicit axis types: the sharding of every array is part of its type, so a weight that
-is not sharded as intended is an error at trace time, never a silent copy.
+Meshes have explicit axis types: the sharding of every array is part of its type, so that a weight
+with an unintended sharding is an error at trace time, never a silent copy.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
-# Logical axis -> mesh axis. Weights are stored by these rules; before use the "embed" shards are
-# gathered. "batch" is the first axis of every activation, "sequence" the second. Devices that share
-# a sequence share the weights' storage as well.
+# Logical axis -> mesh axis. Weights are stored by these rules and gathered over "embed" before use.
+# "batch" is the first axis of every activation, "sequence" the second. The devices that share a
+# sequence also shard the stored weights.
 RULES: Rules = (
     ("batch", ("data", "fsdp")),
     ("sequence", "context"),
@@ -43,7 +43,7 @@ RULES: Rules = (
     ("head_dim", None),
 )
 
-# Matrix units work on tiles of 128; padding to it is taken where it costs at most this fraction.
+# Matrix units work on tiles of 128; axes are padded to it if that costs at most this fraction.
 _TILE, _TILE_COST = 128, 0.02
 
 
@@ -55,14 +55,16 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Makes a mesh with the axes `AXES` over all devices (or those given).
+    """Makes a mesh with the axes `AXES`.
 
     Args:
-      data: replicas of the weights; the batch is split over data x fsdp.
-      fsdp: shards of weights, gradients and optimizer state; -1 takes what is left.
-      context: shards of every sequence, for those too long for one device, and further shards of
-        weights, gradients and optimizer state.
-      tensor: shards of heads, MLP and vocabulary.
+      data: number of replicas of the weights; the batch is split over data x fsdp.
+      fsdp: number of shards of weights, gradients and optimizer state; -1 takes all remaining
+        devices.
+      context: number of shards of every sequence, for sequences that are too long for one device;
+        weights, gradients and optimizer state are sharded over this axis too.
+      tensor: number of shards of heads, MLP and vocabulary.
+      devices: default all devices.
 
     Raises:
       ValueError: the product of the sizes is not the number of devices, or several TPU slices do
@@ -74,8 +76,7 @@ def make_mesh(
     if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
         raise ValueError(f"mesh sizes: found {sizes}, expected positive ints and at most one -1")
     if free:
-        rest = math.prod(n for n in sizes.values() if n != -1)
-        sizes[free[0]] = len(devices) // rest
+        sizes[free[0]] = len(devices) // math.prod(n for n in sizes.values() if n != -1)
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"mesh {sizes} needs {math.prod(sizes.values())} devices, found {len(devices)}: "
@@ -89,7 +90,7 @@ def make_mesh(
 
 
 def _on_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """TPUs in the order of a mesh: near each other along its last axes, slices along its first.
+    """Arranges TPUs for a mesh: neighbors along its last axes, slices along its first.
 
     Raises:
       ValueError: the slices do not divide over the data and fsdp axes.
@@ -118,13 +119,13 @@ def _on_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarr
     except NotImplementedError:
         logger.warning(
             "mesh %s splits axes of the TPU's torus, so that collectives over different mesh axes "
-            "share links: sizes that are products of its dimensions would not", shape
+            "share links: use sizes that are products of its dimensions", shape
         )  # fmt: skip
         return arrange(True)
 
 
 def mesh_axes(rules: Rules, axis: str | None) -> tuple[str, ...]:
-    """The mesh axes a logical axis is split over.
+    """Returns the mesh axes that a logical axis is split over.
 
     Raises:
       ValueError: the rules do not mention the axis.
@@ -138,52 +139,54 @@ def mesh_axes(rules: Rules, axis: str | None) -> tuple[str, ...]:
 
 
 def axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes in one entry of a PartitionSpec, or of `Rules`."""
+    """Returns the mesh axes in one entry of a PartitionSpec or of `Rules`."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def partition_spec(rules: Rules, *axes: str | None) -> PartitionSpec:
-    """The PartitionSpec of an array with these logical axes.
+    """Returns the PartitionSpec of an array with these logical axes.
 
     Raises:
       ValueError: two dimensions would be split over the same mesh axis.
     """
-    parts = [mesh_axes(rules, axis) for axis in axes]
-    used = [name for part in parts for name in part]
+    entries = [mesh_axes(rules, axis) for axis in axes]
+    used = [name for entry in entries for name in entry]
     if len(set(used)) != len(used):
-        raise ValueError(f"sharding rules collide: axes {axes} map to {parts}, expected each once")
-    return PartitionSpec(*(p if len(p) > 1 else p[0] if p else None for p in parts))
+        raise ValueError(
+            f"sharding rules collide: axes {axes} map to {entries}, expected each mesh axis once"
+        )
+    return PartitionSpec(*(e if len(e) > 1 else e[0] if e else None for e in entries))
 
 
 def num_shards(mesh: Mesh | jax.sharding.AbstractMesh, rules: Rules, axis: str | None) -> int:
-    """The number of parts a logical axis is split into."""
+    """Returns the number of shards of a logical axis."""
     return math.prod(mesh.shape[name] for name in mesh_axes(rules, axis))
 
 
 def check_mesh(mesh: Mesh | jax.sharding.AbstractMesh) -> None:
-    """Raises ValueError if a mesh lacks one of our axes, or an axis is not of explicit type."""
+    """Raises ValueError if a mesh lacks one of `AXES`, or an axis is not of explicit type."""
     explicit = all(t == AxisType.Explicit for t in mesh.axis_types)
     if not set(AXES) <= set(mesh.axis_names) or not explicit:
-        found = {n: t.name for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True)}
+        axes = {n: t.name for n, t in zip(mesh.axis_names, mesh.axis_types, strict=True)}
         raise ValueError(
-            f"mesh: found axes {found}, expected {', '.join(AXES)}, all of explicit type: make it "
+            f"mesh: found axes {axes}, expected {', '.join(AXES)}, all of explicit type: make it "
             "with btlm_jax.make_mesh"
         )
 
 
 def param_padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[str, int]:
-    """The sizes to which awkward axes are zero-padded on a mesh, by logical axis.
+    """Returns the sizes of the axes that are zero-padded on a mesh, by logical axis.
 
-    The size becomes a multiple of the parts it is split into, and of 128 as well where that costs
-    at most 2 %: 6826 -> 6912 and 50257 -> 50304 for the released model. Padding is exact (padded
-    MLP units stay zero under training, padded logits are masked) and never reaches a checkpoint.
+    A size is padded to a multiple of its number of shards, and of 128 as well if that costs at most
+    2 %: 6826 -> 6912 and 50257 -> 50304 for the released model. Padding is exact (padded MLP units
+    stay zero under training, padded logits are masked) and never reaches a checkpoint.
     """
     check_mesh(mesh)
     padded = {}
     for axis, size in weights.paddable_sizes(config).items():
-        parts = num_shards(mesh, rules, axis)
-        tiled = round_up(size, math.lcm(_TILE, parts))
-        target = tiled if tiled <= size * (1 + _TILE_COST) else round_up(size, parts)
+        shards = num_shards(mesh, rules, axis)
+        tiled = round_up(size, math.lcm(_TILE, shards))
+        target = tiled if tiled <= size * (1 + _TILE_COST) else round_up(size, shards)
         if target != size:
             cost = 100 * (target / size - 1)
             logger.warning(
@@ -194,7 +197,7 @@ def param_padding(config: BTLMConfig, mesh: Mesh, rules: Rules = RULES) -> dict[
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The next multiple, n itself if it is one."""
+    """Rounds n up to a multiple."""
     return -(-n // multiple) * multiple
 
 
@@ -204,23 +207,26 @@ def param_specs(
     rules: Rules = RULES,
     pad: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The tree of PartitionSpecs of the stacked weights.
+    """Returns the tree of PartitionSpecs of the stacked weights.
+
+    Args:
+      pad: padded sizes by logical axis, from `param_padding`.
 
     Raises:
-      ValueError: a dimension does not divide over its mesh axes, or two of them share one; all such
-        weights are listed, each with its dimensions, sizes and axes.
+      ValueError: a dimension does not divide over its mesh axes, or two dimensions share one; all
+        such weights are listed with their dimensions, sizes and axes.
     """
     check_mesh(mesh)
     specs, problems = {}, []
     for w in weights.weight_table(config):
         shape = w.padded(pad or {})
         for axis, size in zip(w.axes, shape, strict=True):
-            parts = num_shards(mesh, rules, axis)
-            if size % parts:
-                fits = [n for n in range(1, parts + 1) if size % n == 0]
+            shards = num_shards(mesh, rules, axis)
+            if size % shards:
+                fits = [n for n in range(1, shards + 1) if size % n == 0]
                 problems.append(
                     f"{w.name}: axis {axis!r} of size {size} does not divide over mesh axes "
-                    f"{mesh_axes(rules, axis)} = {parts}; {fits[-1]} would fit"
+                    f"{mesh_axes(rules, axis)} = {shards}; {fits[-1]} would fit"
                 )
         try:
             specs[w.path] = partition_spec(rules, *(None,) * w.stacked, *w.axes)
@@ -235,7 +241,7 @@ def param_specs(
 def check_params_fit(
     config: BTLMConfig, mesh, rules: Rules, pad: tuple[tuple[str, int], ...]
 ) -> None:
-    """Raises ValueError if weights of these padded sizes do not fit the mesh they live on."""
+    """Raises ValueError if weights with this padding do not divide over their mesh."""
     try:
         param_specs(config, mesh, rules, dict(pad))
     except ValueError as e:
@@ -245,7 +251,7 @@ def check_params_fit(
 def param_shardings(
     config: BTLMConfig, mesh: Mesh, rules: Rules = RULES, pad: Mapping[str, int] | None = None
 ) -> dict[str, Any]:
-    """The tree of NamedShardings of the stacked weights; see `param_specs`."""
+    """Returns the tree of NamedShardings of the stacked weights; see `param_specs`."""
     return jax.tree.map(
         lambda s: NamedSharding(mesh, s),
         param_specs(config, mesh, rules, pad),
@@ -256,10 +262,10 @@ def param_shardings(
 def param_layout(
     config: BTLMConfig, mesh: Mesh | None, rules: Rules = RULES
 ) -> tuple[dict[str, int], dict[weights.Path, jax.sharding.Sharding]]:
-    """Where stored weights go: padded sizes by logical axis, and the sharding of each by path.
+    """Returns the padded sizes by logical axis, and the sharding of every weight by path.
 
     Args:
-      mesh: None puts them on the default device, unpadded.
+      mesh: None gives the default device, without padding.
     """
     if mesh is None:
         single = SingleDeviceSharding(jax.devices()[0])
@@ -269,7 +275,7 @@ def param_layout(
 
 
 def layer_sharding(stacked: jax.sharding.Sharding) -> jax.sharding.Sharding:
-    """The sharding of one layer out of a stack."""
+    """Returns the sharding of one layer, given that of the stack."""
     if isinstance(stacked, NamedSharding):
         return NamedSharding(stacked.mesh, PartitionSpec(*stacked.spec[1:]))
     return stacked
@@ -282,47 +288,52 @@ def assemble_array(
     stored: tuple[int, ...],
     read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-    """An array put together where it belongs, from the parts that the devices here hold.
+    """Assembles a sharded array from the parts that the local devices hold.
 
     Args:
-      shape, dtype, out: of the array, which is zero beyond what is stored.
-      stored: the shape of what is stored.
-      read: gives a part of it, of slices with bounds. Devices that hold the same part share a call.
+      shape: shape of the array, which is zero outside `stored`.
+      dtype: its dtype.
+      out: its sharding.
+      stored: shape of the stored array.
+      read: reads a part of the stored array, given slices with bounds. Devices that hold the same
+        part share one call.
     """
 
     @functools.cache
-    def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+    def read_padded(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         inner = [(a, min(b, n)) for (a, b), n in zip(bounds, stored, strict=True)]
         sizes = [b - a for a, b in bounds]
         if any(b <= a for a, b in inner):
             return np.zeros(sizes, dtype)
-        found = read(tuple(slice(a, b) for a, b in inner)).astype(dtype, copy=False)
-        if list(found.shape) == sizes:
-            return found
-        return np.pad(found, [(0, n - m) for n, m in zip(sizes, found.shape, strict=True)])
+        part = read(tuple(slice(a, b) for a, b in inner)).astype(dtype, copy=False)
+        if list(part.shape) == sizes:
+            return part
+        return np.pad(part, [(0, n - m) for n, m in zip(sizes, part.shape, strict=True)])
 
     def callback(index: tuple[slice, ...] | None) -> np.ndarray:
         slices = index or (slice(None),) * len(shape)
-        return part(tuple(s.indices(n)[:2] for s, n in zip(slices, shape, strict=True)))
+        return read_padded(tuple(s.indices(n)[:2] for s, n in zip(slices, shape, strict=True)))
 
     return jax.make_array_from_callback(shape, out, callback)
 
 
 def mesh_of(x: Any) -> jax.sharding.AbstractMesh | None:
-    """The explicit mesh an array, or a tree of them, lives on, from its type; None off any mesh."""
+    """Returns the explicit mesh in the type of an array or a tree of arrays; None without one."""
     mesh = jax.typeof(jax.tree.leaves(x)[0]).sharding.mesh
     return None if mesh.empty else mesh
 
 
 def on_mesh(mesh: jax.sharding.AbstractMesh | None) -> contextlib.AbstractContextManager:
-    """A context for tracing on `mesh`, so that callers of the model need not set one."""
+    """Returns a context for tracing on `mesh`, so that callers of the model need not set one."""
     return jax.sharding.use_abstract_mesh(mesh) if mesh is not None else contextlib.nullcontext()
 
 
-def num_chunks(parts: int) -> int:
-    """What divides the length of a sequence that is split into `parts`: two for each (`context`),
-    an early and a late one; 1 if it is whole."""
-    return 2 * parts if parts > 1 else 1
+def num_chunks(shards: int) -> int:
+    """Returns the number of chunks of a sequence, which divides its length.
+
+    Each of several shards holds an early and a late chunk (`context_parallel`).
+    """
+    return 2 * shards if shards > 1 else 1
 
 
 def check_batch(
@@ -331,7 +342,7 @@ def check_batch(
     rules: Rules,
     length: int | None = None,
 ) -> None:
-    """Raises ValueError if a batch, or its sequences of `length`, do not divide over the mesh."""
+    """Raises ValueError if a batch, or sequences of `length`, do not divide over the mesh."""
     sizes = {"batch": batch_size} | ({} if length is None else {"sequence": length})
     names = {"batch": "batch size", "sequence": "sequence length"}
     for axis, size in sizes.items():
@@ -346,14 +357,14 @@ def check_batch(
 
 
 def unshard_sequences(rules: Rules) -> Rules:
-    """The rules with sequences left whole: those of a model that decodes with a cache."""
+    """Returns the rules without sharding of sequences, for decoding with a cache."""
     return tuple((name, None if name == "sequence" else axes) for name, axes in rules)
 
 
 def mesh_platform(mesh: jax.sharding.AbstractMesh | None) -> str:
-    """ "cpu", "tpu" or "gpu": of the devices of a mesh, which need not be here, or of the default.
+    """Returns "cpu", "tpu" or "gpu": the platform of a mesh, or of the default backend.
 
-    `btlm compile` makes programs for devices that it does not have.
+    The devices of the mesh need not exist: `btlm compile` makes programs for other machines.
     """
     if mesh is None or mesh.empty or mesh.abstract_device is None:
         return jax.default_backend()
@@ -361,7 +372,7 @@ def mesh_platform(mesh: jax.sharding.AbstractMesh | None) -> str:
 
 
 def concrete_mesh_of(x: Any) -> Mesh | None:
-    """The mesh of devices concrete arrays live on; None off any mesh or while tracing."""
+    """Returns the mesh of devices that hold concrete arrays; None without one or while tracing."""
     x = jax.tree.leaves(x)[0]
     if isinstance(x, jax.core.Tracer) or mesh_of(x) is None:
         return None

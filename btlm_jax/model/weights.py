@@ -1,10 +1,10 @@
 """The table of weights: every trainable array of the model, declared once.
 
 Init, abstract shapes, shardings, optimizer groups, conversion in both directions, checkpoints and
-parameter counts follow from `table(config)`; nothing else lists weights by name.
+parameter counts follow from `weight_table(config)`; nothing else lists weights by name.
 
-In memory the weights of a layer are stacked: one leaf [L, ...] per weight under "blocks", so that
-the layers can be scanned. On disk every layer has its own leaf (`disk_leaves`).
+In memory the weights of the layers are stacked: one leaf [L, ...] per weight under "blocks", so
+that the layers can be scanned. On disk every layer has its own array (`disk_leaves`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from btlm_jax.config import BTLMConfig
 
 Path = tuple[str, ...]
 Role = Literal["embedding", "hidden", "vector"]
-# The dtypes weights are stored in, by us and in the checkpoints we convert.
+# Dtypes of stored weights, in our checkpoints and in those we convert.
 STORED_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -28,18 +28,18 @@ class Weight:
     """One trainable array.
 
     Attributes:
-      path: where it stands in the tree; weights under "blocks" exist once per layer.
-      shape: of one layer, unpadded.
-      axes: the logical axis of each dimension (`sharding.RULES` maps them to mesh axes); None is
-        replicated by design.
-      inputs: the dimensions over which a product with it sums; none for what is only added. These
-        weights can be quantized (`packed.PackedWeight`).
-      mean, std: the init is N(mean, std²), untruncated; std 0 is a constant.
-      role: the muP group (FACTS of the original's `get_mup_param_groups`): "hidden" arrays get
-        their learning rate multiplied by mup_width_scale.
+      path: the position in the tree of parameters; weights under "blocks" exist once per layer.
+      shape: the unpadded shape for one layer.
+      axes: the logical axis of each dimension (`sharding.RULES` maps them to mesh axes); None
+        means replicated.
+      inputs: the dimensions that a product with this weight contracts; empty for biases and other
+        weights that are only added. Weights with inputs can be quantized (`packed.PackedWeight`).
+      mean, std: the init is N(mean, std²), untruncated; a std of 0 gives a constant.
+      role: the muP group, as in the original's `get_mup_param_groups`: the learning rate of
+        "hidden" arrays is multiplied by mup_width_scale.
       decay: whether weight decay applies.
-      hf_name: its Hugging Face name, with `{layer}` where there is one per layer.
-      hf_shape: its shape there, a reshape of `shape` (never a transpose).
+      hf_name: the name of the Hugging Face tensor, with `{layer}` if there is one per layer.
+      hf_shape: the shape of that tensor, a reshape of `shape` (never a transpose).
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Weight:
 
     @property
     def stacked(self) -> bool:
-        """Whether there is one per layer."""
+        """Whether there is one array per layer, stacked in memory."""
         return self.path[0] == "blocks"
 
     @property
@@ -64,13 +64,13 @@ class Weight:
         return "/".join(self.path)
 
     def transposed_shape(self, padding: Mapping[str, int]) -> tuple[int, ...]:
-        """The padded shape as `packed.PackedWeight` has it: outputs, then all inputs as one."""
+        """Returns the padded shape of `packed.PackedWeight`: outputs, then all inputs flattened."""
         shape = self.padded(padding)
         outputs = (n for i, n in enumerate(shape) if i not in self.inputs)
         return (*outputs, math.prod(shape[i] for i in self.inputs))
 
     def padded(self, padding: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of one layer with the logical axes in `padding` enlarged to the given sizes."""
+        """Returns the shape for one layer, with the logical axes in `padding` enlarged."""
         return tuple(
             padding.get(a, n) if a else n for a, n in zip(self.axes, self.shape, strict=True)
         )
@@ -78,12 +78,12 @@ class Weight:
 
 @functools.cache
 def weight_table(config: BTLMConfig) -> tuple[Weight, ...]:
-    """Every weight of the model, in the order of the forward pass."""
+    """Returns every weight of the model, in the order of the forward pass."""
     c = config
     D, H, K, F, V = c.n_embd, c.n_head, c.head_dim, c.n_inner, c.vocab_size
     std = c.initializer_range
     hidden = std * math.sqrt(c.mup_width_scale)
-    # Under CompleteP the forward pass has a factor in its place.
+    # Under CompleteP, a factor in the forward pass replaces the 1 / sqrt(2 L).
     residual = hidden if c.completep_base_layers else hidden / math.sqrt(2 * c.n_layer)
 
     def embedding(name: str, size: int, axis: str) -> Weight:
@@ -103,7 +103,7 @@ def weight_table(config: BTLMConfig) -> tuple[Weight, ...]:
         ]
 
     def linear(module: str, name: str, n_in: int, shape, axes, bias_from: int, std: float):
-        """A kernel whose dimensions from `bias_from` on are outputs, and its bias."""
+        """Returns a kernel, whose dimensions from `bias_from` on are outputs, and its bias."""
         path, hf = ("blocks", module, name), f"transformer.h.{{layer}}.{module}.{name}"
         hf_shape = (n_in, math.prod(shape) // n_in)
         bias = (*path, "bias"), shape[bias_from:], axes[bias_from:]
@@ -154,37 +154,38 @@ def weight_table(config: BTLMConfig) -> tuple[Weight, ...]:
 
 @functools.cache
 def weights_by_path(config: BTLMConfig) -> Mapping[Path, Weight]:
-    """The table keyed by tree path."""
+    """Returns the table keyed by tree path."""
     return {w.path: w for w in weight_table(config)}
 
 
 def count_parameters(config: BTLMConfig) -> int:
-    """The number of trainable parameters (tied embeddings once, slopes not counted)."""
+    """Counts the trainable parameters: tied embeddings once, ALiBi slopes not at all."""
     return sum(math.prod(stacked_shape(w, config)) for w in weight_table(config))
 
 
 def stacked_shape(w: Weight, config: BTLMConfig, padding: Mapping[str, int] | None = None):
-    """The in-memory shape: `[L, ...]` for the weights of a layer, with padded axes if given."""
+    """Returns the shape in memory: `[L, ...]` for the weights of the layers, padded if given."""
     return (config.n_layer,) * w.stacked + w.padded(padding or {})
 
 
 def paddable_sizes(config: BTLMConfig) -> dict[str, int]:
-    """The logical axes that a mesh may zero-pad, with their true sizes."""
+    """Returns the logical axes that a mesh may zero-pad, with their true sizes."""
     return {"vocab": config.vocab_size, "mlp": config.n_inner}
 
 
-# One leaf per layer: the layout on disk and of Hugging Face ---------------------------------------
+# One array per layer: the layout on disk and of Hugging Face --------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class DiskLeaf:
-    """One array as stored: a weight of one layer, or outside the layers; or a part of such a one.
+    """One stored array: a weight of one layer or outside the layers, or a part of a quantized one.
 
     Attributes:
-      weight, layer: which weight.
-      part: of a quantized weight, which of its arrays (`quantization.stored_parts`).
-      part_shape: the shape of the part.
-      dtype: the only one it can have; None is any of `STORED_DTYPES`.
+      weight: its entry in the table.
+      layer: the number of the layer; None for weights outside the layers.
+      part: the name of one array of a quantized weight (`quantization.stored_parts`); else None.
+      part_shape: the shape of that array.
+      dtype: the only valid dtype; None allows any of `STORED_DTYPES`.
     """
 
     weight: Weight
@@ -195,46 +196,46 @@ class DiskLeaf:
 
     @property
     def path(self) -> Path:
-        """Its path in a checkpoint: "blocks" is followed by the layer's number."""
-        whole = self.weight.path
+        """The path in a checkpoint: "blocks" is followed by the layer's number."""
+        path = self.weight.path
         if self.layer is not None:
-            whole = ("blocks", str(self.layer), *whole[1:])
-        return whole if self.part is None else (*whole, self.part)
+            path = ("blocks", str(self.layer), *path[1:])
+        return path if self.part is None else (*path, self.part)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the stored array."""
+        """The shape of the stored array."""
         return self.weight.shape if self.part is None else self.part_shape
 
     @property
     def hf_name(self) -> str:
-        """The weight's Hugging Face name; a part's is ours and follows it."""
+        """The Hugging Face name of the weight, followed by our name of the part if there is one."""
         name = self.weight.hf_name.format(layer=self.layer)
         return name if self.part is None else f"{name}.{self.part}"
 
 
 def disk_leaves_of(w: Weight, config: BTLMConfig) -> list[DiskLeaf]:
-    """The stored arrays of one weight, by layer."""
+    """Returns the stored arrays of one weight, one per layer."""
     return [DiskLeaf(w, i) for i in range(config.n_layer)] if w.stacked else [DiskLeaf(w, None)]
 
 
 def common_dtype(w: Weight, dtypes: Iterable[Any]) -> Any:
-    """The dtype in which the arrays of one weight are stored.
+    """Returns the dtype that the stored arrays of one weight have in common.
 
     Raises:
-      ValueError: there are several.
+      ValueError: the layers have different dtypes.
     """
-    found = {str(d): d for d in dtypes}
-    if len(found) > 1:
+    by_name = {str(d): d for d in dtypes}
+    if len(by_name) > 1:
         raise ValueError(
-            f"the layers of {w.name} are stored as {', '.join(sorted(found))} and cannot be "
-            "stacked as they are; pass dtype="
+            f"the layers of {w.name} are stored as {', '.join(sorted(by_name))} and cannot be "
+            "stacked without a conversion; pass dtype="
         )
-    return next(iter(found.values()))
+    return next(iter(by_name.values()))
 
 
 def disk_leaves(config: BTLMConfig) -> Iterator[DiskLeaf]:
-    """Every stored array, layer by layer."""
+    """Yields every stored array, layer by layer, in the order of the forward pass."""
     weights = weight_table(config)
     stacked = [w for w in weights if w.stacked]
     first = weights.index(stacked[0])

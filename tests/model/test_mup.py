@@ -470,13 +470,16 @@ def test_before_adam_it_does_nothing():
 
 
 WRONG = {
-    "before adam": ([MUP, optax.scale_by_adam(), SGD], "before what"),
-    "before adamw": ([MUP, optax.adamw(1e-2)], "before what"),
-    "before lion, nested": ([optax.chain(MUP, optax.lion(1e-2))], "before what"),
-    "before adafactor": ([optax.chain(MUP), optax.adafactor(1e-2)], "before what"),
+    "before adam": ([MUP, optax.scale_by_adam(), SGD], "before the normalization"),
+    "before adamw": ([MUP, optax.adamw(1e-2)], "before the normalization"),
+    "before lion, nested": ([optax.chain(MUP, optax.lion(1e-2))], "before the normalization"),
+    "before adafactor": ([optax.chain(MUP), optax.adafactor(1e-2)], "before the normalization"),
     "before muon": ([MUP, mup.muon(1e-2, SMALL)], "found twice"),
     "after ours": ([mup.adamw(1e-2, SMALL), MUP], "found twice"),
-    "before a wrapped adam": ([MUP, optax.MultiSteps(optax.adam(1e-2), 2)], "before what"),
+    "before a wrapped adam": (
+        [MUP, optax.MultiSteps(optax.adam(1e-2), 2)],
+        "before the normalization",
+    ),
     "around schedule_free": (
         [schedule_free(optax.adamw(1e-2), 1e-2), MUP],
         "after schedule_free, expected",
