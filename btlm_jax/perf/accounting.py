@@ -1,4 +1,4 @@
-"""Counting: parameters, FLOPs and bytes, from the configuration alone."""
+"""Counts of parameters, FLOPs and bytes, from the configuration alone."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from btlm_jax.utils.format import format_bytes
 
 
 class Flops(NamedTuple):
-    """FLOPs per token, a multiply-add counting as two.
+    """FLOPs per token; a multiply-add counts as two.
 
-    Matrix products only (projections, head, QK^T and PV); training is three times the forward pass.
-    `full` counts attention over all T keys for every query, as most papers do; `causal` counts the
-    (T + 1) / 2 keys a causal query sees on average.
+    Only matrix products count (projections, head, QK^T and PV); training takes three times the
+    forward pass.
+
+    Attributes:
+      forward_full: attention over all T keys for every query, as most papers count it.
+      forward_causal: attention over the (T + 1) / 2 keys that a causal query sees on average.
     """
 
     forward_full: float
@@ -27,20 +30,33 @@ class Flops(NamedTuple):
 
     @property
     def training_full(self) -> float:
-        """Forward and backward pass."""
+        """Forward and backward pass, with full attention."""
         return 3 * self.forward_full
 
     @property
     def training_causal(self) -> float:
-        """Forward and backward pass."""
+        """Forward and backward pass, with causal attention."""
         return 3 * self.forward_causal
 
 
-def flops_per_token(config: BTLMConfig, length: int) -> Flops:
-    """FLOPs per token of a sequence of `length` tokens.
+def forward_flops(kernels: int, vocab_size: int, n_embd: int, n_layer: int, keys: float) -> float:
+    """Returns the FLOPs of the forward pass for one token: 2 (kernels + V D) + 4 L D keys.
 
-    2 * (L (4 D² + n F D) + V D) + 4 L D * keys, with n = 3 for SwiGLU and 2 otherwise, and keys = T
-    or (T + 1) / 2. The embedding look-up multiplies nothing and is not counted.
+    The embedding look-up multiplies nothing and is not counted.
+
+    Args:
+      kernels: entries of all projection matrices of all layers.
+      vocab_size, n_embd, n_layer: V, D and L.
+      keys: number of keys that the token attends to.
+    """
+    return 2.0 * (kernels + vocab_size * n_embd) + 4.0 * n_layer * n_embd * keys
+
+
+def flops_per_token(config: BTLMConfig, length: int) -> Flops:
+    """Returns the average FLOPs per token of a sequence of T = `length` tokens.
+
+    They are `forward_flops` with L (4 D² + n F D) kernel entries, where n is 3 for SwiGLU and 2
+    otherwise, and with T or (T + 1) / 2 keys.
 
     Raises:
       ValueError: length < 1.
@@ -49,9 +65,8 @@ def flops_per_token(config: BTLMConfig, length: int) -> Flops:
         raise ValueError(f"length: found {length}, expected >= 1")
     c = config
     mlp = (3 if c.gated else 2) * c.n_inner * c.n_embd
-    products = 2.0 * (c.n_layer * (4 * c.n_embd**2 + mlp) + c.vocab_size * c.n_embd)
-    per_key = 4.0 * c.n_layer * c.n_embd
-    return Flops(products + per_key * length, products + per_key * (length + 1) / 2)
+    sizes = c.n_layer * (4 * c.n_embd**2 + mlp), c.vocab_size, c.n_embd, c.n_layer
+    return Flops(forward_flops(*sizes, length), forward_flops(*sizes, (length + 1) / 2))
 
 
 def model_flops_utilization(
@@ -79,18 +94,18 @@ def model_flops_utilization(
 
 
 def kv_bytes_per_token(config: BTLMConfig, itemsize: int = 2) -> int:
-    """Bytes of the KV cache per token and sequence: 2 L D * itemsize."""
+    """Returns the bytes of the KV cache per token and sequence: 2 L D * itemsize."""
     return 2 * config.n_layer * config.n_embd * itemsize
 
 
 def array_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Bytes of an array on a device. TPUs and GPUs hold two int4 in a byte; NumPy counts one."""
+    """Returns the bytes of an array on a device, with two int4 per byte (NumPy counts one)."""
     n = math.prod(shape)
     return -(-n // 2) if dtype == jnp.int4 else n * dtype.itemsize
 
 
 def describe_config(config: BTLMConfig, length: int) -> list[tuple[str, str]]:
-    """The rows `btlm info` prints: (what, value)."""
+    """Returns the rows that `btlm info` prints: (label, value)."""
     c, n = config, weights.count_parameters(config)
     flops = flops_per_token(c, length)
     table = weights.weight_table(c)

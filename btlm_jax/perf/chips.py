@@ -1,11 +1,11 @@
-"""What accelerators can do: the one table of peaks, for MFU, rooflines and memory.
+"""The table of accelerators: peak rates and memory, for MFU, rooflines and memory estimates.
 
-Figures are those of a whole chip, from its vendor's data sheet, except `usable`. JAX shows a TPU v4
+Figures are for a whole chip, from its vendor's data sheet, except `usable`. JAX shows a TPU v4
 or v5p chip (two cores as a "megacore"), v5e, v6e and every GPU as one device, a TPU7x chip as two;
 `Chip.per_device` divides.
 
 Sources: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} (FLOP/s, HBM, and the interconnect's
-aggregate, which `link` x links is a tenth below: the rate that jax-ml.github.io/scaling-book/tpus
+aggregate; `link` x links is a tenth less, the rate that jax-ml.github.io/scaling-book/tpus
 gives for v4 to v6e); nvidia.com's data sheets of A100, H100 SXM and H200. `dcn` is an assumption:
 the host's network card shared by its chips (scaling-book again; 400 Gb/s per GPU). `usable` was
 read from libtpu 0.0.42's refusals of programs that do not fit.
@@ -20,7 +20,7 @@ GiB = 1 << 30
 
 
 class Rates(NamedTuple):
-    """What one device, as JAX counts devices, can do per second, and what it holds."""
+    """Rates and memory of one device, as JAX counts devices."""
 
     flops: float  # dense bf16, FLOP/s
     hbm: float  # B/s
@@ -31,21 +31,21 @@ class Rates(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """An accelerator.
+    """An accelerator chip.
 
     Attributes:
-      name: as in topology names.
-      kinds: JAX's `device_kind`s of it.
+      name: the name in topology names.
+      kinds: the `device_kind`s that JAX reports.
       flops: dense bf16 FLOP/s of the chip.
       memory: bytes of HBM of the chip.
-      bandwidth: of the chip's HBM, B/s.
-      link: B/s in one direction over one link to a neighbour (NVLink: to all of them).
-      dimensions: of the torus or mesh that links make; 0 for a switch.
-      wraps: a ring closes only where a dimension is a multiple of this (in a 3D torus, where all
-        are).
+      bandwidth: B/s of the chip's HBM.
+      link: B/s in one direction over one link to a neighbor (NVLink: to all of them together).
+      dimensions: dimensions of the torus or mesh of links; 0 for a switch.
+      wraps: a dimension is a ring only if its size is a multiple of this (in a 3D torus, if all
+        sizes are).
       dcn: B/s per chip to other slices; an assumption.
-      usable: bytes of HBM per device that XLA gives to a program; None where it is not known.
-      devices: that JAX makes of a chip.
+      usable: bytes of HBM per device that XLA gives to a program; None if unknown.
+      devices: number of JAX devices per chip.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Chip:
     devices: int = 1
 
     def links(self, shape: tuple[int, ...]) -> int:
-        """Over how many links even the worst placed chip of a slice receives.
+        """Returns the number of links over which every chip of a slice can receive.
 
-        Two per dimension that is a ring, one (the ends have no more) per dimension that is a line.
+        Two for each dimension that is a ring, and one (as at the ends) for each that is a line.
         """
         if not self.dimensions:
             return int(any(n > 1 for n in shape))
@@ -73,10 +73,10 @@ class Chip:
         return sum(0 if n == 1 else 2 if c else 1 for n, c in zip(shape, closed, strict=True))
 
     def per_device(self, shape: tuple[int, ...] = ()) -> Rates:
-        """The rates of one device in a slice of this shape (in chips).
+        """Returns the rates of one device in a slice of this shape (in chips).
 
-        The devices of a chip share what it has; that TPU7x's two also exchange data between
-        themselves is left out.
+        The devices of a chip share its rates; the link between the two devices of a TPU7x chip is
+        left out.
         """
         n = self.devices
         memory = self.usable or self.memory // n
@@ -106,11 +106,11 @@ CHIPS = {
 
 
 def chip_of_device_kind(kind: str) -> Chip | None:
-    """The chip behind a JAX device's `device_kind`; None if it is not in the table."""
+    """Returns the chip with a JAX `device_kind`; None if it is not in the table."""
     return next((c for c in CHIPS.values() if kind in c.kinds), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its `device_kind`; None if it is not known here."""
+    """Returns the dense bf16 FLOP/s of a device by its `device_kind`; None if unknown."""
     chip = chip_of_device_kind(device_kind)
     return None if chip is None else chip.per_device().flops

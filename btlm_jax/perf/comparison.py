@@ -1,7 +1,7 @@
-"""A model beside the 7B models that BTLM was compared with: FLOPs, memory, and the card's claims.
+"""Comparison with the 7B models of the model card: FLOPs, memory, and the card's claims.
 
-Peers, with the source of every shape and token count, are in `peers.toml`. All are counted by the
-same formulas, which `FORMULAS` prints. Memory always comes with its context and cache dtype.
+The peers, with sources for every shape and token count, are in `peers.toml`. All models are counted
+with the same formulas (`FORMULAS`). Memory always comes with its context and cache dtype.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from btlm_jax.checkpoint.schemes import padded_inputs
 from btlm_jax.config import BTLMConfig
+from btlm_jax.perf import accounting
 
 Precision = Literal["bf16", "int8", "int4"]
 Cache = Literal["bf16", "int8"]
@@ -31,25 +32,25 @@ FORMULAS = (
     "weights: in int8 a scale (fp32) per output, in int4 one (bf16) per 64 inputs, embedding and "
     "head int8 in both, biases and norms bf16: what `btlm convert --quantize` writes",
     "cache per token: 2 L x key-value heads x (head_dim x bytes, in int8 + 4 of a scale)",
-    "memory is of weights and one sequence's cache, without activations and libraries",
+    "memory: weights and the cache of one sequence, without activations and libraries",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderShape:
-    """What of a decoder FLOPs and bytes depend on.
+    """The sizes of a decoder on which FLOPs and bytes depend.
 
     Attributes:
-      name: of the model.
+      name: name of the model.
       vocab, width, layers, heads, kv_heads, inner: sizes.
-      gated: the MLP has two matrices from width to inner.
-      tied: the head is the embedding.
-      biases: of all projections.
-      norms: of a layer; there is one more at the end.
-      norm_arrays: 2 if norms have biases.
-      phases: (tokens, tokens per sequence) of the training.
-      positions: rows of learned position embeddings.
-      sources: of the shape and of the training.
+      gated: whether the MLP has two matrices from width to inner.
+      tied: whether the head is the embedding.
+      biases: whether all projections have biases.
+      norms: normalizations per layer; there is one more at the end.
+      norm_arrays: arrays per normalization: 2 with biases, else 1.
+      phases: (tokens, tokens per sequence) of each phase of the training.
+      positions: rows of the learned position embedding.
+      sources: URLs for the shape and the training.
     """
 
     name: str
@@ -75,7 +76,7 @@ class DecoderShape:
 
     @property
     def kernels(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of every matrix of a layer."""
+        """(inputs, outputs) of every matrix of one layer."""
         keys = self.kv_heads * self.head_dim
         attention = ((self.width, self.width), *[(self.width, keys)] * 2, (self.width, self.width))
         return (*attention, *[(self.width, self.inner)] * (1 + self.gated),
@@ -83,40 +84,40 @@ class DecoderShape:
 
     @property
     def vectors(self) -> int:
-        """Parameters that no product reads: norms and biases."""
+        """Parameters outside matrix products: normalizations and biases."""
         biases = sum(n for _, n in self.kernels) if self.biases else 0
         norm = self.norm_arrays * self.width
         return self.layers * (self.norms * norm + biases) + norm
 
     @property
     def parameters(self) -> int:
-        """N; a tied head counts once."""
+        """N, the number of parameters; a tied head counts once."""
         kernels = self.layers * sum(i * o for i, o in self.kernels)
         embeddings = (self.vocab * (1 if self.tied else 2) + self.positions) * self.width
         return kernels + embeddings + self.vectors
 
     @property
     def tokens(self) -> float:
-        """That it was trained on."""
+        """Tokens that the model was trained on."""
         return sum(tokens for tokens, _ in self.phases)
 
     def forward_flops(self, keys: float) -> float:
-        """Of one token that attends to `keys` of them; a multiply-add counts as two."""
-        products = self.layers * sum(i * o for i, o in self.kernels) + self.vocab * self.width
-        return 2.0 * products + 4.0 * self.layers * self.width * keys
+        """Returns the FLOPs of one token that attends to `keys` keys."""
+        kernels = self.layers * sum(i * o for i, o in self.kernels)
+        return accounting.forward_flops(kernels, self.vocab, self.width, self.layers, keys)
 
     @property
     def training_flops(self) -> float:
-        """Of the whole training, attention and head included."""
+        """FLOPs of the whole training, attention and head included."""
         return sum(3 * tokens * self.forward_flops(length) for tokens, length in self.phases)
 
     @property
     def six_n_d(self) -> float:
-        """The usual rule of thumb for `training_flops`."""
+        """6 N D, the usual rule of thumb for `training_flops`."""
         return 6.0 * self.parameters * self.tokens
 
     def weight_bytes(self, precision: Precision) -> int:
-        """Of all weights, as `quantization` would store them (int4 in groups of 64)."""
+        """Returns the bytes of all weights, as quantized on disk (int4 in groups of 64)."""
         if precision == "bf16":
             return 2 * self.parameters
         per_layer = 0
@@ -133,13 +134,13 @@ class DecoderShape:
         )  # fmt: skip
 
     def cache_bytes(self, context: int, cache: Cache) -> int:
-        """Of one sequence's keys and values, as `kv_cache` would hold them."""
-        of_head = {"bf16": 2 * self.head_dim, "int8": self.head_dim + 4}[cache]
-        return 2 * self.layers * self.kv_heads * of_head * context
+        """Returns the bytes of the keys and values of one sequence, as `kv_cache` holds them."""
+        per_head = {"bf16": 2 * self.head_dim, "int8": self.head_dim + 4}[cache]
+        return 2 * self.layers * self.kv_heads * per_head * context
 
 
 class SequenceMemory(NamedTuple):
-    """Bytes of weights and cache, which mean nothing without the other three."""
+    """Bytes of weights and cache, with the conditions under which they hold."""
 
     bytes: int
     precision: Precision
@@ -156,7 +157,7 @@ class SequenceMemory(NamedTuple):
 def sequence_memory(
     shape: DecoderShape, precision: Precision, context: int, cache: Cache
 ) -> SequenceMemory:
-    """What weights and the cache of one sequence take.
+    """Returns the memory of the weights and the cache of one sequence.
 
     Raises:
       ValueError: a negative context.
@@ -169,18 +170,18 @@ def sequence_memory(
 
 @functools.cache
 def load_peers() -> tuple[DecoderShape, ...]:
-    """The 7B models of `peers.toml`."""
+    """Reads the 7B models of `peers.toml`."""
     text = resources.files("btlm_jax.perf").joinpath("peers.toml").read_text(encoding="utf-8")
-    found = []
+    shapes = []
     for raw in tomllib.loads(text)["model"]:
         sources = raw.pop("shape"), raw.pop("training")
         phases = tuple((float(tokens), int(length)) for tokens, length in raw.pop("phases"))
-        found.append(DecoderShape(**raw, phases=phases, sources=sources))
-    return tuple(found)
+        shapes.append(DecoderShape(**raw, phases=phases, sources=sources))
+    return tuple(shapes)
 
 
 def shape_of_config(config: BTLMConfig, name: str) -> DecoderShape:
-    """A model of ours, as if trained like BTLM-3B-8K: on 627.7B tokens, 157B of them at 8k."""
+    """Returns the shape of a BTLM, with the training of BTLM-3B-8K: 627.7B tokens, 157B at 8k."""
     c = config
     return DecoderShape(
         name=name, vocab=c.vocab_size, width=c.n_embd, layers=c.n_layer, heads=c.n_head,
@@ -190,18 +191,24 @@ def shape_of_config(config: BTLMConfig, name: str) -> DecoderShape:
 
 
 def is_released(shape: DecoderShape) -> bool:
-    """Whether it is of BTLM-3B-8K's shape, of which the claims are."""
+    """Returns whether a shape is that of BTLM-3B-8K, the subject of the claims."""
     released = shape_of_config(BTLMConfig.preset("btlm-3b-8k"), shape.name)
     return shape == released
 
 
 def saving(ours: float, theirs: float) -> float:
-    """By how much of theirs ours is less."""
+    """Returns the fraction by which ours is smaller than theirs."""
     return 1 - ours / theirs
 
 
 class Claim(NamedTuple):
-    """A claim of the model card, and what was found: whether it holds, and where."""
+    """A claim of the model card.
+
+    Attributes:
+      claim: the text of the claim.
+      verdict: whether our counts confirm it.
+      found: the counts, one line each. The name is a key of `btlm info --json`.
+    """
 
     claim: str
     verdict: Literal["holds", "holds under conditions", "does not hold"]
@@ -209,30 +216,30 @@ class Claim(NamedTuple):
 
 
 def check_claims(ours: DecoderShape) -> list[Claim]:
-    """The card's four claims, judged by our own counts."""
+    """Checks the four claims of the model card against our own counts."""
     others = load_peers()
     return [_training(ours, others), _inference(ours, others), _memory(ours, others),
             _three_gigabytes(ours)]  # fmt: skip
 
 
 def _training(ours: DecoderShape, others: tuple[DecoderShape, ...]) -> Claim:
-    found, by_tokens = [], dict[float, dict[str, float]]()
+    lines, by_tokens = [], dict[float, dict[str, float]]()
     for p in sorted(others, key=lambda p: p.tokens):
         saved = saving(ours.training_flops, p.training_flops)
         by_tokens.setdefault(p.tokens, {})[p.name] = saved
     for tokens, savings in by_tokens.items():
         named = ", ".join(f"{name} {s:.1%}" for name, s in savings.items())
-        found.append(f"against 7B models of {tokens / 1e12:g}T tokens: {named}")
+        lines.append(f"against 7B models of {tokens / 1e12:g}T tokens: {named}")
     holds = all(s >= 0.705 for s in next(iter(by_tokens.values())).values())
-    return Claim("71 % fewer training FLOPs", "holds" if holds else "does not hold", tuple(found))
+    return Claim("71 % fewer training FLOPs", "holds" if holds else "does not hold", tuple(lines))
 
 
 def _inference(ours: DecoderShape, others: tuple[DecoderShape, ...]) -> Claim:
-    found = []
+    lines = []
     for context in CONTEXTS:
         ratios = {p.name: p.forward_flops(context) / ours.forward_flops(context) for p in others}
         low, high = min(ratios, key=lambda n: ratios[n]), max(ratios, key=lambda n: ratios[n])
-        found.append(
+        lines.append(
             f"after {context:,} tokens: {ratios['LLaMA-7B']:.2f}x less than LLaMA-7B; "
             f"{ratios[low]:.2f}x ({low}) to {ratios[high]:.2f}x ({high})"
         )
@@ -241,12 +248,12 @@ def _inference(ours: DecoderShape, others: tuple[DecoderShape, ...]) -> Claim:
     return Claim(
         "2.5x less inference compute",
         "holds under conditions" if holds else "does not hold",
-        (*found, "attention is a larger part of BTLM's FLOPs, so the ratio falls as contexts grow"),
+        (*lines, "attention is a larger part of BTLM's FLOPs, so the ratio falls as contexts grow"),
     )  # fmt: skip
 
 
 class Combination(NamedTuple):
-    """Memory of ours and of a peer under the same conditions."""
+    """Memory of our model and of a peer under the same conditions."""
 
     ours: SequenceMemory
     theirs: SequenceMemory
@@ -260,7 +267,7 @@ class Combination(NamedTuple):
 def memory_combinations(
     ours: DecoderShape, peer: DecoderShape, contexts: tuple[int, ...] = CONTEXTS
 ) -> list[Combination]:
-    """Every precision, context and cache dtype; without context, a cache dtype once."""
+    """Returns every combination of precision, context and cache dtype; one cache dtype at 0."""
     return [
         Combination(
             sequence_memory(ours, precision, context, cache),
@@ -274,44 +281,44 @@ def memory_combinations(
 
 
 def _memory(ours: DecoderShape, others: tuple[DecoderShape, ...]) -> Claim:
-    found, any_holds = [], False
+    lines, holds = [], False
     llama = next(p for p in others if p.name == "LLaMA-7B")
     every = memory_combinations(ours, llama)
     weights = [c.saving for c in every if not c.ours.context]
-    found.append(f"weights alone, against LLaMA-7B: {min(weights):.1%} to {max(weights):.1%}")
+    lines.append(f"weights alone, against LLaMA-7B: {min(weights):.1%} to {max(weights):.1%}")
     for c in every:
         if round(100 * c.saving) == 58 and c.ours.context:
-            any_holds = True
+            holds = True
             theirs = f"LLaMA-7B {c.theirs.bytes / 1e9:.2f} GB"
-            found.append(f"{c.saving:.2%}, rounded 58 %: {c.ours}, {theirs}")
+            lines.append(f"{c.saving:.2%}, rounded 58 %: {c.ours}, {theirs}")
     rest = [c for c in every if c.ours.context and round(100 * c.saving) != 58]
-    found.append(
+    lines.append(
         f"elsewhere {min(c.saving for c in rest):.1%} to {max(c.saving for c in rest):.1%}; the "
         "card does not say which conditions it means"
     )
-    verdict = "holds under conditions" if any_holds else "does not hold"
-    return Claim("58 % less memory", verdict, tuple(found))
+    verdict = "holds under conditions" if holds else "does not hold"
+    return Claim("58 % less memory", verdict, tuple(lines))
 
 
 def longest_context(shape: DecoderShape, precision: Precision, cache: Cache, limit: float) -> int:
-    """The longest context whose weights and cache fit into `limit` bytes; 0 if none does."""
+    """Returns the longest context that fits `limit` bytes, weights included; 0 if none fits."""
     room = limit - shape.weight_bytes(precision)
     return max(0, int(room // shape.cache_bytes(1, cache)))
 
 
 def _three_gigabytes(ours: DecoderShape) -> Claim:
-    found = [
+    lines = [
         f"up to {longest_context(ours, 'int4', cache, 3e9):,} tokens in a cache of {cache}; "
         + ", ".join(str(sequence_memory(ours, "int4", context, cache)) for context in CONTEXTS[2:])
         for cache in CACHES
     ]
     holds = longest_context(ours, "int4", "int8", 3e9) > 0
     verdict = "holds under conditions" if holds else "does not hold"
-    return Claim("3 GB at 4 bits", verdict, tuple(found))
+    return Claim("3 GB at 4 bits", verdict, tuple(lines))
 
 
 def comparison_numbers(ours: DecoderShape, contexts: tuple[int, ...] = CONTEXTS) -> dict[str, Any]:
-    """All of it as plain values, for a file."""
+    """Returns the whole comparison as plain values, for a JSON file."""
 
     def described(shape: DecoderShape) -> dict[str, Any]:
         return dataclasses.asdict(shape) | {

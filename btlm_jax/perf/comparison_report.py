@@ -1,4 +1,4 @@
-"""`comparison` as tables and as a picture."""
+"""Tables and a figure of `comparison`."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from btlm_jax.utils.format import align_columns
 
 
 def comparison_lines(ours: DecoderShape, contexts: tuple[int, ...] = CONTEXTS) -> list[str]:
-    """What `btlm info --compare` prints: formulas, compute, memory, claims."""
+    """Returns the lines of `btlm info --compare`: formulas, compute, memory, claims."""
     llama = comparison.load_peers()[0]
     out = ["formulas", *(f"  {f}" for f in comparison.FORMULAS), "", "compute"]
-    out += ["  " + line for line in align_columns(_compute(ours, contexts))]
+    out += ["  " + line for line in align_columns(_compute_rows(ours, contexts))]
     if not comparison.is_released(ours):
         tokens = f"{ours.tokens / 1e9:,.1f}B"
         out.append(f"  {ours.name} is counted as if trained on BTLM-3B-8K's {tokens} tokens")
-    out += ["", f"memory of one sequence, of {ours.name} and of {llama.name} (saving)"]
-    out += ["  " + line for line in align_columns(_memories(ours, llama, contexts))]
+    out += ["", f"memory with one sequence: {ours.name} and {llama.name} (saving)"]
+    out += ["  " + line for line in align_columns(_memory_rows(ours, llama, contexts))]
     out += ["", "claims of the model card"]
     if comparison.is_released(ours):
         for claim in comparison.check_claims(ours):
             out.append(f"  {claim.claim}: {claim.verdict}")
             out += [f"    {line}" for line in claim.found]
     else:
-        out.append(f"  they are of BTLM-3B-8K, whose shape {ours.name} does not have")
+        out.append(f"  they are about BTLM-3B-8K, whose shape {ours.name} does not have")
     return out
 
 
-def _compute(ours: DecoderShape, contexts: tuple[int, ...]) -> list[tuple[str, ...]]:
+def _compute_rows(ours: DecoderShape, contexts: tuple[int, ...]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [(
         "model", "parameters", "tokens", "training FLOPs", "6 N D", "saved", "of 6 N D",
         *(f"inference at {s:,}" for s in contexts),
     )]  # fmt: skip
     for shape in (ours, *comparison.load_peers()):
-        own = shape is ours
+        is_ours = shape is ours
         saved = [
-            "" if own else f"{comparison.saving(a, b):.1%}"
+            "" if is_ours else f"{comparison.saving(a, b):.1%}"
             for a, b in (
                 (ours.training_flops, shape.training_flops), (ours.six_n_d, shape.six_n_d)
             )
         ]  # fmt: skip
-        at = [
-            f"{shape.forward_flops(s) / 1e9:.3g} GFLOP" if own
+        inference = [
+            f"{shape.forward_flops(s) / 1e9:.3g} GFLOP" if is_ours
             else f"{shape.forward_flops(s) / ours.forward_flops(s):.2f}x"
             for s in contexts
         ]  # fmt: skip
         rows.append((
             shape.name, f"{shape.parameters:,}", f"{shape.tokens / 1e9:,.1f}B",
-            f"{shape.training_flops:.3e}", f"{shape.six_n_d:.3e}", *saved, *at,
+            f"{shape.training_flops:.3e}", f"{shape.six_n_d:.3e}", *saved, *inference,
         ))  # fmt: skip
     return rows
 
 
-def _memories(
+def _memory_rows(
     ours: DecoderShape, peer: DecoderShape, contexts: tuple[int, ...]
 ) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
@@ -70,28 +70,28 @@ def _memories(
                 a = comparison.sequence_memory(ours, precision, context, cache)
                 b = comparison.sequence_memory(peer, precision, context, cache)
                 saved = comparison.saving(a.bytes, b.bytes)
-                cells.append(f"{_show(a)} and {_show(b)} ({saved:.1%})")
+                cells.append(f"{_format_memory(a)} and {_format_memory(b)} ({saved:.1%})")
             rows.append((precision, cache, *cells))
     return rows
 
 
-def _show(memory: SequenceMemory) -> str:
+def _format_memory(memory: SequenceMemory) -> str:
     small = memory.bytes < 5e7
     return f"{memory.bytes / 1e6:.2f} MB" if small else f"{memory.bytes / 1e9:.2f} GB"
 
 
 def draw_comparison(path: Path, ours: DecoderShape) -> None:
-    """Training FLOPs, inference FLOPs against context, memory against context, as PNG."""
+    """Draws training FLOPs, and inference FLOPs and memory against context, as a PNG file."""
     shapes, llama = (ours, *comparison.load_peers()), comparison.load_peers()[0]
-    made, panels = plots.new_figure(columns=3, size=(6, 4.4))
+    figure, panels = plots.new_figure(columns=3, size=(6, 4.4))
     bars, inference, memory = panels[0]
 
     names = [s.name for s in shapes]
     flops = [s.training_flops / 1e22 for s in shapes]
-    drawn = bars.barh(names, flops, color=["C0"] + ["0.75"] * len(comparison.load_peers()))
+    rectangles = bars.barh(names, flops, color=["C0"] + ["0.75"] * len(comparison.load_peers()))
     labels = [f"{f:.2f}" for f in flops[:1]]
     labels += [f"{f:.2f}  (saves {comparison.saving(flops[0], f):.1%})" for f in flops[1:]]
-    bars.bar_label(drawn, labels, padding=3, fontsize="small")
+    bars.bar_label(rectangles, labels, padding=3, fontsize="small")
     bars.invert_yaxis()
     bars.set(
         title="Training", xlabel="10²² FLOPs, attention and head included",
@@ -99,10 +99,10 @@ def draw_comparison(path: Path, ours: DecoderShape) -> None:
     )  # fmt: skip
 
     contexts = np.linspace(0, 8192, 65)
-    same: dict[float, list[DecoderShape]] = {}  # models of one shape are one line
+    by_flops: dict[float, list[DecoderShape]] = {}  # models of one shape share a line
     for shape in shapes:
-        same.setdefault(shape.forward_flops(1), []).append(shape)
-    for group in same.values():
+        by_flops.setdefault(shape.forward_flops(1), []).append(shape)
+    for group in by_flops.values():
         y = [group[0].forward_flops(float(s)) / 1e9 for s in contexts]
         label = ", ".join(s.name for s in group)
         inference.plot(contexts, y, label=label, linewidth=3 if ours in group else 1.2)
@@ -152,4 +152,4 @@ def draw_comparison(path: Path, ours: DecoderShape) -> None:
     memory.set_ylim(low, high * (high / low) ** 0.35)
     for axes in (inference, memory):
         axes.grid(alpha=0.3)
-    plots.save_png(path, made)
+    plots.save_png(path, figure)

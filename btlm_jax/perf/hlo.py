@@ -1,9 +1,9 @@
-"""Collectives in optimized HLO: what a compiled program sends between devices, and how often.
+"""Counts of the collectives in optimized HLO.
 
-XLA's text names every operation once; those in the body of a loop run as often as the loop does, so
-the computations are walked from the entry with the loops' trip counts multiplied. TPU and GPU
-programs also split a collective into a start and a done, TPU ones into a start, steps inside the
-fusions it overlaps with, and a done: the start counts.
+XLA's text names every operation once, but operations in a loop run once per iteration, so the
+computations are walked from the entry and multiplied by the loops' trip counts. TPU and GPU
+programs split a collective into a start and a done, TPU programs also into steps inside the fusions
+it overlaps with: only the start counts.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Collective(NamedTuple):
     Attributes:
       kind: one of `KINDS`.
       network: "ici" within a slice (or node), "dcn" between slices.
-      count: how many are executed.
-      bytes: of the whole arrays (gathered, or before they are scattered), summed.
-      received: bytes that a device must receive if they go around a ring: over g devices
-        (g - 1) / g of an array, twice that for all-reduce.
+      count: number of executions.
+      bytes: total size of the full arrays (after a gather, before a scatter).
+      received: bytes that a device must receive on a ring: over g devices (g - 1) / g of an array,
+        twice that for all-reduce.
     """
 
     kind: str
@@ -45,10 +45,15 @@ class Collective(NamedTuple):
 
 
 class CollectiveCounts(NamedTuple):
-    """What `read` finds."""
+    """The collectives of a program.
+
+    Attributes:
+      collectives: one entry for every kind and network.
+      unknown_loops: loops without a trip count in the text, which count as one iteration.
+    """
 
     collectives: tuple[Collective, ...]
-    unknown_loops: int  # whose trip count the text does not tell, counted as one
+    unknown_loops: int
 
 
 _OPCODE = re.compile(rf"\s({'|'.join(KINDS)}|send|while|fusion|call|conditional|async-start)"
@@ -68,29 +73,29 @@ class _Module:
 
 
 def count_collectives(text: str) -> CollectiveCounts:
-    """The collectives of a compiled program, from `jax.stages.Compiled.as_text()`.
+    """Counts the collectives of a compiled program, from `jax.stages.Compiled.as_text()`.
 
     Raises:
       ValueError: not the text of an HLO module.
     """
-    module = _module(text)
-    found: dict[tuple[str, Network], Collective] = {}
+    module = _parse_module(text)
+    totals: dict[tuple[str, Network], Collective] = {}
     unknown = 0
     for item in _walk(module, module.entry, 1):
         if item is None:
             unknown += 1
             continue
         kind, network, times, nbytes, received = item
-        old = found.get((kind, network), Collective(kind, network, 0, 0.0, 0.0))
-        found[kind, network] = old._replace(
-            count=old.count + times,
-            bytes=old.bytes + times * nbytes,
-            received=old.received + times * received,
+        total = totals.get((kind, network), Collective(kind, network, 0, 0.0, 0.0))
+        totals[kind, network] = total._replace(
+            count=total.count + times,
+            bytes=total.bytes + times * nbytes,
+            received=total.received + times * received,
         )
-    return CollectiveCounts(tuple(sorted(found.values())), unknown)
+    return CollectiveCounts(tuple(sorted(totals.values())), unknown)
 
 
-def _module(text: str) -> _Module:
+def _parse_module(text: str) -> _Module:
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
@@ -109,7 +114,7 @@ def _module(text: str) -> _Module:
 
 
 def _walk(module: _Module, name: str, times: int) -> Iterator[tuple | None]:
-    """Every collective that a computation executes; None for a loop of unknown length."""
+    """Yields every collective that a computation executes; None for a loop of unknown length."""
     lines = module.computations.get(name, [])
     starts = any('"AsyncCollectiveStart"' in line for line in lines)
     for line in lines:
@@ -118,7 +123,7 @@ def _walk(module: _Module, name: str, times: int) -> Iterator[tuple | None]:
             continue
         kind, result = op[1], line[: op.start()].split("=", 1)[-1]
         if kind == "while":
-            trips = _trips(module, line)
+            trips = _trip_count(module, line)
             if trips is None:
                 yield None
             body = re.search(r"body=%?([\w.\-]+)", line)
@@ -132,51 +137,53 @@ def _walk(module: _Module, name: str, times: int) -> Iterator[tuple | None]:
                 yield from _walk(module, callee, times)
         elif kind == "send":
             if transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', line):
-                yield _between_slices(transfer[1], line, result, times)
+                yield _collective_between_slices(transfer[1], line, result, times)
         elif "async_collective_fusion_config" in line and not starts:
-            continue  # a step or the end of one that has been counted
+            continue  # a step or the done of a collective whose start has been counted
         else:
-            # XLA:TPU writes a fused reduce-scatter as an all-reduce whose fusion keeps a part.
+            # XLA:TPU writes a fused reduce-scatter as an all-reduce in a fusion that slices it.
             scatter = kind == "all-reduce" and name.startswith("all-reduce-scatter")
-            yield _within_slice(
+            yield _collective_within_slice(
                 module, "reduce-scatter" if scatter else kind, line, result, times,
-                whole=kind != "reduce-scatter", started=op[2] is not None,
+                full=kind != "reduce-scatter", started=op[2] is not None,
             )  # fmt: skip
 
 
-def _within_slice(
-    module: _Module, kind: str, line: str, result: str, times: int, *, whole: bool, started: bool
+def _collective_within_slice(
+    module: _Module, kind: str, line: str, result: str, times: int, *, full: bool, started: bool
 ) -> tuple[str, Network, int, float, float]:
-    g = _group(line, module.partitions)
+    g = _group_size(line, module.partitions)
     sizes = _sizes(result)
     if started and kind == "all-gather":
         nbytes = sum(sizes) * g / (g + 1)  # operands and results
     elif started and kind in ("collective-permute", "all-to-all", "reduce-scatter"):
         nbytes = max(sizes, default=0.0)
     else:
-        nbytes = sum(sizes) * (1 if whole else g)
-    return kind, "ici", times, nbytes, nbytes * _share(kind, g)
+        nbytes = sum(sizes) * (1 if full else g)
+    return kind, "ici", times, nbytes, nbytes * _received_fraction(kind, g)
 
 
-def _between_slices(transfer: str, line: str, result: str, times: int):
+def _collective_between_slices(transfer: str, line: str, result: str, times: int):
     kind = {"ONE_TO_ONE": "collective-permute"}.get(transfer, transfer.lower().replace("_", "-"))
     target = re.search(r'_xla_megascale_target="\{([\d,]*)\}', line)
     g = len(target[1].split(",")) if target else 2
     sent = next(iter(_sizes(result)), 0.0)
     nbytes = sent * g if kind == "all-gather" else sent
-    return kind, "dcn", times, nbytes, nbytes * _share(kind, g)
+    return kind, "dcn", times, nbytes, nbytes * _received_fraction(kind, g)
 
 
-def _share(kind: str, g: int) -> float:
-    """What part of an array a device receives in a ring of g."""
+def _received_fraction(kind: str, g: int) -> float:
+    """Returns the fraction of an array that a device receives in a ring of g."""
     if kind.startswith("collective"):
         return 1.0
     return (2 if kind == "all-reduce" else 1) * (g - 1) / g
 
 
-def _group(line: str, everyone: int) -> int:
-    """How many devices take part, from the first of the replica groups, in any of XLA's notations:
-    {{0,1},{2,3}}, [2,4]<=[8], mesh['x'=2,'y'=4] {'y'}."""
+def _group_size(line: str, partitions: int) -> int:
+    """Returns the number of devices in the first replica group; `partitions` if none is given.
+
+    XLA has three notations: {{0,1},{2,3}}, [2,4]<=[8], mesh['x'=2,'y'=4] {'y'}.
+    """
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
         sizes = {n: int(s) for n, s in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         g = 1
@@ -187,16 +194,16 @@ def _group(line: str, everyone: int) -> int:
         return int(iota[1])
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return listed[1].count(",") + 1
-    return everyone
+    return partitions
 
 
-def _trips(module: _Module, line: str) -> int | None:
-    """The trip count of a loop that XLA has noted, or whose condition is i < constant."""
+def _trip_count(module: _Module, line: str) -> int | None:
+    """Returns the trip count that XLA annotates, or that of a condition i < constant; or None."""
     if known := _TRIPS.search(line):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     lines = list(module.computations.get(condition[1], [])) if condition else []
-    for text in tuple(lines):  # the comparison may stand in a fusion
+    for text in tuple(lines):  # the comparison may be in a fusion
         for callee in _CALLED.findall(text):
             lines += module.computations.get(callee, [])
     constants = {int(n) for text in lines for n in _CONSTANT.findall(text)}
@@ -205,12 +212,12 @@ def _trips(module: _Module, line: str) -> int | None:
 
 
 def _sizes(result: str) -> list[float]:
-    """The bytes of every array in an operation's type."""
-    found = []
+    """Returns the bytes of every array in the type of an operation."""
+    sizes = []
     for dtype, dims in _SHAPE.findall(result):
         bits = re.search(r"\d+", dtype)
         nbytes = 1.0 if dtype == "pred" else int(bits[0]) / 8 if bits else 0.0
         for n in dims.split(",") if dims else ():
             nbytes *= int(n)
-        found.append(nbytes)
-    return found
+        sizes.append(nbytes)
+    return sizes

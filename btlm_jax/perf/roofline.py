@@ -1,13 +1,12 @@
-"""How fast a step could be at best: work from formulas, divided by what a device can do.
+"""Lower bounds on the time of a step: work from formulas, divided by the rates of a device.
 
-All is per device and step (or decoded token). `flops` and `hbm` are formulas of the configuration,
-with weights and activations in bf16 (2 bytes) and fp32 masters; what crosses the network is a
-formula here (`network`) or counted in the compiled program (`hlo`). N is the number of weights in
-the products (layers and head), P all of them, A the microbatches of a step, R the tokens per
-device and step.
+All amounts are per device and step (or decoded token). `flops` and `hbm` are formulas of the
+configuration, with weights and activations in bf16 (2 bytes) and fp32 masters; network bytes are a
+formula (`network_bytes`) or counted in the compiled program (`hlo`). P is the number of parameters,
+A the number of microbatches in a step, R the number of tokens per device and step.
 
-Every bound is a lower one: work at the data sheet's rates, each kind wholly overlapped with the
-others (`Bound.seconds`), or one after another (`Bound.in_turn`).
+Rates are those of the data sheets. The kinds of work either overlap fully (`TimeBound.seconds`) or
+not at all (`TimeBound.in_turn`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _BF16, _FP32 = 2, 4
 
 
 class DeviceWork(NamedTuple):
-    """What a device does in a step."""
+    """The work of one device in a step."""
 
     flops: float
     hbm: float  # bytes read and written
@@ -35,7 +34,7 @@ class DeviceWork(NamedTuple):
 
 
 class TimeBound(NamedTuple):
-    """The least seconds each kind of work takes."""
+    """Lower bounds in seconds, one for each kind of work."""
 
     compute: float
     hbm: float
@@ -44,40 +43,40 @@ class TimeBound(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of a step in which all overlap: the longest."""
+        """The time of a step in which all work overlaps: the longest."""
         return max(self)
 
     @property
     def in_turn(self) -> float:
-        """Of a step in which nothing overlaps: the sum."""
+        """The time of a step in which nothing overlaps: the sum."""
         return sum(self)
 
     @property
     def limit(self) -> str:
-        """What the longest is."""
+        """The name of the kind of work that takes longest."""
         return self._fields[self.index(max(self))]
 
 
 def time_bound(work: DeviceWork, rates: Rates) -> TimeBound:
-    """Work over rates. Infinite where there is work and no such link."""
+    """Divides work by rates; infinite for work on a link that does not exist."""
 
-    def over(amount: float, rate: float) -> float:
+    def seconds(amount: float, rate: float) -> float:
         return amount / rate if rate else math.inf if amount else 0.0
 
     return TimeBound(
-        over(work.flops, rates.flops),
-        over(work.hbm, rates.hbm),
-        over(work.ici, rates.ici),
-        over(work.dcn, rates.dcn),
+        seconds(work.flops, rates.flops),
+        seconds(work.hbm, rates.hbm),
+        seconds(work.ici, rates.ici),
+        seconds(work.dcn, rates.dcn),
     )
 
 
 def recomputed_flops_per_token(config: BTLMConfig, length: int, remat: Remat) -> float:
-    """FLOPs per token that the backward pass repeats.
+    """Returns the FLOPs per token that the backward pass recomputes.
 
-    "full" repeats the layers' forward pass, "attention" that without attention itself (QK^T and
-    PV), "dots" and "none" no product. What fused attention and a chunked loss recompute inside
-    themselves is not counted: it is their own choice, whatever the policy.
+    "full" repeats the forward pass of the layers, "attention" the same without QK^T and PV, "dots"
+    and "none" no product. Recomputation inside fused attention and the chunked loss does not depend
+    on the policy and is not counted.
     """
     if remat in ("none", "dots"):
         return 0.0
@@ -87,13 +86,13 @@ def recomputed_flops_per_token(config: BTLMConfig, length: int, remat: Remat) ->
     return layers if remat == "full" else layers - attention
 
 
-def kept_bytes_per_token(config: BTLMConfig, remat: Remat) -> int:
-    """Bytes per token and layer that the forward pass keeps for the backward pass.
+def saved_bytes_per_token(config: BTLMConfig, remat: Remat) -> int:
+    """Returns the bytes per token and layer that the forward pass saves for the backward pass.
 
-    In units of bf16 numbers, with M = F (2 F if gated): "full" the layer's input, D; "attention"
-    also its result and, in fp32, a log-sum-exp per head, 2 D + 2 H; "dots" the input and the
-    results of attention and of every product but the last, which nothing needs again, 6 D + M;
-    "none" also what lies between, both LayerNorms' results and the MLP's activations,
+    In units of bf16 numbers, with M = F (2 F if gated): "full" saves the input of the layer, D;
+    "attention" also the result of attention and a log-sum-exp per head in fp32, 2 D + 2 H; "dots"
+    the input and the results of attention and of every product but the last, which is not needed,
+    6 D + M; "none" also the results of both LayerNorms and the activations of the MLP,
     8 D + M + 2 F.
     """
     c = config
@@ -116,20 +115,22 @@ def training_work(
     microbatches: int,
     remat: Remat,
 ) -> DeviceWork:
-    """The work of a training step with AdamW, fp32 masters and bf16 products; network by formula.
+    """Returns the work of a training step with AdamW, fp32 masters and bf16 products.
 
-    FLOPs: R (3 forward_causal + recomputed), R = tokens / devices whatever the mesh.
+    FLOPs: R (3 forward_causal + recomputed), where R = tokens / devices for every mesh.
     HBM: the gathered weights are written and read once for the forward pass and once for the
-    backward pass (and read once more to recompute), A times, 2 bytes of each of P / tensor;
-    gradients are written and read in fp32; the update reads p, m, v and writes them, 24 bytes of
-    each of P / (fsdp context tensor); what is kept for the backward pass is written and read once.
+    backward pass (and read once more for recomputation), A times, 2 bytes for each of P / tensor;
+    gradients are written and read in fp32; the update reads and writes p, m and v, 24 bytes for
+    each of P / (fsdp context tensor); saved activations are written and read once.
+    Network: `network_bytes`, all of it within one slice.
 
     Args:
+      config: configuration of the model.
       mesh: sizes of `sharding.AXES`.
-      length: T.
-      tokens: of the whole step, over all devices.
-      microbatches: A.
-      remat: policy.
+      length: T, tokens per sequence.
+      tokens: tokens of the whole step, over all devices.
+      microbatches: A, microbatches in a step.
+      remat: rematerialization policy.
     """
     c = config
     devices = math.prod(mesh.values())
@@ -144,11 +145,13 @@ def training_work(
     gathered = microbatches * uses * _BF16 * P / tensor
     gradients = microbatches * 2 * _FP32 * P / shards
     update = 6 * _FP32 * P / shards
-    # The layers' input is whole on every device of a tensor group, the rest is split.
+    # Every device of a tensor group holds the full input of a layer; the rest is sharded.
     rows = tokens * tensor / devices
-    whole = kept_bytes_per_token(c, "full")
-    kept = c.n_layer * rows * (whole + (kept_bytes_per_token(c, remat) - whole) / tensor)
-    return DeviceWork(flops, gathered + gradients + update + 2 * kept, network_bytes(
+    full_input = saved_bytes_per_token(c, "full")
+    saved = (
+        c.n_layer * rows * (full_input + (saved_bytes_per_token(c, remat) - full_input) / tensor)
+    )
+    return DeviceWork(flops, gathered + gradients + update + 2 * saved, network_bytes(
         c, mesh, tokens=tokens, microbatches=microbatches, remat=remat,
     ))  # fmt: skip
 
@@ -161,27 +164,27 @@ def network_bytes(
     microbatches: int,
     remat: Remat,
 ) -> float:
-    """Bytes that a device receives in a training step if all its devices are in one slice.
+    """Returns the bytes that a device receives in a training step within one slice.
 
-    Over g devices (g - 1) / g of what is gathered or scattered. Weights are gathered in bf16 for
-    the forward and the backward pass and their gradients scattered in fp32, A times, over
-    fsdp x context, and gradients summed over data; the residual stream is summed over tensor (as a
-    scatter and a gather, 2 bytes each) twice per layer and direction, and once more per product
-    that is recomputed; keys and values are gathered over context and their gradients scattered.
+    A gather or scatter over g devices moves (g - 1) / g of an array. Weights are gathered in bf16
+    for the forward and the backward pass and their gradients scattered in fp32, A times, over
+    fsdp x context; gradients are summed over data. The residual stream is summed over tensor (as a
+    scatter and a gather, 2 bytes each) twice per layer and direction, and once more for each
+    recomputed product. Keys and values are gathered over context and their gradients scattered.
     """
     c, devices = config, math.prod(mesh.values())
     P, tensor = weights.count_parameters(c), mesh["tensor"]
     shards = mesh["fsdp"] * mesh["context"]
-    rows = tokens * tensor / devices  # a tensor group has these tokens in common
+    rows = tokens * tensor / devices  # tokens that a tensor group shares
 
     def ring(nbytes: float, g: int) -> float:
         return nbytes * (g - 1) / g
 
-    again = 0 if remat in ("none", "dots") else 1
+    recomputed = 0 if remat in ("none", "dots") else 1
     fsdp = microbatches * ring((2 * _BF16 + _FP32) * P / tensor, shards)
     data = microbatches * ring(2 * _FP32 * P / tensor / shards, mesh["data"])
-    stream = c.n_layer * (4 + again) * 2 * ring(_BF16 * rows * c.n_embd, tensor)
-    keys = (3 + again) * 2 * _BF16 * rows * mesh["context"] * c.n_embd / tensor
+    stream = c.n_layer * (4 + recomputed) * 2 * ring(_BF16 * rows * c.n_embd, tensor)
+    keys = (3 + recomputed) * 2 * _BF16 * rows * mesh["context"] * c.n_embd / tensor
     return fsdp + data + stream + c.n_layer * ring(keys, mesh["context"])
 
 
@@ -194,25 +197,26 @@ def training_memory(
     microbatches: int,
     remat: Remat,
 ) -> float:
-    """A cheap estimate of a training step's peak bytes per device; the compiler knows better.
+    """Returns a cheap estimate of a training step's peak bytes per device; the compiler is exact.
 
-    State (p, m, v) and gradients in fp32, twice where microbatches add up; what is kept for the
-    backward pass; the embedding gathered in bf16 and its gradient; two layers' gathered weights and
-    gradients; three times what one layer keeps under "none", for the layer that is differentiated.
+    It counts the state (p, m, v) and gradients in fp32, gradients twice if microbatches accumulate;
+    saved activations; the gathered embedding in bf16 and its gradient; the gathered weights and
+    gradients of two layers; and, for the layer that is being differentiated, three times the
+    activations that one layer saves under "none".
     """
     c, devices = config, math.prod(mesh.values())
     P, tensor = weights.count_parameters(c), mesh["tensor"]
     rows = microbatch * length * tensor / devices
-    whole = kept_bytes_per_token(c, "full")
+    full_input = saved_bytes_per_token(c, "full")
 
-    def kept(policy: Remat) -> float:
-        return rows * (whole + (kept_bytes_per_token(c, policy) - whole) / tensor)
+    def saved(policy: Remat) -> float:
+        return rows * (full_input + (saved_bytes_per_token(c, policy) - full_input) / tensor)
 
     state = (12 + 4 + 4 * (microbatches > 1)) * P / (mesh["fsdp"] * mesh["context"] * tensor)
     embedding = c.vocab_size * c.n_embd
     layer = (P - embedding) / c.n_layer
     gathered = ((_BF16 + _FP32) * embedding + 2 * (_BF16 + _FP32) * layer) / tensor
-    return state + c.n_layer * kept(remat) + gathered + 3 * kept("none")
+    return state + c.n_layer * saved(remat) + gathered + 3 * saved("none")
 
 
 def decoding_work(
@@ -224,26 +228,29 @@ def decoding_work(
     weight_bytes: float | None = None,
     slot_bytes: float | None = None,
 ) -> DeviceWork:
-    """The work of one decoding step: a token for every sequence, against `capacity` slots.
+    """Returns the work of one decoding step: a token per sequence, against `capacity` slots.
 
-    Every weight (gathered: / tensor) and every slot of the cache is read once. The residual stream
-    is summed over tensor twice per layer, and the weights are gathered over fsdp x context, which
-    training shards them by: give those axes size 1 to decode fast.
+    Every weight (1 / tensor of the model) and every slot of the cache is read once. The residual
+    stream is summed over tensor twice per layer, and weights are gathered over fsdp x context: give
+    these axes size 1 for fast decoding.
 
     Args:
+      config: configuration of the model.
+      mesh: sizes of `sharding.AXES`.
       batch_size: sequences, over all devices.
       capacity: slots of the cache.
-      weight_bytes: of the whole model; None is bf16.
-      slot_bytes: of a slot of the cache, over all layers; None is bf16.
+      weight_bytes: bytes of all weights; None counts bf16.
+      slot_bytes: bytes of one slot of the cache, over all layers; None counts bf16.
     """
     c = config
     tensor, shards = mesh["tensor"], mesh["fsdp"] * mesh["context"]
-    # Sequences are split over data and fsdp; every device of context repeats the same.
+    # Sequences are sharded over data and fsdp; the devices of context repeat the same work.
     rows = batch_size / (mesh["data"] * mesh["fsdp"])
     flops = rows / tensor * (accounting.flops_per_token(c, 1).forward_full
                              + 4.0 * c.n_layer * c.n_embd * (capacity - 1))  # fmt: skip
-    held = (weight_bytes or _BF16 * weights.count_parameters(c)) / tensor
+    local_weights = (weight_bytes or _BF16 * weights.count_parameters(c)) / tensor
     cache = rows / tensor * capacity * (slot_bytes or accounting.kv_bytes_per_token(c, _BF16))
-    written = 2 * held if shards > 1 else 0.0  # as shards are gathered
+    written = 2 * local_weights if shards > 1 else 0.0  # when shards are gathered
     stream = 2 * 2 * c.n_layer * _BF16 * rows * c.n_embd * (tensor - 1) / tensor
-    return DeviceWork(flops, held + written + cache, held * (shards - 1) / shards + stream)
+    received = local_weights * (shards - 1) / shards + stream
+    return DeviceWork(flops, local_weights + written + cache, received)

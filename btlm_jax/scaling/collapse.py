@@ -1,10 +1,10 @@
 """Training-curve collapse (arXiv 2509.25087).
 
 Runs of different sizes with the same schedule, tokens per parameter and AdamW timescale have one
-curve, once time is a fraction of the training and losses are divided by the final one.
-So finished runs, a family, predict how a running one ends, and what leaves the family has a fault.
-All is computed on logarithms of losses, where dividing is subtracting, and on averages over bins of
-the training, which are comparable between runs logged at different intervals.
+curve, if time is a fraction of the training and losses are divided by the final loss. A family of
+finished runs therefore predicts how a running one ends, and a run that leaves the family has a
+fault. All computations use logarithms of losses, where division is subtraction, and averages over
+bins of the training, which make runs with different logging intervals comparable.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 IGNORED = 0.2
-"""The first fraction of training, which does not collapse (warmup, and the fall from ln V)."""
+"""The initial fraction of training that does not collapse (warmup, and the fall from ln V)."""
 WINDOW = (0.25, 0.5)
-"""The fractions between which runs are laid over each other; the paper's early-align."""
+"""The fractions of training between which curves are aligned; the paper's early-align."""
 BINS = 100
-"""Of a training, at most; a bin needs two logged losses."""
+"""The largest number of bins in a training; a bin needs two logged losses."""
 FALSE_ALARM = 0.01
-"""The chance, at most, that a run of the family is said to leave it."""
+"""The largest probability that `monitor_curve` reports a run that belongs to the family."""
 
 _FEWEST_BINS = 20
-_BLOCK = 5  # bins over which a family's slow wandering is looked for
-_END = 0.2  # of training, over which the final loss is a parabola's end
-_SLACK = 0.75  # in standard deviations: what the monitor lets pass
-_FINEST = 1e-4  # of a loss: what is finer than 0.01 % is nobody's fault
+_BLOCK = 5  # bins in a block, for slow variation between the runs of a family
+_END = 0.2  # last fraction of training, whose parabola gives the final loss
+_SLACK = 0.75  # standard deviations that the monitor ignores
+_FINEST = 1e-4  # least noise of log(loss): differences below 0.01 % are not a fault
 
 
 class LossCurve(NamedTuple):
     """A training curve.
 
     Attributes:
-      done: float64 [points], tokens seen as a fraction of all that the run will see; rising, in
-        (0, 1].
+      done: float64 [points], fraction of the run's tokens seen so far; increasing, in (0, 1].
       loss: float64 [points], nats per token.
     """
 
@@ -47,20 +46,20 @@ class LossCurve(NamedTuple):
 
     @classmethod
     def of(cls, done: ArrayLike, loss: ArrayLike) -> LossCurve:
-        """A checked curve.
+        """Returns a curve after checking the values.
 
         Raises:
-          ValueError: different lengths, too few points, fractions that do not rise in (0, 1], or
-            losses that are not positive and finite.
+          ValueError: different lengths, too few points, fractions that do not increase in (0, 1],
+            or losses that are not positive and finite.
         """
         t, y = np.asarray(done, np.float64), np.asarray(loss, np.float64)
         if t.ndim != 1 or t.shape != y.shape or len(t) < 2:
             raise ValueError(
-                f"curve: found {t.shape} fractions and {y.shape} losses, expected as many, 2 or "
-                "more of each"
+                f"curve: found {t.shape} fractions and {y.shape} losses, expected equal lengths "
+                "of 2 or more"
             )
         if not (np.all(np.diff(t) > 0) and t[0] > 0 and t[-1] <= 1 + 1e-9):
-            raise ValueError("curve.done: expected rising fractions in (0, 1]")
+            raise ValueError("curve.done: expected increasing fractions in (0, 1]")
         if not (np.isfinite(y).all() and (y > 0).all()):
             bad = int(np.flatnonzero(~(np.isfinite(y) & (y > 0)))[0])
             raise ValueError(
@@ -71,7 +70,7 @@ class LossCurve(NamedTuple):
 
 
 def choose_bins(curves: Sequence[LossCurve]) -> int:
-    """Bins that every curve fills with two points at least, `BINS` at most.
+    """Returns the number of bins, at most `BINS`, that gives every curve two points per bin.
 
     Raises:
       ValueError: a curve is too sparse.
@@ -87,33 +86,33 @@ def choose_bins(curves: Sequence[LossCurve]) -> int:
 
 
 def bin_centers(bins: int) -> np.ndarray:
-    """The middles of the bins, as fractions of training: [bins]."""
+    """Returns the centers of the bins, as fractions of training: [bins]."""
     return (np.arange(bins) + 0.5) / bins
 
 
 def bin_curve(curve: LossCurve, bins: int) -> np.ndarray:
-    """log(loss) averaged over bins of training: float64 [bins], NaN where the run is not yet.
+    """Averages log(loss) over bins of training: float64 [bins], NaN after the end of the run.
 
-    The average is of the line through the points, so that a bin in which points lie early and late
-    is not taken for lower or higher.
+    The average is that of the line through the points, so that the positions of the points within
+    a bin do not bias it.
     """
     t, y = curve.done, np.log(curve.loss)
     edges = np.linspace(0, 1, bins + 1)
     t = np.concatenate([[0.0], t, [max(1.0, t[-1])]])
     y = np.concatenate([y[:1], y, y[-1:]])
     area = np.concatenate([[0.0], np.cumsum(np.diff(t) * (y[1:] + y[:-1]) / 2)])
-    at = np.clip(np.searchsorted(t, edges, side="right") - 1, 0, len(t) - 2)
-    integral = area[at] + (edges - t[at]) * (y[at] + np.interp(edges, t, y)) / 2
-    found = np.diff(integral) * bins
-    # The last logged loss may come before the end of its bin, the first one after its beginning.
+    left = np.clip(np.searchsorted(t, edges, side="right") - 1, 0, len(t) - 2)
+    integral = area[left] + (edges - t[left]) * (y[left] + np.interp(edges, t, y)) / 2
+    averages = np.diff(integral) * bins
+    # The last logged loss may precede the end of its bin, the first one follow its beginning.
     spacing = 1.5 * (curve.done[-1] - curve.done[0]) / (len(curve.done) - 1)
     missing = (edges[1:] > curve.done[-1] + spacing) | (edges[:-1] < curve.done[0] - spacing)
-    return np.where(missing, np.nan, found)
+    return np.where(missing, np.nan, averages)
 
 
 @functools.cache
 def _end_weights(bins: int) -> np.ndarray:
-    """[bins]: their product with a curve's bins is its value at the end of training."""
+    """Returns weights [bins] whose product with binned values is the value at the end."""
     t = bin_centers(bins) - 1
     last = t > -_END
     weights = np.zeros(bins)
@@ -122,7 +121,7 @@ def _end_weights(bins: int) -> np.ndarray:
 
 
 class LossEstimate(NamedTuple):
-    """A loss in nats, and one standard deviation of it."""
+    """A loss in nats and its standard deviation."""
 
     loss: float
     std: float
@@ -130,13 +129,13 @@ class LossEstimate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CurveFamily:
-    """Finished runs of one shape.
+    """Finished runs whose curves have one shape.
 
     Attributes:
-      shape: float64 [bins], log(loss / final loss), the mean of the runs.
-      runs: how many.
-      noise: standard deviation of one bin of one run, of log(loss); with what runs wander from
-        each other over `_BLOCK` bins, if that is more.
+      shape: float64 [bins], log(loss / final loss), the mean over the runs.
+      runs: the number of runs.
+      noise: standard deviation of log(loss) in one bin of one run; larger if the runs differ more
+        from each other, in single bins or over blocks of `_BLOCK` bins.
     """
 
     shape: np.ndarray
@@ -145,14 +144,13 @@ class CurveFamily:
 
 
 def fit_family(curves: Sequence[LossCurve], bins: int) -> CurveFamily:
-    """The family of finished runs.
+    """Fits a family to finished runs.
 
-    Runs are laid over each other by all of their curves after `IGNORED`, not by their last, noisy
-    losses.
+    Runs are aligned by their whole curves after `IGNORED`, not by their last, noisy losses.
 
     Args:
-      curves: whole trainings, one or more.
-      bins: from `bins_for`, of these and all that will be compared with them.
+      curves: one or more finished runs.
+      bins: from `choose_bins`, for these and all curves that will be compared with them.
 
     Raises:
       ValueError: no curves, or one that does not reach the end.
@@ -169,24 +167,27 @@ def fit_family(curves: Sequence[LossCurve], bins: int) -> CurveFamily:
         )
     levels = y[:, used].mean(1, keepdims=True)
     mean = (y - levels).mean(0)
-    wandering = (y - levels - mean)[:, used]
+    deviations = (y - levels - mean)[:, used]
     noise = max(_roughness(row) for row in y[:, used])
     if len(y) > 1:
-        blocks = wandering[:, : wandering.shape[1] // _BLOCK * _BLOCK]
+        blocks = deviations[:, : deviations.shape[1] // _BLOCK * _BLOCK]
         blocks = blocks.reshape(len(y), -1, _BLOCK).mean(-1)
-        for size, values in ((1, wandering), (_BLOCK, blocks)):
+        for size, values in ((1, deviations), (_BLOCK, blocks)):
             degrees = (len(y) - 1) * (values.shape[1] - 1)
             noise = max(noise, float(np.sqrt(size * np.square(values).sum() / degrees)))
     return CurveFamily(mean - _end_weights(bins)[used] @ mean[used], len(y), noise)
 
 
 def _roughness(y: np.ndarray) -> float:
-    """Standard deviation of independent noise on a smooth curve, from second differences."""
+    """Returns the standard deviation of independent noise on a smooth curve.
+
+    Second differences remove the curve and multiply the variance by 6.
+    """
     return float(np.sqrt(np.mean(np.square(np.diff(y, 2))) / 6))
 
 
 def final_loss(curve: LossCurve, bins: int) -> LossEstimate:
-    """What a finished run ends at: the end of a parabola through the last fifth of its training."""
+    """Returns the final loss of a finished run, from a parabola through the last fifth of it."""
     y, weights = bin_curve(curve, bins), _end_weights(bins)
     used = bin_centers(bins) > IGNORED
     loss = float(np.exp(weights[used] @ y[used]))
@@ -194,13 +195,13 @@ def final_loss(curve: LossCurve, bins: int) -> LossEstimate:
 
 
 class AlignedCurve(NamedTuple):
-    """A run laid over its family.
+    """A run aligned with a family.
 
     Attributes:
-      final: the final loss that the family predicts for it, from `WINDOW` alone. The standard
-        deviation is of noise; that runs may not collapse, `backtest` shows.
-      residuals: float64 [bins], log(loss / what the family has there); NaN where nothing is, and
-        before `IGNORED`.
+      final: the final loss that the family predicts, from `WINDOW` alone. The standard deviation
+        accounts for noise only; `backtest_family` shows how well the runs collapse.
+      residuals: float64 [bins], log(loss / loss of the family); NaN before `IGNORED` and after the
+        end of the run.
     """
 
     final: LossEstimate
@@ -208,16 +209,16 @@ class AlignedCurve(NamedTuple):
 
 
 class TooEarlyError(ValueError):
-    """A run that has not come far enough to be compared."""
+    """Raised for a run that is too short to be compared with a family."""
 
 
-def align_curve(of: CurveFamily, curve: LossCurve) -> AlignedCurve:
-    """Lays a run, finished or not, over the family.
+def align_curve(family: CurveFamily, curve: LossCurve) -> AlignedCurve:
+    """Aligns a run, finished or not, with the family.
 
     Raises:
-      TooEarlyError: it has not come far enough into `WINDOW`.
+      TooEarlyError: the run has not covered enough of `WINDOW`.
     """
-    bins, y = len(of.shape), bin_curve(curve, len(of.shape))
+    bins, y = len(family.shape), bin_curve(curve, len(family.shape))
     t = bin_centers(bins)
     window = (t > WINDOW[0]) & (t < WINDOW[1]) & ~np.isnan(y)
     if window.sum() < 0.05 * bins:
@@ -225,12 +226,12 @@ def align_curve(of: CurveFamily, curve: LossCurve) -> AlignedCurve:
             f"curve: found {curve.done[-1]:.1%} of the training, expected "
             f"{WINDOW[0] + 0.05:.0%} or more: too early to compare it with a family"
         )
-    level = float((y - of.shape)[window].mean())
-    own = _roughness(y[(t > IGNORED) & ~np.isnan(y)])
-    each = max(own, of.noise) ** 2 + of.noise**2 / of.runs
-    end = of.noise**2 / of.runs * float(np.square(_end_weights(bins)).sum())
-    std = float(np.sqrt(each / window.sum() + end))
-    residuals = np.where(t > IGNORED, y - of.shape - level, np.nan)
+    level = float((y - family.shape)[window].mean())
+    roughness = _roughness(y[(t > IGNORED) & ~np.isnan(y)])
+    variance = max(roughness, family.noise) ** 2 + family.noise**2 / family.runs
+    end = family.noise**2 / family.runs * float(np.square(_end_weights(bins)).sum())
+    std = float(np.sqrt(variance / window.sum() + end))
+    residuals = np.where(t > IGNORED, y - family.shape - level, np.nan)
     return AlignedCurve(LossEstimate(float(np.exp(level)), float(np.exp(level)) * std), residuals)
 
 
@@ -239,9 +240,9 @@ class CollapseVerdict(NamedTuple):
 
     Attributes:
       left_at: the fraction of training at which it began to leave; None if it stays.
-      noticed_at: the fraction after which that was certain enough.
-      excess: log(loss / the family's), averaged over the last bins of the run: by how much.
-      statistic, threshold: largest cumulative sum, and what it must pass (see `monitor`).
+      noticed_at: the fraction of training at which the statistic passed the threshold.
+      excess: log(loss / loss of the family), averaged over the last bins of the run.
+      statistic, threshold: the largest cumulative sum, and its limit (see `monitor_curve`).
     """
 
     left_at: float | None
@@ -251,23 +252,23 @@ class CollapseVerdict(NamedTuple):
     threshold: float
 
 
-def monitor_curve(of: CurveFamily, curve: LossCurve) -> CollapseVerdict:
-    """Whether and where a run leaves the family, above or below.
+def monitor_curve(family: CurveFamily, curve: LossCurve) -> CollapseVerdict:
+    """Decides whether and where a run leaves the family, above or below.
 
-    Page's cumulative sum of the residuals in units of their noise, less a slack: it returns to zero
-    in a run of the family and grows in one that leaves; the run left where it was last zero. The
-    threshold is what `FALSE_ALARM` of runs pass that are nothing but noise, laid over the family in
-    the same way. The noise is the family's, or the run's own if that is more, so that a smaller
-    batch is no fault.
+    Page's cumulative sum of the residuals, in units of their noise and less a slack, returns to
+    zero while a run stays in the family and grows when it leaves; the run left where the sum was
+    last zero. A fraction `FALSE_ALARM` of pure noise, aligned in the same way, passes the
+    threshold. The noise is that of the family, or of the run if that is larger, so that a smaller
+    batch does not count as a fault.
 
     Raises:
-      ValueError: as `align`.
+      ValueError: as `align_curve`.
     """
-    bins, t = len(of.shape), bin_centers(len(of.shape))
-    residuals = align_curve(of, curve).residuals
+    bins, t = len(family.shape), bin_centers(len(family.shape))
+    residuals = align_curve(family, curve).residuals
     used = ~np.isnan(residuals)
     r, t = residuals[used], t[used]
-    noise = np.sqrt(max(_roughness(r), of.noise) ** 2 + of.noise**2 / of.runs)
+    noise = np.sqrt(max(_roughness(r), family.noise) ** 2 + family.noise**2 / family.runs)
     z = r / max(float(noise), _FINEST)
     window = (t > WINDOW[0]) & (t < WINDOW[1])
     threshold = _threshold(len(z), int(np.argmax(window)), int(window.sum()))
@@ -295,7 +296,7 @@ def _sums(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _threshold(bins: int, first: int, window: int) -> float:
-    """What the sums of noise, its mean over the window taken off, pass in `FALSE_ALARM` of runs."""
+    """Returns the limit that a fraction `FALSE_ALARM` of pure noise, aligned by window, passes."""
     z = np.random.default_rng(0).standard_normal((20_000, bins))
     z -= z[:, first : first + window].mean(1, keepdims=True)
     up, down = _sums(z)
@@ -304,39 +305,43 @@ def _threshold(bins: int, first: int, window: int) -> float:
 
 
 def backtest_family(curves: Sequence[LossCurve], bins: int) -> np.ndarray:
-    """log(predicted / own final loss) of each finished run, from its first half, by the others.
+    """Predicts each finished run from its first half by the other runs.
 
     Args:
-      curves: two or more whole trainings.
-      bins: from `bins_for`.
+      curves: two or more finished runs.
+      bins: from `choose_bins`.
+
+    Returns:
+      log(predicted / measured final loss) of each run.
 
     Raises:
-      ValueError: fewer than two, or as `family`.
+      ValueError: fewer than two curves, or as `fit_family`.
     """
     if len(curves) < 2:
         raise ValueError(f"backtest: found {len(curves)} finished runs, expected 2 or more")
-    found = []
+    errors = []
     for i, curve in enumerate(curves):
         others = fit_family([c for j, c in enumerate(curves) if j != i], bins)
         predicted = align_curve(others, curve).final.loss
-        found.append(np.log(predicted / final_loss(curve, bins).loss))
-    return np.array(found)
+        errors.append(np.log(predicted / final_loss(curve, bins).loss))
+    return np.array(errors)
 
 
 def family_members(curves: Sequence[LossCurve], bins: int) -> list[int]:
-    """The runs that are a family: without those that leave the rest, the worst first.
+    """Returns the indices of the runs that form a family.
 
-    Two runs that differ do not say which of them is at fault, so two are always left.
+    Runs that leave the rest are removed, the worst first. Two runs always remain, as two runs that
+    differ do not show which of them is at fault.
     """
-    kept = list(range(len(curves)))
-    while len(kept) > 2:
+    members = list(range(len(curves)))
+    while len(members) > 2:
         scores = {}
-        for i in kept:
-            rest = fit_family([curves[j] for j in kept if j != i], bins)
+        for i in members:
+            rest = fit_family([curves[j] for j in members if j != i], bins)
             verdict = monitor_curve(rest, curves[i])
             scores[i] = verdict.statistic / verdict.threshold
         worst = max(scores, key=lambda i: scores[i])
         if scores[worst] <= 1:
             break
-        kept.remove(worst)
-    return kept
+        members.remove(worst)
+    return members

@@ -1,4 +1,4 @@
-"""A family of runs judged, and drawn."""
+"""Report and figure of runs compared with their family."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from btlm_jax.scaling import collapse
 from btlm_jax.scaling.collapse import CollapseVerdict, CurveFamily, LossCurve, LossEstimate
 from btlm_jax.utils import plots
 
-_SMOOTH = 5  # bins, of the residuals that are drawn
+_SMOOTH = 5  # bins in the moving average of the residuals in the figure
 
 
 class JudgedRun(NamedTuple):
-    """A run beside its family.
+    """A run compared with its family.
 
     Attributes:
-      final: the final loss: measured of a finished run, predicted of a running one. Its standard
-        deviation is of noise; of a prediction, how far `backtest` was off, if that is more.
-      predicted: what the family says from the run's first half; None of a family of one.
-      verdict: None if there is no other run to compare with.
-      residuals: float64 [bins], log(loss / the family's); NaN where nothing is.
-      finished, member: whether the run has ended, and belongs to the family.
+      final: the final loss, measured for a finished run and predicted for a running one. The
+        standard deviation is that of noise; for a prediction, that of `backtest_family` if larger.
+      predicted: the prediction of the family from the run's first half; None without other runs.
+      verdict: whether the run stays in the family; None without other runs.
+      residuals: float64 [bins], log(loss / loss of the family); NaN where unknown.
+      finished: whether the run has ended.
+      member: whether the run belongs to the family.
     """
 
     final: LossEstimate | None
@@ -36,8 +37,14 @@ class JudgedRun(NamedTuple):
 
 
 class CollapseReport(NamedTuple):
-    """What `judge` found: the family of all its members, how far predictions from first halves were
-    off (root mean square, relative; None of a family of one), and every run by name."""
+    """The comparison of several runs.
+
+    Attributes:
+      family: the family, fitted to all members.
+      backtest: root mean square of the relative errors of predictions from first halves; None for
+        a family of one.
+      runs: every run by name.
+    """
 
     family: CurveFamily
     backtest: float | None
@@ -47,28 +54,29 @@ class CollapseReport(NamedTuple):
 def judge_runs(
     finished: Mapping[str, LossCurve], running: Mapping[str, LossCurve]
 ) -> CollapseReport:
-    """Compares every run with the family of the finished ones, a finished one with the others.
+    """Compares every run with the family of the finished ones, finished runs with the others.
 
     Args:
-      finished, running: curves by name; of running ones, those that are too early to be compared
-        have neither prediction nor verdict.
+      finished: curves of finished runs, by name.
+      running: curves of running runs, by name. Runs that are too short to be compared get neither
+        a prediction nor a verdict.
 
     Raises:
-      ValueError: no finished run, or logged too rarely.
+      ValueError: no finished run, or losses that are logged too rarely.
     """
     if not finished:
         raise ValueError("runs: found no finished one, expected one or more to compare with")
     bins = collapse.choose_bins([*finished.values(), *running.values()])
     names, curves = list(finished), list(finished.values())
-    kept = collapse.family_members(curves, bins)
-    members = [curves[i] for i in kept]
+    indices = collapse.family_members(curves, bins)
+    members = [curves[i] for i in indices]
     family = collapse.fit_family(members, bins)
-    off = None
+    backtest = None
     if len(members) > 1:
-        off = float(np.sqrt(np.mean(np.square(collapse.backtest_family(members, bins)))))
-    found = {}
+        backtest = float(np.sqrt(np.mean(np.square(collapse.backtest_family(members, bins)))))
+    judged = {}
     for i, (name, curve) in enumerate(zip(names, curves, strict=True)):
-        others = [curves[j] for j in kept if j != i]
+        others = [curves[j] for j in indices if j != i]
         final = collapse.final_loss(curve, bins)
         residuals = np.full(bins, np.nan)
         predicted = verdict = None
@@ -76,22 +84,22 @@ def judge_runs(
             rest = collapse.fit_family(others, bins)
             predicted, residuals = collapse.align_curve(rest, curve)
             verdict = collapse.monitor_curve(rest, curve)
-        found[name] = JudgedRun(final, predicted, verdict, residuals, True, i in kept)
+        judged[name] = JudgedRun(final, predicted, verdict, residuals, True, i in indices)
     for name, curve in running.items():
         try:
             predicted, residuals = collapse.align_curve(family, curve)
         except collapse.TooEarlyError:
-            found[name] = JudgedRun(None, None, None, np.full(bins, np.nan), False, False)
+            judged[name] = JudgedRun(None, None, None, np.full(bins, np.nan), False, False)
             continue
-        std = max(predicted.std, (off or 0.0) * predicted.loss)
+        std = max(predicted.std, (backtest or 0.0) * predicted.loss)
         predicted = LossEstimate(predicted.loss, std)
         verdict = collapse.monitor_curve(family, curve)
-        found[name] = JudgedRun(predicted, predicted, verdict, residuals, False, False)
-    return CollapseReport(family, off, found)
+        judged[name] = JudgedRun(predicted, predicted, verdict, residuals, False, False)
+    return CollapseReport(family, backtest, judged)
 
 
 def collapse_numbers(report: CollapseReport) -> dict[str, Any]:
-    """Plain values."""
+    """Returns the report as plain values, for a JSON file."""
     return {
         "family": {
             "runs": report.family.runs,
@@ -114,18 +122,18 @@ def collapse_numbers(report: CollapseReport) -> dict[str, Any]:
 
 
 def draw_collapse(path: Path, report: CollapseReport, curves: Mapping[str, LossCurve]) -> None:
-    """The curves laid over each other, and what is left of each beside the family, as PNG."""
+    """Draws the aligned curves, and their residuals from the family, as a PNG file."""
     bins = len(report.family.shape)
     t = 100 * collapse.bin_centers(bins)
     shown = t > 100 * collapse.IGNORED
-    made, panels = plots.new_figure(columns=2)
+    figure, panels = plots.new_figure(columns=2)
     left, right = panels[0]
     left.set(
-        xlabel="% of training", ylabel="loss / final loss", title="Laid over each other",
+        xlabel="% of training", ylabel="loss / final loss", title="Aligned curves",
         xlim=(100 * collapse.IGNORED, 100),
     )  # fmt: skip
     right.set(
-        xlabel="% of training", ylabel="loss beside the family's (%)", title="What is left",
+        xlabel="% of training", ylabel="loss relative to the family (%)", title="Residuals",
         xlim=(100 * collapse.IGNORED, 100),
     )  # fmt: skip
     left.plot(
@@ -157,13 +165,13 @@ def draw_collapse(path: Path, report: CollapseReport, curves: Mapping[str, LossC
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     left.annotate(
-        "laid over\nin this part", (100 * sum(collapse.WINDOW) / 2, 0.03), color="gray",
+        "aligned\nin this part", (100 * sum(collapse.WINDOW) / 2, 0.03), color="gray",
         xycoords=("data", "axes fraction"), ha="center", fontsize="small",
     )  # fmt: skip
-    plots.save_png(path, made)
+    plots.save_png(path, figure)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Averages over `_SMOOTH` neighbours; NaN where not all of them are."""
+    """Returns the moving average over `_SMOOTH` values; NaN where some are missing."""
     wide = np.pad(values, _SMOOTH // 2, constant_values=np.nan)
     return np.lib.stride_tricks.sliding_window_view(wide, _SMOOTH).mean(-1)

@@ -1,10 +1,10 @@
-"""Scaling laws, fitted as in Chinchilla (arXiv 2203.15556): Huber loss on log losses, L-BFGS from
-many starts, the best taken.
+"""Scaling laws, fitted as in Chinchilla (arXiv 2203.15556).
 
-A law is a sum of terms, each a coefficient times powers of the variables. Terms are computed as
-logarithms and their sum by log-sum-exp, so that 1e9 parameters and 1e12 tokens meet no rounding.
-What is searched for is the logarithm of each term in the middle of the data: a coefficient such as
-A in A / N^alpha depends so strongly on alpha that L-BFGS would creep.
+The fit minimizes the Huber loss of log losses by L-BFGS, from many starting points, and takes the
+best result. A law is a sum of terms, each a coefficient times powers of the variables. Terms are
+computed as logarithms and summed by log-sum-exp, so that 1e9 parameters and 1e12 tokens cause no
+rounding. The unknowns are the logarithms of the terms at the center of the data: a coefficient such
+as A in A / N^alpha depends so strongly on alpha that L-BFGS would converge slowly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike
 from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 
-# Where searches begin, and between which values they stay: of a term as a part of the loss in the
-# middle of the data, of an exponent, of a shift.
+# Starting points and bounds of the search: for a term, as a fraction of the loss at the center of
+# the data; for an exponent; for a shift, as a fraction of its variable there.
 _TERM = (0.05, 0.5), (1e-9, 1e2)
 _EXPONENT = (0.2, 0.6), (0.0, 3.0)
 _SHIFT = (0.1,), (1e-4, 10.0)
@@ -28,7 +28,7 @@ _STARTS = 64
 
 
 class PowerFactor(NamedTuple):
-    """(variable + shift) to the exponent times sign; `exponent` and `shift` name parameters."""
+    """(variable + shift) ** (sign * exponent); `exponent` and `shift` are names of parameters."""
 
     variable: str
     exponent: str
@@ -37,7 +37,7 @@ class PowerFactor(NamedTuple):
 
 
 class LawTerm(NamedTuple):
-    """The parameter `coefficient` times powers."""
+    """The parameter named `coefficient` times powers."""
 
     coefficient: str
     powers: tuple[PowerFactor, ...] = ()
@@ -45,11 +45,11 @@ class LawTerm(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ScalingLaw:
-    """A form to fit.
+    """The form of a law.
 
     Attributes:
-      formula: for people.
-      terms: whose sum is the loss.
+      formula: the formula as text.
+      terms: the terms whose sum is the loss.
     """
 
     formula: str
@@ -72,21 +72,21 @@ class ScalingLaw:
 
     @property
     def shifts(self) -> tuple[str, ...]:
-        """The names of what is added to variables."""
+        """The names of the shifts that are added to variables."""
         return tuple(dict.fromkeys(p.shift for t in self.terms for p in t.powers if p.shift))
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The names of all that is fitted."""
+        """The names of all fitted parameters."""
         return self.coefficients + self.exponents + self.shifts
 
     def predict(self, values: Mapping[str, float], **variables: ArrayLike) -> np.ndarray:
-        """The losses, float64, under given values of the parameters.
+        """Returns the losses, float64, for given values of the parameters.
 
         Raises:
-          ValueError: not the law's variables, or values that are not positive.
+          ValueError: other variables than those of the law, or values that are not positive.
         """
-        x = _checked(self, variables)
+        x = _check_variables(self, variables)
         logs = [
             np.log(values[t.coefficient])
             + sum(
@@ -107,7 +107,7 @@ CHINCHILLA = ScalingLaw(
         LawTerm("B", (PowerFactor("D", "beta", -1),)),
     ),
 )
-"""Of N parameters and D tokens (arXiv 2203.15556, approach 3)."""
+"""The loss at N parameters and D tokens (arXiv 2203.15556, approach 3)."""
 
 D_CPT = ScalingLaw(
     "L(N, D, r) = E + A / N^alpha + B r^eta / D^beta + C / (r + epsilon)^gamma",
@@ -118,19 +118,20 @@ D_CPT = ScalingLaw(
         LawTerm("C", (PowerFactor("r", "gamma", -1, "epsilon"),)),
     ),
 )
-"""Of continued pre-training; r is the share of the domain in the data (arXiv 2406.01375)."""
+"""The loss of continued pre-training; r is the domain's share of the data (arXiv 2406.01375)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FittedLaw:
-    """A law with its numbers.
+    """A law with fitted parameters.
 
     Attributes:
-      law: the form.
-      values: of the parameters, by name.
+      law: the form of the law.
+      values: the parameters, by name.
       rms: root mean square of log(predicted / observed) over the points.
-      agreeing: starts that ended within 1 % of the best objective, of `starts`; if one only,
-        another might find better.
+      agreeing: number of starts that ended within 1 % of the best objective; if only one did, more
+        starts may give a better fit.
+      starts: number of starts.
       at_bound: parameters that ended at a bound of the search: the data do not determine them.
     """
 
@@ -142,7 +143,7 @@ class FittedLaw:
     at_bound: tuple[str, ...]
 
     def predict(self, **variables: ArrayLike) -> np.ndarray:
-        """The losses at other points; see `Law.predict`."""
+        """Returns the losses at other points; see `ScalingLaw.predict`."""
         return self.law.predict(self.values, **variables)
 
 
@@ -158,39 +159,39 @@ def fit_law(
     """Fits a law to losses.
 
     Args:
-      law: the form, such as `CHINCHILLA`.
+      law: the form of the law, such as `CHINCHILLA`.
       losses: [points], nats.
-      delta: where the Huber loss of log(predicted / observed) turns from squares to absolute
-        values; Chinchilla's.
-      starts: of the grid of starts, how many to try at most, drawn at random.
-      seed: of that draw.
+      delta: value of log(predicted / observed) at which the Huber loss turns from squares to
+        absolute values; the default is Chinchilla's.
+      starts: the largest number of starting points, drawn at random from a grid.
+      seed: seed of that draw.
       **variables: the inputs, each [points].
 
     Raises:
-      ValueError: too few points, other variables than the law's, different lengths, or values that
-        are not positive and finite.
+      ValueError: too few points, other variables than those of the law, different lengths, or
+        values that are not positive and finite.
     """
     if not delta > 0:
         raise ValueError(f"delta: found {delta!r}, expected a positive number")
     if starts < 1:
         raise ValueError(f"starts: found {starts!r}, expected a positive int")
-    x, y = _checked(law, variables), _positive("losses", losses)
+    x, y = _check_variables(law, variables), _as_positive("losses", losses)
     if y.ndim != 1 or any(v.shape != y.shape for v in x.values()):
-        found = {"losses": y.shape} | {name: v.shape for name, v in x.items()}
-        raise ValueError(f"points: found shapes {found}, expected one length for all")
+        shapes = {"losses": y.shape} | {name: v.shape for name, v in x.items()}
+        raise ValueError(f"points: found shapes {shapes}, expected one length for all")
     if len(y) <= len(law.parameters):
         raise ValueError(
             f"points: found {len(y)}, expected more than the {len(law.parameters)} parameters of "
-            f"{law.formula}: add runs, or take a law with fewer"
+            f"{law.formula}: add runs, or use a law with fewer"
         )
-    middle = {name: float(np.exp(np.log(v).mean())) for name, v in x.items()}
+    center = {name: float(np.exp(np.log(v).mean())) for name, v in x.items()}
     level = float(np.exp(np.log(y).mean()))
-    scaled = {name: v / middle[name] for name, v in x.items()}
+    scaled = {name: v / center[name] for name, v in x.items()}
     log_y = np.log(y / level)
-    shifts = {p.shift: middle[p.variable] for t in law.terms for p in t.powers if p.shift}
+    shifts = {p.shift: center[p.variable] for t in law.terms for p in t.powers if p.shift}
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        # Per point and in units of delta: L-BFGS stops by absolute tolerances.
+        # Per point and in units of delta, because the tolerances of L-BFGS are absolute.
         predicted, slopes = _log_sum(law, scaled, theta)
         error = (predicted - log_y) / delta
         size = np.abs(error)
@@ -206,25 +207,25 @@ def fit_law(
     axes = [np.log(s) if log else np.array(s) for (s, _), log in zip(kinds, logs, strict=True)]
     bounds = [np.log(b) if log else np.array(b) for (_, b), log in zip(kinds, logs, strict=True)]
     options = {"maxiter": 5000, "maxfun": 10_000, "ftol": 1e-13, "gtol": 1e-9}
-    found = [
+    results = [
         minimize(objective, s, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-        for s in _drawn(axes, starts, seed)
+        for s in _starting_points(axes, starts, seed)
     ]
-    best = min(found, key=lambda r: r.fun)
+    best = min(results, key=lambda r: r.fun)
     values = dict(zip(law.parameters, np.where(logs, np.exp(best.x), best.x), strict=True))
     for name, unit in shifts.items():
         values[name] *= unit
-    for t in law.terms:  # back from terms in the middle of the data to coefficients
+    for t in law.terms:  # from terms at the center of the data to coefficients
         values[t.coefficient] *= level
         for p in t.powers:
-            values[t.coefficient] /= middle[p.variable] ** (p.sign * values[p.exponent])
+            values[t.coefficient] /= center[p.variable] ** (p.sign * values[p.exponent])
     error = _log_sum(law, scaled, best.x)[0] - log_y
     return FittedLaw(
         law,
         {name: float(v) for name, v in values.items()},
         rms=float(np.sqrt(np.mean(error**2))),
-        agreeing=sum(bool(r.fun <= 1.01 * best.fun + 1e-9) for r in found),
-        starts=len(found),
+        agreeing=sum(bool(r.fun <= 1.01 * best.fun + 1e-9) for r in results),
+        starts=len(results),
         at_bound=tuple(
             name
             for name, value, (low, high) in zip(law.parameters, best.x, bounds, strict=True)
@@ -236,26 +237,30 @@ def fit_law(
 def _log_sum(
     law: ScalingLaw, x: Mapping[str, np.ndarray], theta: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """log of the law [points] and its gradient [parameters, points]; theta has log coefficients,
-    exponents and log shifts."""
-    at = {name: i for i, name in enumerate(law.parameters)}
+    """Returns the log of the law [points] and its gradient [parameters, points].
+
+    Args:
+      theta: log coefficients, exponents and log shifts, in the order of `law.parameters`.
+    """
+    index = {name: i for i, name in enumerate(law.parameters)}
     points = next(iter(x.values())).shape
     logs = np.empty((len(law.terms), *points))
     slopes = np.zeros((len(law.terms), len(theta), *points))
     for i, term in enumerate(law.terms):
-        logs[i] = theta[at[term.coefficient]]
-        slopes[i, at[term.coefficient]] = 1.0
+        logs[i] = theta[index[term.coefficient]]
+        slopes[i, index[term.coefficient]] = 1.0
         for p in term.powers:
-            shift = np.exp(theta[at[p.shift]]) if p.shift else 0.0
-            log_x, exponent = np.log(x[p.variable] + shift), theta[at[p.exponent]]
+            shift = np.exp(theta[index[p.shift]]) if p.shift else 0.0
+            log_x, exponent = np.log(x[p.variable] + shift), theta[index[p.exponent]]
             logs[i] += p.sign * exponent * log_x
-            slopes[i, at[p.exponent]] += p.sign * log_x
+            slopes[i, index[p.exponent]] += p.sign * log_x
             if p.shift:
-                slopes[i, at[p.shift]] += p.sign * exponent * shift / (x[p.variable] + shift)
+                slopes[i, index[p.shift]] += p.sign * exponent * shift / (x[p.variable] + shift)
     return logsumexp(logs, axis=0), np.einsum("tn,tpn->pn", softmax(logs, axis=0), slopes)
 
 
-def _drawn(axes: list[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
+def _starting_points(axes: list[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
+    """Returns the grid of starting points, or `count` of them drawn at random."""
     grid = [np.array(point) for point in itertools.product(*axes)]
     if len(grid) <= count:
         return grid
@@ -263,21 +268,22 @@ def _drawn(axes: list[np.ndarray], count: int, seed: int) -> list[np.ndarray]:
     return [grid[i] for i in sorted(chosen)]
 
 
-def _checked(law: ScalingLaw, variables: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
+def _check_variables(law: ScalingLaw, variables: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     if set(variables) != set(law.variables):
         raise ValueError(
             f"variables: found {', '.join(sorted(variables)) or 'none'}, expected "
             f"{', '.join(law.variables)} of {law.formula}"
         )
-    return {name: _positive(name, variables[name]) for name in law.variables}
+    return {name: _as_positive(name, variables[name]) for name in law.variables}
 
 
-def _positive(name: str, values: ArrayLike) -> np.ndarray:
-    found = np.asarray(values, np.float64)
-    bad = ~(np.isfinite(found) & (found > 0))
-    if bad.any():
+def _as_positive(name: str, values: ArrayLike) -> np.ndarray:
+    """Returns values as float64; raises ValueError unless they are positive and finite."""
+    array = np.asarray(values, np.float64)
+    invalid = ~(np.isfinite(array) & (array > 0))
+    if invalid.any():
         raise ValueError(
-            f"{name}: found {found[bad].flat[0]} at index {int(np.flatnonzero(bad)[0])}, expected "
-            "positive, finite numbers"
+            f"{name}: found {array[invalid].flat[0]} at index {int(np.flatnonzero(invalid)[0])}, "
+            "expected positive, finite numbers"
         )
-    return found
+    return array

@@ -1,12 +1,13 @@
-"""A formula for the curves that collapse: equations 4 and 5 of arXiv 2509.25087.
+"""A formula for collapsing curves: equations 4 and 5 of arXiv 2509.25087.
 
     l(t) = ((1 + e1) / (t + e1))^m + b (rate(t) + e2)^q,   divided by l(1),
     b = b_c tau^b_e,  q = q_c TPP^q_e,
 
-with the fraction t of training, the learning rate as a part of its peak, AdamW's timescale tau and
-TPP tokens per parameter. The first term is a power law, the second what a high rate costs. So
-curves of other timescales and lengths follow from a few. m, e1 and e2 are the paper's; the paper
-fits the rest by grid searches in turn, we by least squares at once.
+with the fraction t of training, the learning rate as a fraction of its peak, AdamW's timescale tau
+and TPP tokens per parameter. The first term is a power law, the second the cost of a high learning
+rate. A few curves therefore predict those of other timescales and lengths. m, e1 and e2 are taken
+from the paper; the paper fits the others by successive grid searches, this module by joint least
+squares.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from scipy.optimize import least_squares
 from btlm_jax.scaling.collapse import IGNORED
 
 _M, _E1, _E2 = 0.05, 0.001, 0.1
-_STARTS = ((0.1, 0.5), (0.3, 1.0), (0.03, 2.0))  # of b and q
+_STARTS = ((0.1, 0.5), (0.3, 1.0), (0.03, 2.0))  # (b, q)
 
 
 class ObservedCurve(NamedTuple):
-    """A curve to fit: `done` and `loss` [points] as in `collapse.LossCurve`, in any unit; `rate`
-    [points], the learning rate as a part of its peak; the run's timescale and TPP."""
+    """A curve to fit.
+
+    Attributes:
+      done, loss: [points], as in `collapse.LossCurve`; the loss in any unit.
+      rate: [points], the learning rate as a fraction of its peak.
+      timescale, tokens_per_parameter: AdamW's timescale and TPP of the run.
+    """
 
     done: np.ndarray
     loss: np.ndarray
@@ -38,7 +44,7 @@ class ObservedCurve(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Surrogate:
-    """The formula with its numbers.
+    """The formula with fitted parameters.
 
     Attributes:
       b_c, b_e: b = b_c tau^b_e.
@@ -58,13 +64,13 @@ class Surrogate:
         tokens_per_parameter: float,
         final_rate: float = 0.0,
     ) -> np.ndarray:
-        """loss / final loss, float64 [points].
+        """Returns loss / final loss, float64 [points].
 
         Args:
           done: fractions of training, in (0, 1].
-          rate: the learning rate there, as a part of its peak.
-          timescale, tokens_per_parameter: of the run.
-          final_rate: the rate at the end, as a part of the peak.
+          rate: the learning rates there, as fractions of the peak.
+          timescale, tokens_per_parameter: AdamW's timescale and TPP of the run.
+          final_rate: the learning rate at the end, as a fraction of the peak.
         """
         b = self.b_c * timescale**self.b_e
         q = self.q_c * tokens_per_parameter**self.q_e
@@ -77,9 +83,9 @@ class Surrogate:
 
 
 def fit_surrogate(curves: Sequence[ObservedCurve]) -> Surrogate:
-    """Fits the formula to logarithms of losses after `IGNORED`; each curve's level is free.
+    """Fits the formula to logarithms of losses after `IGNORED`, with a free level for each curve.
 
-    An exponent that the curves cannot determine, because all have the same timescale or TPP, is 0.
+    An exponent is 0 if the curves cannot determine it, because all have the same timescale or TPP.
 
     Args:
       curves: one or more.
@@ -90,7 +96,7 @@ def fit_surrogate(curves: Sequence[ObservedCurve]) -> Surrogate:
     """
     if not curves:
         raise ValueError("surrogate: found no curves, expected one or more")
-    kept = []
+    valid = []
     for i, c in enumerate(curves):
         used = np.asarray(c.done) > IGNORED
         if used.sum() < 20:
@@ -101,16 +107,16 @@ def fit_surrogate(curves: Sequence[ObservedCurve]) -> Surrogate:
         if min(np.min(c.loss), c.timescale, c.tokens_per_parameter) <= 0:
             raise ValueError(f"surrogate: expected positive losses, timescale and TPP in curve {i}")
         done, loss, rate = (np.asarray(x, np.float64)[used] for x in (c.done, c.loss, c.rate))
-        kept.append(c._replace(done=done, loss=loss, rate=rate))
-    # Exponents in the middle of the data leave b and q there as the other unknowns.
-    tau = float(np.exp(np.mean([np.log(c.timescale) for c in kept])))
-    tpp = float(np.exp(np.mean([np.log(c.tokens_per_parameter) for c in kept])))
+        valid.append(c._replace(done=done, loss=loss, rate=rate))
+    # The unknowns are b and q at the center of the data, and the two exponents.
+    tau = float(np.exp(np.mean([np.log(c.timescale) for c in valid])))
+    tpp = float(np.exp(np.mean([np.log(c.tokens_per_parameter) for c in valid])))
     free = np.array([
-        True, len({c.timescale for c in kept}) > 1,
-        True, len({c.tokens_per_parameter for c in kept}) > 1,
+        True, len({c.timescale for c in valid}) > 1,
+        True, len({c.tokens_per_parameter for c in valid}) > 1,
     ])  # fmt: skip
 
-    def made(theta: np.ndarray) -> Surrogate:
+    def surrogate_of(theta: np.ndarray) -> Surrogate:
         log_b, b_e, log_q, q_e = theta
         b_c, q_c = np.exp(log_b) * tau**-b_e, np.exp(log_q) * tpp**-q_e
         return Surrogate(float(b_c), float(b_e), float(q_c), float(q_e))
@@ -118,12 +124,12 @@ def fit_surrogate(curves: Sequence[ObservedCurve]) -> Surrogate:
     def errors(unknown: np.ndarray) -> np.ndarray:
         theta = np.zeros(4)
         theta[free] = unknown
-        surrogate, found = made(theta), []
-        for c in kept:
+        surrogate, parts = surrogate_of(theta), []
+        for c in valid:
             shape = surrogate(c.done, c.rate, c.timescale, c.tokens_per_parameter)
             error = np.log(c.loss / shape)
-            found.append((error - error.mean()) / np.sqrt(len(error)))
-        return np.concatenate(found)
+            parts.append((error - error.mean()) / np.sqrt(len(error)))
+        return np.concatenate(parts)
 
     low = np.array([np.log(1e-4), -3.0, np.log(1e-2), -3.0])[free]
     high = np.array([np.log(1e2), 3.0, np.log(20.0), 3.0])[free]
@@ -133,4 +139,4 @@ def fit_surrogate(curves: Sequence[ObservedCurve]) -> Surrogate:
     ]
     theta = np.zeros(4)
     theta[free] = min(results, key=lambda r: r.cost).x
-    return made(theta)
+    return surrogate_of(theta)

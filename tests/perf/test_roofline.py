@@ -54,7 +54,7 @@ def test_recomputation():
     layers = accounting.flops_per_token(B3, 8192).forward_causal - 2 * V * D
     assert full == layers and dots == none == 0
     assert full - attention == 2 * L * D * 8193
-    kept = [roofline.kept_bytes_per_token(B3, r) for r in ("full", "attention", "dots", "none")]
+    kept = [roofline.saved_bytes_per_token(B3, r) for r in ("full", "attention", "dots", "none")]
     assert kept == [2 * D, 2 * (2 * D + 64), 2 * (6 * D + 2 * F), 2 * (8 * D + 4 * F)]
 
 

@@ -241,9 +241,9 @@ def test_report(tmp_path):
     "done, loss, message",
     [
         ([0.1, 0.2], [1.0], "found \\(2,\\) fractions and \\(1,\\) losses"),
-        ([0.1], [1.0], "expected as many, 2 or more"),
-        ([0.2, 0.1], [1.0, 1.0], "rising fractions"),
-        ([0.5, 1.5], [1.0, 1.0], "rising fractions"),
+        ([0.1], [1.0], "expected equal lengths of 2 or more"),
+        ([0.2, 0.1], [1.0, 1.0], "increasing fractions"),
+        ([0.5, 1.5], [1.0, 1.0], "increasing fractions"),
         ([0.5, 1.0], [1.0, np.nan], "found nan at 100.0% of training"),
         ([0.5, 1.0], [0.0, 1.0], "found 0.0 at 50.0%"),
     ],
