@@ -102,9 +102,9 @@ def test_a_new_tokenizer_has_not_seen_the_held_out_text(tmp_path):
     documents = [d + (" xyzzy" * 50 if part.select(d) else " plugh" * 5) for d in DOCUMENTS]
     # The added words change the hash: select the documents again.
     held = [d for d in documents if part.select(d)]
-    kept = [d for d in documents if not part.select(d) and "xyzzy" not in d]
+    train = [d for d in documents if not part.select(d) and "xyzzy" not in d]
     assert any("xyzzy" in d for d in held)
-    (tmp_path / "a.jsonl").write_bytes(jsonl([*held, *kept]))
+    (tmp_path / "a.jsonl").write_bytes(jsonl([*held, *train]))
     prepare_tokens(tmp_path / "a.jsonl", tmp_path / "t", new_tokenizer=400, held_out=0.2)
     for name in ("train", "held_out"):
         known = load_tokenizer(tmp_path / "t" / name).get_vocab()
@@ -297,7 +297,7 @@ def test_the_commands_in_the_tiny_recipe_work(tmp_path, monkeypatch, capsys):
         out = capsys.readouterr().out
         if argv[0] == "tokenize":
             data = "--set data.train=tokens/train --set data.held_out=tokens/held_out"
-            assert f"next: btlm train RECIPE RUN {data}" in out and data in commands[1]
+            assert f"next: btlm train RECIPE RUN_DIR {data}" in out and data in commands[1]
             assert re.search(r"^tokens/held_out: .* tokens of 1 documents", out, re.MULTILINE)
         elif argv[0] == "train":
             assert "held out " in out and "next: btlm generate run" in out
@@ -309,5 +309,5 @@ def test_the_command_needs_one_tokenizer(tmp_path, monkeypatch, capsys):
     assert cli.main(["tokenize", "text.txt", "--target", "t"]) == 2
     assert "found neither, expected one" in capsys.readouterr().err
     assert cli.main(["tokenize", "text.txt", "--target", "t", "--new-tokenizer", "260"]) == 0
-    assert "next: btlm train RECIPE RUN --set data.train=t\n" in capsys.readouterr().out
+    assert "next: btlm train RECIPE RUN_DIR --set data.train=t\n" in capsys.readouterr().out
     assert json.loads(Path("t/manifest.json").read_text())["documents"] == 1

@@ -35,8 +35,8 @@ def test_tokens_are_read_back(tmp_path_factory, data):
     assert shards.metadata.documents == tokens.count(EOS)
     start = data.draw(st.integers(0, len(tokens)))
     n = data.draw(st.integers(0, len(tokens) - start))
-    got = shards.read(start, n)
-    assert got.dtype == np.int32 and got.tolist() == tokens[start : start + n]
+    ids = shards.read(start, n)
+    assert ids.dtype == np.int32 and ids.tolist() == tokens[start : start + n]
 
 
 def test_ids_have_the_width_of_the_vocabulary(tmp_path):
@@ -82,11 +82,11 @@ def test_missing_files_are_named(directory, tmp_path):
 
 def test_shards_of_another_size_are_refused(directory):
     shard = directory / "tokens-00002.bin"
-    whole = shard.read_bytes()
+    complete = shard.read_bytes()
     for data, message in (
         (b"", "found 0 bytes, expected 40: the file is truncated"),
-        (whole[:-1], "found 39 bytes, expected 40: the file is truncated"),
-        (whole + b"x", "not the one described"),
+        (complete[:-1], "found 39 bytes, expected 40: the file is truncated"),
+        (complete + b"x", "not the one described"),
     ):
         shard.write_bytes(data)
         with pytest.raises(ValueError, match=rf"tokens-00002\.bin: .*{message}"):

@@ -29,14 +29,14 @@ def test_documents_survive(ascii_bpe, tmp_path_factory, documents, shard_tokens,
     one, many = folder / "one", folder / "many"
     report = tokenize(f"{folder}/*.jsonl", one, ascii_bpe, threads=1, **options)
     tokenize(f"{folder}/*.jsonl", many, ascii_bpe, threads=3, **options)
-    kept = [d for d in documents if d]
-    assert read_documents(one) == kept
+    with_text = [d for d in documents if d]
+    assert read_documents(one) == with_text
     assert file_contents(one) == file_contents(many)
     metadata = TokenShards(one).metadata
-    assert report.documents == metadata.documents == len(kept)
-    assert report.empty == len(documents) - len(kept)
-    assert report.tokens == metadata.tokens == sum(map(len, kept)) + len(kept)
-    assert metadata.text_bytes == sum(map(len, kept))
+    assert report.documents == metadata.documents == len(with_text)
+    assert report.empty == len(documents) - len(with_text)
+    assert report.tokens == metadata.tokens == sum(map(len, with_text)) + len(with_text)
+    assert metadata.text_bytes == sum(map(len, with_text))
     assert [s.documents for s in metadata.sources] == [
         sum(map(bool, documents[:cut])), sum(map(bool, documents[cut:]))
     ]  # fmt: skip

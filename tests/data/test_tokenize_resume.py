@@ -107,12 +107,12 @@ def test_a_full_disk_says_what_was_kept_and_how_to_continue(
     with monkeypatch.context() as patch, pytest.raises(OSError) as error:
         patch.setattr(tokenize_lib, "open", open_full_after_three, raising=False)
         tokenize(*arguments, shard_tokens=5000)
-    message, kept = ("nothing of it is kept", 0) if source == "-" else ("same command again", 3)
+    message, resumed = ("nothing of it is kept", 0) if source == "-" else ("same command again", 3)
     assert error.value.errno == errno.ENOSPC and message in str(error.value)
     assert f"no space left while writing {tmp_path / 't'}" in str(error.value)
     assert not (tmp_path / "t").exists()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
-    assert tokenize(*arguments, shard_tokens=5000).resumed == kept
+    assert tokenize(*arguments, shard_tokens=5000).resumed == resumed
     assert read_documents(tmp_path / "t") == DOCUMENTS * 40
 
 

@@ -77,5 +77,5 @@ def test_the_sample_is_taken_from_one_part(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     for held_out in (False, True):
         part = SplitPart(0.2, held_out, one_document=False)
-        found = list(sample_texts(expand_inputs(tmp_path / "a.jsonl"), "text", part=part))
-        assert found == [d for d in documents if part.select(d)] and 5 < len(found) < 95
+        texts = list(sample_texts(expand_inputs(tmp_path / "a.jsonl"), "text", part=part))
+        assert texts == [d for d in documents if part.select(d)] and 5 < len(texts) < 95

@@ -39,7 +39,7 @@ def by_witness(case: golden.Case, kind: str, inputs, targets, trained: int) -> n
         "dynamic": {"type": "linear", "train_seq_len": trained},
     }[kind]
     config = case.hf_config | {"alibi_scaling": scaling}
-    found = np.zeros(T)
+    losses = np.zeros(T)
     for t in range(T):
         S = T
         if kind == "dynamic":
@@ -47,15 +47,15 @@ def by_witness(case: golden.Case, kind: str, inputs, targets, trained: int) -> n
             while t >= S:
                 S = min(2 * S, T)
         logits = reference_numpy.forward(case.weights, config, [inputs[:S]])["logits"][0, t]
-        found[t] = -log_softmax(logits)[targets[t]]
-    return found
+        losses[t] = -log_softmax(logits)[targets[t]]
+    return losses
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_equal_the_float64_computation(kind):
     case = golden.load("a2_btlm_mup_h32")
     windows = list(LongWindows(random_documents(60, 21), 2, 20))
-    found = loss_by_position(
+    report = loss_by_position(
         case.model,
         case.params,
         LongWindows(random_documents(60, 21), 2, 20),
@@ -64,12 +64,14 @@ def test_losses_equal_the_float64_computation(kind):
         batch_size=3,
     )
     expected = np.stack([by_witness(case, kind, *w[:2], trained=6) for w in windows])
-    (curve,) = found.curves
-    assert found.count == len(windows) == 4 and found.windows.tolist() == [3, 1]
+    (curve,) = report.curves
+    assert report.count == len(windows) == 4 and report.windows.tolist() == [3, 1]
     # The model's logits are off by up to 5e-5 (test_model), so each token by at most twice that.
     assert np.abs(curve.nll - expected.sum(0)).max() < 4 * 1e-4
     assert np.abs(curve.squares - np.square(expected).sum(0)).max() < 4 * 2e-4 * expected.max()
-    groups = np.add.reduceat(np.stack([expected[:3].sum(0), expected[3]]), found.edges[:-1], axis=1)
+    groups = np.add.reduceat(
+        np.stack([expected[:3].sum(0), expected[3]]), report.edges[:-1], axis=1
+    )
     assert np.abs(curve.group_sums - groups).max() < 20 * 3 * 1e-4
 
 
@@ -110,8 +112,8 @@ def test_a_mesh_gives_the_same_losses():
     expected = measured(model.init(jax.random.key(0)))
     for axes in (dict(data=2, context=2, tensor=2), dict(data=2, fsdp=4)):
         params = model.init(jax.random.key(0), mesh=make_mesh(**{"fsdp": 1} | axes))
-        found = measured(params)
-        for a, b in zip(found.curves, expected.curves, strict=True):
+        report = measured(params)
+        for a, b in zip(report.curves, expected.curves, strict=True):
             np.testing.assert_allclose(a.nll, b.nll, rtol=1e-5)
             np.testing.assert_allclose(a.group_sums, b.group_sums, rtol=1e-5)
     with pytest.raises(ValueError, match="batch size 3 does not divide"):
@@ -130,8 +132,8 @@ def test_full_logits_and_scores_are_never_materialized():
         .compile()
     )
     chunk = config.n_head * QUERY_CHUNK * T
-    found = re.findall(r"(?:f32|bf16|s32|pred)\[([\d,]+)\]", compiled.as_text())
-    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in found]
+    shapes = re.findall(r"(?:f32|bf16|s32|pred)\[([\d,]+)\]", compiled.as_text())
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in shapes]
     assert max(sizes) <= chunk < T * config.vocab_size / 2
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * config.vocab_size
 

@@ -33,8 +33,8 @@ def test_bins_have_means_and_standard_errors():
     """With equal group sizes, the error is that of a mean of independent groups."""
     losses = np.random.default_rng(0).gamma(2.0, 1.0, (7, 30))
     report = make_report(losses, [0, 2, 5, 10, 30], 5)
-    found = bin_means(report, report.curves[0], [0, 5, 30])
-    for x, (a, b) in zip(found, ((0, 5), (5, 30)), strict=True):
+    bins = bin_means(report, report.curves[0], [0, 5, 30])
+    for x, (a, b) in zip(bins, ((0, 5), (5, 30)), strict=True):
         means = losses[:, a:b].mean(1)
         assert (x.start, x.stop) == (a, b) and x.mean == pytest.approx(means.mean())
         assert x.error == pytest.approx(means.std(ddof=1) / 7**0.5)
@@ -48,15 +48,15 @@ def test_windows_of_a_document_are_not_independent():
     report, copies = make_report(losses, [0, 8], 4), np.array([1, 2, 3, 1, 5])
     sums = report.curves[0].group_sums * copies[:, None]
     curve = dataclasses.replace(report.curves[0], group_sums=sums)
-    (found,) = bin_means(dataclasses.replace(report, windows=copies), curve, [0, 8])
+    (the_bin,) = bin_means(dataclasses.replace(report, windows=copies), curve, [0, 8])
     # A regression on a constant with errors clustered by group (CR1), token by token.
     tokens = np.repeat(losses, copies, axis=0).ravel()
     group = np.repeat(np.arange(5), copies * 8)
     mean = np.linalg.lstsq(np.ones((len(tokens), 1)), tokens, rcond=None)[0][0]
     scores = np.bincount(group, tokens - mean)
-    assert found.mean == pytest.approx(mean, rel=1e-12)
+    assert the_bin.mean == pytest.approx(mean, rel=1e-12)
     expected = (5 / 4 * scores @ scores) ** 0.5 / len(tokens)
-    assert found.error == pytest.approx(expected, rel=1e-12)
+    assert the_bin.error == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_stream_has_no_standard_errors(tiny, tmp_path, caplog):
@@ -65,14 +65,14 @@ def test_a_stream_has_no_standard_errors(tiny, tmp_path, caplog):
     windows = LongWindows(random_documents(30, 41), 2, 10, max_windows=100, concatenate=True)
     with caplog.at_level("INFO"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(by_position, "Progress", functools.partial(Progress, every=0.0))
-        found = loss_by_position(model, params, windows, trained=5, kinds=["none", "dynamic"])
-    assert found.windows.tolist() == [7]
-    assert all(np.isnan(x.error) for x in bin_means(found, found.curves[0], found.edges))
-    assert "±" not in "".join(by_position_report.format_loss_by_position(found))
-    summary = by_position_report.loss_by_position_json(found)["curves"][1]["summary_of_difference"]
+        report = loss_by_position(model, params, windows, trained=5, kinds=["none", "dynamic"])
+    assert report.windows.tolist() == [7]
+    assert all(np.isnan(x.error) for x in bin_means(report, report.curves[0], report.edges))
+    assert "±" not in "".join(by_position_report.format_loss_by_position(report))
+    summary = by_position_report.loss_by_position_json(report)["curves"][1]["summary_of_difference"]
     assert {x["error"] for x in summary} == {None}
-    by_position_report.plot_loss_by_position(tmp_path / "a.png", found, "title")
-    (line,) = (r.getMessage() for r in caplog.records if r.name == "btlm_jax.progress")
+    by_position_report.plot_loss_by_position(tmp_path / "a.png", report, "title")
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "btlm_jax.utils.progress")
     assert line.startswith("evaluate: 7 window, ") and line.endswith("window/s, at most 100")
 
 
@@ -94,8 +94,8 @@ def test_table_json_and_plot_show_means_and_paired_differences(tmp_path):
         expected += [means.mean(), 1.96 * means.std(ddof=1) / 7**0.5]
     place, mean, _, error, change, _, error_of_change = last.split()
     assert place == "45-63" and change.startswith("+0.1")
-    found = [float(x) for x in (mean, error, change, error_of_change)]
-    np.testing.assert_allclose(found, expected, atol=6e-5)
+    printed = [float(x) for x in (mean, error, change, error_of_change)]
+    np.testing.assert_allclose(printed, expected, atol=6e-5)
     assert expected[3] < expected[1] / 10
     one, two = json.loads(json.dumps(by_position_report.loss_by_position_json(report)))["curves"]
     np.testing.assert_allclose(one["mean"], losses.mean(0), atol=1e-6)

@@ -37,15 +37,15 @@ def test_the_report_holds_the_losses_also_from_a_mesh(capsys, of_bytes, bytes_ch
     argv = [bytes_checkpoint, "--jsonl", text, "--trained-length", 16, "--windows-per-document", 3]
     code, out, _ = run_loss_by_position(capsys, *argv, "--json", files[0], "--plot", files[1])
     assert code == 0 and "6 windows of 64 tokens from 3 documents; 1 shorter documents" in out
-    found = json.loads(files[0].read_text())
-    assert (found["length"], found["trained"], found["windows"]) == (64, 16, 6)
+    report = json.loads(files[0].read_text())
+    assert (report["length"], report["trained"], report["windows"]) == (64, 16, 6)
     assert files[1].stat().st_size > 10_000
     texts = [json.loads(line)["text"] for line in text.read_text().splitlines()]
     ids = [TokenizedDocument(np.array(tokenizer.encode(x).ids), len(x)) for x in texts]
     expected = loss_by_position(
         model, params, LongWindows(ids, 256, 64, max_per_document=3), trained=16, kinds=KINDS
     )
-    for curve, other in zip(found["curves"], expected.curves, strict=True):
+    for curve, other in zip(report["curves"], expected.curves, strict=True):
         np.testing.assert_allclose(curve["mean"], other.nll / 6, atol=2e-6)
     # On a mesh, sequences split too; one kind.
     argv += ["--scaling", "fixed", "--set", "mesh.context=2"]

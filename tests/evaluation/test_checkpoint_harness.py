@@ -12,7 +12,6 @@ import pytest
 import btlm_jax as btlm
 from btlm_jax import cli
 from btlm_jax.checkpoint import unstacked
-from btlm_jax.cli.harness_command import EvalHarness
 from btlm_jax.generation import result_journal
 from support.harness_tasks import TASKS, run_harness
 
@@ -25,15 +24,17 @@ def test_zero_shot_and_few_shot_tasks_run_offline(
     from btlm_jax.evaluation.perplexity import cross_entropy
     from btlm_jax.evaluation.rolling_windows import cut_rolling_windows
 
-    found = run_harness(bytes_checkpoint, tasks, tmp_path / "0.json", max_length=40)
-    assert found["results"].keys() == TASKS.keys() and "exact_match" in capsys.readouterr().out
+    report = run_harness(bytes_checkpoint, tasks, tmp_path / "0.json", max_length=40)
+    assert report["results"].keys() == TASKS.keys() and "exact_match" in capsys.readouterr().out
     model, params = btlm.load(bytes_checkpoint)
     tokenizer = btlm.load_tokenizer(bytes_checkpoint)
     texts = [json.loads(x)["text"] for x in (tasks / "test.jsonl").read_text().splitlines()]
     documents = [TokenizedDocument(np.array(tokenizer.encode(t).ids), len(t)) for t in texts]
     cut = cut_rolling_windows(model.config, documents, model.config.eos_token_id, length=40)
     expected = cross_entropy(model, params, cut).bits_per_byte
-    assert found["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
+    assert report["results"]["local_text"]["bits_per_byte,none"] == pytest.approx(
+        expected, rel=1e-5
+    )
     few = run_harness(
         bytes_checkpoint, tasks, tmp_path / "2.json", "local_choice", num_fewshot=2, limit=3
     )
@@ -130,9 +131,7 @@ def test_errors_are_messages_without_a_traceback(
     only_local_tasks, bytes_checkpoint, tasks, tmp_path, capsys
 ):
     """The exit code is 2."""
-    import unittest.mock
-
-    args = [str(bytes_checkpoint), "--tasks", "local_texts", "--json", str(tmp_path / "out.json")]
-    with unittest.mock.patch.object(cli, "Command", EvalHarness):
-        assert cli.main([*args, "--include-path", str(tasks)]) == 2
+    out = str(tmp_path / "out.json")
+    args = ["eval", "harness", str(bytes_checkpoint), "--tasks", "local_texts", "--json", out]
+    assert cli.main([*args, "--include-path", str(tasks)]) == 2
     assert "btlm: error: tasks: found no task 'local_texts'" in capsys.readouterr().err

@@ -57,8 +57,8 @@ def test_json_lines_are_evaluated_on_a_mesh(capsys, trained, tmp_path):
     encode = load_tokenizer(folder).encode
     texts = [TokenizedDocument(np.array(encode(x).ids), len(x)) for x in lines]
     expected = cross_entropy(model, params, cut_rolling_windows(model.config, texts, 95))
-    found = json.loads(report.read_text())["nats_per_token"]
-    assert found == pytest.approx(expected.nats_per_token, rel=1e-5)
+    loss = json.loads(report.read_text())["nats_per_token"]
+    assert loss == pytest.approx(expected.nats_per_token, rel=1e-5)
 
 
 def test_a_quantized_checkpoint_equals_quantization_in_memory(capsys, trained, tmp_path):

@@ -28,19 +28,19 @@ def test_the_report_holds_the_greedy_answers(capsys, of_bytes, bytes_checkpoint,
     code, out, _ = run_retrieval(capsys, *argv, *options)
     assert code == 0 and len(out.splitlines()) == 4
     assert files[1].stat().st_size > 10_000
-    found = json.loads(files[0].read_text())
-    assert [(x["scaling"], x["length"]) for x in found["outcomes"]] == [
+    report = json.loads(files[0].read_text())
+    assert [(x["scaling"], x["length"]) for x in report["outcomes"]] == [
         ("none", 700), ("fixed", 700), ("none", 600), ("fixed", 600)
     ]  # fmt: skip
-    asked = retrieval.retrieval_prompts("lines", tokenizer, 700, 3)
-    for x in found["outcomes"][:2]:
+    prompts = retrieval.retrieval_prompts("lines", tokenizer, 700, 3)
+    for x in report["outcomes"][:2]:
         used = with_scaling_kind(model, x["scaling"], 256, 700)
         continued = retrieval.greedy_continuation(
             used, params, tokenizer, new_tokens=6, batch_size=4
         )
-        assert [a["found"] for a in x["answers"]] == continued([p.ids for p in asked])
-        assert [a["expected"] for a in x["answers"]] == [p.text.answer for p in asked]
-    none, fixed = ([a["found"] for a in x["answers"]] for x in found["outcomes"][:2])
+        assert [a["found"] for a in x["answers"]] == continued([p.ids for p in prompts])
+        assert [a["expected"] for a in x["answers"]] == [p.text.answer for p in prompts]
+    none, fixed = ([a["found"] for a in x["answers"]] for x in report["outcomes"][:2])
     assert none != fixed
 
 

@@ -56,8 +56,8 @@ def test_batches_score_like_single_pairs(name):
         named = {k: v.astype(np.float64) for k, v in case.weights.items()}
         inputs = np.array(context)[None, -max_length:]
         config = golden.witness_config(case.config)
-        found = reference_numpy.forward(named, config, inputs)["logits"][0, -1]
-        pairs[i] = ContinuationPair(context, (int(found.argmax()),))
+        logits = reference_numpy.forward(named, config, inputs)["logits"][0, -1]
+        pairs[i] = ContinuationPair(context, (int(logits.argmax()),))
     expected = {i: witness_score(case, pair, max_length) for i, pair in pairs.items()}
     assert {greedy for _, greedy in expected.values()} == {True, False}
     scores = answers(case.model, case.params, pairs, max_length, batch_size=3)
@@ -88,9 +88,9 @@ def test_few_widths_are_compiled(tiny):
         i: ContinuationPair(tuple(rng.integers(0, 512, n)), (1,))
         for i, n in enumerate(range(1, 50))
     }
-    with count_compilations() as found:
+    with count_compilations() as compilations:
         answers(model, params, pairs, 48, batch_size=4)
-    assert found.count == 3  # widths of 32, 40 and 48
+    assert compilations.count == 3  # widths of 32, 40 and 48
 
 
 def test_full_logits_are_never_materialized_nor_returned():

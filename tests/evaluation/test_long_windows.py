@@ -43,13 +43,13 @@ def test_windows_are_full_segments_of_the_documents(
         for s, n in zip(streams, counts, strict=True)
         for i in range(n)
     ]
-    found = list(windows)
-    assert [(w.inputs.tolist(), w.targets.tolist()) for w in found] == expected[:max_windows]
+    cut = list(windows)
+    assert [(w.inputs.tolist(), w.targets.tolist()) for w in cut] == expected[:max_windows]
     if concatenate:
-        assert {w.group for w in found} == {0}
+        assert {w.group for w in cut} == {0}
     else:  # the tokens identify the document
         ends = np.cumsum(sizes)
-        assert [w.group for w in found] == [(w.targets[0] >= ends).sum() for w in found]
+        assert [w.group for w in cut] == [(w.targets[0] >= ends).sum() for w in cut]
         if sum(counts) < max_windows:
             assert windows.short_documents == sum(n < length for n in sizes)
 

@@ -44,11 +44,11 @@ def test_cross_entropy_equals_the_float64_computation(name, length, stride):
         length, stride = min(length, case.config.n_positions), min(stride, case.config.n_positions)
     texts = random_documents(40, 7, 61, 1, vocab=case.config.vocab_size)
     windows = cut_rolling_windows(case.config, texts, 2, length=length, stride=stride)
-    found = cross_entropy(case.model, case.params, windows, batch_size=3)
+    loss = cross_entropy(case.model, case.params, windows, batch_size=3)
     expected = by_witness(case, texts, 2, length, stride)
-    assert (found.tokens, found.text_bytes) == (109, 3 * 109 + 4)
+    assert (loss.tokens, loss.text_bytes) == (109, 3 * 109 + 4)
     # The model's logits are off by up to 5e-5 (test_model), so each token by at most twice that.
-    assert abs(found.nats - expected) < 109 * 1e-4
+    assert abs(loss.nats - expected) < 109 * 1e-4
 
 
 def test_windows_change_the_result():
@@ -61,8 +61,8 @@ def test_windows_change_the_result():
 
 
 def test_metrics_follow_from_the_sum():
-    found = CrossEntropy(nats=30 * math.log(8), tokens=30, text_bytes=90)
-    assert found.metrics() == pytest.approx(
+    loss = CrossEntropy(nats=30 * math.log(8), tokens=30, text_bytes=90)
+    assert loss.metrics() == pytest.approx(
         {"nats_per_token": math.log(8), "bits_per_token": 3, "bits_per_byte": 1, "perplexity": 8}
     )
     assert CrossEntropy(1e6, 2, 2).perplexity == math.inf
@@ -74,11 +74,11 @@ def test_texts_of_any_length_share_one_program():
         case.config, random_documents(200, 31, 5), 2, length=32, stride=16
     )
     one = cross_entropy(case.model, case.params, windows, batch_size=4)
-    with count_compilations() as found:
+    with count_compilations() as compilations:
         cross_entropy(case.model, case.params, windows, batch_size=4)
         other = cut_rolling_windows(case.config, random_documents(9, 77), 2, length=30, stride=7)
         cross_entropy(case.model, case.params, other, batch_size=4)
-    assert found.count == 0
+    assert compilations.count == 0
     # fp32 sums of other rows: 200 tokens, each rounded by 2^-24 of the sum so far.
     for batch_size in (None, 1):
         several = cross_entropy(case.model, case.params, windows, batch_size=batch_size)
@@ -91,9 +91,9 @@ def test_a_mesh_gives_the_same_result():
     windows = cut_rolling_windows(model.config, texts, 2, length=48, stride=24)
     expected = cross_entropy(model, model.init(jax.random.key(0)), windows)
     params = model.init(jax.random.key(0), mesh=make_mesh(data=2, fsdp=1, context=2, tensor=2))
-    found = cross_entropy(model, params, windows)
-    assert (found.tokens, found.text_bytes) == (expected.tokens, expected.text_bytes)
-    np.testing.assert_allclose(found.nats, expected.nats, rtol=1e-5)
+    loss = cross_entropy(model, params, windows)
+    assert (loss.tokens, loss.text_bytes) == (expected.tokens, expected.text_bytes)
+    np.testing.assert_allclose(loss.nats, expected.nats, rtol=1e-5)
     with pytest.raises(ValueError, match=r"batch size 3 does not divide over mesh axes"):
         cross_entropy(model, params, windows, batch_size=3)
 

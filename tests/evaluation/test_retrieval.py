@@ -31,9 +31,9 @@ def test_prompts_are_as_large_as_fits(task, tokenizer):
         return len(tokenizer.encode(record.text(size).prompt).ids)
 
     for length in (tokens(1), tokens(1) + 1, tokens(2) - 1, tokens(2), tokens(6), 5000, 20_011):
-        found = retrieval.fit_prompt(record, task, tokenizer, length)
-        assert len(found.ids) == tokens(found.size) <= length < tokens(found.size + 1)
-        assert tokenizer.decode(found.ids) == found.text.prompt == record.text(found.size).prompt
+        prompt = retrieval.fit_prompt(record, task, tokenizer, length)
+        assert len(prompt.ids) == tokens(prompt.size) <= length < tokens(prompt.size + 1)
+        assert tokenizer.decode(prompt.ids) == prompt.text.prompt == record.text(prompt.size).prompt
 
 
 def test_impossible_lengths_are_refused(tokenizer, monkeypatch):
@@ -119,8 +119,8 @@ def test_an_oracle_is_correct_and_wrong_answers_are_not(task, tokenizer, tmp_pat
     assert [x.accuracy for x in outcomes] == [1.0, 0.0, 0.4]
     line = retrieval_report.format_retrieval(task, outcomes[2])
     assert line.startswith("none") and "2 of 5 right, 40% (12% to 77%)" in line
-    found = json.loads(json.dumps(retrieval_report.retrieval_json(outcomes)))
-    assert [x["right"] for x in found] == [5, 0, 2]
-    assert [a["right"] for a in found[2]["answers"]] == [False, True, False, True, False]
+    report = json.loads(json.dumps(retrieval_report.retrieval_json(outcomes)))
+    assert [x["right"] for x in report] == [5, 0, 2]
+    assert [a["right"] for a in report[2]["answers"]] == [False, True, False, True, False]
     retrieval_report.plot_retrieval(tmp_path / "r.png", outcomes, 2000, "title")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

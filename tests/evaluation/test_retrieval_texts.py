@@ -39,9 +39,9 @@ def test_the_answer_is_in_the_prompt_once(task, lead, size):
 
 def test_no_topic_contains_another():
     text = RetrievalRecord("topics", 0, 0).text(MAX_ENTRIES["topics"])
-    found = [f" {topic} " for topic in (text.answer, *text.others)]
-    assert len(found) == MAX_ENTRIES["topics"]
-    assert not any(a in b for a, b in itertools.permutations(found, 2))
+    topics = [f" {topic} " for topic in (text.answer, *text.others)]
+    assert len(topics) == MAX_ENTRIES["topics"]
+    assert not any(a in b for a, b in itertools.permutations(topics, 2))
 
 
 def test_the_largest_record_has_distinct_lines():

@@ -21,15 +21,15 @@ ALIBI = golden.load("a2_btlm_mup_h32").config
 def test_windows_are_those_of_the_harness():
     """Windows that lm-evaluation-harness documents or asserts."""
     # From its docstring: 9 tokens, max_seq_len 3, context_len 2, so that 2 are predicted at a time.
-    found = list(RollingWindows((TokenizedDocument(np.arange(9), 9),), 99, 3, 2))
-    assert [w.inputs.tolist() for w in found] == [[99, 0, 1], [1, 2, 3], [3, 4, 5], [5, 6, 7]]
-    kept = [w.targets[w.targets != IGNORE].tolist() for w in found]
-    assert kept == [[0, 1, 2], [3, 4], [5, 6], [7, 8]]
+    windows = list(RollingWindows((TokenizedDocument(np.arange(9), 9),), 99, 3, 2))
+    assert [w.inputs.tolist() for w in windows] == [[99, 0, 1], [1, 2, 3], [3, 4, 5], [5, 6, 7]]
+    predicted = [w.targets[w.targets != IGNORE].tolist() for w in windows]
+    assert predicted == [[0, 1, 2], [3, 4], [5, 6], [7, 8]]
     # From its tests: 34 tokens, max_seq_len 10, context_len 1; the last window reads 10 as well.
-    found = list(RollingWindows((TokenizedDocument(np.arange(34), 34),), 99, 10, 10))
+    windows = list(RollingWindows((TokenizedDocument(np.arange(34), 34),), 99, 10, 10))
     inputs = [[99, *range(9)], [*range(9, 19)], [*range(19, 29)], [*range(23, 33)]]
-    assert [w.inputs.tolist() for w in found] == inputs
-    assert found[-1].targets.tolist() == [IGNORE] * 6 + [30, 31, 32, 33]
+    assert [w.inputs.tolist() for w in windows] == inputs
+    assert windows[-1].targets.tolist() == [IGNORE] * 6 + [30, 31, 32, 33]
 
 
 @given(
