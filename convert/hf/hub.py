@@ -12,7 +12,7 @@ from pathlib import Path
 
 from btlm_jax.convert.hf.advice import join_first
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _LOCAL_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
@@ -90,7 +90,7 @@ def fetch_from_hub(
             "Fix: name a model repository in the transformers layout."
         )
     # Downloads the listed commit, because the branch may have moved since.
-    _log.info("fetching %d files of %s at commit %s", len(files), repo_id, info.sha)
+    logger.info("fetching %d files of %s at commit %s", len(files), repo_id, info.sha)
     try:
         patterns = [glob.escape(name) for name in files]
         return Path(
@@ -111,7 +111,7 @@ def _cached_snapshot(repo_id: str, revision: str | None, reason: Exception) -> P
         )
     except Exception:
         raise _explain_hub_error(reason, repo_id, revision) from None
-    _log.warning(
+    logger.warning(
         "cannot reach the Hub (%s): using the cached copy %s", _first_line(reason), snapshot
     )
     return Path(snapshot)

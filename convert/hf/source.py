@@ -35,7 +35,7 @@ from btlm_jax.convert.hf.hub import fetch_from_hub, is_hub_id
 from btlm_jax.convert.hf.torch_pickle import TorchFile
 from btlm_jax.utils import paths
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class WeightForm(NamedTuple):
@@ -235,7 +235,7 @@ def _open_directory(directory: Path) -> HFSource:
         identities=MappingProxyType(identities),
         _torch_files=MappingProxyType(torch_files),
     )
-    _log.info("opened %s: %s, %d tensors", directory, source.description, len(tensors))
+    logger.info("opened %s: %s, %d tensors", directory, source.description, len(tensors))
     return source
 
 

@@ -1,4 +1,4 @@
-"""Names of tensors in Hugging Face checkpoints that the table of weights does not list."""
+"""Names of the tensors of Hugging Face checkpoints that conversion treats specially."""
 
 from __future__ import annotations
 
