@@ -1,4 +1,4 @@
-"""`btlm collapse` on run directories as `btlm train` leaves them."""
+"""`btlm collapse` on run directories of `btlm train`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ import pytest
 
 from btlm_jax import BTLMConfig, cli
 from btlm_jax.model import weights
-from btlm_jax.scaling import surrogate
 from btlm_jax.train import curves, recipe_file
 from btlm_jax.train.recipe_build import build_schedule
-
-SHAPE = surrogate.Surrogate(b_c=0.1, b_e=0.0, q_c=0.5, q_e=0.0)
+from support.loss_curves import SHAPE
 
 
 def run_directory(path, *, seed=0, final=3.0, until=1.0, drift=None, steps=2000, overrides=()):
-    """A run with 1 % of noise: two phases, of which the second has half the tokens per step."""
+    """Writes a run with 1 % of noise and two phases; the second has half the tokens per step."""
     recipe = recipe_file.parse_recipe({
         "model": {"preset": "tiny"},
         "phases": [
@@ -67,7 +65,7 @@ def runs(tmp_path):
     return made
 
 
-def test_what_a_run_says_of_itself(runs):
+def test_a_run_directory_gives_curve_and_timescale(runs):
     found = curves.read_training_run(runs[-1])
     n = weights.count_parameters(BTLMConfig.preset("tiny"))
     tokens = 1000 * 8 * 128 + 1000 * 4 * 128
@@ -80,7 +78,7 @@ def test_what_a_run_says_of_itself(runs):
     assert curves.read_training_run(runs[0]).finished
 
 
-def test_the_command(capsys, tmp_path, runs):
+def test_collapse_reports_predictions_and_faults(capsys, tmp_path, runs):
     out, png, numbers = (tmp_path / n for n in ("out", "c.png", "c.json"))
     leaving = run_directory(tmp_path / "leaving", seed=5, until=0.95, drift=0.03)
     code, out, err = run(capsys, "collapse", *runs, leaving, "--png", png, "--json", numbers)
@@ -112,7 +110,7 @@ def test_runs_that_may_not_collapse_are_named(capsys, tmp_path, runs, overrides,
 
 
 def test_tokens_per_parameter_are_compared(capsys, tmp_path, runs):
-    """Half the steps, and the weight decay that keeps the timescale."""
+    """A run with half the steps, and the weight decay that keeps the timescale."""
     half = run_directory(
         tmp_path / "half", seed=4, steps=1000, overrides={"weight_decay": 0.2,
         "warmup_tokens": 5120}
@@ -132,7 +130,7 @@ def test_losses_that_are_not_finite_are_left_out(caplog, tmp_path):
     assert "1 losses that are not finite" in caplog.text
 
 
-def test_errors(capsys, tmp_path, runs):
+def test_directories_that_cannot_be_compared_are_refused(capsys, tmp_path, runs):
     png = tmp_path / "c.png"
     code, _, err = run(capsys, "collapse", tmp_path, "--png", png)
     assert code == 2 and "no recipe.json: expected a directory of `btlm train`" in err
@@ -145,7 +143,7 @@ def test_errors(capsys, tmp_path, runs):
     assert not png.exists()
 
 
-def test_where_to_write_is_seen_to_first(capsys, tmp_path, runs, monkeypatch):
+def test_outputs_are_checked_before_runs_are_read(capsys, tmp_path, runs, monkeypatch):
     from btlm_jax.scaling import collapse_report
 
     def fails(*_):
@@ -164,8 +162,8 @@ def test_where_to_write_is_seen_to_first(capsys, tmp_path, runs, monkeypatch):
         assert code == 2 and said in err
 
 
-def test_no_device_is_taken(runs, tmp_path):
-    """The accelerator of this machine may be training the run that is looked at."""
+def test_no_device_is_initialized(runs, tmp_path):
+    """The accelerator of this machine may be busy training the run."""
     code = f"""
 import jax
 from btlm_jax import cli

@@ -49,18 +49,18 @@ def test_released_model_has_160_scaled_layer_weights():
     "optimizer, expected", [("adam", 0.1), ("lion", 0.1), ("muon", 1.0), ("muon_rms", 0.1**0.5)]
 )
 def test_multipliers_by_optimizer(optimizer, expected):
-    """As the coordinate checks have it: 1/m, 1 and 1/sqrt(m) for matrices, Adam's for the rest."""
+    """Matrices get 1/m, 1 or 1/sqrt(m), as the coordinate checks require; the rest is Adam's."""
     scales = flatten_tree(mup.multipliers(SMALL, optimizer))
     for w in weights.weight_table(SMALL):
-        wanted = 1.0 if w.role != "hidden" else expected if w.stacked else 0.1
-        assert scales[w.path] == wanted, w.name
+        target = 1.0 if w.role != "hidden" else expected if w.stacked else 0.1
+        assert scales[w.path] == target, w.name
 
 
 @pytest.mark.parametrize(
     "decay, variant", [("original", "decoupled_wd_true"), ("coupled", "decoupled_wd_false")]
 )
-def test_groups_are_the_originals(case, decay, variant):
-    """Names, learning rates and decays, as `get_mup_param_groups` printed them."""
+def test_groups_are_those_of_the_original(case, decay, variant):
+    """Names, learning rates and decays equal those that `get_mup_param_groups` printed."""
     golden = json.loads(str(case["groups_json"]))
     groups = mup.param_groups(case.config, golden["lr"], golden["weight_decay"], decay)
     assert len(groups) == len(golden[variant]) == 3
@@ -71,7 +71,7 @@ def test_groups_are_the_originals(case, decay, variant):
     assert sum(g.count for g in groups) == weights.count_parameters(case.config)
 
 
-def test_group_table():
+def test_groups_are_formatted_as_a_table():
     original = mup.format_groups(mup.param_groups(B3, 0.012, 0.1)).splitlines()
     assert original == [
         "group      arrays     parameters          lr  weight decay   per step",
@@ -83,15 +83,15 @@ def test_group_table():
     assert coupled[1].split() == ["hidden", "160", "2,516,418,560", "0.0012", "1", "0.0012"]
 
 
-def test_groups_under_muon():
-    """Matrices keep their learning rate, a head of its own has Adam's."""
+def test_muon_groups_leave_the_head_to_adam():
+    """Matrices keep their learning rate at every width; an untied head has Adam's."""
     groups = mup.param_groups(SMALL, 0.01, 0.1, optimizer="muon")
     rates = {name: g.lr for g in groups for name in g.params}
     assert rates["transformer.h.1.mlp.c_fc.weight"] == 0.01
     assert rates["lm_head.weight"] == pytest.approx(0.001)
 
 
-def test_three_steps_of_the_original(case):
+def test_three_steps_equal_those_of_the_original(case):
     golden = json.loads(str(case["groups_json"]))
     b1, b2 = golden["betas"]
     tx = mup.adamw(
@@ -139,7 +139,7 @@ def start(config):
 
 
 def descend(params, i):
-    """Gradients towards zero, with a disturbance that differs per entry and step."""
+    """Returns gradients towards zero, with a disturbance that differs per entry and step."""
 
     def leaf(p):
         entry = jnp.arange(p.size, dtype=jnp.float32).reshape(p.shape)
@@ -149,12 +149,12 @@ def descend(params, i):
 
 
 def shrink(params, i):
-    """Gradients of the weights' own signs: nothing for what is zero."""
+    """Returns gradients proportional to the weights, so that zeros have none."""
     return jax.tree.map(lambda p: p * (1.5 + jnp.cos(1.3 * i)), params)
 
 
 def run(tx, params, steps, grads=descend):
-    """The weights after `steps` steps, and the optimizer's state."""
+    """Returns the weights after `steps` steps, and the optimizer's state."""
 
     def step(i, carry):
         params, state = carry
@@ -173,13 +173,13 @@ def assert_equal(a, b, tolerance=0.0):
 
 
 def partition(config, make, kind=lambda w: w.role):
-    """optax.partition with an optimizer make(kind) for the weights of each kind, as a reference."""
+    """Returns a reference: optax.partition with the optimizer make(kind) for each kind."""
     kinds = {w.path: kind(w) for w in weights.weight_table(config)}
     return optax.partition({k: make(k) for k in set(kinds.values())}, unflatten_tree(kinds))
 
 
 def is_matrix(w):
-    """Whether Muon takes it."""
+    """Returns whether Muon updates the weight."""
     return w.role == "hidden" and w.stacked
 
 
@@ -198,11 +198,11 @@ DECAYED = {
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-def test_adamw_is_a_partition_after_50_steps(decay):
+def test_adamw_equals_a_partition_after_50_steps(decay):
     def reference(kind):
         if decay != "independent":
             return optax.adamw(RATE[kind], 0.9, 0.95, weight_decay=DECAYED[decay][kind])
-        # Decay by the learning rate alone, whatever the step of the group.
+        # The decay uses the learning rate alone, without the factor of the group.
         return optax.chain(
             optax.scale_by_adam(0.9, 0.95),
             optax.scale(0.1 if kind == "hidden" else 1.0),
@@ -215,7 +215,7 @@ def test_adamw_is_a_partition_after_50_steps(decay):
 
 
 @pytest.mark.parametrize("decay", ("original", "coupled"))
-def test_lion_is_a_partition_after_50_steps(decay):
+def test_lion_equals_a_partition_after_50_steps(decay):
     def reference(kind):
         return optax.lion(RATE[kind], 0.9, 0.99, weight_decay=DECAYED[decay][kind])
 
@@ -224,7 +224,7 @@ def test_lion_is_a_partition_after_50_steps(decay):
 
 
 def axes_of(tree):
-    """Muon's axes, written by hand: [L, D, 3, H, K], [L, H, K, D], [L, D, F], [L, F, D]."""
+    """Returns Muon's axes by hand: [L, D, 3, H, K], [L, H, K, D], [L, D, F], [L, F, D]."""
     by_ndim = {5: (1, (3, 4)), 4: ((1, 2), 3), 3: (1, 2)}
     return jax.tree.map(
         lambda x: optax.contrib.MuonDimensionNumbers(*by_ndim[x.ndim]) if x.ndim > 2 else None, tree
@@ -232,8 +232,8 @@ def axes_of(tree):
 
 
 @pytest.mark.parametrize("rms", (None, 0.2))
-def test_muon_is_a_partition_after_50_steps(rms):
-    """The head is Adam's, and so are biases, though they may have as many axes as matrices."""
+def test_muon_equals_a_partition_after_50_steps(rms):
+    """Adam updates the head and biases, even those with as many axes as matrices."""
 
     def reference(kind):
         if kind != "matrix":
@@ -253,17 +253,17 @@ def test_muon_is_a_partition_after_50_steps(rms):
     assert_equal(ours, theirs, 1e-6)
 
 
-def test_muon_has_adams_learning_rate_apart():
+def test_muon_takes_a_separate_learning_rate_for_adam():
     params = start(SMALL)
     apart, _ = run(mup.muon(1e-2, SMALL, adam_learning_rate=0.0, clip_norm=None), params, 4)
     both, apart, params = (flatten_tree(t) for t in (plain(mup.muon), apart, params))
     for w in weights.weight_table(SMALL):
-        wanted = both if is_matrix(w) else params
-        assert golden_lib.max_error(apart[w.path], wanted[w.path]) < 1e-6
+        target = both if is_matrix(w) else params
+        assert golden_lib.max_error(apart[w.path], target[w.path]) < 1e-6
 
 
 def newton_schulz(g):
-    """Five quintic iterations in float64, of one matrix."""
+    """Returns five quintic iterations of one matrix, in float64."""
     x = g.T if g.shape[0] > g.shape[1] else g
     x = x / (np.linalg.norm(x) + 1e-8)
     for _ in range(5):
@@ -273,7 +273,7 @@ def newton_schulz(g):
 
 
 @pytest.mark.parametrize("rms", (None, 0.2))
-def test_muon_against_numpy_layer_by_layer(rms):
+def test_muon_equals_numpy_layer_by_layer(rms):
     tx = mup.muon(1.0, SMALL, consistent_rms=rms, weight_decay=0.0, clip_norm=None)
     params = start(SMALL)
 
@@ -292,7 +292,7 @@ def test_muon_against_numpy_layer_by_layer(rms):
         momentum = beta * (1 - beta) * g1 + (1 - beta) * g2
         nesterov = beta * momentum / (1 - beta**3) + (1 - beta) * g2 / (1 - beta**2)
         for layer in range(SMALL.n_layer):
-            # As Hugging Face stores it, [in, out], and there q, k and v side by side.
+            # The layout of Hugging Face, [in, out], with q, k and v side by side.
             parts = 3 if w.path[-2] == "c_attn" else 1
             whole = nesterov[layer].reshape(w.hf_shape)
             ours = got[w.path][layer].reshape(w.hf_shape)
@@ -307,7 +307,7 @@ def test_muon_against_numpy_layer_by_layer(rms):
     assert compared == SMALL.n_layer * 7
 
 
-def test_multipliers_of_one_are_the_identity_bitwise():
+def test_multipliers_of_one_change_no_bit():
     params, mask = start(M1), mup.decay_mask(M1)
     ours, _ = run(mup.adamw(1e-2, M1, clip_norm=None), params, 5)
     plain = optax.adamw(1e-2, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=mask)
@@ -337,7 +337,7 @@ def test_multipliers_of_one_are_the_identity_bitwise():
         (mup.muon, "original", 0.887),
     ],
 )
-def test_what_decay_leaves_after_1000_steps_without_gradients(make, decay, kept):
+def test_decay_over_1000_steps_without_gradients(make, decay, kept):
     """Peak learning rate and decay of BTLM-3B-8K at m = 10. Matrices keep both under Muon."""
     tx = make(0.012, SMALL, weight_decay=0.1, decay=decay)
     params = jax.tree.map(jnp.ones_like, start(SMALL))
@@ -345,11 +345,11 @@ def test_what_decay_leaves_after_1000_steps_without_gradients(make, decay, kept)
     after = flatten_tree(after)
     for w in weights.weight_table(SMALL):
         muon = make is mup.muon and is_matrix(w)
-        wanted = {"vector": 1.0, "embedding": 0.301, "hidden": 0.301 if muon else kept}[w.role]
-        np.testing.assert_allclose(after[w.path], wanted, atol=5e-4)
+        target = {"vector": 1.0, "embedding": 0.301, "hidden": 0.301 if muon else kept}[w.role]
+        np.testing.assert_allclose(after[w.path], target, atol=5e-4)
 
 
-def test_clipping_is_of_the_global_norm():
+def test_clipping_uses_the_global_norm():
     def update(params, grads, clip_norm):
         tx = mup.adamw(1.0, SMALL, eps=1.0, clip_norm=clip_norm)  # eps makes the size matter
         return tx.update(grads, tx.init(params), params)[0]
@@ -367,7 +367,7 @@ def test_clipping_is_of_the_global_norm():
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_momentum_dtype(make):
+def test_first_moments_have_the_requested_dtype(make):
     state = jax.eval_shape(make(1e-2, SMALL, mu_dtype=jnp.bfloat16).init, start(SMALL))
     dtypes = [x.dtype for x in jax.tree.leaves(state) if x.ndim]
     weight = len(weights.weight_table(SMALL))
@@ -380,7 +380,7 @@ def test_momentum_dtype(make):
 
 @functools.cache
 def plain(make):
-    """The weights after 4 steps."""
+    """Returns the weights after 4 steps."""
     return run(make(1e-2, SMALL, clip_norm=None), start(SMALL), 4)[0]
 
 
@@ -411,8 +411,8 @@ def test_injected_learning_rate_is_used():
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_with_frozen_weights(make):
-    """optax masks what another transformation takes: here embeddings and some of the matrices."""
+def test_frozen_weights_stay_and_others_train_as_before(make):
+    """optax masks the weights of other transformations: here embeddings and some matrices."""
     frozen = {
         w.path: w.role == "embedding" or "c_fc" in w.path for w in weights.weight_table(SMALL)
     }
@@ -426,7 +426,7 @@ def test_with_frozen_weights(make):
         assert golden_lib.max_error(got[path], (before if is_frozen else trained)[path]) < 1e-6
 
 
-def test_schedule_free_wraps_and_is_a_partition():
+def test_schedule_free_around_adamw_equals_a_partition():
     warmup = optax.linear_schedule(1e-3, 1e-2, 20)
 
     def reference(kind):
@@ -445,7 +445,7 @@ def test_schedule_free_wraps_and_is_a_partition():
     theirs, _ = run(partition(SMALL, reference), start(SMALL), 30)
     assert_equal(ours, theirs, 1e-6)
 
-    # Around it, the muP factor multiplies averaged weights: a trap that `check` sees.
+    # Outside schedule_free, the muP factor multiplies averaged weights, which `check` detects.
     inner = optax.adamw(warmup, 0.0, 0.95, weight_decay=0.1, mask=mup.decay_mask(SMALL))
     around = optax.chain(schedule_free(inner, warmup), mup.scale_by_mup(SMALL))
     wrong, state = run(around, start(SMALL), 30)
@@ -461,11 +461,11 @@ MUP = mup.scale_by_mup(SMALL)
 SGD = optax.scale_by_learning_rate(1e-2)
 
 
-def test_before_adam_it_does_nothing():
-    """The documented trap, so that the documentation stays true."""
+def test_scale_by_mup_before_adam_has_no_effect():
+    """The documented mistake, so that the documentation stays true."""
     wrong, _ = run(optax.chain(MUP, optax.scale_by_adam(), SGD), start(SMALL), 3)
     without, _ = run(optax.chain(optax.scale_by_adam(), SGD), start(SMALL), 3)
-    # Scaled as meant, hidden matrices would differ by 0.9 * 3 * 1e-2 (eps leaves 2e-4).
+    # In the right order, hidden matrices would differ by 0.9 * 3 * 1e-2 (eps leaves 2e-4).
     assert_equal(wrong, without, 1e-3)
 
 
@@ -496,7 +496,7 @@ def test_wrong_orders_are_refused(name):
     transforms, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(mup.chain(*transforms).init, start(SMALL))
-    # In plain optax.chain, and within what wraps it, the state tells.
+    # `check` also sees through optax.chain and wrappers.
     wrapped = optax.apply_if_finite(optax.chain(*transforms), 3)
     state = jax.eval_shape(wrapped.init, start(SMALL))
     with pytest.raises(ValueError, match=message):
@@ -504,7 +504,12 @@ def test_wrong_orders_are_refused(name):
 
 
 RIGHT = {
-    "as documented": [optax.scale_by_adam(), optax.add_decayed_weights(0.1), MUP, SGD],
+    "as documented": [
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(0.1, mask=mup.decay_mask(SMALL)),
+        MUP,
+        SGD,
+    ],
     "independent decay": [optax.scale_by_adam(), MUP, optax.add_decayed_weights(0.1), SGD],
     "momentum after": [optax.scale_by_rms(), MUP, optax.trace(0.9), SGD],
     "a schedule after": [optax.scale_by_lion(), MUP, optax.scale_by_learning_rate(SCHEDULE)],
@@ -518,7 +523,7 @@ def test_right_orders_are_accepted(name):
     jax.eval_shape(mup.chain(*RIGHT[name]).init, start(SMALL))
 
 
-def test_wrong_tree():
+def test_weights_of_another_configuration_are_refused():
     tx = mup.adamw(1e-2, SMALL)
     tied = {k: v for k, v in start(SMALL).items() if k != "lm_head"}
     with pytest.raises(ValueError, match="lm_head"):
@@ -531,7 +536,7 @@ def test_wrong_tree():
         mup.group_norms(tied, SMALL)
 
 
-def test_bad_arguments():
+def test_invalid_arguments_are_refused():
     names = r"decay: found 'decoupled', expected one of \('original', 'coupled', 'independent'\)"
     for make in MAKES:
         with pytest.raises(ValueError, match=names):
@@ -551,12 +556,12 @@ def test_bad_arguments():
 # Depth --------------------------------------------------------------------------------------------
 
 
-# Four times the base depth, at which vectors of layers learn half as fast.
+# Four times the base depth, where the vectors of the layers learn half as fast.
 DEEP = dataclasses.replace(SMALL, n_layer=4, completep_base_layers=1, completep_alpha=0.5)
 
 
-def test_completep_is_a_partition():
-    """With an eps that matters: 0.01 / (m * 4 ** alpha)."""
+def test_completep_equals_a_partition():
+    """With a large eps: 0.01 / (m * 4 ** alpha)."""
     scaled = {"hidden": 0.1 * 0.5, "layer vector": 0.5, "head": 0.1}
 
     def kind(w):
@@ -584,8 +589,8 @@ def test_completep_is_a_partition():
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_completep_slows_what_is_in_layers(make):
-    """By 4 ** (alpha - 1), under every optimizer: its first steps against those at alpha = 1."""
+def test_completep_slows_the_weights_of_layers(make):
+    """First steps are 4 ** (alpha - 1) times those at alpha = 1, under every optimizer."""
     options = dict(weight_decay=0.0, decay="coupled", clip_norm=None)
     slow, full = (
         make(1e-2, dataclasses.replace(DEEP, completep_alpha=alpha), **options)
@@ -613,9 +618,9 @@ def test_completep_at_alpha_one_keeps_the_learning_rates():
 
 
 def movement(n_layer, base_layers):
-    """How far 1 and 10 steps of AdamW move the residual stream, on average over its entries.
+    """Returns how far 1 and 10 steps of AdamW move the residual stream, averaged over entries.
 
-    The stream is the float64 witness's, after the last layer.
+    The stream after the last layer is computed in float64 by the NumPy reference.
     """
     config = dataclasses.replace(
         BTLMConfig.preset("tiny"),
@@ -644,7 +649,7 @@ def movement(n_layer, base_layers):
         named = golden_lib.by_hf_name(config, params)
         return reference_numpy.forward(named, golden_lib.witness_config(config), ids)["streams"][-1]
 
-    # Drawn as the table says, without the compiling of `init`.
+    # Drawn from the table without compiling `init`.
     rng = np.random.default_rng(1)
     draws = {
         w.path: (w.mean + w.std * rng.normal(size=weights.stacked_shape(w, config))).astype("f4")
@@ -680,7 +685,7 @@ PADDED = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=509)
 
 @functools.cache
 def on_mesh():
-    """A model, its weights on a mesh, and the gradients of the loss at some tokens."""
+    """Returns a mesh, weights on it, and a function that returns the gradients of a loss."""
     mesh = make_mesh(fsdp=2, tensor=4)
     model = BTLM(PADDED, compute_dtype=jnp.float32)
     ids = jax.random.randint(jax.random.key(1), (4, 16), 0, 509)
@@ -689,7 +694,7 @@ def on_mesh():
 
 
 def split(tree):
-    """Every array of a padded tree as (true entries, padding)."""
+    """Yields (true entries, padding) for every array of a padded tree."""
     for w in weights.weight_table(PADDED):
         x = np.array(flatten_tree(tree)[w.path])
         true = tuple(slice(n) for n in weights.stacked_shape(w, PADDED))
@@ -719,7 +724,7 @@ def test_padding_stays_zero(make):
 
 
 @pytest.mark.parametrize("make", MAKES)
-def test_sharded_is_single_device(make):
+def test_sharded_steps_equal_those_of_a_single_device(make):
     mesh, params, _ = on_mesh()
     tx = make(1e-2, PADDED)
     with jax.set_mesh(mesh):
@@ -731,7 +736,7 @@ def test_sharded_is_single_device(make):
         assert not padding.any()
 
 
-def test_group_norms():
+def test_group_norms_leave_out_padding_and_masked_weights():
     mesh, params, grads = on_mesh()
     norms = jax.jit(lambda tree: mup.group_norms(tree, PADDED))
     with jax.set_mesh(mesh):

@@ -16,7 +16,7 @@ from btlm_jax.model.params import flatten_tree
 B3 = BTLMConfig.preset("btlm-3b-8k")
 
 
-def test_mesh_sizes():
+def test_mesh_sizes_are_filled_in_and_checked():
     assert sharding.make_mesh(tensor=2).shape == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
     assert sharding.make_mesh(data=2, fsdp=1, tensor=4).size == 8
     for sizes in (dict(fsdp=3), dict(tensor=3), dict(data=-1), dict(fsdp=0)):
@@ -40,7 +40,7 @@ def test_padding_is_minimal_for_small_models():
     assert sharding.param_padding(small, sharding.make_mesh(fsdp=8)) == {}
 
 
-def test_specs_of_the_released_model():
+def test_every_matrix_of_the_released_model_is_fully_sharded():
     mesh = sharding.make_mesh(fsdp=2, tensor=4)
     pad = sharding.param_padding(B3, mesh)
     specs = flatten_tree(sharding.param_specs(B3, mesh, pad=pad))
@@ -50,7 +50,7 @@ def test_specs_of_the_released_model():
     assert specs[("blocks", "attn", "c_attn", "kernel")] == qkv
     assert specs[("blocks", "attn", "c_proj", "bias")] == P(None, None)
     assert specs[("blocks", "mlp", "c_proj", "kernel")] == P(None, "tensor", embed)
-    # Every matrix is split over the whole mesh: nothing large is replicated.
+    # Every matrix is sharded over the whole mesh: nothing large is replicated.
     for w in weights.weight_table(B3):
         if len(w.shape) > 1 and w.role != "vector":
             assert {embed, "tensor"} <= {s for s in specs[w.path] if s}, w.name
@@ -71,7 +71,7 @@ def test_colliding_rules_name_every_weight():
         assert text in str(error.value)
 
 
-def test_bad_rules():
+def test_colliding_and_unknown_axes_are_refused():
     with pytest.raises(ValueError, match="collide"):
         sharding.partition_spec((("vocab", "fsdp"), ("embed", "fsdp")), "vocab", "embed")
     with pytest.raises(ValueError, match="no sharding rule"):

@@ -32,10 +32,10 @@ def test_flops_of_the_released_model():
     assert phase1 + phase2 == pytest.approx(1.217e22, rel=1e-3)
 
 
-def test_flops_against_the_compiler():
-    """XLA counts the same products; it also counts elementwise work, so it is a little above.
+def test_flops_equal_those_of_the_compiler():
+    """XLA counts the same products and also elementwise work, so its count is a little higher.
 
-    Of 256 queries the first 128 visit 128 keys, the others all: 192 on average.
+    The first 128 of 256 queries visit 128 keys, the others all keys: 192 on average.
     """
     config = dataclasses.replace(BTLMConfig.preset("tiny"), n_layer=1, n_embd=256, n_inner=1024)
     model, T = BTLM(config), 256
@@ -47,12 +47,12 @@ def test_flops_against_the_compiler():
     assert 1.0 <= counted / ours < 1.1
 
 
-def test_bad_length():
+def test_length_below_one_is_refused():
     with pytest.raises(ValueError, match="length: found 0"):
         accounting.flops_per_token(B3, 0)
 
 
-def test_description():
+def test_description_of_the_released_model():
     rows = dict(accounting.describe_config(B3, 8192))
     assert "2,646,255,744" in rows["parameters"]
     assert rows["weights"] == "fp32 9.9 GiB, bf16 4.9 GiB"
@@ -63,7 +63,7 @@ def test_description():
     assert said == "tuned at depth 4, alpha 1, residual branches times 0.125"
 
 
-def test_bytes_of_arrays():
+def test_array_bytes_count_two_int4_per_byte():
     assert accounting.array_bytes((3, 5), jnp.dtype("bfloat16")) == 30
     assert accounting.array_bytes((3, 5), jnp.dtype("int4")) == 8
 

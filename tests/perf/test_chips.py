@@ -11,10 +11,10 @@ from btlm_jax.perf.chips import CHIPS, GiB
 def test_figures_are_per_chip_and_rates_per_device():
     v5p, ironwood = CHIPS["v5p"].per_device((2, 2, 1)), CHIPS["tpu7x"].per_device((2, 2, 1))
     assert (v5p.flops, v5p.hbm, v5p.memory) == (459e12, 2765e9, int(95.74 * GiB))
-    assert (ironwood.flops, ironwood.hbm) == (2307e12 / 2, 7380e9 / 2)  # two devices a chip
+    assert (ironwood.flops, ironwood.hbm) == (2307e12 / 2, 7380e9 / 2)  # two devices per chip
     assert ironwood.memory == int(94.75 * GiB)
     for chip in CHIPS.values():
-        # XLA leaves a program almost all of a device's share; a unit's slip would not pass.
+        # XLA gives a program almost all of a device's share; a wrong unit would fail.
         assert 0.9 < chip.per_device().memory * chip.devices / chip.memory <= 1.01
 
 
@@ -22,7 +22,7 @@ def test_figures_are_per_chip_and_rates_per_device():
     "name, shape, links",
     [
         ("v5e", (1, 1), 0),
-        ("v5e", (2, 4), 2),  # lines: a corner has one neighbour along each
+        ("v5e", (2, 4), 2),  # lines: a corner has one neighbor along each
         ("v5e", (4, 4), 2),
         ("v5e", (8, 16), 3),  # rings close at 16
         ("v5e", (16, 16), 4),
@@ -33,13 +33,13 @@ def test_figures_are_per_chip_and_rates_per_device():
         ("h200", (1,), 0),
     ],
 )
-def test_links_of_the_worst_placed_chip(name, shape, links):
+def test_links_of_the_chip_with_the_fewest(name, shape, links):
     chip = CHIPS[name]
     assert chip.links(shape) == links
     assert chip.per_device(shape).ici == links * chip.link
 
 
-def test_device_kinds_are_those_of_jax():
+def test_chips_are_found_by_device_kind():
     assert chips.peak_flops("TPU v5 lite") == 197e12
     assert chips.peak_flops("TPU7x") == 2307e12 / 2
     assert chips.peak_flops("NVIDIA H200") == 989e12

@@ -21,7 +21,7 @@ B3 = comparison.shape_of_config(BTLMConfig.preset("btlm-3b-8k"), "BTLM-3B-8K")
 PEERS = {p.name: p for p in comparison.load_peers()}
 
 
-def test_parameters_are_exact():
+def test_parameter_counts_are_exact():
     assert B3.parameters == 2_646_255_744
     for name in PRESETS:
         config = BTLMConfig.preset(name)
@@ -33,14 +33,14 @@ def test_parameters_are_exact():
         activation_function="gelu", n_inner=256,
     )  # fmt: skip
     assert comparison.shape_of_config(learned, "x").parameters == weights.count_parameters(learned)
-    # Of the published checkpoints.
+    # The counts of the published checkpoints.
     assert PEERS["LLaMA-7B"].parameters == PEERS["LLaMA-2-7B"].parameters == 6_738_415_616
     assert PEERS["RedPajama-7B"].parameters == 6_857_302_016
     assert PEERS["MPT-7B"].parameters == PEERS["MPT-7B-8K"].parameters == 6_649_286_656
     assert PEERS["Falcon-7B"].parameters == 6_921_720_704
 
 
-def test_every_number_has_its_source():
+def test_every_peer_has_two_sources():
     assert len(PEERS) == 7
     for peer in PEERS.values():
         assert all(len(source) > 30 for source in peer.sources) and len(peer.sources) == 2
@@ -48,7 +48,7 @@ def test_every_number_has_its_source():
 
 
 @pytest.mark.parametrize("length", [1, 2048, 8192])
-def test_flops_are_those_of_accounting(length):
+def test_flops_equal_those_of_accounting(length):
     config = BTLMConfig.preset("btlm-3b-8k")
     assert B3.forward_flops(length) == accounting.flops_per_token(config, length).forward_full
 
@@ -65,7 +65,7 @@ def test_flops_are_those_of_accounting(length):
         ("LLaMA-2-7B", 9.22e22, 0.868, 0.877),
     ],
 )
-def test_training_flops(name, total, exact, six_n_d):
+def test_training_flops_equal_the_reference(name, total, exact, six_n_d):
     """Reference: 1.217e22 for BTLM; totals and savings to the digits that the reference has."""
     peer = PEERS[name]
     assert B3.training_flops == pytest.approx(1.217e22, rel=5e-4)
@@ -77,8 +77,8 @@ def test_training_flops(name, total, exact, six_n_d):
         assert 0.71 <= saved <= 0.73
 
 
-def test_inference():
-    """Reference: 2.50 to 2.53 at zero context (Falcon apart), 2.40 at 2k and 2.20 at 8k."""
+def test_inference_ratios_equal_the_reference():
+    """Reference: 2.50 to 2.53 at zero context (except Falcon), 2.40 at 2k and 2.20 at 8k."""
     ratios = {
         s: {n: p.forward_flops(s) / B3.forward_flops(s) for n, p in PEERS.items()}
         for s in comparison.CONTEXTS
@@ -92,7 +92,7 @@ def test_inference():
 @pytest.mark.parametrize("name", ["btlm-3b-8k", "tiny"])
 @pytest.mark.parametrize("precision, to", [("int8", quantization.Quantization(8)),
                                            ("int4", quantization.Quantization(4, 64))])  # fmt: skip
-def test_weights_are_the_bytes_we_write(name, precision, to):
+def test_weight_bytes_equal_those_on_disk(name, precision, to):
     config = BTLMConfig.preset(name)
     stored = sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype or "bfloat16").itemsize
@@ -101,7 +101,7 @@ def test_weights_are_the_bytes_we_write(name, precision, to):
     assert comparison.shape_of_config(config, name).weight_bytes(precision) == stored
 
 
-def test_cache_is_the_bytes_we_hold():
+def test_cache_bytes_equal_those_in_memory():
     config = BTLMConfig.preset("tiny")
     shape, rows, slots = comparison.shape_of_config(config, "tiny"), 1, 24
     x = jnp.zeros((rows, config.n_head, slots, config.head_dim))
@@ -112,11 +112,11 @@ def test_cache_is_the_bytes_we_hold():
     assert B3.cache_bytes(1, "bf16") == accounting.kv_bytes_per_token(
         BTLMConfig.preset("btlm-3b-8k")
     )
-    # One key-value head of Falcon's 71.
+    # Falcon has one key-value head for 71 heads.
     assert PEERS["Falcon-7B"].cache_bytes(1, "bf16") == 2 * 32 * 64 * 2
 
 
-def test_memory_says_under_which_conditions():
+def test_memory_states_its_conditions():
     said = str(comparison.sequence_memory(B3, "int4", 8192, "int8"))
     assert said == "2.88 GB (int4 weights, a cache of 8,192 tokens in int8)"
     assert (
@@ -126,8 +126,8 @@ def test_memory_says_under_which_conditions():
         comparison.sequence_memory(B3, "bf16", -1, "bf16")
 
 
-def test_three_gigabytes():
-    """Reference: to 4k of a cache in fp16, 8k in int8."""
+def test_longest_context_in_three_gigabytes():
+    """Reference: up to 4k tokens with a cache in fp16, 8k in int8."""
     for cache, low, high in (("bf16", 4096, 4700), ("int8", 8192, 8900)):
         longest = comparison.longest_context(B3, "int4", cache, 3e9)
         assert low <= longest <= high
@@ -136,7 +136,7 @@ def test_three_gigabytes():
     assert comparison.longest_context(B3, "bf16", "bf16", 3e9) == 0
 
 
-def test_claims():
+def test_verdicts_on_the_claims_of_the_model_card():
     found = {c.claim: c for c in comparison.check_claims(B3)}
     training = found["71 % fewer training FLOPs"]
     assert training.verdict == "holds" and "LLaMA-7B 71.6%" in training.found[0]
@@ -153,8 +153,8 @@ def test_claims():
     assert found["3 GB at 4 bits"].verdict == "holds under conditions"
 
 
-def test_claims_can_fail():
-    """Of a model twice as deep none of them holds."""
+def test_claims_fail_for_deeper_models():
+    """At twice the depth three claims fail, at four times the depth all do."""
     twice = {c.claim: c for c in comparison.check_claims(dataclasses.replace(B3, layers=64))}
     assert [c.verdict for c in twice.values()] == [
         "does not hold", "does not hold", "does not hold", "holds under conditions"
@@ -169,7 +169,7 @@ def run(capsys, *argv):
     return code, out.out, out.err
 
 
-def test_command_of_the_released_model(capsys, tmp_path):
+def test_info_compare_of_the_released_model(capsys, tmp_path):
     png, numbers = tmp_path / "c.png", tmp_path / "c.json"
     code, out, err = run(capsys, "info", "btlm-3b-8k", "--compare", "--png", png, "--json", numbers)
     assert code == 0, err
@@ -182,8 +182,8 @@ def test_command_of_the_released_model(capsys, tmp_path):
     assert all(peer["sources"] for peer in found["peers"])
 
 
-def test_command_of_a_checkpoint(capsys, tmp_path):
-    """Of another shape: numbers, but no verdict on claims that are not about it."""
+def test_info_compare_of_another_model(capsys, tmp_path):
+    """Another shape gets numbers, but no verdict on claims about BTLM-3B-8K."""
     source = golden.write_hf(tmp_path / "hf", golden.load("a2_btlm_mup_h32"), tokenizer=True)
     code, out, err = run(capsys, "info", source, "--compare", "--length", 3000)
     assert code == 0, err
@@ -195,7 +195,7 @@ def test_command_of_a_checkpoint(capsys, tmp_path):
     assert (tmp_path / "c.png").exists()
 
 
-def test_options_without_compare(capsys, tmp_path):
+def test_png_and_json_need_compare(capsys, tmp_path):
     for name in ("--png", "--json"):
         code, _, err = run(capsys, "info", "tiny", name, tmp_path / "x")
         assert code == 2 and f"{name}: found no --compare" in err

@@ -1,4 +1,4 @@
-"""Collectives in optimized HLO: recorded TPU text, and programs that XLA compiles here."""
+"""Collectives in optimized HLO: recorded TPU text, and programs compiled for CPUs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from btlm_jax.perf import hlo
 from btlm_jax.perf.hlo import Collective
 
-# From XLA:TPU, shortened: a loop whose length stands in its condition only; in its body an
-# all-gather that starts, goes on inside a product's fusion, and ends; a fused reduce-scatter.
+# From XLA:TPU, shortened: a loop whose length is only in its condition; in its body an all-gather
+# with a start, a step inside the fusion of a product, and a done; a fused reduce-scatter.
 TPU = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[2])->f32[2]}, num_partitions=16
 
@@ -69,7 +69,7 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 """  # noqa: E501
 
 
-def test_recorded_tpu_program():
+def test_collectives_of_a_recorded_tpu_program():
     program = hlo.count_collectives(TPU)
     gathered, scattered = 32 * 2 * 2560 * 6912, 32 * 4 * 6912 * 2560
     reduced, permuted = 4 + 4 * 2560 + 2 * 4, 4 * 288 * 2560
@@ -92,13 +92,13 @@ def test_a_loop_of_unknown_length_is_reported():
     assert {c.count for c in program.collectives} == {1}
 
 
-def test_not_hlo():
+def test_other_text_is_refused():
     with pytest.raises(ValueError, match="not the text of an HLO module: found 'hello'"):
         hlo.count_collectives("hello")
 
 
-def test_programs_compiled_here():
-    """Loops within loops, and every kind, over 4 of 8 devices."""
+def test_collectives_of_a_compiled_program():
+    """Nested loops with four kinds of collectives, over 4 of 8 devices."""
     mesh = jax.make_mesh((2, 4), ("a", "b"))
     gather = functools.partial(jax.lax.all_gather, axis_name="b", tiled=True)
 
@@ -126,6 +126,6 @@ def test_programs_compiled_here():
     assert found["collective-permute"][2:] == (1, whole / 4, whole / 4)
 
 
-def test_no_collectives():
+def test_a_program_without_collectives():
     text = jax.jit(lambda x: x + 1).lower(1.0).compile().as_text()
     assert hlo.count_collectives(text) == ((), 0)

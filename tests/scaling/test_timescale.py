@@ -16,7 +16,7 @@ from btlm_jax.train.curves import _timescale
 numbers = st.floats(1e-9, 1e12)
 
 
-def test_of_btlm():
+def test_timescale_of_btlm():
     """Reference: 0.0522 for hidden matrices, 0.0052 for the embedding, 237 tokens per parameter."""
     assert timescale(1.2e-3, 0.1, 159_636) == pytest.approx(0.0522, abs=5e-5)
     assert timescale(1.2e-2, 0.1, 159_636) == pytest.approx(0.0052, abs=5e-5)
@@ -28,8 +28,8 @@ def test_of_btlm():
     assert optimal_timescale(budget.tokens_per_parameter) == pytest.approx(0.0522, rel=0.03)
 
 
-def test_of_the_published_recipe():
-    """From the recipe, through the optimizer's groups."""
+def test_timescale_of_the_published_recipe():
+    """The timescale follows from the recipe through the optimizer's groups."""
     published = recipe_file.load_recipe("btlm-3b-8k", ["data.train=x"])
     assert _timescale(published) == pytest.approx(0.0522, abs=5e-5)
     coupled = recipe_file.load_recipe("btlm-3b-8k", ["data.train=x", "optimizer.decay=coupled"])
@@ -38,19 +38,19 @@ def test_of_the_published_recipe():
     assert _timescale(none) is None
 
 
-def test_it_is_what_the_optimizer_forgets():
-    """Weights without gradient are exp(-1) of themselves after tau of the training."""
+def test_weights_decay_to_one_over_e_after_a_timescale():
+    """Weights without gradients shrink by exp(-1) over a fraction tau of the training."""
     config, steps = BTLMConfig.preset("tiny"), 1000
     (hidden,) = (g for g in mup.param_groups(config, 1e-2, 2.0) if g.name == "hidden")
     tau = timescale(hidden.lr, hidden.weight_decay, steps)
     assert tau * steps == pytest.approx(100)
-    left = (1 - hidden.lr * hidden.weight_decay) ** round(tau * steps)
-    assert left == pytest.approx(np.exp(-1), rel=0.01)  # (1 - 1/100)^100 is within 0.5 %
+    remaining = (1 - hidden.lr * hidden.weight_decay) ** round(tau * steps)
+    assert remaining == pytest.approx(np.exp(-1), rel=0.01)  # (1 - 1/100)^100 is within 0.5 %
 
 
 @pytest.mark.parametrize("tpp, tuned", [(20, 0.175), (80, 0.087), (234, 0.051)])
 def test_published_optima(tpp, tuned):
-    assert optimal_timescale(tpp) == pytest.approx(tuned, rel=0.01)  # tuned is given to 2 digits
+    assert optimal_timescale(tpp) == pytest.approx(tuned, rel=0.01)  # the paper gives 2 digits
 
 
 @given(numbers, numbers, numbers)
@@ -68,7 +68,7 @@ def test_tokens_per_parameter_and_steps_are_inverse(parameters, batch, tpp):
 
 @given(numbers, numbers, numbers, numbers, st.floats(1.01, 100))
 def test_timescale_in_tokens(parameters, batch, steps, lr, more):
-    """B / (lr * wd * D): with D given, more batch is a longer timescale in proportion."""
+    """tau = B / (lr * wd * D): for constant D it is proportional to the batch."""
     budget = Budget(parameters, batch, steps)
     decay = budget.weight_decay(lr)
     tau = budget.timescale(lr, decay)
@@ -79,7 +79,7 @@ def test_timescale_in_tokens(parameters, batch, steps, lr, more):
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_bad_values_are_named(value):
+def test_invalid_values_are_named(value):
     with pytest.raises(ValueError, match="weight_decay: found"):
         timescale(1e-2, value, 10)
     with pytest.raises(ValueError, match="lr: found"):
