@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal on every mesh, atomic, and loud about damage."""
+"""Checkpoints: bit-equal on every mesh, written atomically, and damage raises errors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
 from btlm_jax import AlibiScaling, BTLMConfig, make_mesh
-from btlm_jax.checkpoint import metadata, unstacked
+from btlm_jax.checkpoint import metadata, orbax_metadata
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.model import weights
 from btlm_jax.model.params import check_params, flatten_tree, unflatten_tree
 from btlm_jax.utils import atomic
 from support.checkpoint_metadata import edit_metadata
+from support.compare import same_bits
 
-# Sizes that force padding on a tensor axis of 4: V 509 -> 512, F 170 -> 172.
+# These sizes need padding on a tensor axis of 4: V 509 -> 512, F 170 -> 172.
 CONFIG = dataclasses.replace(
     BTLMConfig.preset("tiny"),
     vocab_size=509,
@@ -40,14 +41,9 @@ def saved(tmp_path, params):
     return tmp_path / "c"
 
 
-def same_bits(a, b) -> bool:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
-
-
-def test_round_trip(saved, params):
+def test_saved_weights_and_configuration_are_loaded_unchanged(saved, params):
     model, loaded = btlm.load(saved)
-    assert model.config == CONFIG  # slopes and all
+    assert model.config == CONFIG  # including the slopes
     assert same_bits(params, loaded)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(loaded))
     assert not list(saved.parent.glob("*.partial"))
@@ -56,15 +52,15 @@ def test_round_trip(saved, params):
 @pytest.mark.parametrize(
     "sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=1, tensor=4)]
 )
-def test_onto_a_mesh_and_back(saved, params, sizes, tmp_path):
+def test_weights_are_padded_on_a_mesh_and_stripped_on_save(saved, params, sizes, tmp_path):
     mesh = make_mesh(**sizes)
     model, loaded = btlm.load(saved, mesh=mesh)
-    pad = check_params(loaded, CONFIG)
-    assert pad == ({"vocab": 512} if sizes.get("tensor") != 4 else {"vocab": 512, "mlp": 172})
+    padding = check_params(loaded, CONFIG)
+    assert padding == ({"vocab": 512} if sizes.get("tensor") != 4 else {"vocab": 512, "mlp": 172})
     expected = btlm.BTLM(CONFIG).init(jax.random.key(0), mesh=mesh)
-    for got, want in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
-        assert got.sharding == want.sharding
-        np.testing.assert_array_equal(got, want)
+    for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(expected), strict=True):
+        assert x.sharding == y.sharding
+        np.testing.assert_array_equal(x, y)
     assert "tensor" not in sizes or not loaded["wte"].is_fully_replicated
     # Saving from the mesh strips the padding: the same bits as the original.
     btlm.save(tmp_path / "again", model.config, loaded)
@@ -72,7 +68,7 @@ def test_onto_a_mesh_and_back(saved, params, sizes, tmp_path):
     assert same_bits(params, btlm.load(tmp_path / "again")[1])
 
 
-def test_dtype_on_load(saved, params):
+def test_weights_are_converted_to_the_requested_dtype(saved, params):
     _, half = btlm.load(saved, dtype=jnp.bfloat16, mesh=make_mesh(fsdp=8))
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(half), strict=True):
         assert y.dtype == jnp.bfloat16
@@ -80,7 +76,7 @@ def test_dtype_on_load(saved, params):
         np.testing.assert_array_equal(np.asarray(y)[inner], x.astype(jnp.bfloat16))
 
 
-def test_orbax_reads_it_without_us(saved, params):
+def test_orbax_alone_reads_a_checkpoint(saved, params):
     tree = ocp.load(saved)
     np.testing.assert_array_equal(tree["wte"], params["wte"])
     kernel = params["blocks"]["mlp"]["c_fc"]["kernel"]
@@ -88,7 +84,7 @@ def test_orbax_reads_it_without_us(saved, params):
         np.testing.assert_array_equal(tree["blocks"][str(i)]["mlp"]["c_fc"]["kernel"], kernel[i])
 
 
-def test_numpy_weights_and_assets(tmp_path, params):
+def test_numpy_weights_assets_and_origin_are_saved(tmp_path, params):
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")
     host = jax.tree.map(np.asarray, params)
@@ -100,7 +96,7 @@ def test_numpy_weights_and_assets(tmp_path, params):
     assert same_bits(params, btlm.load(tmp_path / "c")[1])
 
 
-def test_refuses_to_overwrite(saved, params):
+def test_an_existing_checkpoint_is_replaced_only_with_overwrite(saved, params):
     before = {p: p.stat().st_mtime_ns for p in saved.rglob("*")}
     with pytest.raises(FileExistsError, match="pass --overwrite"):
         btlm.save(saved, CONFIG, params)
@@ -111,7 +107,7 @@ def test_refuses_to_overwrite(saved, params):
     assert sorted(os.listdir(saved.parent)) == ["c"]
 
 
-def test_overwrite_spares_what_is_not_ours(tmp_path, params):
+def test_overwrite_never_replaces_a_foreign_directory(tmp_path, params):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
     with pytest.raises(FileExistsError, match="was not written by this command"):
@@ -119,11 +115,11 @@ def test_overwrite_spares_what_is_not_ours(tmp_path, params):
     assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
 
 
-def test_nothing_is_left_of_a_failed_save(tmp_path, saved, params, monkeypatch):
+def test_a_failed_save_leaves_nothing(tmp_path, saved, params, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metadata, "mark", fail)
+    monkeypatch.setattr(orbax_metadata, "commit_marker", fail)
     for target, overwrite in ((tmp_path / "new", False), (saved, True)):
         with pytest.raises(OSError, match=f"no space left while writing {target}; nothing"):
             btlm.save(target, CONFIG, params, overwrite=overwrite)
@@ -131,62 +127,38 @@ def test_nothing_is_left_of_a_failed_save(tmp_path, saved, params, monkeypatch):
     assert same_bits(params, btlm.load(saved)[1])
 
 
-def test_failed_replacement_keeps_the_old(tmp_path, saved, params, monkeypatch):
+def test_a_failed_replacement_keeps_the_old_checkpoint(tmp_path, saved, params, monkeypatch):
     rename = os.rename
 
-    def fail_at_the_end(a, b):
-        if str(b) == str(saved) and "partial" in str(a):
+    def fail_on_commit(source, target):
+        if str(target) == str(saved) and "partial" in str(source):
             raise OSError("disk gone")
-        rename(a, b)
+        rename(source, target)
 
-    monkeypatch.setattr(atomic.os, "rename", fail_at_the_end)
+    monkeypatch.setattr(atomic.os, "rename", fail_on_commit)
     with pytest.raises(OSError, match="disk gone"):
         btlm.save(saved, CONFIG, jax.tree.map(lambda x: x + 1, params), overwrite=True)
     assert os.listdir(tmp_path) == ["c"]
     assert same_bits(params, btlm.load(saved)[1])
 
 
-def test_leftovers_of_an_interrupted_run(tmp_path, params):
+def test_leftovers_of_an_interrupted_run_are_named_and_removed(tmp_path, params):
     (tmp_path / ".c.partial").mkdir()
     with pytest.raises(FileNotFoundError, match=r"an interrupted run left .*/\.c\.partial"):
         btlm.load(tmp_path / "c")
-    (tmp_path / "c.partial").mkdir()  # somebody else's
+    (tmp_path / "c.partial").mkdir()  # of another program
     btlm.save(tmp_path / "c", CONFIG, params)
     assert sorted(os.listdir(tmp_path)) == ["c", "c.partial"]
 
 
-def test_a_link_stays_a_link(tmp_path, saved, params):
+def test_a_symbolic_link_is_kept_when_its_target_is_replaced(tmp_path, saved, params):
     (tmp_path / "link").symlink_to(saved)
     btlm.save(tmp_path / "link", CONFIG, jax.tree.map(lambda x: x + 1, params), overwrite=True)
     assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["c", "link"]
     assert not same_bits(params, btlm.load(saved)[1])
 
 
-@pytest.mark.parametrize("sizes", [None, dict(fsdp=2, tensor=4)])
-def test_only_zeros_are_stripped(tmp_path, params, sizes):
-    """Weights under a smaller configuration look padded; nothing of them may be lost."""
-    mesh = make_mesh(**sizes) if sizes else None
-    whole = btlm.BTLM(CONFIG).init(jax.random.key(0), mesh=mesh)
-    smaller = dataclasses.replace(CONFIG, vocab_size=500)
-    with pytest.raises(ValueError, match=r"wte: found values beyond its shape \(500, 64\)"):
-        btlm.save(tmp_path / "c", smaller, whole)
-    assert not os.listdir(tmp_path)
-
-
-def test_what_weights_by_layer_are_computed_in(tmp_path, params, monkeypatch):
-    """On a CPU, what they are in, which is known before they are read."""
-    for dtype in ("float32", "bfloat16", "float16"):
-        half = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params)
-        btlm.save(tmp_path / dtype, CONFIG, half)
-    for stored, asked in (("float32", None), ("bfloat16", None), ("float16", "bfloat16")):
-        model, found = btlm.load(tmp_path / stored, dtype=asked, unstacked=True)
-        assert model.compute_dtype == model.runtime(found).dtype == jnp.dtype(asked or stored)
-    monkeypatch.setattr(unstacked, "load", lambda *_, **__: pytest.fail("the weights were read"))
-    with pytest.raises(ValueError, match="weights in float16: CPUs decode in bfloat16 or float32"):
-        btlm.load(tmp_path / "float16", unstacked=True)
-
-
-def test_dtypes_that_are_not_stored(tmp_path, params):
+def test_dtypes_that_cannot_be_stored_are_refused(tmp_path, params):
     doubles = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     with pytest.raises(ValueError, match=r"found .*float64.*expected one of float32, bfloat16"):
         btlm.save(tmp_path / "c", CONFIG, doubles)
@@ -194,14 +166,14 @@ def test_dtypes_that_are_not_stored(tmp_path, params):
         btlm.save(tmp_path / "c", CONFIG, jax.tree.map(lambda x: x.astype(jnp.int8), params))
 
 
-@pytest.mark.parametrize("victim", ["state/wte/zarr.json", "state/_METADATA"])
-def test_damaged_metadata(saved, victim):
-    (saved / victim).write_bytes(b"")
+@pytest.mark.parametrize("file", ["state/wte/zarr.json", "state/_METADATA"])
+def test_empty_metadata_files_are_damage(saved, file):
+    (saved / file).write_bytes(b"")
     with pytest.raises(ValueError, match="damaged checkpoint"):
         btlm.load(saved)
 
 
-def test_out_of_memory_is_not_damage(saved, monkeypatch):
+def test_running_out_of_memory_is_not_reported_as_damage(saved, monkeypatch):
     def fail(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
@@ -210,7 +182,7 @@ def test_out_of_memory_is_not_damage(saved, monkeypatch):
         btlm.load(saved)
 
 
-def test_what_is_not_a_checkpoint(tmp_path):
+def test_other_directories_are_refused_with_a_hint(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         btlm.load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="not an Orbax checkpoint"):
@@ -223,21 +195,21 @@ def test_what_is_not_a_checkpoint(tmp_path):
         btlm.load(tmp_path / "foreign")
 
 
-def test_unknown_format(saved):
-    edit_metadata(saved, lambda m: m.update(format=99))
+def test_an_unknown_format_is_refused(saved):
+    edit_metadata(saved, lambda custom: custom.update(format=99))
     with pytest.raises(ValueError, match="format 99, this version reads 2"):
         btlm.load(saved)
 
 
-def test_arrays_that_do_not_match_the_configuration(saved):
-    edit_metadata(saved, lambda m: m["config"].update(n_layer=3, n_inner=171))
+def test_arrays_that_do_not_match_the_configuration_are_listed(saved):
+    edit_metadata(saved, lambda custom: custom["config"].update(n_layer=3, n_inner=171))
     with pytest.raises(ValueError) as error:
         btlm.load(saved)
     assert "missing: blocks/2/attn/c_attn/kernel" in str(error.value)
     assert "blocks/0/mlp/c_fc/kernel: found shape (64, 170), expected (64, 171)" in str(error.value)
 
 
-def test_truncated_data(saved):
+def test_truncated_arrays_are_damage(saved):
     files = sorted((saved / "state").glob("*/c/**/[0-9]*"), key=lambda p: p.stat().st_size)
     largest = files[-1]
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
@@ -245,16 +217,16 @@ def test_truncated_data(saved):
         btlm.load(saved)
 
 
-def test_missing_array_is_never_a_placeholder(saved, params, tmp_path):
-    half = flatten_tree(ocp.load(saved))
-    half.pop(("blocks", "1", "ln_1", "scale"))
-    notes = ocp.metadata(saved).custom_metadata
-    ocp.save(tmp_path / "half", unflatten_tree(half), custom_metadata=notes)
+def test_a_missing_array_is_never_replaced_by_a_placeholder(saved, tmp_path):
+    incomplete = flatten_tree(ocp.load(saved))
+    incomplete.pop(("blocks", "1", "ln_1", "scale"))
+    custom = ocp.metadata(saved).custom_metadata
+    ocp.save(tmp_path / "incomplete", unflatten_tree(incomplete), custom_metadata=custom)
     with pytest.raises(ValueError, match="missing: blocks/1/ln_1/scale"):
-        btlm.load(tmp_path / "half")
+        btlm.load(tmp_path / "incomplete")
 
 
-def test_weights_must_match(tmp_path, params):
+def test_weights_of_another_configuration_are_refused(tmp_path, params):
     with pytest.raises(ValueError, match="do not match"):
         btlm.save(tmp_path / "c", dataclasses.replace(CONFIG, n_layer=3), params)
     assert not os.listdir(tmp_path)

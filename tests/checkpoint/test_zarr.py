@@ -1,4 +1,4 @@
-"""Arrays on disk: the bits that were written, in blocks no larger than promised, or an error."""
+"""Arrays on disk: reads return the bits that were written, in bounded blocks, or fail."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from btlm_jax.checkpoint import metadata, zarr
 from btlm_jax.model import weights
 from btlm_jax.model.params import flatten_tree, unflatten_tree
 from btlm_jax.utils import paths
+from support.compare import same_bits
 
 DTYPES = [np.dtype(np.float32), np.dtype(np.float16), zarr.BF16]
 BITS = {2: np.uint16, 4: np.uint32}
@@ -36,12 +37,12 @@ KINDS = ["random bits", "zeros", "negative zeros", "NaN payloads"]
 
 @contextlib.contextmanager
 def small(block: int, chunk: int):
-    """Blocks and chunks of at most so many bytes, written without waiting for the disk."""
+    """Limits blocks and chunks to these sizes, in bytes, and does not wait for the disk."""
     quick = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
     with (
         mock.patch.object(zarr, "_context", lambda: quick),
         mock.patch.object(zarr, "BLOCK_BYTES", block),
-        mock.patch.object(zarr.block_rows, "__defaults__", (block,)),  # bound early
+        mock.patch.object(zarr.block_rows, "__defaults__", (block,)),  # bound before
         mock.patch.object(zarr, "_CHUNK_BYTES", chunk),
     ):
         yield
@@ -49,7 +50,7 @@ def small(block: int, chunk: int):
 
 @st.composite
 def arrays(draw):
-    """An array of some bits, and limits that cut it into one to a dozen blocks of some chunks."""
+    """Draws an array, and limits that split it into 1 to 12 blocks of several chunks."""
     shape = tuple(draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=4)))
     while math.prod(shape) > 6000:
         shape = shape[:-1]
@@ -68,16 +69,12 @@ def arrays(draw):
     return array, block, max(1, block // draw(st.integers(1, 5)))
 
 
-def blocks_of(array: np.ndarray) -> list[np.ndarray]:
-    flat, size = array.reshape(-1), zarr.block_size(array.shape, array.dtype.itemsize)
-    return [flat[i : i + size] for i in range(0, len(flat), size)]
+def write_array(folder: Path, array: np.ndarray) -> zarr.Digest:
+    blocks = zarr.split_blocks(array)
+    return zarr.write_blocks(epath.Path(folder), array.shape, array.dtype, blocks)
 
 
-def write(folder: Path, array: np.ndarray) -> zarr.Digest:
-    return zarr.write_blocks(epath.Path(folder), array.shape, array.dtype, blocks_of(array))
-
-
-def read(folder: Path, rows: int = 3) -> list[np.ndarray]:
+def read_array(folder: Path, rows: int = 3) -> list[np.ndarray]:
     return list(zarr.read_blocks(paths.kvstore(epath.Path(folder)), rows))
 
 
@@ -96,28 +93,27 @@ def chunk_files(folder: Path) -> list[Path]:
 
 @given(arrays(), st.integers(1, 40))
 @settings(max_examples=100)
-def test_round_trip(drawn, rows):
+def test_arrays_are_read_back_in_blocks_of_any_height(drawn, rows):
     array, block, chunk = drawn
     itemsize, row = array.dtype.itemsize, array.nbytes // array.shape[0]
     with tempfile.TemporaryDirectory() as folder, small(block, chunk):
-        own = zarr.block_rows(array.shape, itemsize)
-        digest = write(Path(folder), array)
-        # In blocks as written, and in blocks of any other height.
-        for height in (own, rows):
-            parts = read(Path(folder), height)
+        written_rows = zarr.block_rows(array.shape, itemsize)
+        digest = write_array(Path(folder), array)
+        for height in (written_rows, rows):
+            parts = read_array(Path(folder), height)
             assert all(p.dtype == array.dtype and p.ndim == 1 for p in parts)
             assert all(p.nbytes <= height * row for p in parts)
             assert [p.nbytes for p in parts[:-1]] == [height * row] * (len(parts) - 1)
             assert joined(parts) == array.tobytes()
-        # Every block left a file, all zeros or not: a missing one is damage.
+        # Every block has a file, even if it is zero: a missing file is damage.
         files = chunk_files(Path(folder))
-        assert len(files) == math.ceil(array.shape[0] / own)
-        # A file is a block, an index of 16 bytes per chunk and its checksum, and no more.
+        assert len(files) == math.ceil(array.shape[0] / written_rows)
+        # A file holds a block, an index of 16 bytes per chunk and its checksum, and nothing else.
         stored = json.loads((Path(folder) / "zarr.json").read_text())
         inner = stored["codecs"][0]["configuration"]["chunk_shape"][0]
-        most = own * row + 16 * (own // inner) + 4
-        assert own % inner == 0 and all(f.stat().st_size <= most for f in files)
-        assert inner * row <= max(chunk, row) or inner == own
+        most = written_rows * row + 16 * (written_rows // inner) + 4
+        assert written_rows % inner == 0 and all(f.stat().st_size <= most for f in files)
+        assert inner * row <= max(chunk, row) or inner == written_rows
     assert digest.sha256 == hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
     assert digest.nonfinite == nonfinite(array)
 
@@ -129,8 +125,7 @@ def test_round_trip(drawn, rows):
 )
 @settings(max_examples=200)
 @example((50257, 2560), 2, 16 << 20)
-def test_block_rows(shape, itemsize, limit):
-    """Within the limit, or one row; the largest divisor, unless that is far below the limit."""
+def test_block_rows_are_a_divisor_unless_it_is_far_below_the_limit(shape, itemsize, limit):
     rows, row = zarr.block_rows(shape, itemsize, limit), math.prod(shape[1:]) * itemsize
     assert 1 <= rows <= shape[0]
     assert rows * row <= limit or rows == 1
@@ -140,8 +135,8 @@ def test_block_rows(shape, itemsize, limit):
     assert zarr.block_size(shape, itemsize) % math.prod(shape[1:]) == 0
 
 
-def test_blocks_of_the_released_model():
-    assert zarr.block_rows((50257, 2560), 2) == 1733  # of 29 · 1733: nothing is padded
+def test_blocks_of_the_released_model_are_neither_padded_nor_small():
+    assert zarr.block_rows((50257, 2560), 2) == 1733  # 50257 = 29 · 1733: no padding
     assert zarr.block_rows((50257, 2560), 4) == 1638  # 1733 rows do not fit
     assert zarr.block_rows((2560, 3, 32, 80), 2) == 640
     assert zarr.block_rows((2560,), 4) == 2560
@@ -151,7 +146,7 @@ def test_blocks_of_the_released_model():
         for itemsize in (2, 4):
             nbytes = zarr.block_size(w.shape, itemsize) * itemsize
             assert nbytes <= zarr.BLOCK_BYTES
-            # Small files would be slow: a block is the whole array or at least 2 MiB.
+            # Small files would be slow: a block is the complete array or at least 2 MiB.
             assert nbytes >= min(math.prod(w.shape) * itemsize, 2 << 20)
 
 
@@ -161,100 +156,109 @@ def test_blocks_of_the_released_model():
     st.integers(0, 3),
 )
 @settings(max_examples=200)
-def test_nonfinite(raw, dtype, infinities):
-    """Counts what NumPy does not call finite, NaN with any payload and sign included."""
+def test_count_nonfinite_agrees_with_numpy(raw, dtype, infinities):
     block = np.frombuffer(raw[: len(raw) // 4 * 4], dtype).copy()
     block[:infinities] = -np.inf
     assert zarr.count_nonfinite(block) == nonfinite(block)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nonfinite_of_every_pattern(dtype):
-    """All 16-bit patterns; of 32 bits those around zero, one, the largest and infinity."""
+def test_count_nonfinite_of_every_bit_pattern(dtype):
+    """All 16-bit patterns; for 32 bits every upper half, with three lower halves."""
     unsigned, width = BITS[dtype.itemsize], 8 * dtype.itemsize
     top = np.arange(1 << 16).astype(unsigned)
     bits = top if width == 16 else np.concatenate([(top << 16) | low for low in (0, 1, 0xFFFF)])
     block = bits.view(dtype)
     assert zarr.count_nonfinite(block) == nonfinite(block) > 100
-    # Also past the end of the scratch memory.
-    long = np.resize(block, (1 << 17) + 5)
-    long[-1] = np.nan
-    assert zarr.count_nonfinite(long) == nonfinite(long)
+    # More elements than the scratch array.
+    large = np.resize(block, (1 << 17) + 5)
+    large[-1] = np.nan
+    assert zarr.count_nonfinite(large) == nonfinite(large)
+
+
+def test_digest_watches_blocks_that_split_and_join_an_array():
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    array[2, 3] = np.nan
+    digest = zarr.Digest()
+    blocks = list(digest.watch(zarr.split_blocks(array, 7)))
+    assert [len(block) for block in blocks] == [7, 7, 7, 3]
+    joined_array = zarr.join_blocks(blocks, array.shape, array.dtype)
+    assert joined_array.shape == array.shape and joined_array.tobytes() == array.tobytes()
+    assert digest.sha256 == hashlib.sha256(array.tobytes()).hexdigest() and digest.nonfinite == 1
 
 
 @pytest.fixture(params=["random", "zeros"])
 def written(request, tmp_path):
-    """An array of four blocks of several chunks."""
+    """Writes an array of three blocks of several chunks."""
     array = np.zeros((61, 3), np.float32)
     if request.param == "random":
         array += np.random.default_rng(0).standard_normal(array.shape, np.float32)
     with small(256, 64):
-        write(tmp_path / "a", array)
+        write_array(tmp_path / "a", array)
     files = chunk_files(tmp_path / "a")
-    assert len(files) == 3 and joined(read(tmp_path / "a")) == array.tobytes()
+    assert len(files) == 3 and joined(read_array(tmp_path / "a")) == array.tobytes()
     return tmp_path / "a", files
 
 
-def test_missing_files(written):
+def test_missing_files_are_errors(written):
     folder, files = written
     for file in [*files, folder / "zarr.json"]:
-        whole = file.read_bytes()
+        content = file.read_bytes()
         file.unlink()
         with pytest.raises(ValueError):
-            read(folder)
-        file.write_bytes(whole)
-    read(folder)
+            read_array(folder)
+        file.write_bytes(content)
+    read_array(folder)
 
 
-def test_truncated_files(written):
+def test_truncated_files_are_errors(written):
     folder, files = written
     for file in [*files, folder / "zarr.json"]:
-        whole = file.read_bytes()
-        for length in (0, 1, len(whole) // 2, len(whole) - 1):
-            file.write_bytes(whole[:length])
+        content = file.read_bytes()
+        for length in (0, 1, len(content) // 2, len(content) - 1):
+            file.write_bytes(content[:length])
             with pytest.raises(ValueError):
-                read(folder)
-        file.write_bytes(whole)
-    read(folder)
+                read_array(folder)
+        file.write_bytes(content)
+    read_array(folder)
 
 
-def test_flipped_bits(written):
-    """One in every byte of every file: an error or other bytes, but for padding, which is unread.
+def test_flipped_bits_are_errors_or_change_the_bytes_except_in_padding(written):
+    """Flips one bit in every byte of every file.
 
-    The last chunk of the last block has 1 of its 3 rows within the array.
+    Padding is not read: 1 of the 3 rows of the last chunk of the last block is within the array.
     """
     folder, files = written
-    expected, unseen = joined(read(folder)), []
+    expected, undetected = joined(read_array(folder)), []
     for file in files:
-        whole = file.read_bytes()
-        for i in range(len(whole)):
-            damaged = bytearray(whole)
+        content = file.read_bytes()
+        for i in range(len(content)):
+            damaged = bytearray(content)
             damaged[i] ^= 1 << (i % 8)
             file.write_bytes(damaged)
             with contextlib.suppress(ValueError):
-                if joined(read(folder, 21)) == expected:
-                    unseen.append((file, i))
-        file.write_bytes(whole)
-    assert [i for _, i in unseen] == list(range(19 * 12, 21 * 12))
-    assert {file for file, _ in unseen} == {files[-1]}
+                if joined(read_array(folder, 21)) == expected:
+                    undetected.append((file, i))
+        file.write_bytes(content)
+    assert [i for _, i in undetected] == list(range(19 * 12, 21 * 12))
+    assert {file for file, _ in undetected} == {files[-1]}
 
 
-def test_a_folder_is_replaced(tmp_path):
-    """What an interrupted run left is gone, also where it had more files."""
+def test_writing_replaces_every_file_of_an_interrupted_run(tmp_path):
     with small(64, 64):
-        write(tmp_path / "a", np.ones((61, 3), np.float32))
+        write_array(tmp_path / "a", np.ones((61, 3), np.float32))
         array = np.arange(8, dtype=np.float32)
-        write(tmp_path / "a", array)
+        write_array(tmp_path / "a", array)
         assert len(chunk_files(tmp_path / "a")) == 1
-        assert read(tmp_path / "a")[0].dtype == np.float32
-    assert joined(read(tmp_path / "a")) == array.tobytes()
+        assert read_array(tmp_path / "a")[0].dtype == np.float32
+    assert joined(read_array(tmp_path / "a")) == array.tobytes()
 
 
-def test_same_bytes_however_often(tmp_path):
+def test_files_are_byte_identical(tmp_path):
     array = np.random.default_rng(1).standard_normal((61, 5), np.float32)
     for name in ("a", "b"):
         with small(300, 90):
-            write(tmp_path / name, array)
+            write_array(tmp_path / name, array)
     names = [p.relative_to(tmp_path / "a") for p in chunk_files(tmp_path / "a")]
     assert len(names) > 4
     for name in [*names, "zarr.json"]:
@@ -262,7 +266,7 @@ def test_same_bytes_however_often(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lengths, said",
+    "lengths, message",
     [
         ([10, 10], "found 20 rows, expected"),
         ([10, 7, 10], "found a block of 7 rows, expected 10"),
@@ -270,27 +274,27 @@ def test_same_bytes_however_often(tmp_path):
         ([], "found 0 rows, expected"),
     ],
 )
-def test_blocks_that_do_not_fit(tmp_path, lengths, said):
-    with small(40, 40), pytest.raises(ValueError, match=said):
+def test_blocks_of_wrong_length_are_refused(tmp_path, lengths, message):
+    with small(40, 40), pytest.raises(ValueError, match=message):
         parts = [np.ones(n, np.float32) for n in lengths]
         zarr.write_blocks(epath.Path(tmp_path / "a"), (61,), np.dtype(np.float32), parts)
 
 
-def test_blocks_of_another_dtype(tmp_path):
+def test_blocks_of_another_dtype_are_refused(tmp_path):
     parts = [np.ones(4, np.float16)]
     with pytest.raises(ValueError, match="found a block of float16, expected float32"):
         zarr.write_blocks(epath.Path(tmp_path / "a"), (4,), np.dtype(np.float32), parts)
 
 
-# What Orbax makes of it ------------------------------------------------------------------------
+# Read by Orbax ------------------------------------------------------------------------------------
 
-# Rows that have no divisor (V 509), and rows that do; padded on a mesh.
+# Rows that have no divisor (V 509), and rows that have one; padded on a mesh.
 CONFIG = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=509, n_layer=1)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def many_blocks(request, tmp_path_factory):
-    """A checkpoint of many files and chunks, and its weights."""
+    """Returns a checkpoint of many files and chunks, and its weights."""
     path = tmp_path_factory.mktemp(request.param) / "c"
     rng = np.random.default_rng(0)
     shapes = {w.path: weights.stacked_shape(w, CONFIG) for w in weights.weight_table(CONFIG)}
@@ -307,12 +311,7 @@ def many_blocks(request, tmp_path_factory):
     return path, params
 
 
-def same_bits(a, b) -> bool:
-    a, b = np.asarray(a), np.asarray(b)
-    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def test_orbax_reads_many_blocks(many_blocks):
+def test_orbax_reads_arrays_of_many_blocks(many_blocks):
     path, params = many_blocks
     tree, flat = flatten_tree(ocp.load(path)), flatten_tree(params)
     leaves = list(weights.disk_leaves(CONFIG))
@@ -323,24 +322,24 @@ def test_orbax_reads_many_blocks(many_blocks):
         assert same_bits(tree[leaf.path], expected), leaf.path
 
 
-def test_our_reader_and_orbax_agree(many_blocks):
+def test_our_reader_agrees_with_orbax(many_blocks):
     path, _ = many_blocks
     meta, tree = metadata.read_metadata(path), flatten_tree(ocp.load(path))
     for leaf in weights.disk_leaves(CONFIG):
-        for width in (None, 4):  # larger blocks than were written
+        for width in (None, 4):  # blocks as written, and others
             blocks = list(meta.blocks(leaf, width))
             assert joined(blocks) == np.asarray(tree[leaf.path]).tobytes(), leaf.path
             assert max(x.nbytes for x in blocks) <= zarr.BLOCK_BYTES
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2)], ids=str)
-def test_many_blocks_onto_a_mesh(many_blocks, sizes):
+def test_arrays_of_many_blocks_are_loaded_onto_a_mesh(many_blocks, sizes):
     path, params = many_blocks
     _, loaded = btlm.load(path, mesh=make_mesh(**sizes))
     assert any(not x.is_fully_replicated for x in jax.tree.leaves(loaded))
-    for got, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
+    for x, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
         inner = tuple(slice(n) for n in expected.shape)
-        assert same_bits(np.asarray(got)[inner], expected)
-        beyond = np.asarray(got).copy()
-        beyond[inner] = 0
-        assert not jnp.any(beyond)  # padding is zero, not the rest of a block
+        assert same_bits(np.asarray(x)[inner], expected)
+        padding = np.asarray(x).copy()
+        padding[inner] = 0
+        assert not jnp.any(padding)  # not the remainder of a block

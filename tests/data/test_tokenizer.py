@@ -23,48 +23,47 @@ def bpe():
     return tokenizer
 
 
-def test_gpt2_files(bpe, tmp_path):
-    """vocab.json and merges.txt as GPT-2 ships them; the end-of-text marker is one token."""
+def test_gpt2_files_are_loaded_with_end_of_text_as_one_token(bpe, tmp_path):
     bpe.model.save(str(tmp_path))
     vocab = json.loads((tmp_path / "vocab.json").read_text())
     vocab["<|endoftext|>"] = len(vocab)
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    got = load_tokenizer(tmp_path)
-    ids = got.encode(TEXT + "<|endoftext|>").ids
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode(TEXT + "<|endoftext|>").ids
     assert ids[:-1] == bpe.encode(TEXT).ids
     assert ids[-1] == vocab["<|endoftext|>"]
-    assert got.decode(ids) == TEXT
+    assert tokenizer.decode(ids) == TEXT
 
 
-def test_added_tokens(bpe, tmp_path):
+def test_added_tokens_must_follow_the_vocabulary(bpe, tmp_path):
     bpe.model.save(str(tmp_path))
     size = bpe.get_vocab_size()
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size}))
-    got = load_tokenizer(tmp_path)
-    assert got.encode("<|user|>fox").ids == [size, *bpe.encode("fox").ids]
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("<|user|>fox").ids == [size, *bpe.encode("fox").ids]
     with pytest.raises(ValueError, match=f"vocab_size is {size}"):
-        check_vocabulary(got, size)
+        check_vocabulary(tokenizer, size)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size + 5}))
     with pytest.raises(ValueError, match="does not follow vocab"):
         load_tokenizer(tmp_path)
 
 
-def test_inside_a_checkpoint(bpe, tmp_path):
+def test_a_tokenizer_is_found_in_a_checkpoint(bpe, tmp_path):
     (tmp_path / "tokenizer").mkdir()
     bpe.save(str(tmp_path / "tokenizer/tokenizer.json"))
     assert load_tokenizer(tmp_path).encode(TEXT).ids == bpe.encode(TEXT).ids
 
 
-def test_texts_are_neither_cut_off_nor_filled_up(bpe, tmp_path):
-    asking = Tokenizer.from_str(bpe.to_str())
-    asking.enable_truncation(4)
-    asking.enable_padding(length=64)
-    asking.save(str(tmp_path / "tokenizer.json"))
+def test_truncation_and_padding_are_disabled(bpe, tmp_path):
+    limited = Tokenizer.from_str(bpe.to_str())
+    limited.enable_truncation(4)
+    limited.enable_padding(length=64)
+    limited.save(str(tmp_path / "tokenizer.json"))
     assert len(Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(TEXT).ids) == 64
     assert load_tokenizer(tmp_path).encode(TEXT).ids == bpe.encode(TEXT).ids
 
 
-def test_missing_and_damaged(tmp_path):
+def test_missing_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json, nor vocab\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
@@ -72,15 +71,14 @@ def test_missing_and_damaged(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_vocabulary(bpe):
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(bpe):
     check_vocabulary(bpe, 300)
     check_vocabulary(bpe, 512)
     with pytest.raises(ValueError, match="vocab_size is 200"):
         check_vocabulary(bpe, 200)
 
 
-def test_same_ids(bpe, tmp_path):
-    """The two ways to store a tokenizer are one; another merge order or token is another."""
+def test_tokenizers_match_by_tokens_and_merges_and_not_by_file_format(bpe, tmp_path):
     bpe.model.save(str(tmp_path))
     files = load_tokenizer(tmp_path)
     assert tokenizers_match(files, bpe) and tokenizers_match(files, files)

@@ -26,7 +26,7 @@ from btlm_jax.utils.format import align_columns, finite_json, format_bytes, pars
         ("1TB", 10**12),
     ],
 )
-def test_parse(text, expected):
+def test_amounts_of_bytes_are_parsed(text, expected):
     assert parse_bytes(text) == expected
 
 
@@ -35,7 +35,7 @@ def test_parse(text, expected):
     ["", " ", "MiB", "12parsecs", "5G", "1 2", "-5", "+5", "1e9", "0x10", "0", "0MiB", "0.1", "?"]
     + ["5 ?", "1.GB", ".5GB", "1,5GB", "5GBB", "nan", "inf", "1 GiB extra", "5\nGB\nx"],
 )
-def test_parse_refuses(text):
+def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="expected an amount of bytes such as 512MiB") as error:
         parse_bytes(text)
     assert repr(text) in str(error.value)
@@ -54,24 +54,24 @@ def test_parse_refuses(text):
         (0.4, "0 B"),
     ],
 )
-def test_show(n, expected):
+def test_bytes_are_formatted_with_binary_prefixes(n, expected):
     assert format_bytes(n) == expected
 
 
 @given(st.integers(1, 1 << 52), st.sampled_from(["", " "]))
-def test_what_is_shown_can_be_parsed(n, space):
-    shown = format_bytes(n).replace(" ", space)
-    assert parse_bytes(shown) == pytest.approx(n, rel=0.051)  # one decimal of at least 1.0
+def test_formatted_bytes_can_be_parsed(n, space):
+    formatted = format_bytes(n).replace(" ", space)
+    assert parse_bytes(formatted) == pytest.approx(n, rel=0.051)  # one decimal of at least 1.0
     assert parse_bytes(str(n)) == parse_bytes(f"{n}B") == n
 
 
-def test_decimals_are_exact():
+def test_decimals_are_parsed_exactly():
     for n in range(1000, 10_000):
         assert parse_bytes(f"{n / 1000:.3f}kB") == n
 
 
 @pytest.mark.parametrize("command", ["convert", "export", "verify"])
-def test_command_line(capsys, command):
+def test_the_command_line_refuses_other_texts_without_traceback(capsys, command):
     with pytest.raises(SystemExit) as error:
         cli.main([command, "a", "b", "--max-memory", "12parsecs"])
     out = capsys.readouterr()
@@ -81,14 +81,13 @@ def test_command_line(capsys, command):
     assert "expected an amount of bytes such as 512MiB, 5GB, 1048576" in text
 
 
-def test_command_line_budget_below_a_block(capsys, checkpoint_dir):
-    """What can be parsed but is too little is refused with the least that is enough."""
+def test_a_budget_below_one_block_is_refused_with_the_minimum(capsys, checkpoint_dir):
     code = cli.main(["verify", str(checkpoint_dir), "--max-memory", "1kB"])
     assert code == 2 and "max_memory: found 1000 B, expected at least" in capsys.readouterr().err
     assert cli.main(["verify", str(checkpoint_dir), "--max-memory", "80MiB"]) == 0
 
 
-def test_help_shows_defaults_that_can_be_typed(capsys):
+def test_defaults_in_help_can_be_parsed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["export", "--help"])
     out = capsys.readouterr().out
