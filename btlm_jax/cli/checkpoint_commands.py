@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from btlm_jax.checkpoint.schemes import SCHEME_HELP
 from btlm_jax.cli.arguments import (
     Bytes,
     Checkpoint,
@@ -46,9 +47,9 @@ class Convert:
     """Also convert weights that contain NaN or Inf."""
     overwrite: bool = False
     """Replace an existing checkpoint."""
-    quantize: Scheme = None
-    """Quantize the projections of the layers: int8, int4 (groups of 64), int4:32, int4:64 or
-    int4:128."""
+    quantize: Annotated[
+        Scheme, arg(help=f"Quantize the projections of the layers: {SCHEME_HELP}.")
+    ] = None
     quantize_embedding: Literal["int8", "bfloat16"] = "int8"
     """With --quantize: dtype of the embedding and the untied head."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from btlm_jax.checkpoint.schemes import SCHEME_HELP
 from btlm_jax.cli.arguments import (
     Number,
     OutputFile,
@@ -47,8 +48,9 @@ class Compile:
     phases.0.batch_size=N.)"""
     capacity: Number = None
     """With --decode: slots of the KV cache; default 8192."""
-    quantize: Scheme = None
-    """With --decode: weights in int8, int4 (groups of 64) or int4:128; default bf16."""
+    quantize: Annotated[
+        Scheme, arg(help=f"With --decode: quantize the weights, {SCHEME_HELP}; default bf16.")
+    ] = None
     cache_dtype: Literal["int8"] | None = None
     """With --decode: dtype of the KV cache; default bf16."""
     fit: bool = False
