@@ -101,11 +101,6 @@ class TokenShards:
             out[done : done + len(chunk)] = chunk
             done, i = done + len(chunk), i + 1
 
-    @property
-    def tokenizer_files(self) -> tuple[Path, ...]:
-        """The files of the tokenizer that made the tokens, for a checkpoint to carry along."""
-        return tuple(sorted((self.directory / TOKENIZER_FOLDER).glob("*")))
-
     def _check_sizes(self) -> None:
         for shard in self.metadata.shards:
             file = self.directory / shard.name

@@ -54,9 +54,8 @@ def test_eos_is_the_configured_or_given_token(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
     tokenize(tmp_path / "a.jsonl", tmp_path / "t", folder)
     assert TokenShards(tmp_path / "t").metadata.eos_id == 256
-    assert sorted(f.name for f in TokenShards(tmp_path / "t").tokenizer_files) == [
-        "tokenizer.json", "tokenizer_config.json"
-    ]  # fmt: skip
+    copied = sorted(f.name for f in (tmp_path / "t/tokenizer").iterdir())
+    assert copied == ["tokenizer.json", "tokenizer_config.json"]
     tokenize(tmp_path / "a.jsonl", tmp_path / "t", folder, eos="<end>", overwrite=True)
     assert TokenShards(tmp_path / "t").metadata.eos_id == 257
     # The directory serves as a tokenizer, as a checkpoint does.

@@ -93,8 +93,7 @@ def test_shards_of_another_size_are_refused(directory):
             TokenShards(directory)
 
 
-def test_the_fingerprint_covers_the_files_that_define_the_tokenizer(directory):
-    assert [f.name for f in TokenShards(directory).tokenizer_files] == ["tokenizer.json"]
+def test_the_fingerprint_covers_the_files_that_define_the_tokenizer():
     gpt2 = {"vocab.json": b"a", "merges.txt": b"b", "tokenizer_config.json": b"c"}
     assert tokenizer_fingerprint(gpt2) == hashlib.sha256(b"ab").hexdigest()
     both = gpt2 | {"tokenizer.json": b"d"}
