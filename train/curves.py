@@ -1,11 +1,11 @@
-"""Training runs as what `btlm_jax.scaling` compares: curves, sizes and timescales."""
+"""Training runs as `btlm_jax.scaling` compares them: loss curves, sizes and timescales."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ from btlm_jax.train.run_directory import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
 
-# How much runs of one family may differ: TPP and timescale in relation to each other, the learning
-# rate at any time in parts of its peak. Small beside what the paper varies, by factors.
+# How much runs that are compared may differ: tokens per parameter and timescale as a ratio, the
+# learning rate at any time as a fraction of its peak. The paper varies these by whole factors.
 TOLERANCE = 0.05
 
 
@@ -31,15 +31,16 @@ class TrainingRun(NamedTuple):
     """A training run.
 
     Attributes:
-      name: of its directory, as it was given.
-      curve: of the training losses.
-      step, steps: the last one that was logged, and the recipe's.
-      parameters: of the model.
-      tokens_per_parameter: of the whole training.
-      timescale: AdamW's, of the hidden matrices; None without weight decay.
-      schedule: of the learning rate, in words.
-      rates: float64 [`collapse.BINS`], the logged learning rate as a part of its peak; NaN where
-        the run is not yet.
+      name: its directory, as given by the caller.
+      curve: its training losses.
+      step: last step that was logged.
+      steps: steps of the recipe.
+      parameters: size of the model.
+      tokens_per_parameter: ratio for the whole training.
+      timescale: AdamW's timescale for the hidden matrices; None without weight decay.
+      schedule: the learning-rate schedule in words.
+      rates: float64 [`collapse.BINS`], the logged learning rate as a fraction of its peak; NaN
+        where the run has not arrived yet.
     """
 
     name: str
@@ -59,13 +60,13 @@ class TrainingRun(NamedTuple):
 
 
 def read_training_run(directory: str | Path) -> TrainingRun:
-    """A run from its directory, of `btlm train`, finished or not.
+    """Reads a run, finished or not, from its directory.
 
     Steps whose loss is not finite are left out, with a warning.
 
     Raises:
-      FileNotFoundError: not a run directory, or without metrics.
-      ValueError: too few losses, or a recipe that this version cannot read.
+      FileNotFoundError: the directory is not a run directory, or has no metrics.
+      ValueError: there are too few losses, or this version cannot read the recipe.
     """
     directory = Path(directory)
     file = directory / RECIPE_FILE
@@ -83,17 +84,18 @@ def read_training_run(directory: str | Path) -> TrainingRun:
     finite = [line for line in lines if math.isfinite(line["loss"])]
     if dropped := len(lines) - len(finite):
         logger.warning("%s: %d losses that are not finite are left out", directory, dropped)
-    per_step = np.repeat(
+    tokens_per_step = np.repeat(
         [float(p.tokens_per_step) for p in recipe.phases], [p.steps for p in recipe.phases]
     )
-    done = np.cumsum(per_step) / recipe.tokens
+    done = np.cumsum(tokens_per_step) / recipe.tokens
     steps = np.array([int(line["step"]) for line in finite])
     try:
         curve = collapse.LossCurve.of(done[steps - 1], [line["loss"] for line in finite])
     except ValueError as e:
         raise ValueError(f"{directory}: {e}") from None
     parameters = weights.count_parameters(build_config(recipe))
-    # From the log, not by `Recipe.learning_rate`: that would take an accelerator that is training.
+    # From the log rather than from `build_schedule`, which would use an accelerator that is busy
+    # training.
     rates = np.interp(
         collapse.bin_centers(collapse.BINS),
         curve.done,
@@ -101,19 +103,20 @@ def read_training_run(directory: str | Path) -> TrainingRun:
         right=np.nan,
     )
     return TrainingRun(
-        str(directory),
-        curve,
-        int(lines[-1]["step"]),
-        recipe.steps,
-        parameters,
-        recipe.tokens / parameters,
-        _timescale(recipe),
-        _schedule(recipe),
-        rates,
+        name=str(directory),
+        curve=curve,
+        step=int(lines[-1]["step"]),
+        steps=recipe.steps,
+        parameters=parameters,
+        tokens_per_parameter=recipe.tokens / parameters,
+        timescale=recipe_timescale(recipe),
+        schedule=_describe_schedule(recipe),
+        rates=rates,
     )
 
 
-def _timescale(recipe: Recipe) -> float | None:
+def recipe_timescale(recipe: Recipe) -> float | None:
+    """Returns AdamW's timescale for the hidden matrices; None without weight decay."""
     if not recipe.optimizer.weight_decay:
         return None
     groups = build_param_groups(recipe, build_config(recipe))
@@ -121,29 +124,30 @@ def _timescale(recipe: Recipe) -> float | None:
     return timescale(hidden.lr, hidden.weight_decay, recipe.steps)
 
 
-def _schedule(recipe: Recipe) -> str:
-    o = recipe.optimizer
-    warmup = f"{o.warmup_tokens / recipe.tokens:.1%} warmup"
-    if o.schedule == "constant":
-        return f"constant, {warmup}"
-    return f"{o.schedule} to {o.final_lr / o.peak_lr:.2%}, {warmup}"
-
-
-def run_differences(runs: Sequence[TrainingRun]) -> Iterable[str]:
-    """What differs between runs that collapse supposes equal; a sentence each."""
+def run_differences(runs: Sequence[TrainingRun]) -> Iterator[str]:
+    """Yields a sentence for each difference between runs that collapse assumes to be equal."""
     first = runs[0]
     for run in runs[1:]:
-        for what, a, b in (
+        for label, a, b in (
             ("tokens per parameter", first.tokens_per_parameter, run.tokens_per_parameter),
             ("timescale", first.timescale, run.timescale),
         ):
             if a != b and (a is None or b is None or abs(math.log(b / a)) > TOLERANCE):
-                shown = ["none" if x is None else f"{x:.3g}" for x in (b, a)]
-                yield f"{run.name}: {what} {shown[0]}, {first.name} has {shown[1]}"
-        both = (collapse.bin_centers(collapse.BINS) > collapse.IGNORED) & ~np.isnan(run.rates)
-        apart = np.abs(run.rates - first.rates)[both & ~np.isnan(first.rates)].max(initial=0)
-        if apart > TOLERANCE:
+                value, expected = ["none" if x is None else f"{x:.3g}" for x in (b, a)]
+                yield f"{run.name}: {label} {value}, {first.name} has {expected}"
+        compared = collapse.bin_centers(collapse.BINS) > collapse.IGNORED
+        compared &= ~np.isnan(run.rates) & ~np.isnan(first.rates)
+        distance = np.abs(run.rates - first.rates)[compared].max(initial=0)
+        if distance > TOLERANCE:
             yield (
-                f"{run.name}: learning rate up to {apart:.0%} of its peak from that of "
+                f"{run.name}: learning rate up to {distance:.0%} of its peak from that of "
                 f"{first.name} ({run.schedule}; {first.schedule})"
             )
+
+
+def _describe_schedule(recipe: Recipe) -> str:
+    settings = recipe.optimizer
+    warmup = f"{settings.warmup_tokens / recipe.tokens:.1%} warmup"
+    if settings.schedule == "constant":
+        return f"constant, {warmup}"
+    return f"{settings.schedule} to {settings.final_lr / settings.peak_lr:.2%}, {warmup}"

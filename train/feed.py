@@ -1,82 +1,125 @@
-"""Global batches onto the devices: every process reads its own rows."""
+"""Training data, from token directories to global batches on the devices."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.model import sharding
-from btlm_jax.train import batches as batches_lib
+from btlm_jax.train.batches import Batches
+from btlm_jax.train.mixture import Source, open_mixture
 from btlm_jax.train.recipe import Recipe
 
 
-def reader(recipe: Recipe, sources: list[batches_lib.Source]) -> batches_lib.Batches:
-    """The batches of a recipe.
+class TrainingData(NamedTuple):
+    """The open token directories of a run.
+
+    Attributes:
+      sources: the tokens to train on.
+      held_out: the tokens to evaluate on, or None.
+    """
+
+    sources: list[Source]
+    held_out: TokenShards | None
+
+    @property
+    def all_tokens(self) -> list[TokenShards]:
+        """Every directory of tokens, the held-out one last."""
+        tokens = [source.tokens for source in self.sources]
+        return tokens if self.held_out is None else [*tokens, self.held_out]
+
+
+def open_training_data(recipe: Recipe) -> TrainingData:
+    """Opens the token directories that a recipe names.
 
     Raises:
-      FileNotFoundError, ValueError: as `data.Batches`.
+      FileNotFoundError: a directory does not exist.
+      ValueError: the recipe names no data, or a directory is damaged.
     """
-    return batches_lib.Batches(
-        sources,
-        [batches_lib.Phase(p.steps, p.batch_size, p.length) for p in recipe.phases],
+    settings = recipe.data
+    if not settings.train:
+        raise ValueError(
+            "data.train: not set; make a directory of tokens with `btlm tokenize TEXT --target DIR "
+            "--tokenizer DIR` (or --new-tokenizer SIZE), then pass --set data.train=DIR"
+        )
+    if mixture := settings.mixture or settings.weights:
+        sources = open_mixture(settings.train, mixture)
+    else:
+        sources = [Source(TokenShards(settings.train))]
+    held_out = TokenShards(Path(settings.held_out)) if settings.held_out else None
+    return TrainingData(sources, held_out)
+
+
+def open_batches(recipe: Recipe, data: TrainingData) -> Batches:
+    """Returns the sequence of batches of a recipe.
+
+    Raises:
+      ValueError: as `Batches`.
+    """
+    return Batches(
+        data.sources,
+        recipe.phases,
         seed=recipe.run.seed,
         mask_documents=recipe.data.mask_documents,
         shuffle=recipe.data.shuffle,
     )
 
 
-def batches_on(
-    recipe: Recipe, batches: batches_lib.Batches, mesh: Mesh, start: int
+def batches_on_mesh(
+    recipe: Recipe, batches: Batches, mesh: Mesh, start: int
 ) -> Iterator[tuple[jax.Array, ...]]:
-    """The global batches as device arrays [A, B, T + 1], each process reading its own rows.
+    """Yields global batches on the devices; each process reads only its own rows.
 
     Args:
-      recipe, batches: the recipe and its `reader`.
-      mesh: over whose devices they are split.
-      start: the step of the first batch.
-    """
-    place = NamedSharding(
-        mesh,
-        jax.sharding.PartitionSpec(None, *sharding.partition_spec(sharding.RULES, "batch"), None),
-    )
+      recipe: the recipe.
+      batches: its batches.
+      mesh: the mesh whose devices the batches are split over.
+      start: step of the first batch.
 
-    def rows(batch_size: int) -> list[int]:
+    Yields:
+      (tokens,) or (tokens, segment_ids), int32 [A, B, T + 1] each: A microbatches of B sequences.
+    """
+    spec = PartitionSpec(None, *sharding.partition_spec(sharding.RULES, "batch"), None)
+    batch_sharding = NamedSharding(mesh, spec)
+
+    def local_rows(batch_size: int) -> list[int]:
         needed: set[int] = set()
         for phase in recipe.phases:
             if phase.batch_size == batch_size:
-                micro = phase.microbatch or batch_size
+                micro = phase.microbatch_size
                 shape = (batch_size // micro, micro, 1)
-                indices = place.addressable_devices_indices_map(shape).values()
-                mine = {r for i in indices if i is not None for r in range(micro)[i[1]]}
-                needed |= {a * micro + r for a in range(shape[0]) for r in mine}
+                indices = batch_sharding.addressable_devices_indices_map(shape).values()
+                local = {r for i in indices if i is not None for r in range(micro)[i[1]]}
+                needed |= {a * micro + r for a in range(shape[0]) for r in local}
         return sorted(needed)
 
-    step = start
-    for batch in batches.iterate(start, rows):
-        phase = recipe.phase_at(step)[1]
-        where = {row: i for i, row in enumerate(rows(phase.batch_size))}
-        micro = phase.microbatch or phase.batch_size
+    for step, batch in enumerate(batches.iterate(start, local_rows), start):
+        phase = recipe.phase_at(step)
+        position = {row: i for i, row in enumerate(local_rows(phase.batch_size))}
+        micro = phase.microbatch_size
         shape = (phase.batch_size // micro, micro, phase.length + 1)
 
-        def put(array: np.ndarray, micro=micro, shape=shape, where=where) -> jax.Array:
-            def part(index):
-                steps, sequences = range(shape[0])[index[0]], range(micro)[index[1]]
-                return np.stack([array[[where[a * micro + r] for r in sequences]] for a in steps])
+        def put(array: np.ndarray, micro=micro, shape=shape, position=position) -> jax.Array:
+            def shard(index):
+                microbatches, sequences = range(shape[0])[index[0]], range(micro)[index[1]]
+                return np.stack(
+                    [array[[position[a * micro + r] for r in sequences]] for a in microbatches]
+                )
 
-            with jax.transfer_guard("allow"):  # this one is meant
-                return jax.make_array_from_callback(shape, place, part)
+            with jax.transfer_guard("allow"):  # an intentional transfer
+                return jax.make_array_from_callback(shape, batch_sharding, shard)
 
-        arrays = (batch.tokens, batch.segment_ids)
-        yield tuple(put(x) for x in arrays if x is not None)
-        step += 1
+        yield tuple(put(x) for x in batch if x is not None)
 
 
 def prefetch(batches: Iterator[Any], ahead: int = 2) -> Generator[Any]:
-    """Keeps some batches on their way to the devices."""
+    """Yields the batches, keeping `ahead` of them in transfer to the devices."""
     queue = []
     for batch in batches:
         queue.append(batch)

@@ -1,69 +1,83 @@
-"""Held-out loss while training."""
+"""Held-out loss during training."""
 
 from __future__ import annotations
 
-import logging
 import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.train.metrics import MetricsLog
+from btlm_jax.model.params import Params
 from btlm_jax.train.recipe import Recipe
-from btlm_jax.train.step import TrainState, make_eval_step
-
-logger = logging.getLogger(__name__)
+from btlm_jax.train.step import make_eval_step
 
 
-class Evaluation:
-    """Held-out loss: always the same tokens, in order, in windows of the longest phase."""
+class HeldOutEvaluation:
+    """Computes the held-out loss.
 
-    def __init__(self, recipe: Recipe, model: BTLM, mesh: Mesh, held: TokenShards | None) -> None:
-        self._held = held
-        if held is None:
+    Every evaluation covers the same tokens, in order, in windows of the longest phase.
+
+    Args:
+      recipe: the recipe.
+      model: the model to evaluate.
+      mesh: the mesh that the weights lie on.
+      held_out: the held-out tokens; None makes every evaluation empty.
+
+    Raises:
+      ValueError: there are fewer tokens than one batch needs.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: BTLM, mesh: Mesh, held_out: TokenShards | None
+    ) -> None:
+        self._tokens = held_out
+        if held_out is None:
             return
-        ways = sharding.num_shards(mesh, sharding.RULES, "batch")
-        last = recipe.phases[-1]
+        num_shards = sharding.num_shards(mesh, sharding.RULES, "batch")
         length = max(p.length for p in recipe.phases)
-        micro = last.microbatch or last.batch_size
-        budget = min(len(held) - 1, recipe.data.held_out_tokens)
-        self._batch = max(ways, min(micro, budget // length // ways * ways))
-        count = budget // (self._batch * length)
-        if count < 1:
+        micro = recipe.phases[-1].microbatch_size
+        budget = min(len(held_out) - 1, recipe.data.held_out_tokens)
+        rows = max(num_shards, min(micro, budget // length // num_shards * num_shards))
+        self._num_batches = budget // (rows * length)
+        if self._num_batches < 1:
             raise ValueError(
-                f"data.held_out: {len(held)} tokens are fewer than one batch of {self._batch} "
+                f"data.held_out: {len(held_out)} tokens are fewer than one batch of {rows} "
                 f"sequences of {length} tokens"
             )
-        self._count, self._length, self._mesh = count, length, mesh
+        self._rows, self._length = rows, length
+        spec = PartitionSpec(*sharding.partition_spec(sharding.RULES, "batch"), None)
+        self._sharding = NamedSharding(mesh, spec)
         self._step = make_eval_step(model)
-        self._bytes_per_token = held.metadata.text_bytes / max(len(held), 1)
+        self._bytes_per_token = held_out.metadata.text_bytes / max(len(held_out), 1)
 
-    def __call__(self, state: TrainState, log: MetricsLog, step: int) -> float:
-        if self._held is None:
-            return math.nan
-        spec = jax.sharding.PartitionSpec(*sharding.partition_spec(sharding.RULES, "batch"), None)
-        place = NamedSharding(self._mesh, spec)
-        shape = (self._batch, self._length + 1)
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Returns the metrics of an evaluation; empty without held-out tokens.
+
+        Returns:
+          "held_out_loss", in nats per token, and "held_out_bits_per_byte" of the text.
+        """
+        if self._tokens is None:
+            return {}
         nll = tokens = 0.0
-        for i in range(self._count):
-
-            def part(index, i=i):
-                rows = range(self._batch)[index[0]]
-                starts = [(i * self._batch + r) * self._length for r in rows]
-                return np.stack([self._held.read(s, self._length + 1) for s in starts])
-
-            with jax.transfer_guard("allow"):  # this one is meant
-                batch = jax.make_array_from_callback(shape, place, part)
-            loss = jax.device_get(self._step(state.params, batch))
+        for number in range(self._num_batches):
+            loss = jax.device_get(self._step(params, self._batch(self._tokens, number)))
             nll, tokens = nll + float(loss.nll), tokens + float(loss.tokens)
         mean = nll / tokens
         bits = mean / math.log(2) / self._bytes_per_token
-        log.write(step, {"held_out_loss": mean, "held_out_bits_per_byte": bits})
-        logger.info(
-            "step %d: held-out loss %.4f nats per token, %.4f bits per byte", step, mean, bits
-        )
-        return mean
+        return {"held_out_loss": mean, "held_out_bits_per_byte": bits}
+
+    def _batch(self, tokens: TokenShards, number: int) -> jax.Array:
+        """Returns a batch on the devices. int32 [rows, length + 1]."""
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            rows = range(self._rows)[index[0]]
+            starts = [(number * self._rows + row) * self._length for row in rows]
+            return np.stack([tokens.read(start, self._length + 1) for start in starts])
+
+        shape = (self._rows, self._length + 1)
+        with jax.transfer_guard("allow"):  # an intentional transfer
+            return jax.make_array_from_callback(shape, self._sharding, shard)

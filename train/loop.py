@@ -1,74 +1,65 @@
-"""A training run from its recipe, read from top to bottom.
+"""A training run, from its recipe to its last checkpoint.
 
 A run directory holds `recipe.json` (as resolved), `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
-`loss.png` and `tokenizer/`. Calling `train` on it again goes on from the newest checkpoint.
+`loss.png` and `tokenizer/`. Calling `train` on it again resumes from the newest checkpoint.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import logging
 import math
 import os
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from btlm_jax.config import BTLMConfig
-from btlm_jax.convert import auto
-from btlm_jax.data.token_shards import TokenShards
-from btlm_jax.data.tokenizer import load_tokenizer, tokenizers_match
-from btlm_jax.model import mup, sharding, weights
+from btlm_jax.data.tokenizer import load_tokenizer
+from btlm_jax.model import mup, weights
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.params import Params, check_params, is_unstacked
-from btlm_jax.perf import accounting
-from btlm_jax.train import batches as batches_lib
+from btlm_jax.model.params import Params
+from btlm_jax.train.batches import Batches
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.distributed import raise_together
-from btlm_jax.train.feed import batches_on, prefetch, reader
-from btlm_jax.train.held_out import Evaluation
+from btlm_jax.train.feed import batches_on_mesh, open_batches, open_training_data, prefetch
+from btlm_jax.train.held_out import HeldOutEvaluation
 from btlm_jax.train.metrics import (
     METRICS_FILE,
-    MetricsLog,
-    loss_curves,
-    read_metrics,
+    draw_loss_curves,
+    latest_metrics,
     require_wandb,
 )
 from btlm_jax.train.preemption import StopSignal
-from btlm_jax.train.profiling import Profile
-from btlm_jax.train.recipe import Phase, Recipe
+from btlm_jax.train.preflight import check_run
+from btlm_jax.train.profiling import StepProfiler
+from btlm_jax.train.recipe import Recipe
 from btlm_jax.train.recipe_build import (
     build_mesh,
     build_model,
     build_optimizer,
     build_param_groups,
-    build_schedule,
+    build_params,
     build_step,
     with_microbatches,
 )
 from btlm_jax.train.recipe_file import recipe_to_dict
+from btlm_jax.train.reporter import Reporter
 from btlm_jax.train.run_directory import claim_run_directory
-from btlm_jax.train.step import StepMetrics, TrainState, init_state, offloaded
-from btlm_jax.utils import plots
-from btlm_jax.utils.compile_cache import count_compilations
-from btlm_jax.utils.progress import Progress
+from btlm_jax.train.step import init_state, move_optimizer_state
 
 logger = logging.getLogger(__name__)
 
 
-class Outcome(NamedTuple):
+class TrainResult(NamedTuple):
     """How a call of `train` ended.
 
     Attributes:
-      step: steps taken in all.
-      finished: whether that is all of the recipe.
-      loss: of the last step, in nats per token.
-      held_out: of the last evaluation; NaN if there was none.
+      step: steps taken since the beginning of the run.
+      finished: whether these are all steps of the recipe.
+      loss: loss of the last step, in nats per token.
+      held_out: loss of the last evaluation, in nats per token; NaN if there was none.
     """
 
     step: int
@@ -79,306 +70,135 @@ class Outcome(NamedTuple):
 
 def train(
     recipe: Recipe, directory: str | os.PathLike[str], profile: tuple[int, int] | None = None
-) -> Outcome:
-    """Trains, or goes on training.
+) -> TrainResult:
+    """Trains by a recipe, or resumes a run that was stopped.
 
-    Every process of a run calls this with the same recipe and a directory they share.
+    Every process of a run calls this with the same recipe and a directory that they share.
 
     Args:
-      recipe: what to do.
-      directory: of the run.
-      profile: the first and the last step to trace (`Profile`).
+      recipe: what to train, on which data, and how.
+      directory: the run directory; created, or resumed if it exists.
+      profile: first and last step to trace (`StepProfiler`).
 
     Raises:
-      ValueError: something that does not fit: recipe, data, mesh, checkpoint, run directory.
-      FileNotFoundError: data or checkpoint are not there.
-      FloatingPointError: gradients were not finite for `run.max_bad_steps` steps in a row.
+      ValueError: recipe, data, mesh, checkpoint and run directory do not fit together.
+      FileNotFoundError: data or checkpoint do not exist.
+      FloatingPointError: the gradients of `run.max_bad_steps` steps in a row were not finite.
       OSError: the disk is full or fails.
     """
     directory = Path(directory).absolute()
+    run = recipe.run
+
+    # Whatever may be refused is built and checked before the run directory is claimed.
     with raise_together():
-        if recipe.run.wandb_project:
+        if run.wandb_project:
             require_wandb()
         mesh = build_mesh(recipe)
-        sources, held = _open_data(recipe)
+        data = open_training_data(recipe)
         model = build_model(recipe)
         recipe = with_microbatches(recipe, mesh)
-        _check(recipe, model.config, mesh, sources, held)
-        # All of these may refuse, and must before the directory is claimed.
+        check_run(recipe, model.config, mesh, data)
         tx = build_optimizer(recipe, model.config)
-        read = reader(recipe, _sources(recipe))
-        evaluate = Evaluation(recipe, model, mesh, held)
-    identity = {"recipe": recipe_to_dict(recipe), "data": [s.fingerprint for s in sources]}
-    also = None if held is None else held.fingerprint
-    claim_run_directory(directory, identity, also, Path(sources[0].directory))
+        batches = open_batches(recipe, data)
+        evaluate = HeldOutEvaluation(recipe, model, mesh, data.held_out)
+    identity = {
+        "recipe": recipe_to_dict(recipe),
+        "data": [source.tokens.fingerprint for source in data.sources],
+    }
+    claim_run_directory(directory, identity, data)
 
-    keeper = Checkpoints(
-        directory / "checkpoints", keep_last=recipe.run.keep_last, keep_every=recipe.run.keep_every
-    )
-    restored = keeper.restore_newest(model, tx, mesh)
-    if restored is not None:
-        state = restored[0]
-        if state.step >= recipe.steps:
-            return _already_finished(recipe, directory, keeper)
-        logger.info("going on from step %d", int(state.step))
-    else:
-        state = init_state(_weights(recipe, model, mesh), tx)
-    if recipe.run.offload_optimizer:
-        state = state._replace(opt_state=offloaded(state.opt_state))
-    first = int(state.step)
-    with raise_together():
-        keeper.require_space(state, _saves(recipe, first))
+    with contextlib.ExitStack() as stack:
+        # Closing the checkpoints waits until the last one is on the disk.
+        checkpoints = Checkpoints(
+            directory / "checkpoints", keep_last=run.keep_last, keep_every=run.keep_every
+        )
+        stack.enter_context(contextlib.closing(checkpoints))
+        state = checkpoints.restore_newest(model, tx, mesh)
+        if state is None:
+            state = init_state(build_params(recipe, model, mesh), tx)
+        elif state.step >= recipe.steps:
+            logger.info("%s: all %d steps are done", directory, recipe.steps)
+            return _result(recipe.steps, recipe, latest_metrics(directory / METRICS_FILE))
+        else:
+            logger.info("resuming from step %d", int(state.step))
+        if run.offload_optimizer:
+            opt_state = move_optimizer_state(state.opt_state, jax.memory.Space.Host)
+            state = state._replace(opt_state=opt_state)
+        first = int(state.step)
+        with raise_together():
+            checkpoints.require_space(state, _checkpoint_steps(recipe, first))
+            profiler = StepProfiler(directory, profile, first)
+            reporter = Reporter(recipe, model.config, directory, first, checkpoints.describe_newest)
+        _log_run(recipe, model, batches)
+        step_fn = build_step(recipe, model, tx)
+        feed = prefetch(batches_on_mesh(recipe, batches, mesh, first))
+        # Closing the feed ends the threads that read ahead.
+        stack.enter_context(reporter)
+        stack.enter_context(contextlib.closing(feed))
+        stack.enter_context(contextlib.closing(profiler))
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(jax.transfer_guard("disallow"))
+
+        for step in range(first + 1, recipe.steps + 1):
+            profiler.before_step(step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, metrics = step_fn(state, *next(feed))
+            profiler.after_step(step, metrics)
+            reporter.record(step, recipe.phase_at(step - 1), metrics)
+
+            last = step == recipe.steps
+            if last or _is_due(step, run.eval_every):
+                with reporter.pause():
+                    reporter.log_held_out(step, evaluate(state.params))
+            if _is_due(step, run.sample_every):
+                with reporter.pause():
+                    _log_sample(recipe, model, state.params, directory, step)
+            stopping = stop.requested(step)
+            if last or stopping or _is_due(step, run.checkpoint_every):
+                with reporter.pause():
+                    origin = {**identity, "run": str(directory)}
+                    checkpoints.save(model.config, state, step, origin)
+            if stopping:
+                break
+
+    if jax.process_index() == 0:
+        draw_loss_curves(directory)
+    return _result(step, recipe, reporter.latest)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _checkpoint_steps(recipe: Recipe, first: int) -> list[int]:
+    """Returns the steps after `first` whose state will be saved."""
+    every = recipe.run.checkpoint_every
+    return [s for s in range(first + 1, recipe.steps) if _is_due(s, every)] + [recipe.steps]
+
+
+def _result(step: int, recipe: Recipe, metrics: dict[str, float]) -> TrainResult:
+    loss, held_out = (metrics.get(name, math.nan) for name in ("loss", "held_out_loss"))
+    return TrainResult(step, step == recipe.steps, loss, held_out)
+
+
+def _log_run(recipe: Recipe, model: BTLM, batches: Batches) -> None:
     if jax.process_index() == 0:
         logger.info(
             "%s parameters in muP groups:\n%s",
             f"{weights.count_parameters(model.config):,}",
             mup.format_groups(build_param_groups(recipe, model.config)),
         )
-        for name, epochs in read.epochs.items():
+        for name, epochs in batches.epochs.items():
             logger.info("data: %.3g epochs of %s", epochs, name)
 
-    step_fn = build_step(recipe, model, tx)
-    with raise_together():
-        log = MetricsLog(directory, first, recipe_to_dict(recipe), recipe.run.wandb_project)
-        trace = Profile(directory, profile, first)
-    batches = prefetch(batches_on(recipe, read, mesh, first))
-    origin = {**identity, "run": str(directory)}
-    loss, held_out, stopped = math.nan, math.nan, False
-    waiting: tuple[int, Phase, StepMetrics] | None = None
-    clock = time.monotonic()
-    bar = Progress(recipe.steps, "step", "train", done=first, shown=jax.process_index() == 0)
-    saved = first if restored is not None else -1
-    step = first
-    try:
-        with (
-            StopSignal() as stop, bar as progress, count_compilations() as compiled,
-            jax.transfer_guard("disallow"),
-        ):  # fmt: skip
-            while step < recipe.steps and not stopped:
-                _, phase = recipe.phase_at(step)
-                trace.before(step + 1)
-                before = dataclasses.replace(compiled)
-                with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-                    state, metrics = step_fn(state, *next(batches))
-                step += 1
-                if compiled.count > before.count:
-                    seconds = compiled.seconds - before.seconds
-                    logger.info("step %d: compiled its program in %.1f s", step, seconds)
-                trace.after(step, metrics)
-                # The metrics of the step before: fetching this one's would wait for it.
-                done, waiting = waiting, (step, phase, metrics)
-                if done is not None:
-                    now = time.monotonic()
-                    loss, note = _report(recipe, model, log, done, now - clock)
-                    clock = now
-                    progress.update(1, note)
-                    _stop_if_bad(recipe, done, keeper)
-                run = recipe.run
-                evaluating, sampling, saving = (
-                    bool(every) and step % every == 0
-                    for every in (run.eval_every, run.sample_every, run.checkpoint_every)
-                )
-                if evaluating or sampling or saving:
-                    jax.block_until_ready(metrics)  # what follows waits for it anyway
-                aside = time.monotonic()
-                if evaluating:
-                    held_out = evaluate(state, log, step)
-                if sampling:
-                    _sample(recipe, model, state, directory, step)
-                if saving and step < recipe.steps:
-                    keeper.save(model.config, state, step, origin)
-                    saved = step
-                clock += time.monotonic() - aside  # not the step's own time
-                stopped = stop.requested(step)
-            if waiting is not None:
-                loss, note = _report(recipe, model, log, waiting, time.monotonic() - clock)
-                progress.update(1, note)
-                _stop_if_bad(recipe, waiting, keeper)
-            every = recipe.run.eval_every
-            if step == recipe.steps and not (every and step % every == 0):
-                held_out = evaluate(state, log, step)
-            if saved != step:
-                keeper.save(model.config, state, step, origin)
-    finally:
-        trace.close()
-        batches.close()  # ends the threads that read ahead
-        log.close()
-        keeper.close()  # waits until the last checkpoint is on the disk
-    _draw(directory, recipe)
-    return Outcome(step, step == recipe.steps, loss, held_out)
 
-
-def _saves(recipe: Recipe, first: int) -> list[int]:
-    """The steps after `first` whose state is saved."""
-    every = recipe.run.checkpoint_every
-    return [s for s in range(first + 1, recipe.steps) if every and s % every == 0] + [recipe.steps]
-
-
-def _already_finished(recipe: Recipe, directory: Path, keeper: Checkpoints) -> Outcome:
-    keeper.close()
-    logger.info("%s: all %d steps are done", directory, recipe.steps)
-    last: dict[str, float] = {}
-    for line in read_metrics(directory / METRICS_FILE):
-        last |= line
-    return Outcome(
-        recipe.steps, True, last.get("loss", math.nan), last.get("held_out_loss", math.nan)
-    )
-
-
-# Before the first step ----------------------------------------------------------------------------
-
-
-def _open_data(recipe: Recipe) -> tuple[list[TokenShards], TokenShards | None]:
-    if not recipe.data.train:
-        raise ValueError(
-            "data.train: not set; make a directory of tokens with `btlm tokenize TEXT --target DIR "
-            "--tokenizer DIR` (or --new-tokenizer SIZE), then pass --set data.train=DIR"
-        )
-    folders = [s.directory for s in _sources(recipe)]
-    held = recipe.data.held_out
-    return [TokenShards(d) for d in folders], TokenShards(Path(held)) if held else None
-
-
-def _sources(recipe: Recipe) -> list[batches_lib.Source]:
-    parent = Path(recipe.data.train)
-    if recipe.data.mixture is not None:
-        return batches_lib.mixture_sources(parent, recipe.data.mixture)
-    if recipe.data.weights:
-        return [batches_lib.Source(parent / name, w) for name, w in recipe.data.weights.items()]
-    return [batches_lib.Source(parent)]
-
-
-def _weights(recipe: Recipe, model: BTLM, mesh: Mesh) -> Params:
-    """Fresh weights, or those of the checkpoint to start from; fp32 masters."""
-    source = recipe.model.checkpoint
-    if source is None:
-        key = jax.random.key(recipe.run.seed)
-        return model.init(key, mesh=mesh, truncation=recipe.model.init_truncation)
-    _, params = auto.load_any_checkpoint(source, mesh=mesh, dtype=jnp.float32)
-    if is_unstacked(params):
-        raise ValueError(
-            f"model.checkpoint: {source} is quantized, and only floats can be trained: name the "
-            "checkpoint it was made from"
-        )
-    check_params(params, model.config)
-    return params
-
-
-def _check(
-    recipe: Recipe,
-    config: BTLMConfig,
-    mesh: Mesh,
-    sources: list[TokenShards],
-    held: TokenShards | None,
-) -> None:
-    """Refuses what would fail only later."""
-    ways = sharding.num_shards(mesh, sharding.RULES, "batch")
-    problems = []
-    for i, phase in enumerate(recipe.phases):
-        micro = phase.microbatch or phase.batch_size
-        if micro % ways:
-            name = "microbatch" if phase.microbatch else "batch_size"
-            problems.append(
-                f"phases.{i}.{name}: found {micro}, expected a multiple of {ways}, over which this "
-                f"mesh splits the batch (data x fsdp)"
-            )
-        stripes = sharding.num_chunks(sharding.num_shards(mesh, sharding.RULES, "sequence"))
-        if phase.length % stripes:
-            problems.append(
-                f"phases.{i}.length: found {phase.length}, expected a multiple of {stripes}, twice "
-                "mesh.context"
-            )
-        if not config.alibi and phase.length > config.n_positions:
-            problems.append(
-                f"phases.{i}.length: found {phase.length}, the learned positions of the model end "
-                f"at {config.n_positions}"
-            )
-    for tokens in [*sources, *([held] if held is not None else [])]:
-        if tokens.metadata.vocab_size > config.vocab_size:
-            problems.append(
-                f"{tokens.directory}: its tokenizer has {tokens.metadata.vocab_size} tokens, the "
-                f"model {config.vocab_size}"
-            )
-    if len({t.metadata.tokenizer_sha256 for t in [*sources, *([held] if held else [])]}) > 1:
-        problems.append("data: the directories were made with different tokenizers")
-    start = recipe.model.checkpoint
-    known = auto.read_any_tokenizer(start) if start is not None else None
-    if known is not None and not tokenizers_match(known, load_tokenizer(sources[0].directory)):
-        problems.append(
-            f"data.train: {sources[0].directory} was made with another tokenizer than that of "
-            f"{start}: tokenize it with --tokenizer {start}"
-        )
-    if problems:
-        raise ValueError("the recipe cannot be run:\n  " + "\n  ".join(problems))
-
-
-# While it runs ------------------------------------------------------------------------------------
-
-
-def _report(
-    recipe: Recipe,
-    model: BTLM,
-    log: MetricsLog,
-    done: tuple[int, Phase, StepMetrics],
-    seconds: float,
-) -> tuple[float, str]:
-    """Fetches and writes the metrics of a step. Returns its loss and the note for the bar."""
-    step, phase, on_device = done
-    m = jax.device_get(on_device)
-    rate = float(m["tokens"]) / max(seconds, 1e-9) / jax.device_count()
-    used = accounting.model_flops_utilization(model.config, phase.length, rate)
-    if step % recipe.run.log_every == 0 or step in (1, recipe.steps):
-        # Skipped steps do not move the schedule. This one, if it was, would have had the next rate.
-        updates = step - int(m["skipped"]) - (0 if m["bad_in_a_row"] else 1)
-        with jax.transfer_guard("allow"):
-            learning_rate = float(build_schedule(recipe)(updates))
-        values = {
-            **{name: float(x) for name, x in m.items() if name != "bad_in_a_row"},
-            "learning_rate": learning_rate,
-            "tokens_per_second_per_device": rate,
-            **used,
-        }
-        log.write(step, values)
-    note = f"loss {m['loss']:.3f}, {rate:,.0f} tokens/s/device"
-    if used:
-        note += f", MFU {used['mfu']:.1%} (causal {used['mfu_causal']:.1%})"
-    return float(m["loss"]), note + (f", {m['skipped']} skipped" if m["skipped"] else "")
-
-
-def _stop_if_bad(recipe: Recipe, done: tuple[int, Phase, StepMetrics], keeper: Checkpoints) -> None:
-    bad = int(jax.device_get(done[2]["bad_in_a_row"]))
-    if bad >= recipe.run.max_bad_steps:
-        keeper.wait()
-        steps = keeper.steps()
-        good = (
-            f"the last checkpoint is {keeper.path(steps[-1])}"
-            if steps
-            else "there is no checkpoint"
-        )
-        raise FloatingPointError(
-            f"step {done[0]}: the gradients of {bad} steps in a row were not finite; {good}. Lower "
-            "optimizer.peak_lr, or look at the data"
-        )
-
-
-def _sample(recipe: Recipe, model: BTLM, state: TrainState, directory: Path, step: int) -> None:
+def _log_sample(recipe: Recipe, model: BTLM, params: Params, directory: Path, step: int) -> None:
+    """Logs text that the model generates after the prompt of the recipe."""
     from btlm_jax.generation.generate import generate
 
     tokenizer = load_tokenizer(directory)
     ids = np.array([tokenizer.encode(recipe.run.prompt).ids])
     with jax.transfer_guard("allow"):
-        out = generate(model, state.params, ids, max_new_tokens=32, do_sample=True, seed=step)
+        out = generate(model, params, ids, max_new_tokens=32, do_sample=True, seed=step)
     if jax.process_index() == 0:
         logger.info("step %d: %s", step, tokenizer.decode(np.asarray(out)[0].tolist()))
-
-
-def _draw(directory: Path, recipe: Recipe) -> None:
-    if jax.process_index() != 0:
-        return
-    try:
-        plots.require_matplotlib()
-    except ValueError as e:
-        logger.warning("%s", e)
-        return
-    if drawn := loss_curves(directory):
-        plots.draw_loss_curve(directory / "loss.png", drawn, {}, directory.name)

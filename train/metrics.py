@@ -1,4 +1,4 @@
-"""What a run reports: a line per step in a file, TensorBoard, and the note of the progress line."""
+"""Metrics of a run on disk: a line of JSON per step, TensorBoard, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from typing import Any
 
 import jax
 
+from btlm_jax.utils import plots
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Writes metrics; process 0 only. TensorBoard if tensorboardX is installed.
+    """Writes metrics, in process 0 only. TensorBoard files need tensorboardX.
 
     Args:
-      directory: of the run.
-      step: the step from which it goes on; later lines, of a run that went further and was lost,
-        are removed.
-      recipe: as plain values, for Weights & Biases.
-      wandb_project: its project; empty for none.
+      directory: the run directory.
+      step: step at which the run starts or resumes. Later lines, of a run that went further but
+        lost its checkpoint, are removed.
+      recipe: the recipe as plain values, for Weights & Biases.
+      wandb_project: project of Weights & Biases; empty for none.
     """
 
     def __init__(
@@ -36,15 +38,15 @@ class MetricsLog:
         if jax.process_index() != 0:
             return
         path = directory / METRICS_FILE
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        fresh = path.with_name(f"{METRICS_FILE}.new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(fresh, path)
+        valid = [line for line in read_metrics(path) if line["step"] <= step]
+        rewritten = path.with_name(f"{METRICS_FILE}.new")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in valid))
+        os.replace(rewritten, path)
         self._file = path.open("a", encoding="utf-8")
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            logger.info("no TensorBoard files: pip install 'btlm-jax[train]' brings tensorboardX")
+            logger.info("no TensorBoard files: pip install 'btlm-jax[train]' installs tensorboardX")
         else:
             self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step)
         if wandb_project:
@@ -56,11 +58,11 @@ class MetricsLog:
                 dir=str(directory),
                 config=dict(recipe),
             )
-            # Its own step cannot go back to a checkpoint; a metric can.
+            # wandb's own step cannot return to that of a checkpoint; a metric can.
             self._wandb.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a line, and a point to every curve."""
+        """Writes a line, and a point on every curve."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -71,7 +73,7 @@ class MetricsLog:
             self._wandb.log({"step": step, **values})
 
     def close(self) -> None:
-        """Ends files and reports; nothing can be written after."""
+        """Closes files and the wandb run; nothing can be written afterwards."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -81,7 +83,7 @@ class MetricsLog:
 
 
 def require_wandb() -> Any:
-    """The wandb package.
+    """Returns the wandb package.
 
     Raises:
       ValueError: it is not installed.
@@ -94,30 +96,50 @@ def require_wandb() -> Any:
         ) from None
 
 
-def _wandb_id(directory: Path) -> str:
-    """The same for all calls that go on with a run."""
-    file = directory / "wandb_id"
-    if not file.exists():
-        file.write_text(uuid.uuid4().hex[:12])
-    return file.read_text()
-
-
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; one cut short by a kill is left out."""
+    """Returns the lines of a metrics file, without a line that a kill truncated."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
-            logger.warning("%s: a line that was cut short is dropped", path)
+            logger.warning("%s: dropped a truncated line", path)
     return lines
 
 
+def latest_metrics(path: Path) -> dict[str, float]:
+    """Returns the newest value of every metric in a metrics file."""
+    latest: dict[str, float] = {}
+    for line in read_metrics(path):
+        latest |= line
+    return latest
+
+
 def loss_curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """The losses of a run, to draw: label -> (steps, nats per token)."""
-    lines, found = read_metrics(run / METRICS_FILE), {}
+    """Returns the losses of a run, to plot: label -> (steps, nats per token)."""
+    lines, curves = read_metrics(run / METRICS_FILE), {}
     for name, label in (("loss", "training"), ("held_out_loss", "held out")):
-        steps = [line["step"] for line in lines if name in line]
-        if steps:
-            found[label] = steps, [line[name] for line in lines if name in line]
-    return found
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            curves[label] = list(steps), list(losses)
+    return curves
+
+
+def draw_loss_curves(run: Path) -> None:
+    """Draws the losses of a run into its `loss.png`; warns if matplotlib is not installed."""
+    try:
+        plots.require_matplotlib()
+    except ValueError as e:
+        logger.warning("%s", e)
+        return
+    if curves := loss_curves(run):
+        plots.draw_loss_curve(run / "loss.png", curves, {}, run.name)
+
+
+def _wandb_id(directory: Path) -> str:
+    """Returns the id of the run, the same whenever the run is resumed."""
+    file = directory / "wandb_id"
+    if not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    return file.read_text()

@@ -1,4 +1,4 @@
-"""When to stop: SIGTERM, Ctrl-C, and the preemption notices of clusters."""
+"""Preemption: SIGTERM, Ctrl-C and the notices of clusters, checked between steps."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StopSignal:
-    """A context manager that turns SIGTERM and Ctrl-C into a question to ask after every step.
+    """A context manager that catches SIGTERM and Ctrl-C, to be checked after every step.
 
-    The first signal asks to stop, a second one ends the process at once. Where JAX's runtime joins
-    processes it is the one to receive SIGTERM (and Ctrl-C is passed on to it as such): a notice to
-    any process has all of them stop after the same step.
+    The first signal requests a stop; a second one ends the process at once. If several processes
+    have joined, JAX's runtime receives SIGTERM instead (Ctrl-C is forwarded to it as SIGTERM): a
+    notice to any process stops all of them after the same step.
     """
 
     def __init__(self) -> None:
@@ -31,30 +31,30 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            watched = [signal.SIGINT] if self._joined else [signal.SIGINT, signal.SIGTERM]
-            self._previous = {s: signal.signal(s, self._receive) for s in watched}
+            caught = [signal.SIGINT] if self._joined else [signal.SIGINT, signal.SIGTERM]
+            self._previous = {s: signal.signal(s, self._handle) for s in caught}
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            # None stands for a handler that is not Python's, which cannot be put back from here.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
-        name = signal.Signals(number).name
-        logger.warning("%s: saving after this step, then leaving; again to leave at once", name)
-        self._restore()
-        if self._joined:
-            signal.raise_signal(signal.SIGTERM)
+        self._restore_handlers()
 
     def requested(self, step: int) -> bool:
-        """Whether to stop after this step; every process asks, after every step."""
+        """Returns whether to stop after `step`; every process calls this after every step."""
         if not self._joined:
             return self._received
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._received = True
+        name = signal.Signals(number).name
+        logger.warning("%s: saving after this step, then exiting; repeat to exit at once", name)
+        self._restore_handlers()
+        if self._joined:
+            signal.raise_signal(signal.SIGTERM)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous.items():
+            # None is a handler that Python did not install and therefore cannot restore.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

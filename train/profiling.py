@@ -11,16 +11,16 @@ import jax
 logger = logging.getLogger(__name__)
 
 
-class Profile:
-    """Traces the steps from the first to the last named, into `profile/` of the run.
+class StepProfiler:
+    """Traces a range of steps into `profile/` of the run directory.
 
     Args:
-      directory: of the run.
-      steps: first and last, from 1; None traces nothing.
-      done: steps that the run has taken already.
+      directory: the run directory.
+      steps: first and last step to trace, from 1; None traces nothing.
+      done: steps that the run has already taken.
 
     Raises:
-      ValueError: a first step that is done already, or after the last.
+      ValueError: the first step is already done, or comes after the last.
     """
 
     def __init__(self, directory: Path, steps: tuple[int, int] | None, done: int) -> None:
@@ -31,20 +31,20 @@ class Profile:
         self._directory, self._tracing = directory / "profile", False
         self._first, self._last = steps or (0, 0)
 
-    def before(self, step: int) -> None:
-        """Starts to trace if this is the first step to trace."""
+    def before_step(self, step: int) -> None:
+        """Starts the trace if `step` is the first to trace."""
         if step == self._first:
             jax.profiler.start_trace(str(self._directory))
             self._tracing = True
 
-    def after(self, step: int, results: Any) -> None:
-        """Ends the trace after the last step, once its results are there."""
+    def after_step(self, step: int, results: Any) -> None:
+        """Ends the trace if `step` is the last to trace, once its results are computed."""
         if self._tracing and step == self._last:
             jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:
-        """Writes the trace, if one is being taken."""
+        """Writes the trace, if one is running."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False

@@ -19,7 +19,8 @@ from btlm_jax.config import AlibiScaling, BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.model import mup, sharding
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.train.recipe import Recipe, nearest
+from btlm_jax.model.params import Params, check_params, is_unstacked
+from btlm_jax.train.recipe import Recipe, nearest_name_hint
 from btlm_jax.train.step import StepMetrics, TrainState, make_step
 
 
@@ -54,7 +55,7 @@ def build_config(recipe: Recipe) -> BTLMConfig:
     known = {f.name for f in dataclasses.fields(BTLMConfig)}
     if unknown := set(model.fields) - known:
         name = sorted(unknown)[0]
-        raise ValueError(f"model.fields.{name}: unknown field{nearest(name, known)}")
+        raise ValueError(f"model.fields.{name}: unknown field{nearest_name_hint(name, known)}")
     fields = dict(model.fields)
     if model.alibi_scaling_factor is not None:
         fields["alibi_scaling"] = AlibiScaling(factor=model.alibi_scaling_factor)
@@ -89,7 +90,7 @@ def with_microbatches(recipe: Recipe, mesh: Mesh) -> Recipe:
     sequence_shards = sharding.num_shards(mesh, sharding.RULES, "sequence")
     limit, phases = recipe.run.tokens_per_device, []
     for i, phase in enumerate(recipe.phases):
-        microbatch = phase.microbatch or phase.batch_size
+        microbatch = phase.microbatch_size
         if phase.microbatch is None and limit and phase.batch_size % batch_shards == 0:
             per_shard = phase.batch_size // batch_shards
             fitting = [
@@ -106,6 +107,26 @@ def with_microbatches(recipe: Recipe, mesh: Mesh) -> Recipe:
             microbatch = batch_shards * max(fitting)
         phases.append(dataclasses.replace(phase, microbatch=microbatch))
     return dataclasses.replace(recipe, phases=tuple(phases))
+
+
+def build_params(recipe: Recipe, model: BTLM, mesh: Mesh) -> Params:
+    """Returns the fp32 weights that training starts from: fresh ones, or a checkpoint's.
+
+    Raises:
+      ValueError: the checkpoint is quantized, or does not fit the model.
+    """
+    source = recipe.model.checkpoint
+    if source is None:
+        key = jax.random.key(recipe.run.seed)
+        return model.init(key, mesh=mesh, truncation=recipe.model.init_truncation)
+    _, params = auto.load_any_checkpoint(source, mesh=mesh, dtype=jnp.float32)
+    if is_unstacked(params):
+        raise ValueError(
+            f"model.checkpoint: {source} is quantized, and only floats can be trained: name the "
+            "checkpoint it was made from"
+        )
+    check_params(params, model.config)
+    return params
 
 
 def build_schedule(recipe: Recipe) -> Callable[[Any], Any]:

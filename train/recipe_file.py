@@ -1,6 +1,6 @@
-"""Recipes as TOML files, read into the dataclasses of `recipe`.
+"""Recipes as TOML files, parsed into the dataclasses of `recipe`.
 
-A recipe's sections are the fields of `Recipe`. Unknown keys and wrong types are errors that name
+The sections of a file are the fields of `Recipe`. Unknown keys and wrong types are errors that name
 the key and the nearest valid one; `--set section.key=value` overrides single values.
 """
 
@@ -14,36 +14,38 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from btlm_jax.train.recipe import Recipe, nearest
+from btlm_jax.train.recipe import Recipe, nearest_name_hint
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Reads a recipe.
+    """Loads a recipe.
 
     Args:
-      source: the name of one of ours (`names`), or the path of a TOML file.
-      overrides: "section.key=value" each, the value as in TOML (strings may lack their quotes);
-        phases are numbered: "phases.0.steps=10".
+      source: name of a recipe of the package (`recipe_names`), or path of a TOML file.
+      overrides: "section.key=value" each, with values as in TOML (strings need no quotes); phases
+        are numbered: "phases.0.steps=10".
 
     Raises:
-      FileNotFoundError: no such recipe; the message lists ours.
-      ValueError: not TOML, unknown keys, values of the wrong type, a recipe that cannot be run.
+      FileNotFoundError: there is no such recipe; the message lists those of the package.
+      ValueError: the file is not TOML, has unknown keys or values of the wrong type, or the recipe
+        is invalid.
     """
     path = Path(source)
     if path.suffix != ".toml" and str(source) in recipe_names():
         path = RECIPES_FOLDER / f"{source}.toml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{source}: no such recipe; ours are {', '.join(recipe_names())}, others end in .toml"
+            f"{source}: no such recipe; expected one of {', '.join(recipe_names())}, or the path "
+            "of a .toml file"
         )
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not valid TOML: {e}") from None
     for override in overrides:
-        _override(raw, override)
+        _apply_override(raw, override)
     try:
         return parse_recipe(raw)
     except ValueError as e:
@@ -51,35 +53,39 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
-    """A recipe from parsed TOML; see `load`."""
-    return _dataclass(Recipe, raw, "")
+    """Returns the recipe of parsed TOML.
+
+    Raises:
+      ValueError: as `load_recipe`.
+    """
+    return _parse_dataclass(Recipe, raw, "")
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Returns the names of the recipes that the package contains."""
     return sorted(p.stem for p in RECIPES_FOLDER.glob("*.toml"))
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """What `parse` reads back, as JSON and TOML can hold it."""
+    """Returns the recipe as JSON and TOML can hold it; inverse of `parse_recipe`."""
 
-    def clean(value: Any) -> Any:
+    def to_plain(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {k: clean(v) for k, v in value.items() if v is not None}
-        return [clean(v) for v in value] if isinstance(value, list | tuple) else value
+            return {k: to_plain(v) for k, v in value.items() if v is not None}
+        return [to_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
-    return clean(dataclasses.asdict(recipe))
+    return to_plain(dataclasses.asdict(recipe))
 
 
-def _dataclass(cls: type, raw: Any, where: str) -> Any:
+def _parse_dataclass(cls: type, raw: Any, prefix: str) -> Any:
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{where or 'recipe'}: found {raw!r}, expected a table")
+        raise ValueError(f"{prefix or 'recipe'}: found {raw!r}, expected a table")
     hints, values = typing.get_type_hints(cls), {}
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in raw.items():
         if key not in fields:
-            raise ValueError(f"{where}{key}: unknown key{nearest(key, fields)}")
-        values[key] = _value(hints[key], value, where + key)
+            raise ValueError(f"{prefix}{key}: unknown key{nearest_name_hint(key, fields)}")
+        values[key] = _parse_value(hints[key], value, prefix + key)
     missing = [
         name
         for name, f in fields.items()
@@ -88,35 +94,36 @@ def _dataclass(cls: type, raw: Any, where: str) -> Any:
         and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{where}{missing[0]}: missing")
+        raise ValueError(f"{prefix}{missing[0]}: missing")
     return cls(**values)
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _parse_value(hint: Any, value: Any, key: str) -> Any:
+    """Returns the value of a key, converted to its type hint."""
     if dataclasses.is_dataclass(hint):
-        return _dataclass(typing.cast(type, hint), value, f"{where}.")
+        return _parse_dataclass(typing.cast(type, hint), value, f"{key}.")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, list):
-            raise ValueError(f"{where}: found {value!r}, expected a list of tables")
-        return tuple(_dataclass(args[0], v, f"{where}.{i}.") for i, v in enumerate(value))
+            raise ValueError(f"{key}: found {value!r}, expected a list of tables")
+        return tuple(_parse_dataclass(args[0], v, f"{key}.{i}.") for i, v in enumerate(value))
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{where}: found {value!r}, expected one of {', '.join(args)}")
+            raise ValueError(f"{key}: found {value!r}, expected one of {', '.join(args)}")
         return value
     options = args if origin is types.UnionType else (origin or hint,)
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    kinds = [Mapping if o is Mapping or o is typing.get_origin(hint) else o for o in options]
-    if isinstance(value, bool) and bool not in kinds:
-        kinds = []
-    if not any(isinstance(value, k) for k in kinds if isinstance(k, type)):
-        expected = " or ".join(k.__name__ for k in options if k is not types.NoneType)
-        raise ValueError(f"{where}: found {value!r}, expected {expected}")
+    valid = [t for t in options if isinstance(t, type)]
+    # A bool is an int to Python, but not to a recipe.
+    is_valid = isinstance(value, tuple(valid)) and (not isinstance(value, bool) or bool in valid)
+    if not is_valid:
+        expected = " or ".join(t.__name__ for t in options if t is not types.NoneType)
+        raise ValueError(f"{key}: found {value!r}, expected {expected}")
     return value
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def _apply_override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set {text}: expected section.key=value")
@@ -126,13 +133,13 @@ def _override(raw: dict[str, Any], text: str) -> None:
         parsed = value
     node: Any = raw
     *path, last = key.strip().split(".")
-    for part in path:
+    for name in path:
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not name.isdigit() or int(name) >= len(node):
                 raise ValueError(f"--set {text}: there are phases 0 to {len(node) - 1}")
-            node = node[int(part)]
+            node = node[int(name)]
         else:
-            node = node.setdefault(part, {})
+            node = node.setdefault(name, {})
     if not isinstance(node, dict):
         raise ValueError(f"--set {text}: {key} is not a key of a table")
     node[last] = parsed

@@ -1,4 +1,4 @@
-"""One training step: loss, gradients, update; jitted, with the old state's memory reused."""
+"""The train step: loss, gradients and update in one jitted function that donates the old state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from btlm_jax.model.params import Params, unflatten_tree
 
 
 class TrainState(NamedTuple):
-    """What a step takes and returns. Optimizer state follows the weights' shardings."""
+    """State between two steps. The optimizer state is sharded like the weights."""
 
     params: Params
     opt_state: Any
-    step: jax.Array  # int32, steps taken, skipped ones included
-    skipped: jax.Array  # int32, steps whose gradients were not finite, in all
-    bad_in_a_row: jax.Array  # int32, of these, the last without a good one between
+    step: jax.Array  # int32, steps taken, including skipped ones
+    skipped: jax.Array  # int32, all steps whose gradients were not finite
+    bad_in_a_row: jax.Array  # int32, consecutive steps of that kind, up to the newest
 
 
 # Name -> scalar on the devices. Fetch the metrics of a step one step late to keep devices busy.
@@ -31,7 +31,7 @@ StepMetrics = dict[str, jax.Array]
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """Returns the state before the first step."""
     mesh = sharding.concrete_mesh_of(params["wte"])
 
     def start(params):
@@ -45,7 +45,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
 
 
 def abstract_weights(model: BTLM, mesh: Mesh | None) -> Params:
-    """What `model.init(key, mesh=mesh)` would return: shapes, dtypes and shardings."""
+    """Returns shapes, dtypes and shardings of `model.init(key, mesh=mesh)`."""
     config = model.config
     pad, placed = sharding.param_layout(config, mesh, model.rules)
     shapes = {w.path: weights.stacked_shape(w, config, pad) for w in weights.weight_table(config)}
@@ -55,7 +55,7 @@ def abstract_weights(model: BTLM, mesh: Mesh | None) -> Params:
 
 
 def abstract_state(model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None) -> TrainState:
-    """What `init_state` would return for fp32 weights: shapes, dtypes and shardings."""
+    """Returns shapes, dtypes and shardings of `init_state` for fp32 weights."""
     params = abstract_weights(model, mesh)
     alone = params["wte"].sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
 
@@ -71,13 +71,13 @@ def abstract_state(model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | N
     return TrainState(params, opt_state, count, count, count)
 
 
-def offloaded(opt_state: Any, space: jax.memory.Space = jax.memory.Space.Host) -> Any:
-    """Optimizer state in the memory of the host; its scalars stay where they are.
+def move_optimizer_state(opt_state: Any, memory: jax.memory.Space) -> Any:
+    """Moves the arrays of an optimizer state to the host's or the device's memory, except scalars.
 
-    Two thirds of what training holds (of Adam and fp32 weights) then leave the accelerator, and
-    cross to it and back in every step: 16 bytes per parameter over the host's link.
+    On the host, two thirds of the training state (with Adam and fp32 weights) leave the
+    accelerator, and cross the host's link in both directions in every step: 16 bytes per parameter.
     """
-    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, opt_state)
+    return jax.tree.map(lambda x: jax.device_put(x, memory) if x.ndim else x, opt_state)
 
 
 def make_step(
@@ -87,16 +87,21 @@ def make_step(
     z_loss: float = 0.0,
     offload_optimizer: bool = False,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Returns the step: (state, tokens, segment_ids=None) -> (state, metrics).
+    """Returns the train step: (state, tokens, segment_ids=None) -> (state, metrics).
 
-    Its tokens are int32 [A, B, T + 1]: A microbatches of B sequences, of which the first T tokens
-    are read and the last T predicted. Gradients are those of the mean over all predicted tokens of
+    Tokens are int32 [A, B, T + 1]: A microbatches of B sequences, of which the first T tokens are
+    read and the last T predicted. The gradients are those of the mean over all predicted tokens of
     all microbatches: sums are accumulated in fp32 and divided once. With `segment_ids` (same shape)
     attention and loss stay within segments. If the gradients are not finite, weights and optimizer
-    stay as they are and the step is counted as skipped.
+    state stay unchanged and the step is counted as skipped.
 
-    With `z_loss` the gradients are those of the loss and that z-loss (`target_loss`); the metrics
-    report the loss alone. With `offload_optimizer` the state's is `offloaded`, before and after.
+    Args:
+      model: the model.
+      tx: the optimizer.
+      z_loss: coefficient of the z-loss that is minimized with the loss (`target_loss`); the metrics
+        report the loss alone.
+      offload_optimizer: whether the optimizer state lives in the host's memory between steps
+        (`move_optimizer_state`).
 
     Raises:
       ValueError: the configuration asks for dropout, which is not implemented.
@@ -130,7 +135,7 @@ def make_step(
             good = jnp.isfinite(norm)
             old_opt_state = state.opt_state
             if offload_optimizer:
-                old_opt_state = offloaded(old_opt_state, jax.memory.Space.Device)
+                old_opt_state = move_optimizer_state(old_opt_state, jax.memory.Space.Device)
             changes, opt_state = tx.update(grads, old_opt_state, state.params)
             updates: Any = changes
             params: Any = optax.apply_updates(state.params, changes)
@@ -141,7 +146,7 @@ def make_step(
             bad = 1 - good.astype(jnp.int32)
             opt_state = keep(opt_state, old_opt_state)
             if offload_optimizer:
-                opt_state = offloaded(opt_state)
+                opt_state = move_optimizer_state(opt_state, jax.memory.Space.Host)
             after = TrainState(
                 params=keep(params, state.params),
                 opt_state=opt_state,
@@ -166,7 +171,7 @@ def make_step(
 
 
 def make_eval_step(model: BTLM) -> Callable[[Params, jax.Array], LossSum]:
-    """Returns the held-out loss: (params, tokens [B, T + 1]) -> sums."""
+    """Returns the jitted evaluation step: (params, tokens [B, T + 1]) -> sums of the loss."""
 
     def evaluate(params: Params, tokens: jax.Array) -> LossSum:
         with sharding.on_mesh(sharding.mesh_of(params["wte"])):

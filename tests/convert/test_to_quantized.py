@@ -24,7 +24,7 @@ from btlm_jax.convert import auto, convert, export, quantize, verify
 from btlm_jax.model import packed, weights
 from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import check_params, flatten_tree, init_params, is_unstacked
-from btlm_jax.train import loop, recipe_file
+from btlm_jax.train import recipe_build, recipe_file
 from support import golden
 from support.checkpoint_metadata import edit_metadata
 from support.conversion_runs import failing_after, read_tree
@@ -261,7 +261,7 @@ def test_training_from_a_quantized_checkpoint_is_refused(checkpoints):
         "finetune", [f"model.checkpoint={quantized_path(checkpoints, INT4)}"]
     )
     with pytest.raises(ValueError, match=r"model.checkpoint: .* is quantized, and only floats"):
-        loop._weights(recipe, btlm.BTLM(CONFIG), mesh)
+        recipe_build.build_params(recipe, btlm.BTLM(CONFIG), mesh)
 
 
 @pytest.mark.parametrize("name", ["h.1.mlp.c_fc.weight", "wte.weight", "ln_f.bias"])

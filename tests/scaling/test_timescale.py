@@ -11,7 +11,7 @@ from btlm_jax import BTLMConfig
 from btlm_jax.model import mup, weights
 from btlm_jax.scaling.timescale import Budget, optimal_timescale, timescale, weight_decay
 from btlm_jax.train import recipe_file
-from btlm_jax.train.curves import _timescale
+from btlm_jax.train.curves import recipe_timescale
 
 numbers = st.floats(1e-9, 1e12)
 
@@ -31,11 +31,11 @@ def test_timescale_of_btlm():
 def test_timescale_of_the_published_recipe():
     """The timescale follows from the recipe through the optimizer's groups."""
     published = recipe_file.load_recipe("btlm-3b-8k", ["data.train=x"])
-    assert _timescale(published) == pytest.approx(0.0522, abs=5e-5)
+    assert recipe_timescale(published) == pytest.approx(0.0522, abs=5e-5)
     coupled = recipe_file.load_recipe("btlm-3b-8k", ["data.train=x", "optimizer.decay=coupled"])
-    assert _timescale(coupled) == pytest.approx(0.00522, abs=5e-6)
+    assert recipe_timescale(coupled) == pytest.approx(0.00522, abs=5e-6)
     none = recipe_file.load_recipe("btlm-3b-8k", ["data.train=x", "optimizer.weight_decay=0"])
-    assert _timescale(none) is None
+    assert recipe_timescale(none) is None
 
 
 def test_weights_decay_to_one_over_e_after_a_timescale():

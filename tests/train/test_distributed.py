@@ -64,7 +64,7 @@ def joined(monkeypatch):
     ],
 )
 def test_detected(environment, platforms, sign):
-    assert distributed.detected(environment, platforms) == sign
+    assert distributed.detect_cluster(environment, platforms) == sign
 
 
 def test_jax_reads_the_rest(joined, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_cluster_that_jax_cannot_read(joined, monkeypatch):
     with pytest.raises(ValueError, match=r"OMPI_COMM_WORLD_SIZE is 2, but .*--processes 1"):
         distributed.initialize()
     monkeypatch.delenv("OMPI_COMM_WORLD_SIZE")
-    monkeypatch.setattr(distributed, "detected", lambda *_: distributed._TPU_VM)
+    monkeypatch.setattr(distributed, "detect_cluster", lambda *_: distributed._TPU_VM)
     distributed.initialize()  # a single TPU VM, or one that has no such server
 
 

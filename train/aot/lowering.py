@@ -137,7 +137,7 @@ def held_bytes(tree: Any) -> int:
 
 
 def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """What `step.offloaded` makes of it."""
+    """Returns the description of an array that `step.move_optimizer_state` moved to the host."""
     if not x.ndim:
         return x
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(_HOST))

@@ -19,7 +19,7 @@ import jax
 from jax.experimental import topologies
 
 from btlm_jax.perf.chips import CHIPS, Chip
-from btlm_jax.train.recipe import nearest
+from btlm_jax.train.recipe import nearest_name_hint
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16",
@@ -73,7 +73,9 @@ def parse(name: str, slices: int = 1) -> Topology:
         text = _by_count(name, counted[1], int(counted[2]))
     chip, _, shape = text.partition(":")
     if chip not in SHAPES:
-        raise ValueError(f"--topology {name}: unknown chip {chip!r}{nearest(text, valid)}")
+        raise ValueError(
+            f"--topology {name}: unknown chip {chip!r}{nearest_name_hint(text, valid)}"
+        )
     sizes = re.fullmatch(r"\d+(x\d+)*", shape)
     dimensions = CHIPS[chip].dimensions or 1
     if shape not in SHAPES[chip]:
@@ -81,7 +83,7 @@ def parse(name: str, slices: int = 1) -> Topology:
         # Larger slices exist than the list has; what is malformed does not.
         parts = tuple(map(int, shape.split("x"))) if sizes else ()
         if chip == "h200" or len(parts) != dimensions or 0 in parts:
-            raise ValueError(f"--topology {name}: no such shape{nearest(text, known)}")
+            raise ValueError(f"--topology {name}: no such shape{nearest_name_hint(text, known)}")
     if slices > 1 and chip == "h200":
         raise ValueError(f"--slices {slices}: slices are of TPUs; h200 is one node")
     return Topology(CHIPS[chip], tuple(map(int, shape.split("x"))), slices)
@@ -98,7 +100,7 @@ def _by_count(name: str, chip: str, count: int) -> str:
                 size *= int(n)
             known[f"{alias}-{size * cores}"] = f"{family}:{shape}"
     if f"{chip}-{count}" not in known:
-        hint = nearest(f"{chip}-{count}", known)
+        hint = nearest_name_hint(f"{chip}-{count}", known)
         if chip in ("tpu7x", "h200"):
             hint = f"; write {chip}:{SHAPES[chip][0]} and the like, the shape in chips"
         raise ValueError(f"--topology {name}: unknown{hint}")

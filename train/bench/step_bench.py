@@ -18,14 +18,17 @@ import numpy as np
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.data import token_shards_metadata
+from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.model import alibi, mup, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import flatten_tree
 from btlm_jax.model.remat import Remat
 from btlm_jax.perf import accounting
-from btlm_jax.train import batches as batches_lib
+from btlm_jax.train.batches import Batches
 from btlm_jax.train.bench import measure, torch_step
 from btlm_jax.train.bench.baseline import Peer
+from btlm_jax.train.mixture import Source
+from btlm_jax.train.recipe import Phase
 from btlm_jax.train.step import init_state, make_step
 from btlm_jax.utils.progress import Progress
 
@@ -145,8 +148,9 @@ def _loader(config: BTLMConfig, batch_size: int, length: int) -> Iterator[Callab
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "tokens"
         _write_shards(directory, config, max(10_000_000, 2 * batch_size * length))
-        phase = batches_lib.Phase(10_000_000, batch_size, length)
-        batches: Any = batches_lib.batches([batches_lib.Source(directory)], [phase], seed=0)
+        source = Source(TokenShards(directory))
+        phase = Phase(10_000_000, batch_size, length)
+        batches: Any = Batches([source], [phase], seed=0).iterate()
         with contextlib.closing(batches):
             for _ in range(20):  # more than are read ahead
                 next(batches)

@@ -1,12 +1,12 @@
-"""The whole path on real text in a few minutes: tokenizer, training on a mesh, checkpoint, export,
-conversion back, generation. Every step is what a command does: tokenize, train, export, convert,
-verify, generate.
+"""The quickstart: runs every step end to end on real text, in a few minutes.
+
+Tokenizer, training on a mesh, checkpoint, export, conversion back and generation. Each step is one
+that a command performs: tokenize, train, export, convert, verify, generate.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shlex
@@ -27,38 +27,36 @@ from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.data.tokenizer import load_tokenizer
 from btlm_jax.generation.generate import generate
 from btlm_jax.model import sharding, weights
-from btlm_jax.train.loop import train as train_by
+from btlm_jax.train.loop import train
 from btlm_jax.train.metrics import loss_curves
 from btlm_jax.train.recipe import Recipe
 from btlm_jax.train.recipe_build import build_config
 from btlm_jax.train.recipe_file import load_recipe
 from btlm_jax.utils import atomic, plots
 
-logger = logging.getLogger(__name__)
-
-RECIPE = "tiny"
-FRACTION = 0.1  # held out
+RECIPE_NAME = "tiny"
+HELD_OUT_FRACTION = 0.1
 VIRTUAL_DEVICES = 4
 PROMPTS = ('The "with" statement', "A class definition", "If the iterator is")
 
 
-def train(
+def run_quickstart(
     directory: Path, *, steps: int | None = None, seed: int = 0, overrides: Sequence[str] = ()
 ) -> None:
-    """Runs the quickstart; `btlm quickstart` prints what it makes.
+    """Trains, exports, converts and generates; prints what it does.
 
     Args:
-      directory: made by this function. `text.txt` and `tokens/` are what is trained on, `run/` is
-        the run, `hf/` its export, `converted/` that converted back, `loss.png` the loss curve.
-      steps: overrides the recipe's.
-      seed: of the initial weights and the order of the data.
-      overrides: of other values of the recipe `tiny`, as of `btlm train --set`.
+      directory: created. `text.txt` and `tokens/` are the data, `run/` is the training run, `hf/`
+        its export, `converted/` the export converted back, and `loss.png` the loss curve.
+      steps: number of steps; by default the recipe's.
+      seed: seed of the initial weights and of the order of the data.
+      overrides: other values of the recipe `tiny`, as for `btlm train --set`.
 
     Raises:
       FileExistsError: the directory exists.
       ValueError: matplotlib is missing, or steps < 1.
     """
-    _virtual_devices()
+    _use_virtual_devices()
     plots.require_matplotlib()
     directory, started = Path(directory), time.monotonic()
     tokens, run = directory / "tokens", directory / "run"
@@ -68,99 +66,109 @@ def train(
         f"run.seed={seed}",
         *overrides,
     ]
-    settings += _shortened(load_recipe(RECIPE, settings), steps)
-    config = build_config(load_recipe(RECIPE, settings))
-    mesh = _mesh(config)
-    settings += _fitting(load_recipe(RECIPE, settings), mesh)
-    _make(directory)
+    settings += _step_overrides(load_recipe(RECIPE_NAME, settings), steps)
+    config = build_config(load_recipe(RECIPE_NAME, settings))
+    mesh = _make_mesh(config)
+    settings += _mesh_overrides(load_recipe(RECIPE_NAME, settings), mesh)
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists: name another directory, or delete it first")
+    directory.mkdir(parents=True)
 
-    (directory / "text.txt").write_text(sample_text.read_sample_text(), encoding="utf-8")
-    prepare_tokens(
-        directory / "text.txt", tokens, new_tokenizer=config.vocab_size, held_out=FRACTION
-    )
-    taught, held = (TokenShards(tokens / name) for name in (TRAIN, HELD_OUT))
-    unigram = unigram_entropy(held.read(0, len(held)))
-    print(f"text: Python's language reference, {len(taught):,} tokens to train on, {len(held):,} "
-          f"held out; unigram entropy of those {unigram:.3f} nats per token")  # fmt: skip
+    text = directory / "text.txt"
+    text.write_text(sample_text.read_sample_text(), encoding="utf-8")
+    prepare_tokens(text, tokens, new_tokenizer=config.vocab_size, held_out=HELD_OUT_FRACTION)
+    train_tokens, held_out = (TokenShards(tokens / name) for name in (TRAIN, HELD_OUT))
+    unigram = unigram_entropy(held_out.read(0, len(held_out)))
+    print(f"text: Python's language reference, {len(train_tokens):,} tokens to train on, "
+          f"{len(held_out):,} held out, with a unigram entropy of {unigram:.3f} nats per token"
+    )  # fmt: skip
     shape = ", ".join(f"{name} {n}" for name, n in mesh.shape.items() if n > 1) or "one device"
     parameters = weights.count_parameters(config)
     print(f"model: {parameters:,} parameters, width {config.n_embd} (muP base "
           f"{config.n_embd * config.mup_width_scale:.0f}), on a mesh of {mesh.size} "
           f"{jax.default_backend()} devices ({shape})")  # fmt: skip
 
-    done = train_by(load_recipe(RECIPE, settings), run)
-    if not done.finished:
-        # Without the mesh, which is of virtual devices, and may change.
+    result = train(load_recipe(RECIPE_NAME, settings), run)
+    if not result.finished:
+        # The mesh is left out: it is one of virtual devices, and their number may change.
         kept = [s for s in settings if not s.startswith("mesh.")]
         options = " ".join(f"--set {shlex.quote(s)}" for s in kept)
-        print(f"stopped after step {done.step}; go on with: btlm train {RECIPE} "
+        print(f"stopped after step {result.step}; resume with: btlm train {RECIPE_NAME} "
               f"{shlex.quote(str(run))} {options}")  # fmt: skip
         return
     plots.draw_loss_curve(
         directory / "loss.png", loss_curves(run), {"unigram entropy": unigram},
         f"BTLM, {parameters / 1e6:.1f}M parameters, on the Python language reference",
     )  # fmt: skip
-    bits = done.held_out * len(held) / math.log(2) / held.metadata.text_bytes
-    print(f"held-out loss {done.held_out:.3f} nats per token ({bits:.2f} bits per byte), "
+    bits = result.held_out * len(held_out) / math.log(2) / held_out.metadata.text_bytes
+    print(f"held-out loss {result.held_out:.3f} nats per token ({bits:.2f} bits per byte), "
           f"unigram entropy {unigram:.3f}")  # fmt: skip
 
     export(run, directory / "hf")
     convert(directory / "hf", directory / "converted")
-    same = verify(run, directory / "converted")
-    if not same:
-        raise ValueError(f"{directory}: the round trip changed weights: {same}")
+    comparison = verify(run, directory / "converted")
+    if not comparison:
+        raise ValueError(f"{directory}: the round trip changed weights: {comparison}")
     print("Orbax -> Hugging Face -> Orbax: every weight bit-equal")
-    _show(directory / "converted", mesh)
-    _summary(directory, {
-        "text.txt": "the text", "tokens/": "its tokens, and tokenizer", "loss.png": "loss curve",
+    _print_samples(directory / "converted", mesh)
+    _print_summary(directory, {
+        "text.txt": "the text", "tokens/": "its tokens and tokenizer", "loss.png": "loss curve",
         "run/": "the training run: metrics, Orbax checkpoints",
         "hf/": "its weights for transformers", "converted/": "converted back from hf/",
     }, "run", started)  # fmt: skip
 
 
-def from_hf(directory: Path, source: str) -> None:
+def run_quickstart_from_hf(directory: Path, source: str) -> None:
     """Converts a Hugging Face checkpoint, checks the conversion and generates from it.
+
+    Args:
+      directory: created; holds the converted checkpoint.
+      source: a Hugging Face directory or a Hub id.
 
     Raises:
       FileExistsError: the directory exists.
-      FileNotFoundError, ConnectionError, ValueError: see `convert.convert`.
+      FileNotFoundError, ConnectionError, ValueError: as `convert.convert`.
     """
     started = time.monotonic()
-    _virtual_devices()
+    _use_virtual_devices()
     directory = Path(directory)
     atomic.refuse_existing(directory, overwrite=False, ours=metadata.is_btlm_checkpoint)
     report = convert(source, directory / "checkpoint")
     config = metadata.read_metadata(directory / "checkpoint").config
     print(f"converted {weights.count_parameters(config):,} parameters: {report}")
-    _show(directory / "checkpoint", _mesh(config))
-    _summary(directory, {"checkpoint/": "Orbax checkpoint"}, "checkpoint", started)
+    _print_samples(directory / "checkpoint", _make_mesh(config))
+    _print_summary(directory, {"checkpoint/": "Orbax checkpoint"}, "checkpoint", started)
 
 
 def unigram_entropy(tokens: np.ndarray) -> float:
-    """The entropy of the token frequencies, nats per token: the best any unigram model can do."""
+    """Returns the entropy of the token frequencies, in nats per token.
+
+    No unigram model can have a lower loss.
+    """
     p = np.unique(tokens, return_counts=True)[1] / tokens.size
     return float(-(p * np.log(p)).sum())
 
 
-def _shortened(full: Recipe, steps: int | None) -> list[str]:
-    """What to set for another number of steps; the warmup must leave at least one of them."""
+def _step_overrides(recipe: Recipe, steps: int | None) -> list[str]:
+    """Returns the overrides for another number of steps; warmup leaves at least one of them."""
     if steps is None:
         return []
     if steps < 1:
         raise ValueError(f"steps: found {steps}, expected at least 1")
-    warmup = min(full.optimizer.warmup_tokens, (steps - 1) * full.phases[0].tokens_per_step)
+    settings, phase = recipe.optimizer, recipe.phases[0]
+    warmup = min(settings.warmup_tokens, (steps - 1) * phase.tokens_per_step)
     return [f"phases.0.steps={steps}", f"optimizer.warmup_tokens={warmup}"]
 
 
-def _fitting(full: Recipe, mesh: Mesh) -> list[str]:
-    """What to set for the recipe to run on the mesh: its axes, and a batch that they divide."""
-    parts = sharding.num_shards(mesh, sharding.RULES, "batch")
-    batch_size = -(-full.phases[0].batch_size // parts) * parts
+def _mesh_overrides(recipe: Recipe, mesh: Mesh) -> list[str]:
+    """Returns the overrides for a mesh: its tensor axis, and a batch size that it divides."""
+    num_shards = sharding.num_shards(mesh, sharding.RULES, "batch")
+    batch_size = sharding.round_up(recipe.phases[0].batch_size, num_shards)
     return [f"mesh.tensor={mesh.shape['tensor']}", f"phases.0.batch_size={batch_size}"]
 
 
-def _show(path: Path, mesh: Mesh) -> None:
-    """Prints what the checkpoint makes of the prompts."""
+def _print_samples(path: Path, mesh: Mesh) -> None:
+    """Prints continuations of the prompts, greedy and sampled."""
     tokenizer = load_tokenizer(path)
     model, params = checkpoint.load(path, mesh=mesh)
     for prompt in PROMPTS:
@@ -174,32 +182,26 @@ def _show(path: Path, mesh: Mesh) -> None:
     print()
 
 
-def _make(directory: Path) -> None:
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists: name another directory, or delete it first")
-    directory.mkdir(parents=True)
+def _use_virtual_devices() -> None:
+    """Has JAX show several devices on a CPU, so that the weights are really sharded.
 
-
-def _virtual_devices() -> None:
-    """On a CPU, several devices, so that the weights are sharded for real.
-
-    It comes before anything else, because JAX counts its devices once.
+    Called before anything else, because JAX counts its devices only once.
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", VIRTUAL_DEVICES)
 
 
-def _mesh(config: BTLMConfig) -> Mesh:
-    """All devices; tensor parallel too on virtual ones."""
+def _make_mesh(config: BTLMConfig) -> Mesh:
+    """Returns a mesh of all devices, with tensor parallelism on virtual ones."""
     devices = len(jax.devices())
-    pairs = devices % 2 == 0 and config.n_head % 2 == 0
-    tensor = 2 if jax.default_backend() == "cpu" and pairs else 1
+    divisible = devices % 2 == 0 and config.n_head % 2 == 0
+    tensor = 2 if jax.default_backend() == "cpu" and divisible else 1
     return sharding.make_mesh(fsdp=devices // tensor, tensor=tensor)
 
 
-def _summary(directory: Path, made: dict[str, str], model: str, started: float) -> None:
-    print(f"made in {directory} ({time.monotonic() - started:.0f} s):")
-    for name, what in made.items():
-        print(f"  {name:<14} {what}")
+def _print_summary(directory: Path, files: dict[str, str], model: str, started: float) -> None:
+    print(f"written to {directory} ({time.monotonic() - started:.0f} s):")
+    for name, description in files.items():
+        print(f"  {name:<14} {description}")
     path = shlex.quote(str(directory / model))
     print(f"next: btlm generate {path} --prompt 'The statement' --sample --temperature 0.7")
