@@ -34,9 +34,9 @@ class Quickstart:
         from btlm_jax.train.demo import quickstart
 
         if self.hf is not None:
-            quickstart.from_hf(self.directory, self.hf)
+            quickstart.run_quickstart_from_hf(self.directory, self.hf)
         else:
-            quickstart.train(self.directory, steps=self.steps, seed=self.seed)
+            quickstart.run_quickstart(self.directory, steps=self.steps, seed=self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

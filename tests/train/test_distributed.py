@@ -1,4 +1,4 @@
-"""Which processes belong together: flags, environment, clusters; and what is refused."""
+"""Joining processes: by flags, environment and cluster; and the errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GKE = {"TPU_WORKER_HOSTNAMES": "host-0.job,host-1.job", "TPU_WORKER_ID": "1"}
 
 @pytest.fixture
 def joined(monkeypatch):
-    """No variable of any cluster; what JAX is told, instead of joining."""
+    """Removes the variables of every cluster; records the calls of JAX's initialize."""
     for name in list(os.environ):
         if name.startswith(VARIABLES):
             monkeypatch.delenv(name)
@@ -43,11 +43,11 @@ def joined(monkeypatch):
     [
         ({}, None, None),
         (SLURM, None, "SLURM_NTASKS is 8"),
-        (SLURM | {"SLURM_NTASKS": "1"}, None, None),  # with eight GPUs, perhaps
+        (SLURM | {"SLURM_NTASKS": "1"}, None, None),  # perhaps with eight GPUs
         ({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "12345"}, None, None),  # a script without srun
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "OMPI_COMM_WORLD_SIZE is 2"),
         ({"PMI_SIZE": "2"}, None, "PMI_SIZE is 2"),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None, None),  # any container, a notebook's too
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None, None),  # any container, even a notebook's
         ({"JOB_COMPLETION_INDEX": "0"}, None, "JOB_COMPLETION_INDEX is 0"),
         (GKE, "tpu,cpu", "TPU_WORKER_HOSTNAMES is host-0.job,host-1.job"),
         (GKE, "cpu", None),  # the TPU is not used
@@ -63,12 +63,12 @@ def joined(monkeypatch):
         ({"TPU_SKIP_MDS_QUERY": "1"}, "tpu", None),
     ],
 )
-def test_detected(environment, platforms, sign):
+def test_clusters_are_recognized_by_their_variables(environment, platforms, sign):
     assert distributed.detect_cluster(environment, platforms) == sign
 
 
-def test_jax_reads_the_rest(joined, monkeypatch):
-    """What counts as a sign is what JAX reads the cluster from (private names; they may move)."""
+def test_jax_reads_the_cluster_from_the_same_variables(joined, monkeypatch):
+    """The signs are those that JAX itself reads (private names of JAX, which may move)."""
     from jax._src import clusters
     from jax._src.clusters import cloud_tpu_cluster
 
@@ -86,7 +86,7 @@ def test_jax_reads_the_rest(joined, monkeypatch):
     assert not clusters.GceTpuCluster.is_env_present()
 
 
-def test_alone(joined, monkeypatch):
+def test_a_single_process_joins_nobody(joined, monkeypatch):
     distributed.initialize()
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
@@ -94,13 +94,13 @@ def test_alone(joined, monkeypatch):
     assert joined == []
 
 
-def test_from_flags_environment_and_cluster(joined, monkeypatch):
+def test_arguments_come_from_flags_environment_or_cluster(joined, monkeypatch):
     distributed.initialize("host:1", 2, 0, join_timeout=60, lost_timeout=30)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:2")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
     monkeypatch.setenv("JAX_PROCESS_ID", "0")
     distributed.initialize()
-    distributed.initialize(processes=3)  # a flag counts more
+    distributed.initialize(processes=3)  # a flag has precedence
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name)
     for name, value in SLURM.items():
@@ -116,8 +116,8 @@ def test_from_flags_environment_and_cluster(joined, monkeypatch):
     assert joined[3]["initialization_timeout"] == 300
 
 
-def test_waits_for_process_0(joined):
-    """And lets JAX connect once it listens."""
+def test_processes_wait_until_process_0_listens(joined):
+    """Only then does JAX connect."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         distributed.initialize(address, 2, 1)
@@ -126,7 +126,7 @@ def test_waits_for_process_0(joined):
         distributed.initialize(address, 2, 1, join_timeout=1)
 
 
-def test_a_cluster_that_jax_cannot_read(joined, monkeypatch):
+def test_a_cluster_that_jax_cannot_read_is_an_error(joined, monkeypatch):
     def initialize(*_, **__):
         raise ValueError("coordinator_address should be defined.")
 
@@ -140,7 +140,7 @@ def test_a_cluster_that_jax_cannot_read(joined, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, message",
     [
         ("--coordinator 127.0.0.1:1 --process 0", "--processes: missing; give all of --coord"),
         ("--processes 2", "--coordinator, --process: missing"),
@@ -155,13 +155,13 @@ def test_a_cluster_that_jax_cannot_read(joined, monkeypatch):
         ),
     ],
 )
-def test_refused_flags(joined, tmp_path, capsys, flags, said):
+def test_invalid_flags_are_refused(joined, tmp_path, capsys, flags, message):
     assert cli.main(["train", "tiny", str(tmp_path / "run"), *flags.split()]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert joined == [] and not (tmp_path / "run").exists()
 
 
-def test_refused_environment(joined, monkeypatch):
+def test_an_invalid_environment_is_refused(joined, monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "one")
     with pytest.raises(ValueError, match=r"JAX_PROCESS_ID \(or --process\): found 'one'"):
         distributed.initialize("host:1", 2)

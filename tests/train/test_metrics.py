@@ -1,4 +1,4 @@
-"""What a run reports, and where."""
+"""Metrics are written to a file, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def write(directory, step, lines):
     log.close()
 
 
-def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog):
-    """A run that went on to step 3 and lost it writes step 3 once."""
+def test_lines_after_the_checkpoint_are_removed(tmp_path, caplog):
+    """A run that reached step 3, lost it and was resumed at step 2 has step 3 once."""
     write(tmp_path, 0, [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (3, {"loss": 1.0})])
     with (tmp_path / METRICS_FILE).open("a") as f:
         f.write('{"step": 4, "lo')  # a kill
@@ -30,12 +30,12 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path, caplog):
     assert [(x["step"], x["loss"]) for x in read_metrics(tmp_path / METRICS_FILE)] == [
         (1, 3.0), (2, 2.0), (3, 1.5),
     ]  # fmt: skip
-    assert "cut short" in caplog.text
+    assert "truncated" in caplog.text
     assert sorted(p.name for p in tmp_path.iterdir()) == [METRICS_FILE, "tensorboard"]
     assert read_metrics(tmp_path / "none") == []
 
 
-def test_tensorboard_has_every_curve(tmp_path, monkeypatch):
+def test_tensorboard_shows_every_metric(tmp_path, monkeypatch):
     added = []
 
     class Board:
@@ -61,7 +61,7 @@ def test_without_tensorboard_the_file_is_written(tmp_path, monkeypatch, caplog):
     assert "pip install" in caplog.text
 
 
-def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path, monkeypatch):
     started, logged = [], []
     run = types.SimpleNamespace(
         define_metric=lambda name, step_metric: logged.append((name, step_metric)),
@@ -84,7 +84,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
     assert first["project"] == "btlm" and first["config"] == {"run": {"seed": 1}}
 
 
-def test_wandb_that_is_not_there(monkeypatch):
+def test_a_missing_wandb_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"run\.wandb_project .* pip install wandb"):
         require_wandb()

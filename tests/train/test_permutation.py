@@ -1,4 +1,4 @@
-"""Random orders: one to one, and every order as likely as any other."""
+"""Permutations are one to one, and all equally likely."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_permute_is_one_to_one(size, key):
     assert sorted(order) == index.tolist()
 
 
-def test_permute_gives_every_order_equally_often():
+def test_every_permutation_is_equally_likely():
     n, keys = 4, splitmix64(np.arange(24_000, dtype=np.uint64))
     places = [permute(np.full(len(keys), i), np.full(len(keys), n), keys) for i in range(n)]
     counts = np.unique(np.stack(places), axis=1, return_counts=True)[1]

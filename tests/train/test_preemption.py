@@ -1,4 +1,4 @@
-"""Signals ask to stop; where processes are joined, JAX's runtime hears of them."""
+"""Signals request a stop; where processes have joined, JAX's runtime receives them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from btlm_jax.train.preemption import StopSignal
 
 @pytest.fixture
 def handlers():
-    """What was set before, and is put back after."""
-    heard: list[int] = []
-    before = {s: signal.signal(s, lambda n, _: heard.append(n)) for s in (2, 15)}
-    yield heard
+    """Handlers installed by someone else, and the signals that they receive."""
+    received: list[int] = []
+    before = {s: signal.signal(s, lambda n, _: received.append(n)) for s in (2, 15)}
+    yield received
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_the_second_acts(handlers, number, caplog):
+def test_the_first_signal_requests_a_stop_and_the_second_acts(handlers, number, caplog):
     with StopSignal() as stop:
         assert not stop.requested(1)
         signal.raise_signal(number)
@@ -34,7 +34,7 @@ def test_the_first_signal_asks_the_second_acts(handlers, number, caplog):
 
 
 def test_joined_processes_leave_sigterm_to_jax(handlers, monkeypatch):
-    """And Ctrl-C becomes one, so that all processes stop."""
+    """Ctrl-C is forwarded as SIGTERM, so that all processes stop."""
     from jax.experimental import multihost_utils
 
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)

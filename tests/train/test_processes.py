@@ -1,7 +1,7 @@
-"""Runs of two processes with four devices each, over the loopback: the same runs as one process's.
+"""Runs of two processes with four devices each, over the loopback, are like runs of one process.
 
-Sums are taken in another order than in one process, so losses agree to fp32 rounding, which
-training amplifies (MEASURED); among runs of two processes, exactly.
+Sums are computed in another order than in one process, so losses agree to fp32 rounding, which
+training amplifies; among runs of two processes they agree exactly.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ import pytest
 from btlm_jax.train import recipe_file
 from btlm_jax.train.loop import train
 from btlm_jax.train.metrics import read_metrics
-from support import compiling, golden
+from support import compiling
 from support.processes import free_port
-from support.runs import compiled_once, final_weights, losses, same_bits  # noqa: F401
+from support.runs import (
+    TINY_MODEL,
+    assert_close_losses,
+    final_weights,
+    losses,
+    predictable_tokens,
+    write_recipe,
+)
 from support.tokens import write_tokens
 
-RECIPE = """
-[model]
-preset = "tiny"
-[model.fields]
-vocab_size = 61
-n_embd = 32
-n_head = 2
-n_inner = 42
-n_layer = 2
+RECIPE = (
+    TINY_MODEL
+    + """
 [[phases]]
 steps = 60
 batch_size = 16
@@ -57,7 +58,8 @@ keep_last = 9
 eval_every = 30
 prompt = "3"
 """
-# An evaluation of 24 batches after every step: slow enough to be caught in the act.
+)
+# An evaluation of 24 batches after every step: slow enough to be interrupted.
 SLOWLY = ("run.eval_every=1", "data.held_out_tokens=3072")
 
 BTLM = """
@@ -72,32 +74,18 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    tokens = np.zeros(20000, np.int64)
-    tokens[:2] = 1, 2
-    for i in range(2, len(tokens)):
-        tokens[i] = (3 * tokens[i - 1] + tokens[i - 2]) % 61
-    for name, part in (("train", tokens[:16000]), ("held", tokens[16000:])):
-        write_tokens(root / name, part, vocab_size=61, eos_id=0)
-        golden.write_tokenizer(root / name / "tokenizer", 61)
-    file = root / "recipe.toml"
-    file.write_text(RECIPE.format(train=root / "train", held=root / "held"))
-    return file
+    return write_recipe(tmp_path_factory.mktemp("data"), RECIPE, predictable_tokens(20000), 16000)
 
 
 class Pair:
-    """Two processes, and what they print."""
+    """Two processes and their output."""
 
-    def __init__(self, logs: Path, cache: str, code: str, arguments: list[str]) -> None:
+    def __init__(self, logs: Path, code: str, arguments: list[str]) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "4",
-            # Of what is compiled here little is run: quick to compile is what counts.
             "XLA_FLAGS": compiling.QUICK_TO_COMPILE,
-            "JAX_COMPILATION_CACHE_DIR": cache,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         self.logs = [logs / "0.log", logs / "1.log"]
         self.processes: list[subprocess.Popen] = []
@@ -110,36 +98,36 @@ class Pair:
                 )
 
     def until(self, reached: Callable[[], bool]) -> None:
-        """Returns once it is so."""
+        """Waits until `reached` returns True."""
         deadline = time.monotonic() + 240
         while not reached():
-            assert all(p.poll() is None for p in self.processes), self.said()
-            assert time.monotonic() < deadline, self.said()
+            assert all(p.poll() is None for p in self.processes), self.output()
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.02)
 
     def codes(self) -> list[int]:
-        """The exit codes, once both have ended."""
+        """Returns the exit codes, once both processes have ended."""
         return [p.wait(timeout=240) for p in self.processes]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return "\n=====\n".join(log.read_text()[-5000:] for log in self.logs)
 
 
 @pytest.fixture
-def two(recipe, compiled_once, tmp_path):  # noqa: F811
-    """Starts `btlm train` in two processes, and leaves none behind."""
-    with starting(recipe, compiled_once, tmp_path) as start:
+def two(recipe, tmp_path):
+    """Starts `btlm train` in two processes; kills those that still run at the end."""
+    with starting(recipe, tmp_path) as start:
         yield start
 
 
 @contextlib.contextmanager
-def starting(recipe: Path, cache: str, logs: Path) -> Iterator[Callable[..., Pair]]:
+def starting(recipe: Path, logs: Path) -> Iterator[Callable[..., Pair]]:
     pairs: list[Pair] = []
 
     def start(run: Path, *overrides: str, code: str = BTLM) -> Pair:
         sets = [x for o in overrides for x in ("--set", o)]
         arguments = ["train", str(recipe), str(run), *sets, "--lost-timeout", "10"]
-        pairs.append(Pair(logs / f"logs-{len(pairs)}", cache, code, arguments))
+        pairs.append(Pair(logs / f"logs-{len(pairs)}", code, arguments))
         return pairs[-1]
 
     try:
@@ -159,17 +147,17 @@ def one(recipe, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(recipe, compiled_once, tmp_path_factory) -> tuple[Path, Pair]:  # noqa: F811
-    """The same of two processes with four each."""
+def both(recipe, tmp_path_factory) -> tuple[Path, Pair]:
+    """The same run by two processes with four devices each."""
     root = tmp_path_factory.mktemp("both")
-    with starting(recipe, compiled_once, root) as start:
+    with starting(recipe, root) as start:
         pair = start(root / "run", "run.sample_every=30")
-        assert pair.codes() == [0, 0], pair.said()
+        assert pair.codes() == [0, 0], pair.output()
     return root / "run", pair
 
 
 def copy_until(run: Path, step: int, target: Path) -> Path:
-    """The run as it was when it had saved a step, and went on a little."""
+    """Copies a run as it was soon after it saved a step."""
     shutil.copytree(run, target)
     for path in (target / "checkpoints").iterdir():
         if int(path.name) > step:
@@ -177,17 +165,17 @@ def copy_until(run: Path, step: int, target: Path) -> Path:
     return target
 
 
-def assert_same(run: Path, reference: Path) -> None:
-    a, b = losses(run), losses(reference)
-    assert list(a) == list(b) == list(range(1, 61))
-    assert max(abs(a[s] - b[s]) for s in a) < 1e-5
+def assert_equivalent(run: Path, reference: Path) -> None:
+    """Asserts that all 60 steps have the same losses, and the weights the same end."""
+    assert list(losses(run)) == list(range(1, 61))
+    assert_close_losses(run, reference, 1e-5)
     a, b = final_weights(run), final_weights(reference)
     assert max(np.abs(a[k] - b[k]).max() for k in a) < 1e-3
 
 
-def test_two_processes_are_as_one(one, both):
+def test_two_processes_train_like_one(one, both):
     run, _ = both
-    assert_same(run, one)
+    assert_equivalent(run, one)
     held = [
         {x["step"]: x["held_out_loss"] for x in read_metrics(r / "metrics.jsonl") if len(x) == 3}
         for r in (run, one)
@@ -195,7 +183,7 @@ def test_two_processes_are_as_one(one, both):
     assert held[0] == pytest.approx(held[1], abs=1e-5) and set(held[0]) == {30, 60}
 
 
-def test_process_0_alone_reports(both):
+def test_only_process_0_reports(both):
     run, pair = both
     steps = [(x["step"], len(x)) for x in read_metrics(run / "metrics.jsonl")]
     assert len(steps) == len(set(steps)) == 62  # 60 steps, 2 evaluations
@@ -208,34 +196,34 @@ def test_process_0_alone_reports(both):
     assert [x for x in second.splitlines() if "btlm" in x and not x.startswith(joining)] == []
 
 
-def test_one_process_goes_on_with_a_checkpoint_of_two(recipe, one, both, tmp_path):
+def test_one_process_resumes_a_run_of_two(recipe, one, both, tmp_path):
     run = copy_until(both[0], 30, tmp_path / "run")
     assert train(recipe_file.load_recipe(recipe), run).finished
     assert {s: x for s, x in losses(run).items() if s <= 30} == {
         s: x for s, x in losses(both[0]).items() if s <= 30
     }
-    assert_same(run, one)
+    assert_equivalent(run, one)
 
 
-def test_interrupted(one, two, tmp_path):
-    """Two processes go on with a run of one; one is told to stop, next time one is killed."""
+def test_two_processes_resume_after_a_signal_and_a_kill(one, two, tmp_path):
+    """They resume a run of one; first one of them gets SIGTERM, then one is killed."""
     run = copy_until(one, 15, tmp_path / "run")
     pair = two(run, *SLOWLY)
     pair.until(lambda: 17 <= last_step(run) < 60)
     pair.processes[1].send_signal(signal.SIGTERM)
     stopped = both_stopped(pair, run)
-    assert "btlm: going on from step 15\n" in pair.logs[0].read_text()
+    assert "btlm: resuming from step 15\n" in pair.logs[0].read_text()
 
     pair = two(run, *SLOWLY, f"run.checkpoint_every={stopped + 2}")
     pair.until((run / f"checkpoints/{stopped + 2}").exists)
     pair.processes[1].kill()
-    assert pair.codes()[0] != 0, pair.said()
-    assert f"btlm: going on from step {stopped}\n" in pair.logs[0].read_text()
+    assert pair.codes()[0] != 0, pair.output()
+    assert f"btlm: resuming from step {stopped}\n" in pair.logs[0].read_text()
 
     pair = two(run)
-    assert pair.codes() == [0, 0], pair.said()
-    assert f"btlm: going on from step {stopped + 2}\n" in pair.logs[0].read_text()
-    assert_same(run, one)
+    assert pair.codes() == [0, 0], pair.output()
+    assert f"btlm: resuming from step {stopped + 2}\n" in pair.logs[0].read_text()
+    assert_equivalent(run, one)
 
 
 def last_step(run: Path) -> int:
@@ -243,8 +231,8 @@ def last_step(run: Path) -> int:
 
 
 def both_stopped(pair: Pair, run: Path) -> int:
-    """The step that both have saved, after which both have ended well and said how to go on."""
-    assert pair.codes() == [0, 0], pair.said()
+    """Returns the step after which both processes stopped, saved, and printed how to resume."""
+    assert pair.codes() == [0, 0], pair.output()
     for number, log in enumerate(pair.logs):
         (line,) = [x for x in log.read_text().splitlines() if x.startswith("resume with: btlm tr")]
         assert f" {run} " in line and line.endswith(f"--process {number}")
@@ -255,8 +243,8 @@ def both_stopped(pair: Pair, run: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", [{0: signal.SIGTERM, 1: signal.SIGTERM}, {0: signal.SIGINT}])
-def test_told_to_stop(one, two, tmp_path, signals):
-    """The scheduler tells every process; somebody presses Ctrl-C at one of them."""
+def test_signals_stop_both_processes_after_the_same_step(one, two, tmp_path, signals):
+    """A scheduler signals every process; a user presses Ctrl-C at one of them."""
     run = copy_until(one, 15, tmp_path / "run")
     pair = two(run, *SLOWLY)
     pair.until(lambda: 17 <= last_step(run) < 60)
@@ -264,31 +252,31 @@ def test_told_to_stop(one, two, tmp_path, signals):
         pair.processes[process].send_signal(number)
     both_stopped(pair, run)
     assert two(run).codes() == [0, 0]
-    assert_same(run, one)
+    assert_equivalent(run, one)
 
 
 @pytest.mark.slow
-def test_process_0_is_killed(one, two, tmp_path):
+def test_the_run_resumes_after_process_0_was_killed(one, two, tmp_path):
     run = copy_until(one, 15, tmp_path / "run")
     pair = two(run, *SLOWLY)
     pair.until(lambda: 17 <= last_step(run) < 60)
     pair.processes[0].kill()
-    assert pair.codes()[1] != 0, pair.said()
+    assert pair.codes()[1] != 0, pair.output()
     assert two(run).codes() == [0, 0]
-    assert_same(run, one)
+    assert_equivalent(run, one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh", [dict(data=2, fsdp=4), dict(fsdp=4, tensor=2), dict(fsdp=1, tensor=8)]
 )
-def test_meshes(one, two, tmp_path, mesh):
+def test_two_processes_train_on_other_meshes(one, two, tmp_path, mesh):
     pair = two(tmp_path / "run", *(f"mesh.{k}={v}" for k, v in mesh.items()))
-    assert pair.codes() == [0, 0], pair.said()
-    assert_same(tmp_path / "run", one)
+    assert pair.codes() == [0, 0], pair.output()
+    assert_equivalent(tmp_path / "run", one)
 
 
-# What can be wrong ------------------------------------------------------------------------------
+# Errors -----------------------------------------------------------------------------------------
 
 REFUSED = """
 import json, sys
@@ -314,8 +302,8 @@ print("said", json.dumps(said))
 """
 
 
-def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: F811
-    """In every process an error, with its cause; none waits for another."""
+def test_all_processes_refuse_what_one_refuses(recipe, tmp_path):
+    """Every process raises an error that names the cause; none waits for another."""
     other = tmp_path / "other"
     write_tokens(other, np.arange(16000) % 61, vocab_size=61, eos_id=0)
     run = str(tmp_path / "run")
@@ -326,9 +314,9 @@ def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: 
         ("mesh", [run, run], [["mesh.fsdp=3"], ["mesh.fsdp=3"]]),
         ("directory", [run, str(tmp_path / "elsewhere")], [[], []]),
     ]
-    pair = Pair(tmp_path, compiled_once, REFUSED, [str(recipe), json.dumps(refused)])
+    pair = Pair(tmp_path, REFUSED, [str(recipe), json.dumps(refused)])
     try:
-        assert pair.codes() == [0, 0], pair.said()
+        assert pair.codes() == [0, 0], pair.output()
     finally:
         for process in pair.processes:
             process.kill()
@@ -338,7 +326,7 @@ def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: 
     for name in ("recipe", "data", "mesh"):
         assert first[name] == second[name]
     assert first["recipe"].startswith(
-        "ValueError: process 1 was started otherwise than process 0: "
+        "ValueError: process 1 was started differently from process 0: "
         "recipe.optimizer.peak_lr (0.01 -> 0.02), recipe.run.eval_every (30 -> 7); start"
     )
     assert "process 0: held_out (" in first["data"]
@@ -352,8 +340,8 @@ def test_all_refuse_what_one_refuses(recipe, compiled_once, tmp_path):  # noqa: 
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_the_others_do_not_come(recipe, tmp_path):
-    """JAX ends a process 0 that waits in vain; what it waited for is the line before."""
+def test_process_0_stops_when_the_others_do_not_join(recipe, tmp_path):
+    """JAX ends the process; the line before names what it waited for."""
     where = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "0"]
     done = subprocess.run(
         [sys.executable, "-m", "btlm_jax.cli", "train", str(recipe), str(tmp_path / "run"), *where,

@@ -1,4 +1,4 @@
-"""The checkpoint of the notebooks: which one is taken, and the small one that is made."""
+"""The checkpoint of the notebooks: which one is chosen, and how the small one is trained."""
 
 from __future__ import annotations
 
@@ -19,68 +19,70 @@ from btlm_jax.train.metrics import loss_curves
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """What is asked of the Hub, which has everything."""
-    asked = []
-    monkeypatch.delenv(snapshot.SMALL, raising=False)
-    monkeypatch.setattr(snapshot, "make", lambda directory: directory / "hf")
-    monkeypatch.setattr(snapshot, "open_hf", asked.append)
-    return asked
+    """The names requested from the Hub, which has everything."""
+    requested = []
+    monkeypatch.delenv(snapshot.SMALL_VARIABLE, raising=False)
+    monkeypatch.setattr(snapshot, "train_small_checkpoint", lambda directory: directory / "hf")
+    monkeypatch.setattr(snapshot, "open_hf", requested.append)
+    return requested
 
 
 def choose(tmp_path, bytes_per_parameter=3.0):
-    return snapshot.choose(tmp_path, bytes_per_parameter=bytes_per_parameter)
+    return snapshot.choose_checkpoint(tmp_path, bytes_per_parameter=bytes_per_parameter)
 
 
-def test_the_released_model_where_there_is_room(fetched, tmp_path, monkeypatch, capsys):
+def test_the_released_model_is_chosen_where_it_fits(fetched, tmp_path, monkeypatch, capsys):
     count = weights.count_parameters(BTLMConfig.preset(snapshot.PRESET))
-    monkeypatch.setattr(snapshot, "memory", lambda sharded: 3 * count)
+    monkeypatch.setattr(snapshot, "available_memory", lambda sharded: 3 * count)
     assert choose(tmp_path) == snapshot.HUB
     assert fetched == [snapshot.HUB]
     assert "fetched" in capsys.readouterr().out
-    monkeypatch.setattr(snapshot, "memory", lambda sharded: 3 * count - 1)
+    monkeypatch.setattr(snapshot, "available_memory", lambda sharded: 3 * count - 1)
     assert choose(tmp_path) == str(tmp_path / "hf")
-    assert fetched == [snapshot.HUB]  # nothing is fetched that could not be held
+    assert fetched == [snapshot.HUB]  # nothing is fetched that would not fit
     assert "7.4 GiB of memory, and there is 7.4 GiB" in capsys.readouterr().out
 
 
-def test_a_small_one_without_network(fetched, tmp_path, monkeypatch, capsys):
+def test_a_small_model_is_trained_without_network(fetched, tmp_path, monkeypatch, capsys):
     def offline(source):
         raise ConnectionError("no route to the Hub.")
 
-    monkeypatch.setattr(snapshot, "memory", lambda sharded: 10**12)
+    monkeypatch.setattr(snapshot, "available_memory", lambda sharded: 10**12)
     monkeypatch.setattr(snapshot, "open_hf", offline)
     assert choose(tmp_path) == str(tmp_path / "hf")
     assert "no route to the Hub.\n" in capsys.readouterr().out
 
 
-def test_a_small_one_where_it_is_asked_for(fetched, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(snapshot.SMALL, "1")
+def test_a_small_model_is_trained_on_request(fetched, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(snapshot.SMALL_VARIABLE, "1")
     assert choose(tmp_path) == str(tmp_path / "hf")
     assert not fetched and "BTLM_SMALL is set" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_memory_of_accelerators_and_of_the_machine(sharded, monkeypatch, tmp_path):
+def test_memory_is_that_of_accelerators_or_of_the_machine(sharded, monkeypatch, tmp_path):
     class Device:
         def memory_stats(self):
             return {"bytes_limit": 5}
 
     # Lines of /proc/meminfo, then a machine that has none.
-    told = tmp_path / "meminfo"
-    told.write_text("MemTotal:       9000 kB\nMemFree:         100 kB\nMemAvailable:    700 kB\n")
-    monkeypatch.setattr(snapshot, "MEMINFO", told)
-    assert snapshot.memory(sharded=sharded) == 716_800
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(
+        "MemTotal:       9000 kB\nMemFree:         100 kB\nMemAvailable:    700 kB\n"
+    )
+    monkeypatch.setattr(snapshot, "MEMINFO", meminfo)
+    assert snapshot.available_memory(sharded=sharded) == 716_800
     monkeypatch.setattr(snapshot, "MEMINFO", tmp_path / "none")
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}
     monkeypatch.setattr(snapshot.os, "sysconf", pages.__getitem__)
-    assert snapshot.memory(sharded=sharded) == 40_960
+    assert snapshot.available_memory(sharded=sharded) == 40_960
     monkeypatch.setattr(snapshot.jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(snapshot.jax, "local_devices", lambda: [Device(), Device()])
-    assert snapshot.memory(sharded=sharded) == (10 if sharded else 5)
+    assert snapshot.available_memory(sharded=sharded) == (10 if sharded else 5)
 
 
-def test_the_small_one_is_trained_once(tmp_path):
-    files = snapshot.make(tmp_path / "small", steps=4)
+def test_the_small_model_is_trained_once(tmp_path):
+    files = snapshot.train_small_checkpoint(tmp_path / "small", steps=4)
     assert files == tmp_path / "small/hf"
     config, tokenizer = read_any_config(files), read_any_tokenizer(files)
     assert tokenizer is not None and tokenizer.get_vocab_size() == config.vocab_size
@@ -90,14 +92,14 @@ def test_the_small_one_is_trained_once(tmp_path):
     (steps, losses) = loss_curves(tmp_path / "small/run")["training"]
     assert steps[-1] == 4 and losses[-1] < losses[0]
     before = {p: p.stat().st_mtime_ns for p in files.iterdir()}
-    assert snapshot.make(tmp_path / "small", steps=4) == files
+    assert snapshot.train_small_checkpoint(tmp_path / "small", steps=4) == files
     assert {p: p.stat().st_mtime_ns for p in files.iterdir()} == before
 
 
-def test_a_single_device_makes_one_too(tmp_path):
+def test_the_small_model_can_be_trained_on_one_device(tmp_path):
     """As in most notebooks."""
     code = f"from btlm_jax.train.demo import snapshot; from pathlib import Path; \
-snapshot.make(Path({str(tmp_path / 'small')!r}), steps=1)"
+snapshot.train_small_checkpoint(Path({str(tmp_path / 'small')!r}), steps=1)"
     env = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,87 @@
+"""Checkpoints of a run: damage is noticed and set aside, and only what may go is removed."""
+
+from __future__ import annotations
+
+import shutil
+import types
+
+import jax
+import pytest
+
+import btlm_jax as btlm
+from btlm_jax.train.checkpoints import Checkpoints
+from btlm_jax.train.loop import train
+from btlm_jax.train.metrics import read_metrics
+from btlm_jax.train.recipe_build import build_config, build_optimizer
+from support.runs import assert_same_run, copy_run
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_set_aside(
+    load_tiny, reference, tmp_path, caplog
+):
+    run = copy_run(reference[0], tmp_path / "run")
+    newest = run / "checkpoints/12/state/d"
+    largest = max(newest.iterdir(), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    assert train(load_tiny(), run).finished
+    assert "checkpoint" in caplog.text and "cannot be used" in caplog.text
+    assert (run / "checkpoints/damaged-12").is_dir()
+    assert_same_run(run, reference[0])
+
+
+@pytest.mark.parametrize("part", ["state", "optimizer", "_CHECKPOINT_METADATA"])
+def test_a_checkpoint_with_a_missing_part_is_trained_again(load_tiny, reference, tmp_path, part):
+    run = copy_run(reference[0], tmp_path / "run")
+    missing = run / "checkpoints/12" / part
+    shutil.rmtree(missing) if missing.is_dir() else missing.unlink()
+    assert train(load_tiny(), run).finished
+    assert_same_run(run, reference[0])
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_changed(load_tiny, reference, tmp_path):
+    """And the next call does not start from scratch in the same directory either."""
+    run = copy_run(reference[0], tmp_path / "run")
+    for step in (9, 12):
+        shutil.rmtree(run / f"checkpoints/{step}/optimizer")
+    before = sorted(p.relative_to(run) for p in run.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"none of its checkpoints \[9, 12\] can be read"):
+            train(load_tiny(), run)
+        assert sorted(p.relative_to(run) for p in run.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_optimizer_is_not_damaged(load_tiny, reference, tmp_path):
+    run = copy_run(reference[0], tmp_path / "run")
+    checkpoints = Checkpoints(run / "checkpoints", keep_last=2, keep_every=0)
+    recipe = load_tiny("optimizer.name=lion")
+    model = btlm.BTLM(build_config(recipe))
+    tx = build_optimizer(recipe, model.config)
+    with pytest.raises(ValueError, match=r"does not fit the recipe's optimizer"):
+        checkpoints.restore_newest(model, tx, btlm.make_mesh())
+    checkpoints.close()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["12", "9"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(
+    load_tiny, tmp_path, monkeypatch
+):
+    """Steps 3, 6, 9 and 12 are saved, two of them kept: three must fit at once."""
+    recipe = load_tiny()
+    model = btlm.BTLM(build_config(recipe))
+    params = model.init(jax.random.key(0), mesh=btlm.make_mesh())
+    size = 3 * sum(x.nbytes for x in jax.tree.leaves(params))  # with Adam's moments, and counters
+    usage = types.SimpleNamespace(free=3 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"no space for .*checkpoints: .* are to be written"):
+        train(recipe, tmp_path / "run")
+    assert not read_metrics(tmp_path / "run/metrics.jsonl")
+    usage.free = 3 * size + 1000
+    assert train(recipe, tmp_path / "run").finished
+
+
+def test_multiples_of_keep_every_are_kept(tmp_path, load_tiny):
+    train(load_tiny("run.checkpoint_every=2", "run.keep_every=4", "run.keep_last=1"),
+          tmp_path / "run")  # fmt: skip
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints", keep_last=1, keep_every=4)
+    assert checkpoints.steps() == [4, 8, 12]
+    checkpoints.close()
