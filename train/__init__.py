@@ -1,1 +1,1 @@
-"""Text to tokens, a recipe to a run; what a step takes, measured here or compiled for elsewhere."""
+"""Training: recipes, batches, the train step and the loop; ahead-of-time compile and benchmarks."""

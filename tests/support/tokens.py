@@ -1,4 +1,4 @@
-"""Directories of token shards."""
+"""Directories of token shards, without a tokenizer's work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ EOS = 0
 def write_tokens(
     path: Path, tokens, *, vocab_size: int = 50257, shard_tokens: int = 1 << 40, eos_id: int = EOS
 ) -> Path:
-    """A directory of tokens as `tokenize` makes it, cut anywhere, with a tokenizer in name only."""
+    """Writes a directory of tokens like `tokenize`, with an empty tokenizer file. Returns `path`.
+
+    Args:
+      path: the directory to create.
+      tokens: integers [n].
+      vocab_size: vocabulary recorded in the metadata; it determines the type on disk.
+      shard_tokens: tokens per shard; documents may be cut.
+      eos_id: the token that ends a document.
+    """
     tokens = np.asarray(tokens).astype(token_dtype(vocab_size))
     (path / "tokenizer").mkdir(parents=True)
     (path / "tokenizer/tokenizer.json").write_text("{}")

@@ -19,7 +19,7 @@ from btlm_jax.train import preemption
 from btlm_jax.train.demo import quickstart
 from btlm_jax.train.metrics import read_metrics
 from btlm_jax.utils import plots
-from support import golden
+from support import compiling, golden
 
 
 def test_the_sample_text_has_every_paragraph_once():
@@ -117,7 +117,7 @@ def test_the_number_of_steps_must_be_positive(capsys, tmp_path):
 def test_a_hugging_face_checkpoint_is_converted_and_generates(tmp_path):
     """In a separate process, without devices prepared for it."""
     source = golden.write_hf(tmp_path / "hf", golden.load("i_untied"), tokenizer=True)
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env = compiling.one_device()
     command = [sys.executable, "-m", "btlm_jax.cli", "quickstart", str(tmp_path / "q")]
     done = subprocess.run([*command, "--hf", str(source)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from btlm_jax.model import weights
 from btlm_jax.model.params import check_params
 from btlm_jax.train.demo import snapshot
 from btlm_jax.train.metrics import loss_curves
+from support import compiling
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_the_small_model_can_be_trained_on_one_device(tmp_path):
     """As in most notebooks."""
     code = f"from btlm_jax.train.demo import snapshot; from pathlib import Path; \
 snapshot.train_small_checkpoint(Path({str(tmp_path / 'small')!r}), steps=1)"
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = compiling.one_device()
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "small/hf/config.json").is_file()
