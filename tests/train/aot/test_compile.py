@@ -101,7 +101,7 @@ def test_saved_program_runs_elsewhere(saved):
     model, tx, state, tokens = state_and_tokens(recipe)
     want_state, want = make_step(model, tx)(jax.tree.map(lambda x: x.copy(), state), tokens)
     have_state, have = program(state, tokens)
-    assert float(have.loss) == pytest.approx(float(want.loss), rel=1e-6)
+    assert float(have["loss"]) == pytest.approx(float(want["loss"]), rel=1e-6)
     for a, b in zip(jax.tree.leaves(have_state), jax.tree.leaves(want_state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
