@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from btlm_jax.model import mup, sharding, weights
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.loss import LossSum, target_loss
+from btlm_jax.model.chunked_loss import LossSum
+from btlm_jax.model.loss import target_loss
 from btlm_jax.model.params import Params, unflatten_tree
 
 

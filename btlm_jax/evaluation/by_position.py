@@ -25,7 +25,7 @@ from btlm_jax.evaluation.batch_shapes import batch_shape
 from btlm_jax.evaluation.context_extension import ScalingKind, with_scaling_kind
 from btlm_jax.evaluation.long_windows import LongWindow, LongWindows
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.loss import token_predictions
+from btlm_jax.model.chunked_loss import token_predictions
 from btlm_jax.model.params import Params
 from btlm_jax.utils.progress import Progress
 

@@ -21,7 +21,7 @@ from btlm_jax.generation import decode
 from btlm_jax.generation.scoring import padded_width
 from btlm_jax.model import alibi, sharding
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.loss import token_predictions
+from btlm_jax.model.chunked_loss import token_predictions
 from btlm_jax.model.params import Params
 
 logger = logging.getLogger(__name__)

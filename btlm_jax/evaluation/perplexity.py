@@ -11,7 +11,7 @@ import numpy as np
 from btlm_jax.evaluation.batch_shapes import batch_shape
 from btlm_jax.evaluation.rolling_windows import RollingWindows
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.loss import head_loss
+from btlm_jax.model.chunked_loss import head_loss
 from btlm_jax.model.params import Params
 from btlm_jax.utils.progress import Progress
 

@@ -22,7 +22,7 @@ import numpy as np
 from btlm_jax.config import BTLMConfig
 from btlm_jax.evaluation.documents import TokenizedDocument
 from btlm_jax.model import alibi
-from btlm_jax.model.loss import IGNORE
+from btlm_jax.model.chunked_loss import IGNORE
 
 logger = logging.getLogger(__name__)
 

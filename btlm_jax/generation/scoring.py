@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from btlm_jax.generation import decode, prompts
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.loss import token_predictions
+from btlm_jax.model.chunked_loss import token_predictions
 from btlm_jax.model.params import Params
 
 # Widths of more are multiples of it.

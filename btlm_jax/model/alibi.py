@@ -13,38 +13,38 @@ import numpy as np
 
 from btlm_jax.config import AlibiScaling, BTLMConfig
 
-# Of the pieces of a position: the largest whose low pieces (at most half of it, 256) are exact in
-# bf16. High pieces are multiples of it with 8 significant bits.
+# A position is split into hi + lo, where hi is a multiple of this base with 8 significant bits and
+# |lo| is at most half of it, 256. It is the largest base for which every lo is exact in bf16.
 _BASE = 512
-# Positions from 0 to one below are exact.
-POSITIONS = _BASE * 256 + _BASE // 2
+# Positions from 0 to MAX_POSITIONS - 1 are exact.
+MAX_POSITIONS = _BASE * 256 + _BASE // 2
 
 
 def slopes(n_head: int) -> np.ndarray:
-    """The exact slopes of `n_head` heads. Returns float64 [H].
+    """Returns the exact slopes of `n_head` heads, float64 [H].
 
-    For a power of two, 2**(-8 (i + 1) / H). Otherwise those of p, the largest power of two below
-    H, followed by every second one of 2p (appended, not interleaved; the original's rule).
+    If H is a power of two they are 2**(-8 (i + 1) / H). Otherwise they are the slopes of p heads,
+    the largest power of two below H, followed by every second slope of 2p heads (appended, not
+    interleaved, as in the original).
     """
     p = 1 << (n_head.bit_length() - 1)
-    first = 2.0 ** (-8.0 * np.arange(1, p + 1) / p)
+    p_slopes = 2.0 ** (-8.0 * np.arange(1, p + 1) / p)
     if p == n_head:
-        return first
-    return np.concatenate([first, slopes(2 * p)[0::2][: n_head - p]])
+        return p_slopes
+    return np.concatenate([p_slopes, slopes(2 * p)[0::2][: n_head - p]])
 
 
 def model_slopes(config: BTLMConfig) -> np.ndarray:
-    """The slopes a model uses: those of its checkpoint if it has any, else exact ones. f64 [H]."""
+    """Returns the slopes a model uses, float64 [H]: the stored ones if any, else the exact ones."""
     if config.alibi_slopes is not None:
         return np.asarray(config.alibi_slopes, np.float64)
     return slopes(config.n_head)
 
 
 def scale(scaling: AlibiScaling | None, key_length: int | jax.Array) -> float | jax.Array:
-    """The divisor of every distance when `key_length` keys (cache and padding included) are seen.
+    """Returns the divisor of every distance for `key_length` keys, cache and padding included.
 
-    A float where it is known at trace time; an fp32 scalar for dynamic scaling with a traced
-    length.
+    It is a float if known at trace time, and an fp32 array for dynamic scaling of a traced length.
     """
     if scaling is None:
         return 1.0
@@ -57,13 +57,16 @@ def scale(scaling: AlibiScaling | None, key_length: int | jax.Array) -> float | 
     return max(1.0, key_length / trained)
 
 
-def scale_varies(scaling: AlibiScaling | None, longest: int) -> bool:
-    """Whether `scale` depends on the length, up to `longest` keys: batches must then be alike."""
-    return bool(scale(scaling, 1) != scale(scaling, longest))
+def scale_varies(scaling: AlibiScaling | None, max_length: int) -> bool:
+    """Returns whether `scale` depends on the length, up to `max_length` keys.
+
+    If so, a result depends on the padded length of its batch.
+    """
+    return bool(scale(scaling, 1) != scale(scaling, max_length))
 
 
 def bias(slopes_H: jax.Array, query_T: jax.Array, key_S: jax.Array) -> jax.Array:
-    """The ALiBi bias from integer positions. Returns fp32 [H, T, S].
+    """Computes the ALiBi bias from integer positions, fp32 [H, T, S].
 
     Args:
       slopes_H: fp32, already divided by the scale.
@@ -75,37 +78,36 @@ def bias(slopes_H: jax.Array, query_T: jax.Array, key_S: jax.Array) -> jax.Array
 
 # The bias as features ---------------------------------------------------------------------------
 #
-# Softmax ignores a constant per row, so slope * (key - query) may be replaced by slope * key, and
-# that is a dot product of [s0, s0, s1, s1] with [hi, lo, hi, lo], where s0 + s1 is the slope and
-# hi + lo the position. Every piece is exact in bf16 and every product has at most 16 significant
-# bits, hence exact in fp32: any fused kernel then computes ALiBi inside QK^T.
+# Softmax ignores a constant per row, so slope * key may replace slope * (key - query). It is the
+# dot product of [s0, s0, s1, s1] with [hi, lo, hi, lo], where s0 + s1 is the slope and hi + lo the
+# position. Every piece is exact in bf16, and every product has at most 16 significant bits, hence
+# is exact in fp32: any fused kernel then computes ALiBi inside QK^T.
 
 
 def query_features(slopes_H: jax.Array) -> jax.Array:
-    """Splits slopes, fp32 [H], into two bf16-exact pieces. Returns bf16 [H, 4]."""
+    """Splits slopes, fp32 [H], into two pieces exact in bf16: [s0, s0, s1, s1], bf16 [H, 4]."""
     s = slopes_H.astype(jnp.float32)
-    # XLA may simplify a cast to bf16 and back away.
+    # Not a cast to bf16 and back, which XLA may remove.
     s0 = jax.lax.reduce_precision(s, exponent_bits=8, mantissa_bits=7)
     s1 = jax.lax.reduce_precision(s - s0, exponent_bits=8, mantissa_bits=7)
     return jnp.stack([s0, s0, s1, s1], -1).astype(jnp.bfloat16)
 
 
 def key_features(positions: np.ndarray) -> jax.Array:
-    """Splits int positions (any shape, >= 0) into bf16-exact [hi, lo, hi, lo]. bf16 [..., 4].
+    """Splits int positions into pieces exact in bf16: [hi, lo, hi, lo], bf16 [..., 4].
 
-    Exact below `POSITIONS`: |lo| <= 256, and hi is a multiple of 512 whose quotient has at most 8
-    significant bits up to there.
+    They are exact below `MAX_POSITIONS`: |lo| <= 256, and hi / 512 has at most 8 significant bits.
 
     Raises:
-      ValueError: a position lies outside the exact range.
+      ValueError: a position is outside the exact range.
     """
-    limit = POSITIONS - 1
+    limit = MAX_POSITIONS - 1
     if positions.size:
-        low, high = int(positions.min()), int(positions.max())
-        if low < 0 or high > limit:
+        first, last = int(positions.min()), int(positions.max())
+        if first < 0 or last > limit:
             raise ValueError(
-                f"ALiBi key positions: found {low} to {high}, expected 0 to {limit}, the range in "
-                "which their bf16 pieces are exact"
+                f"ALiBi key positions: found {first} to {last}, expected 0 to {limit}, the range "
+                "in which their bf16 pieces are exact"
             )
     half = _BASE // 2
     lo = (positions + half) % _BASE - half

@@ -1,6 +1,6 @@
 """Attention as plain array operations: every platform, every mask, fp32 bias and softmax.
 
-The reference of the fused kernels. Queries are processed in chunks, so that the largest
+This is the reference of the fused kernels. Queries are processed in chunks, so that the largest
 intermediate is [B, H, chunk, S] and never [B, H, T, S].
 """
 
@@ -16,85 +16,92 @@ from btlm_jax.model import alibi
 from btlm_jax.model.einsum import einsum
 
 QUERY_CHUNK = 512
-# Of n equal stripes, (n + 1) / 2n of the keys are visited: 9/16 with 8. Each is compiled of its
-# own, and below 128 rows the matrix products lose more than the skipped keys save.
-_STRIPES, _STRIPE_ROWS = 8, 128
-_MASKED = jnp.finfo(jnp.float32).min  # finite, so that a row with no key at all is not NaN
+# With n blocks of queries, (n + 1) / 2n of the keys are visited: 9/16 with 8. Every block is
+# compiled separately, and below 128 rows the matrix products lose more than the skipped keys save.
+_MAX_BLOCKS, _MIN_BLOCK_ROWS = 8, 128
+_MASKED = jnp.finfo(jnp.float32).min  # finite, so that a row that sees no key is not NaN
 
 
 def xla_attention(q, k, v, *, slopes, segments, positions, precision) -> jax.Array:
-    """Causal attention; arguments as in `attention.attention`.
+    """Computes causal attention; arguments as in `attention.attention`.
 
     Args:
-      positions: int32 [T], the slots of the queries. None is 0 to T - 1, known while tracing: then
-        stripes of queries visit the keys up to their own end only. Otherwise all S keys are
-        visited, and those to come are masked.
+      positions: int32 [T], the slots of the queries. None means 0 to T - 1: because that is known
+        at trace time, blocks of queries visit only the keys up to their own end. Otherwise all S
+        keys are visited, and later ones are masked.
     """
-    chunked = functools.partial(_chunked, slopes=slopes, precision=precision)
+    attend = functools.partial(_attend_in_chunks, slopes=slopes, precision=precision)
     T = q.shape[2]
     if positions is not None:
-        return chunked(q, k, v, segments, positions)
-    size = -(-T // (_STRIPES * _STRIPE_ROWS)) * _STRIPE_ROWS
-    stripes = []
+        return attend(q, k, v, segments, positions)
+    size = -(-T // (_MAX_BLOCKS * _MIN_BLOCK_ROWS)) * _MIN_BLOCK_ROWS
+    blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)
-        within = segments and (segments[0][:, start:end], segments[1][:, :end])
-        at = jnp.arange(start, end, dtype=jnp.int32)
-        stripes.append(chunked(q[:, :, start:end], k[:, :, :end], v[:, :, :end], within, at))
-    return jnp.concatenate(stripes, axis=2)
-
-
-def _chunked(q, k, v, segments, positions, *, slopes, precision):
-    of_query, of_key = segments or (None, None)
-
-    # Rematerialized, or the backward pass would keep the scores of every chunk and layer.
-    @jax.checkpoint
-    def attended(q, positions, of_query):
-        within = None if of_query is None else (of_query, of_key)
-        p = attention_probabilities(
-            q, k, slopes=slopes, segments=within, positions=positions, precision=precision
+        block_segments = segments and (segments[0][:, start:end], segments[1][:, :end])
+        block_positions = jnp.arange(start, end, dtype=jnp.int32)
+        blocks.append(
+            attend(
+                q[:, :, start:end], k[:, :, :end], v[:, :, :end], block_segments, block_positions
+            )
         )
-        return einsum("bhts,bhsk->bhtk", p.astype(v.dtype), v, precision).astype(q.dtype)
-
-    return over_queries(attended, q, positions, of_query)
+    return jnp.concatenate(blocks, axis=2)
 
 
-def over_queries(
-    attend: Callable[..., jax.Array], q: jax.Array, of_T: jax.Array, of_BT: jax.Array | None
+def _attend_in_chunks(q, k, v, segments, positions, *, slopes, precision):
+    """Computes attention for one chunk of queries after another."""
+    q_segments, k_segments = segments or (None, None)
+
+    # Rematerialized: the backward pass would otherwise keep the scores of every chunk and layer.
+    @jax.checkpoint
+    def attend_chunk(q, positions, q_segments):
+        chunk_segments = None if q_segments is None else (q_segments, k_segments)
+        p_BHTS = attention_probabilities(
+            q, k, slopes=slopes, segments=chunk_segments, positions=positions, precision=precision
+        )
+        return einsum("bhts,bhsk->bhtk", p_BHTS.astype(v.dtype), v, precision).astype(q.dtype)
+
+    return map_query_chunks(attend_chunk, q, positions, q_segments)
+
+
+def map_query_chunks(
+    fn: Callable[..., jax.Array], q_BHTK: jax.Array, x_T: jax.Array, x_BT: jax.Array | None
 ) -> jax.Array:
-    """attend(q, of_T, of_BT), `QUERY_CHUNK` queries at a time.
+    """Computes fn(q, x_T, x_BT) for `QUERY_CHUNK` queries at a time.
 
     Args:
-      attend: from arguments with t queries to [B, H, t, K].
-      q: [B, H, T, K].
-      of_T, of_BT: what else is of queries, [T] and [B, T].
+      fn: maps arguments with a chunk of queries to [B, H, chunk, K].
+      q_BHTK: the queries.
+      x_T, x_BT: further arrays with one entry per query.
     """
-    T, chunk = q.shape[2], QUERY_CHUNK
+    T, chunk = q_BHTK.shape[2], QUERY_CHUNK
     n = -(-T // chunk)
     if n == 1:
-        return attend(q, of_T, of_BT)
+        return fn(q_BHTK, x_T, x_BT)
 
-    def chunks(x, axis):  # a remainder is filled up with rows that are dropped again
-        pad = [(0, n * chunk - T if i == axis else 0) for i in range(x.ndim)]
-        x = jnp.pad(x, pad).reshape(*x.shape[:axis], n, chunk, *x.shape[axis + 1 :])
+    def split(x, axis):  # the last chunk is padded, and the results of the padding are dropped
+        pad_width = [(0, n * chunk - T if i == axis else 0) for i in range(x.ndim)]
+        x = jnp.pad(x, pad_width).reshape(*x.shape[:axis], n, chunk, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    xs = chunks(q, 2), chunks(of_T, 0), None if of_BT is None else chunks(of_BT, 1)
-    out = jax.lax.map(lambda x: attend(*x), xs)
-    return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], n * chunk, out.shape[-1])[:, :, :T]
+    xs = split(q_BHTK, 2), split(x_T, 0), None if x_BT is None else split(x_BT, 1)
+    out = jax.lax.map(lambda x: fn(*x), xs)
+    B, H = q_BHTK.shape[:2]
+    return jnp.moveaxis(out, 0, 2).reshape(B, H, n * chunk, out.shape[-1])[:, :, :T]
 
 
 def attention_probabilities(q, k, *, slopes, segments, positions, precision=None) -> jax.Array:
-    """The attention probabilities of the queries at `positions` [T], fp32 [B, H, T, S].
+    """Computes attention probabilities, fp32 [B, H, T, S].
 
-    Other arguments as in `attention.attention`.
+    Args:
+      positions: int32 [T], the slots of the queries; further arguments as in `attention.attention`.
     """
-    key = jnp.arange(k.shape[2], dtype=jnp.int32)
+    key_S = jnp.arange(k.shape[2], dtype=jnp.int32)
     scores = einsum("bhtk,bhsk->bhts", q, k, precision)
     if slopes is not None:
-        scores = scores + alibi.bias(slopes, positions, key)
-    allowed = key[None, :] <= positions[:, None]
+        scores = scores + alibi.bias(slopes, positions, key_S)
+    allowed = key_S[None, :] <= positions[:, None]
     if segments is not None:
-        of_query, of_key = segments
-        allowed = allowed & (of_query[:, None, :, None] == of_key[:, None, None, :])
+        q_segments, k_segments = segments
+        allowed = allowed & (q_segments[:, None, :, None] == k_segments[:, None, None, :])
     return jax.nn.softmax(jnp.where(allowed, scores, _MASKED), axis=-1)

@@ -1,4 +1,4 @@
-"""Matrix products that sum in fp32, forward and backward."""
+"""Einsum that accumulates in fp32, forward and backward."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ def einsum(
     y: jax.Array,
     precision: jax.lax.Precision | None = None,
     out_sharding: PartitionSpec | None = None,
-    gathered: PartitionSpec | None = None,
+    y_gathered: PartitionSpec | None = None,
 ) -> jax.Array:
-    """jnp.einsum of two arrays of one dtype, accumulated and returned in fp32.
+    """Computes jnp.einsum of two arrays of one dtype, accumulated and returned in fp32.
 
-    Its gradients are products of the same kind: on accelerators the incoming gradient is rounded to
-    the operands' dtype, so that bf16 stays on the matrix units. JAX's own rule would multiply fp32
-    by bf16, for which GPUs take fp32. (fp32 results also keep bf16 on XLA's fast CPU path.)
+    The gradients are products of the same kind: on accelerators the incoming gradient is rounded to
+    the dtype of the operands, so that bf16 stays on the matrix units. JAX's own rule would multiply
+    fp32 by bf16, which GPUs compute in fp32. (fp32 results also keep bf16 on XLA's fast CPU path.)
 
     Args:
-      equation: such as "btd,df->btf": letters only, each in two of the three terms at least.
+      equation: such as "btd,df->btf": letters only, each in at least two of the three terms.
       x, y: the operands.
-      precision: of this product and those of its gradients.
+      precision: of this product and of those in its gradients.
       out_sharding: of the result, on an explicit mesh.
-      gathered: the sharding in which y is used, where it rests in another. Its gradient is summed
-        straight into the shards, half the bytes of a sum that all devices get.
+      y_gathered: the sharding in which y is used, if it is stored in another. The gradient of y is
+        reduced straight into the stored shards, for half the bytes of an all-reduce.
 
     Returns:
-      fp32; the gradients have the operands' dtypes and shardings.
+      fp32; the gradients have the dtypes and shardings of the operands.
     """
     terms, result = equation.split("->")
-    a, b = terms.split(",")
-    y = _used(y, gathered)
-    n = _leading(a, b, result, x, y)
+    x_dims, y_dims = terms.split(",")
+    y = _gather(y, y_gathered)
+    n = _num_mergeable(x_dims, y_dims, result, x, y)
     if n > 1:
-        # As one dimension: XLA would transpose one operand to sum over several.
+        # XLA would transpose one operand to sum over several dimensions.
         x, y = (z.reshape(-1, *z.shape[n:]) for z in (x, y))
-        a, b = a[n - 1 :], b[n - 1 :]
+        x_dims, y_dims = x_dims[n - 1 :], y_dims[n - 1 :]
     return jnp.einsum(
-        f"{a},{b}->{result}",
+        f"{x_dims},{y_dims}->{result}",
         x,
         y,
         precision=precision,
@@ -53,47 +53,52 @@ def einsum(
     )
 
 
-def _leading(a: str, b: str, result: str, x: jax.Array, y: jax.Array) -> int:
-    """How many dimensions, summed over, both operands begin with and could be merged."""
+def _num_mergeable(x_dims: str, y_dims: str, result: str, x: jax.Array, y: jax.Array) -> int:
+    """Returns how many leading dimensions are summed over in both operands and can be merged.
+
+    Only the first of them may be sharded.
+    """
     n = 0
-    split = [jax.typeof(z).sharding.spec for z in (x, y)]
-    for i, j in zip(a, b, strict=False):
-        if i != j or i in result or (n and any(spec[n] for spec in split)):
+    specs = [jax.typeof(z).sharding.spec for z in (x, y)]
+    for i, j in zip(x_dims, y_dims, strict=False):
+        if i != j or i in result or (n and any(spec[n] for spec in specs)):
             break
         n += 1
     return n
 
 
-def _used(y: jax.Array, gathered: PartitionSpec | None) -> jax.Array:
-    return y if gathered is None else reshard(y, gathered)
+def _gather(y: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+    return y if spec is None else reshard(y, spec)
 
 
-def _forward(equation, x, y, precision, out_sharding, gathered):
-    return einsum(equation, x, y, precision, out_sharding, gathered), (x, y)
+def _einsum_forward(equation, x, y, precision, out_sharding, y_gathered):
+    return einsum(equation, x, y, precision, out_sharding, y_gathered), (x, y)
 
 
-def _backward(equation, precision, out_sharding, gathered, operands, gradient):
-    def both(x, y, gradient, dtype):
-        (a, b), result = equation.split("->")[0].split(","), equation.split("->")[1]
-        x_, y_, g = (z.astype(dtype) for z in (x, y, gradient))
-        dx = einsum(f"{result},{b}->{a}", g, _used(y_, gathered), precision, _explicit(x))
-        dy = einsum(f"{a},{result}->{b}", x_, g, precision, _explicit(y))
+def _einsum_backward(equation, precision, out_sharding, y_gathered, operands, gradient):
+    terms, result = equation.split("->")
+    x_dims, y_dims = terms.split(",")
+
+    def gradients(x, y, gradient, dtype):
+        x_cast, y_cast, g = (z.astype(dtype) for z in (x, y, gradient))
+        y_cast = _gather(y_cast, y_gathered)
+        dx = einsum(f"{result},{y_dims}->{x_dims}", g, y_cast, precision, _explicit_spec(x))
+        dy = einsum(f"{x_dims},{result}->{y_dims}", x_cast, g, precision, _explicit_spec(y))
         return dx.astype(x.dtype), dy.astype(y.dtype)
 
-    dtype = jnp.result_type(*operands)
     # XLA's CPU backend accepts bf16 products only in some of the layouts that arise here.
     return jax.lax.platform_dependent(
         *operands,
         gradient,
-        cpu=functools.partial(both, dtype=jnp.float32),
-        default=functools.partial(both, dtype=dtype),
+        cpu=functools.partial(gradients, dtype=jnp.float32),
+        default=functools.partial(gradients, dtype=jnp.result_type(*operands)),
     )
 
 
-einsum.defvjp(_forward, _backward)
+einsum.defvjp(_einsum_forward, _einsum_backward)
 
 
-def _explicit(x: jax.Array) -> PartitionSpec | None:
-    """The PartitionSpec in an array's type; None off any explicit mesh."""
+def _explicit_spec(x: jax.Array) -> PartitionSpec | None:
+    """Returns the PartitionSpec in the type of an array, or None without an explicit mesh."""
     sharding = jax.typeof(x).sharding
     return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from btlm_jax.evaluation.documents import TokenizedDocument
 from btlm_jax.evaluation.rolling_windows import RollingWindows, cut_rolling_windows
-from btlm_jax.model.loss import IGNORE
+from btlm_jax.model.chunked_loss import IGNORE
 from support import golden
 from support.documents import random_documents
 

@@ -84,7 +84,7 @@ def test_key_features_are_exact():
     np.testing.assert_array_equal(f[:, :2], f[:, 2:])
     assert np.abs(f[:, 1]).max() <= 256
     with pytest.raises(ValueError, match="found 0 to 131328, expected 0 to 131327"):
-        alibi.key_features(np.arange(alibi.POSITIONS + 1))
+        alibi.key_features(np.arange(alibi.MAX_POSITIONS + 1))
 
 
 @given(st.integers(1, 64), st.floats(0.1, 100))

@@ -49,7 +49,7 @@ def extended(lengths, at, prefix_lengths, dtype=jnp.float32, T=1, seed=0):
         jnp.asarray(prefix_lengths),
         jnp.ones((B, P), jnp.int32),
     )
-    out, part = kv_cache.extend(
+    out, part = kv_cache.cached_attention(
         jnp.asarray(q), *map(jnp.asarray, new), part, prefix, shared,
         precision=jax.lax.Precision.HIGHEST, on_cpu=True, shard=None,
     )  # fmt: skip

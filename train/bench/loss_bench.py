@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import loss, sharding
-from btlm_jax.model.layers import project_logits
+from btlm_jax.model import chunked_loss, sharding
+from btlm_jax.model.head import project_logits
 from btlm_jax.model.runtime import Runtime
 from btlm_jax.train.bench import measure
 
@@ -28,8 +28,9 @@ def bench_loss(
 ) -> dict[str, Any]:
     """Times the loss and its gradients by states and head, three ways in turn, on one device.
 
-    Ours (`loss.head_loss`), that of whole logits, and a scan over chunks under `jax.checkpoint`,
-    beside a large matrix product. The limit is three products of rows x V x D at its rate.
+    Ours (`chunked_loss.head_loss`), that of full logits, and a scan over chunks under
+    `jax.checkpoint`, beside a large matrix product. The limit is three products of rows x V x D at
+    its rate.
 
     Args:
       preset: of the model, for V and D. None is btlm-3b-8k on accelerators, btlm-40m on CPU.
@@ -78,13 +79,13 @@ def _ways(runtime: Runtime, rows: int) -> dict[str, Callable[..., jax.Array]]:
     """The summed loss of (params, h [1, rows, D], targets [1, rows])."""
 
     def ours(params, h, targets):
-        return loss.head_loss(runtime, params, h, targets)[0]
+        return chunked_loss.head_loss(runtime, params, h, targets)[0]
 
     def whole(params, h, targets):
-        return loss.cross_entropy(project_logits(runtime, params, h), targets).sum()
+        return chunked_loss.cross_entropy(project_logits(runtime, params, h), targets).sum()
 
     def rematerialized(params, h, targets):
-        size = next(n for n in range(min(rows, loss.ROWS), 0, -1) if rows % n == 0)
+        size = next(n for n in range(min(rows, chunked_loss.ROWS), 0, -1) if rows % n == 0)
         one = jax.checkpoint(whole)
         chunks = h.reshape(-1, 1, size, h.shape[-1]), targets.reshape(-1, 1, size)
         zero = jnp.zeros((), jnp.float32)
