@@ -23,7 +23,7 @@ def witness_score(case: golden.Case, pair: ContinuationPair, max_length: int) ->
     """Returns (log-probability, whether greedy) of one pair, in float64."""
     inputs = np.array((pair.context + pair.continuation)[-(max_length + 1) :][:-1])
     named = {k: v.astype(np.float64) for k, v in case.weights.items()}
-    logits = reference_numpy.forward(named, golden.witness_config(case.config), inputs[None])
+    logits = reference_numpy.forward(named, golden.reference_config(case.config), inputs[None])
     log_p = log_softmax(logits["logits"][0], -1)[-len(pair.continuation) :]
     after = np.array(pair.continuation)
     total = np.take_along_axis(log_p, after[:, None], 1).sum()
@@ -55,7 +55,7 @@ def test_batches_score_like_single_pairs(name):
         context, _ = pairs[i]
         named = {k: v.astype(np.float64) for k, v in case.weights.items()}
         inputs = np.array(context)[None, -max_length:]
-        config = golden.witness_config(case.config)
+        config = golden.reference_config(case.config)
         logits = reference_numpy.forward(named, config, inputs)["logits"][0, -1]
         pairs[i] = ContinuationPair(context, (int(logits.argmax()),))
     expected = {i: witness_score(case, pair, max_length) for i, pair in pairs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from btlm_jax import AlibiScaling
+from btlm_jax import AlibiScaling, BTLMConfig
 from btlm_jax.model import alibi
 from support import golden
 from support.golden import max_error
@@ -26,7 +27,7 @@ SCALINGS = {
 
 @pytest.mark.parametrize("key", BIAS)
 @pytest.mark.parametrize("traced", [False, True])
-def test_bias_of_the_original(key, traced):
+def test_bias_equals_the_original(key, traced):
     kind, heads, shape = re.fullmatch(r"(\w+)/H(\d+)/(q\d+_past\d+)", key).groups()
     T, past = map(int, re.fullmatch(r"q(\d+)_past(\d+)", shape).groups())
 
@@ -41,7 +42,7 @@ def test_bias_of_the_original(key, traced):
 
 
 @given(st.integers(1, 200))
-def test_slopes_of_any_head_count(n):
+def test_slopes_follow_the_rule_for_any_head_count(n):
     s = alibi.slopes(n)
     p = 2 ** int(np.log2(n))
     assert s.shape == (n,) and s.dtype == np.float64
@@ -51,23 +52,19 @@ def test_slopes_of_any_head_count(n):
     np.testing.assert_allclose(s[p:], expected, rtol=1e-15)
 
 
-def test_stored_slopes_win():
-    import dataclasses
-
-    from btlm_jax import BTLMConfig
-
+def test_stored_slopes_override_exact_ones():
     c = dataclasses.replace(BTLMConfig.preset("tiny"), alibi_slopes=(0.5, 0.25, 0.125, 0.83984375))
     assert alibi.model_slopes(c).tolist() == [0.5, 0.25, 0.125, 0.83984375]
 
 
-def test_dynamic_scale():
+def test_dynamic_scale_is_1_up_to_the_training_length():
     scaling = AlibiScaling(train_seq_len=16)
     assert [alibi.scale(scaling, n) for n in (1, 16, 17, 64)] == [1.0, 1.0, 17 / 16, 4.0]
     traced = jax.jit(lambda n: alibi.scale(scaling, n))
     assert [float(traced(n)) for n in (1, 16, 17, 64)] == [1.0, 1.0, 17 / 16, 4.0]
 
 
-def test_only_dynamic_scales_vary_and_only_beyond_the_training():
+def test_only_dynamic_scales_vary_and_only_beyond_the_training_length():
     dynamic = AlibiScaling(train_seq_len=16)
     assert [alibi.scale_varies(dynamic, n) for n in (1, 16, 17)] == [False, False, True]
     assert not alibi.scale_varies(None, 17) and not alibi.scale_varies(AlibiScaling(factor=4.0), 17)
@@ -88,7 +85,7 @@ def test_key_features_are_exact():
 
 
 @given(st.integers(1, 64), st.floats(0.1, 100))
-def test_query_features_hold_the_slope(heads, factor):
+def test_query_features_sum_to_the_slope(heads, factor):
     s = alibi.slopes(heads) / factor
     f = np.asarray(jax.jit(alibi.query_features)(jnp.asarray(s, jnp.float32))).astype(np.float64)
     assert f.shape == (heads, 4) and bf16_exact(f)
@@ -98,7 +95,7 @@ def test_query_features_hold_the_slope(heads, factor):
     assert np.abs(f[:, 2]).max() > 0 or bf16_exact(s)  # the low piece survives jit
 
 
-def test_features_give_the_bias_up_to_a_constant_per_row():
+def test_features_equal_the_bias_up_to_a_constant_per_row():
     heads, T = 32, 2048
     s = alibi.slopes(heads)
     q = np.asarray(alibi.query_features(jnp.asarray(s, jnp.float32))).astype(np.float64)

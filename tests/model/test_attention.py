@@ -1,6 +1,9 @@
-"""Attention against float64, and chunked against whole."""
+"""Attention against float64, and chunks of queries against all of them."""
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,60 +17,85 @@ from support.golden import max_error
 
 
 def exact(q, k, v, slopes, segments, offset):
-    """Float64, one query at a time."""
+    """Returns float64 attention, computed for one query at a time."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, h, t in np.ndindex(q.shape[:3]):
-        here = offset + t
-        keys = [j for j in range(k.shape[2]) if j <= here]
+        position = offset + t
+        keys = [j for j in range(k.shape[2]) if j <= position]
         if segments is not None:
             keys = [j for j in keys if segments[0][b, t] == segments[1][b, j]]
         if not keys:
             continue
         s = k[b, h, keys] @ q[b, h, t]
         if slopes is not None:
-            s = s - slopes[h] * (here - np.array(keys))
+            s = s - slopes[h] * (position - np.array(keys))
         p = np.exp(s - s.max())
         out[b, h, t] = (p / p.sum()) @ v[b, h, keys]
     return out
 
 
-@st.composite
-def problems(draw):
-    B, H = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    T, offset = draw(st.integers(1, 9)), draw(st.integers(0, 5))
-    S = T + offset + draw(st.integers(0, 3))
-    K = draw(st.integers(1, 5))
-    rng = np.random.default_rng(draw(st.integers(0, 1000)))
-    q = rng.normal(size=(B, H, T, K)).astype(np.float32)
-    k, v = (rng.normal(size=(B, H, S, K)).astype(np.float32) for _ in range(2))
-    segments = None
-    if draw(st.booleans()):
-        keys = np.sort(rng.integers(0, 3, (B, S)), 1)
-        segments = keys[:, offset : offset + T], keys
-    slopes = alibi.slopes(H) if draw(st.booleans()) else None
-    return q, k, v, slopes, segments, offset, draw(st.sampled_from([1, 2, 3, 512]))
+class Problem(NamedTuple):
+    """What decides the program: shapes, masks, chunks; S > T as where a mesh splits sequences."""
+
+    B: int
+    H: int
+    T: int
+    S: int
+    K: int
+    alibi: bool
+    segmented: bool
+    chunk: int
+
+
+# One program each. Together they hold every mask, chunks of every kind, and single entries.
+PROBLEMS = [
+    Problem(B=1, H=1, T=1, S=1, K=1, alibi=True, segmented=False, chunk=1),
+    Problem(B=2, H=3, T=9, S=9, K=5, alibi=False, segmented=True, chunk=2),
+    Problem(B=2, H=2, T=7, S=7, K=4, alibi=True, segmented=True, chunk=512),
+    Problem(B=1, H=2, T=8, S=15, K=2, alibi=False, segmented=False, chunk=3),
+    Problem(B=2, H=3, T=5, S=8, K=3, alibi=True, segmented=True, chunk=512),
+    Problem(B=1, H=3, T=6, S=13, K=5, alibi=True, segmented=False, chunk=1),
+]
+
+
+@functools.cache
+def compiled(problem: Problem):
+    """Returns a jitted function of (q, k, v, slopes, segments, offset)."""
+
+    def run(q, k, v, slopes, segments, offset):
+        if problem.S == problem.T:
+            return attention.attention(q, k, v, slopes=slopes, segments=segments)
+        positions = offset + jnp.arange(problem.T, dtype=jnp.int32)
+        return attention_xla.xla_attention(
+            q, k, v, slopes=slopes, segments=segments, positions=positions, precision=None
+        )
+
+    return jax.jit(run)
 
 
 @settings(max_examples=60)
-@given(problems())
-def test_equals_float64(problem):
-    q, k, v, slopes, segments, offset, chunk = problem
+@given(st.sampled_from(PROBLEMS), st.integers(0, 1000), st.data())
+def test_attention_equals_float64(problem, seed, data):
+    B, H, T, S, K = problem[:5]
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(B, H, T, K)).astype(np.float32)
+    k, v = (rng.normal(size=(B, H, S, K)).astype(np.float32) for _ in range(2))
+    offset = data.draw(st.integers(0, S - T))
+    segments = None
+    if problem.segmented:
+        key_segments = np.sort(rng.integers(0, 3, (B, S)), 1)
+        segments = key_segments[:, offset : offset + T], key_segments
+    slopes = alibi.slopes(H) if problem.alibi else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_xla, "QUERY_CHUNK", chunk)
-        given = None if slopes is None else jnp.asarray(slopes, jnp.float32)
-        if offset or q.shape[2] < k.shape[2]:  # as where sequences are split over devices
-            at = offset + jnp.arange(q.shape[2], dtype=jnp.int32)
-            got = attention_xla.xla_attention(
-                q, k, v, slopes=given, segments=segments, positions=at, precision=None
-            )
-        else:
-            got = attention.attention(q, k, v, slopes=given, segments=segments)
+        patch.setattr(attention_xla, "QUERY_CHUNK", problem.chunk)
+        slopes_fp32 = None if slopes is None else jnp.asarray(slopes, jnp.float32)
+        got = compiled(problem)(q, k, v, slopes_fp32, segments, offset)
     expected = exact(q, k, v, slopes, segments, offset)
     assert max_error(got, expected) < 2e-6  # fp32 rounding of values of size 3; measured 2.5e-7
 
 
-def test_chunked_equals_whole_forward_and_backward(monkeypatch):
+def test_chunks_change_neither_result_nor_gradients(monkeypatch):
     rng = np.random.default_rng(0)
     B, H, T, K = 2, 3, 50, 8
     q, k, v, w = (jnp.asarray(rng.normal(size=(B, H, T, K)), jnp.float32) for _ in range(4))
@@ -87,8 +115,7 @@ def test_chunked_equals_whole_forward_and_backward(monkeypatch):
             assert max_error(a, b) < 1e-5 * max(1.0, float(jnp.abs(a).max()))
 
 
-def test_gradients_against_finite_differences():
-    """Of float64 attention, so that the difference quotient is accurate."""
+def test_gradients_equal_finite_differences_in_float64():
     rng = np.random.default_rng(1)
     q, k, v, w = (rng.normal(size=(1, 2, 5, 3)) for _ in range(4))
     slopes = alibi.slopes(2)
@@ -109,7 +136,7 @@ def test_gradients_against_finite_differences():
 
 
 def test_bf16_inputs_keep_fp32_softmax():
-    """Rounding P to bf16 is the only loss: relative error of bf16 flash attention (2.3e-3)."""
+    """Only P is rounded to bf16: the relative error is that of bf16 flash attention, 2.3e-3."""
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 4, 1024, 80)), jnp.bfloat16) for _ in range(3))
     slopes = alibi.slopes(4)
@@ -123,7 +150,7 @@ def test_bf16_inputs_keep_fp32_softmax():
         assert error < 4e-3 * np.linalg.norm(expected)
 
 
-def test_unknown_implementation():
+def test_unknown_implementation_is_an_error():
     x = jnp.zeros((1, 1, 2, 2))
     with pytest.raises(ValueError, match="implementation: found 'flash', expected one of 'xla'"):
         attention.attention(x, x, x, slopes=None, implementation="flash")

@@ -1,7 +1,4 @@
-"""The model against the original PyTorch code, the float64 witness, and itself.
-
-fp32 tolerances: 5e-5 absolute on logits is the issue's bar; the measured margin stands beside each.
-"""
+"""The model against the original PyTorch code, a float64 reference, and itself."""
 
 from __future__ import annotations
 
@@ -17,26 +14,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btlm_jax import BTLM, BTLMConfig, fold_completep, make_mesh, next_token_loss
-from btlm_jax.model import alibi, sharding, weights
+from btlm_jax.model import alibi, weights
 from btlm_jax.model.params import flatten_tree, unflatten_tree
 from support import golden, reference_numpy
 from support.golden import max_error
 
+# Absolute, in fp32.
 LOGITS_TOL = 5e-5  # measured: 6.3e-6 plain, 1.2e-5 over all cases and modes
 KV_TOL = 5e-5  # measured: 1.5e-5
 BF16_TOL = 0.1  # measured 0.064 on logits up to 7; the original in bf16 is off by 0.070
 
 
 # Against the original --------------------------------------------------------------------------
+#
+# Logits and gradients of plain inputs run on all golden cases. Every other test runs on the cases
+# that differ in its subject, because each costs a program to compile.
 
 
-def test_logits(case):
+def on_cases(*names):
+    """Runs a test on some golden cases, as its argument `case`."""
+    return pytest.mark.parametrize("case", names, indirect=True)
+
+
+def test_logits_equal_the_original(case):
     got = case.model.apply(case.params, case["plain/input_ids"])
     assert got.dtype == jnp.float32
     assert max_error(got, case.exact_logits) < LOGITS_TOL
 
 
-def test_hidden_states_and_attentions(case):
+@on_cases("a_btlm_mup_hd80", "c_heads12", "d_alibi_factor4", "f_learned_gelu_mup", "g_bf16")
+def test_hidden_states_and_attentions_equal_the_original(case):
     got = case.model.intermediates(case.params, case["plain/input_ids"])
     assert got.hidden_states.shape[0] == case.config.n_layer + 1
     for i, hidden in enumerate(got.hidden_states):
@@ -52,20 +59,23 @@ def test_hidden_states_and_attentions(case):
     assert max_error(got.logits, case.exact_logits) < LOGITS_TOL
 
 
-def test_the_parts_of_intermediates_belong_together(tiny):
-    """Queries and keys give the attention, and the two branches the residual stream."""
+def test_intermediates_are_consistent(tiny):
+    """Queries and keys give the attention, and both branches add up to the residual stream."""
     model, params = tiny
     got = model.intermediates(params, np.arange(12).reshape(1, 12))
-    at = np.arange(12)
+    positions = np.arange(12)
     slopes = np.asarray(alibi.model_slopes(model.config), np.float32)[:, None, None]
-    bias = np.where(at <= at[:, None], slopes * (at - at[:, None]), -np.inf)
+    bias = np.where(
+        positions <= positions[:, None], slopes * (positions - positions[:, None]), -np.inf
+    )
     logits = jnp.einsum("lbhtk,lbhsk->lbhts", got.queries, got.keys) + bias
     assert max_error(jax.nn.softmax(logits), got.attentions) < 1e-6  # measured 1e-7
     added = got.attention_outputs + got.mlp_outputs
     assert max_error(got.hidden_states[0] + added[0], got.hidden_states[1]) < 1e-5
 
 
-def test_token_type_ids(case):
+@on_cases("a2_btlm_mup_h32", "f_learned_gelu_mup", "i_untied")
+def test_token_type_ids_are_added_like_the_original(case):
     got = case.model.apply(
         case.params, case["plain/input_ids"], token_type_ids=case["plain/token_type_ids"]
     )
@@ -73,7 +83,8 @@ def test_token_type_ids(case):
     assert max_error(got, case["plain/logits_token_type"]) < tolerance
 
 
-def test_padded_batch(case):
+@on_cases("a2_btlm_mup_h32", "d_alibi_factor4", "e_alibi_dynamic16", "f_learned_gelu_mup")
+def test_padded_batches_equal_the_original(case):
     mask = case["pad/attention_mask"]
     got = case.model.apply(case.params, case["pad/input_ids"], attention_mask=mask)
     tolerance = 0.15 if case.bf16 else LOGITS_TOL
@@ -81,14 +92,15 @@ def test_padded_batch(case):
     assert np.isfinite(got).all()
 
 
-def test_long_inputs(case):
+@on_cases("c_heads12", "e_alibi_dynamic16", "f_learned_gelu_mup", "g_bf16")
+def test_long_inputs_equal_the_original(case):
     got = case.model.apply(case.params, case["long/input_ids"])[:, case["long/rows"]]
     tolerance = 0.15 if case.bf16 else LOGITS_TOL
     assert max_error(got, case["long/logits"]) < tolerance
 
 
 def incremental(case, ids, prefix, *, mask=None, positions=None):
-    """Logits from a prefill of `prefix` tokens and single steps; also the cache."""
+    """Returns logits of a prefill of `prefix` tokens and then single steps, and the cache."""
     model, params = case.model, case.params
     cache = model.init_cache(params, ids.shape[0], ids.shape[1])
     pieces = []
@@ -101,18 +113,20 @@ def incremental(case, ids, prefix, *, mask=None, positions=None):
     return np.concatenate(pieces, 1), cache
 
 
-def test_incremental(case):
+@on_cases("c_heads12", "d_alibi_factor4", "f_learned_gelu_mup", "g_bf16")
+def test_incremental_logits_and_cache_equal_the_original(case):
     ids = case["plain/input_ids"]
     got, cache = incremental(case, ids, int(case["inc/prefix_len"]))
     assert max_error(got, case["inc/logits"]) < (BF16_TOL if case.bf16 else LOGITS_TOL)
     assert cache.length.tolist() == [ids.shape[1]] * len(ids)
     for i in range(case.config.n_layer):
-        for mine, theirs in zip(cache.layers[i], (f"inc/k_{i}", f"inc/v_{i}"), strict=True):
-            found = mine.data[:, :, : ids.shape[1]]
-            assert max_error(found, case[theirs]) < (BF16_TOL if case.bf16 else KV_TOL)
+        for stored, key in zip(cache.layers[i], (f"inc/k_{i}", f"inc/v_{i}"), strict=True):
+            filled = stored.data[:, :, : ids.shape[1]]
+            assert max_error(filled, case[key]) < (BF16_TOL if case.bf16 else KV_TOL)
 
 
-def test_incremental_padded(case):
+@on_cases("a2_btlm_mup_h32", "e_alibi_dynamic16", "f_learned_gelu_mup")
+def test_incremental_padded_batches_equal_the_original(case):
     mask = case["pad/attention_mask"]
     positions = None
     if not case.config.alibi:
@@ -125,33 +139,30 @@ def test_incremental_padded(case):
     assert max_error(got, case["incpad/logits"], mask == 1) < tolerance
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in golden.NAMES if n not in ("f_learned_gelu_mup", "g_bf16")]
-)
-def test_incremental_long(name):
+@on_cases("a2_btlm_mup_h32", "d_alibi_factor4", "e_alibi_dynamic16")
+def test_incremental_long_inputs_equal_the_original(case):
     # With dynamic scaling this differs from the full forward: each step scales by its own length.
-    case = golden.load(name)
     got, _ = incremental(case, case["long/input_ids"], 8)
     assert max_error(got, case["long/logits_incremental"]) < LOGITS_TOL
 
 
-def test_dynamic_scaling_is_not_cache_consistent():
+def test_dynamic_scaling_differs_between_full_and_incremental():
     case = golden.load("e_alibi_dynamic16")
     assert max_error(case["long/logits"], case["long/logits_incremental"]) > 1
 
 
 @pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
-def test_filling_up_to_a_static_shape_changes_nothing(name):
-    """`length` of the tokens are meant: the scale counts no others, later tokens replace them."""
+def test_padding_to_a_static_shape_changes_no_logits(name):
+    """Only `length` tokens are valid: the scale counts them, later tokens replace the others."""
     case = golden.load(name)
     model, ids = case.model, np.random.default_rng(0).integers(0, case.config.vocab_size, (2, 20))
-    filled = np.concatenate([ids[:, :17], np.full((len(ids), 15), 5)], 1)
+    padded = np.concatenate([ids[:, :17], np.full((len(ids), 15), 5)], 1)
     expected = model.apply(case.params, ids[:, :17])
-    got = model.apply(case.params, filled, length=17)[:, :17]
+    got = model.apply(case.params, padded, length=17)[:, :17]
     assert max_error(got, expected) < LOGITS_TOL
 
     cache = model.init_cache(case.params, len(ids), 40)
-    got, cache = model.apply(case.params, filled, cache=cache, length=17)
+    got, cache = model.apply(case.params, padded, cache=cache, length=17)
     assert max_error(got[:, :17], expected) < LOGITS_TOL
     assert cache.length.tolist() == [17] * len(got)
     plain = model.init_cache(case.params, len(ids), 40)
@@ -162,7 +173,7 @@ def test_filling_up_to_a_static_shape_changes_nothing(name):
         assert max_error(got, expected) < LOGITS_TOL
 
 
-def test_loss_and_gradients(case):
+def test_loss_and_gradients_equal_the_original(case):
     def loss(params):
         return next_token_loss(case.model, params, case["plain/input_ids"]).mean
 
@@ -182,20 +193,20 @@ def test_loss_and_gradients(case):
         assert abs(np.linalg.norm(got.astype(np.float64)) - norm) < 2e-5 * max(norm, 1e-3 * total)
 
 
-def test_padded_loss(case):
+@on_cases("a2_btlm_mup_h32", "e_alibi_dynamic16", "f_learned_gelu_mup", "g_bf16")
+def test_the_loss_of_padded_batches_equals_the_original(case):
     mask, labels = case["pad/attention_mask"], case["pad/labels"].copy()
     # The first real token of a row is predicted from a padding token, whose row has no meaning.
     labels[:, 1:][mask[:, :-1] == 0] = -100
-    by_hand = reference_numpy.cross_entropy(case["pad/logits"].astype(np.float64), labels)
+    expected = reference_numpy.cross_entropy(case["pad/logits"].astype(np.float64), labels)
     ids = case["pad/input_ids"]
     tolerance = 5e-2 if case.bf16 else 5e-6
     for kwargs in ({"labels": labels}, {}):
         got = next_token_loss(case.model, case.params, ids, attention_mask=mask, **kwargs)
-        assert abs(float(got.mean) - by_hand) < tolerance
+        assert abs(float(got.mean) - expected) < tolerance
 
 
-def test_bfloat16_compute():
-    """Closer to the fp32 truth than, or as close as, the original in bf16."""
+def test_bfloat16_is_as_accurate_as_the_original_in_bfloat16():
     case = golden.load("g_bf16")
     model = BTLM(case.config, compute_dtype=jnp.bfloat16)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), case.params)
@@ -212,7 +223,7 @@ def test_stored_slopes_are_used():
     assert max_error(got, case.exact_logits) > 1e-3
 
 
-# Against the float64 witness -------------------------------------------------------------------
+# Against the float64 reference -----------------------------------------------------------------
 
 
 @st.composite
@@ -251,7 +262,7 @@ COMPLETEP = [{}, {"completep_base_layers": 2}, dict(completep_base_layers=5, com
     seed=st.integers(0, 2**16),
     packed=st.booleans(),
 )
-def test_equals_float64_witness(config, depth, seed, packed):
+def test_logits_equal_float64(config, depth, seed, packed):
     rng = np.random.default_rng(seed)
     c = dataclasses.replace(BTLMConfig.from_hf(config), **depth)
     params = BTLM(c).init(jax.random.key(seed))
@@ -270,8 +281,8 @@ def test_equals_float64_witness(config, depth, seed, packed):
     assert max_error(got, expected) < 1e-5 * max(1.0, np.abs(expected).max())
 
 
-def deep(**changes):
-    """Three layers with a factor that no dtype holds, (2/3)**0.75, and weights all random."""
+def completep_model(**changes):
+    """Returns (config, random weights, ids); the factor (2/3)**0.75 is exact in no dtype."""
     config = dict(n_layer=3, completep_base_layers=2, completep_alpha=0.75) | changes
     c, rng = dataclasses.replace(BTLMConfig.preset("tiny"), **config), np.random.default_rng(0)
     params = {
@@ -281,10 +292,10 @@ def deep(**changes):
     return c, unflatten_tree(params), rng.integers(0, c.vocab_size, (2, 12))
 
 
-def test_completep_forward_and_backward():
-    """Gradients by central differences of the witness, in a random direction for every array."""
-    c, params, ids = deep()
-    model, raw, named = BTLM(c), golden.witness_config(c), golden.by_hf_name(c, params)
+def test_completep_logits_and_gradients_equal_float64():
+    """Gradients by central differences, in a random direction for every array."""
+    c, params, ids = completep_model()
+    model, raw, named = BTLM(c), golden.reference_config(c), golden.by_hf_name(c, params)
     wide = {k: v.astype(np.float64) for k, v in named.items()}
 
     def loss(changed):
@@ -311,11 +322,11 @@ def test_completep_forward_and_backward():
         assert error < 2e-5 * np.linalg.norm(got), name  # measured 2e-6
 
 
-def test_completep_is_two_multiplications():
-    """In the scanned layer, and none if the factor is 1: then the program is that without."""
+def test_completep_is_two_multiplications_per_layer():
+    """There are none if the factor is 1: then the program is that without CompleteP."""
 
     def program(**config):
-        c, params, ids = deep(**config)
+        c, params, ids = completep_model(**config)
         text = str(jax.make_jaxpr(lambda p: BTLM(c).apply(p, ids))(params))
         return re.sub("0x[0-9a-f]+", "", text)
 
@@ -325,10 +336,12 @@ def test_completep_is_two_multiplications():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_folded_is_the_same_model(dtype):
-    """To the bit if the factor is a power of two, else to rounding (measured 2e-7, 4e-3)."""
+def test_folding_completep_changes_no_logits(dtype):
+    """Exactly if the factor is a power of two, else to rounding (measured 2e-7, 4e-3)."""
     for base_layers, tolerance in ((3, 0.0), (4, 1e-5 if dtype == jnp.float32 else 0.05)):
-        c, params, ids = deep(n_layer=6, completep_base_layers=base_layers, completep_alpha=1.0)
+        c, params, ids = completep_model(
+            n_layer=6, completep_base_layers=base_layers, completep_alpha=1.0
+        )
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         plain, folded = fold_completep(c, params)
         assert plain == dataclasses.replace(c, completep_base_layers=None)
@@ -341,8 +354,10 @@ def test_folded_is_the_same_model(dtype):
     assert jax.tree.all(jax.tree.map(lambda x, y: x is y, folded, unchanged))
 
 
-def test_completep_on_a_mesh():
-    c, _, ids = deep(vocab_size=509, n_layer=2, completep_base_layers=1, completep_alpha=1.0)
+def test_completep_can_be_folded_on_a_mesh():
+    c, _, ids = completep_model(
+        vocab_size=509, n_layer=2, completep_base_layers=1, completep_alpha=1.0
+    )
     model, mesh = BTLM(c), make_mesh(fsdp=2, tensor=4)
     many = model.init(jax.random.key(0), mesh=mesh)
     got = model.apply(many, ids)
@@ -356,11 +371,11 @@ def test_completep_on_a_mesh():
 
 
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "f_learned_gelu_mup", "i_untied"])
-def test_causality_by_gradient(name):
+def test_logits_have_no_gradient_by_later_tokens(name):
     """d logits[t] / d input[t+1:] is exactly zero."""
     case = golden.load(name)
     T = 10
-    ids = np.arange(T)[None]  # every position has a row of wte to itself
+    ids = np.arange(T)[None]  # every position has its own row of wte
     other = np.arange(T, case.config.vocab_size)  # logits that a tied head draws from other rows
 
     def one(params, t):
@@ -374,7 +389,7 @@ def test_causality_by_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["a2_btlm_mup_h32", "f_learned_gelu_mup"])
-def test_packed_equals_unpacked(name):
+def test_packed_documents_equal_separate_ones(name):
     case = golden.load(name)
     rng = np.random.default_rng(0)
     lengths = (5, 1, 9)
@@ -405,7 +420,7 @@ def test_left_padded_equals_unpadded(name):
         dict(fsdp=4, context=2), dict(data=2, context=2, tensor=2), dict(context=8),
     ],
 )  # fmt: skip
-def test_mesh_equals_one_device(sizes):
+def test_meshes_equal_one_device(sizes):
     """Logits, gradients and cache on meshes that force padding (V 509, F 170)."""
     config = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=509)
     model = BTLM(config)
@@ -426,11 +441,11 @@ def test_mesh_equals_one_device(sizes):
     for path, e in expected_grads.items():
         g = got_grads[path]
         assert g.sharding == shardings[path]
-        whole = np.array(g)
+        padded = np.array(g)
         inner = tuple(slice(n) for n in e.shape)
-        assert max_error(whole[inner], e) < 1e-5 * max(1e-3, float(np.abs(e).max()))
-        whole[inner] = 0
-        assert not whole.any()  # padding gets no gradient
+        assert max_error(padded[inner], e) < 1e-5 * max(1e-3, float(np.abs(e).max()))
+        padded[inner] = 0
+        assert not padded.any()  # padding gets no gradient
     cache = model.init_cache(many, 8, 32)
     _, cache = model.apply(many, ids[:, :28], cache=cache)
     step, _ = model.apply(many, ids[:, 28:], cache=cache)
@@ -438,8 +453,8 @@ def test_mesh_equals_one_device(sizes):
 
 
 @pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
-def test_split_sequences(name):
-    """What depends on the place in a sequence: segments, scaling, positions, query chunks."""
+def test_split_sequences_equal_one_device(name):
+    """With all that depends on the position: segments, scaling, positions, query chunks."""
     case = golden.load(name)
     model = BTLM(dataclasses.replace(case.config, n_positions=2048))
     rng = np.random.default_rng(0)
@@ -472,7 +487,7 @@ def test_one_row_decodes_on_a_mesh(sizes):
     assert max_error(got, model.apply(one, ids)[:, 7:]) < 1e-5
 
 
-def test_no_score_matrix_of_the_whole_sequence():
+def test_scores_of_a_whole_sequence_are_never_materialized():
     model, T = BTLM(BTLMConfig.preset("tiny")), 2048
     params = model.init(jax.random.key(0))
 
@@ -486,60 +501,6 @@ def test_no_score_matrix_of_the_whole_sequence():
     assert not re.search(r"\[[\d,]*2048,2048\]", hlo)
 
 
-# Bad input -------------------------------------------------------------------------------------
-
-
-def test_unknown_token_ids_are_visible(tiny):
-    model, params = tiny
-    logits = np.asarray(model.apply(params, np.array([[1, 2], [1, 512], [1, -1]])))
-    assert np.isfinite(logits[0]).all()
-    assert np.isnan(logits[1:]).all()
-
-
-def test_cache_overflow(tiny):
-    model, params = tiny
-    cache = model.init_cache(params, 1, 4)
-    with pytest.raises(ValueError, match=r"holds 4 tokens.*5 more do not fit"):
-        model.apply(params, np.ones((1, 5), int), cache=cache)
-    _, full = model.apply(params, np.ones((1, 3), int), cache=cache)
-    with pytest.raises(ValueError, match="3 are used, and 2 more"):
-        model.apply(params, np.ones((1, 2), int), cache=full)
-    inside_jit = jax.jit(lambda p, c: model.apply(p, np.ones((1, 2), int), cache=c)[0])
-    assert np.isnan(inside_jit(params, full)).all()
-
-
-@pytest.mark.parametrize(
-    "kwargs, message",
-    [
-        (dict(input_ids=np.ones(3, int)), "input_ids: found shape"),
-        (dict(input_ids=np.ones((1, 0), int)), "input_ids: found shape"),
-        (dict(input_ids=np.ones((1, 3))), "input_ids: found dtype float"),
-        (dict(attention_mask=np.ones((1, 2), int)), "attention_mask: found shape"),
-        (dict(segment_ids=np.ones((2, 3), int)), "segment_ids: found shape"),
-        (dict(positions=np.ones((1, 3))), "positions: found dtype"),
-    ],
-)
-def test_bad_arguments(tiny, kwargs, message):
-    model, params = tiny
-    kwargs = {"input_ids": np.ones((1, 3), int), **kwargs}
-    with pytest.raises(ValueError, match=message):
-        model.apply(params, kwargs.pop("input_ids"), **kwargs)
-
-
-def test_cache_of_another_kind(tiny):
-    model, params = tiny
-    ids = np.ones((1, 3), int)
-    with pytest.raises(
-        ValueError, match=r"cache: found 2 layers of \[2, 4, 8, 16\], expected 2 of"
-    ):
-        model.apply(params, ids, cache=model.init_cache(params, 2, 8))
-    sharded = model.init(
-        jax.random.key(0), mesh=make_mesh(fsdp=1, tensor=2, devices=jax.devices()[:2])
-    )
-    with pytest.raises(ValueError, match="not on the mesh of the weights"):
-        model.apply(sharded, ids, cache=model.init_cache(params, 1, 8))
-
-
 def test_decoding_continues_the_last_segment(tiny):
     model, params = tiny
     ids = np.random.default_rng(5).integers(0, 512, (1, 9))
@@ -551,7 +512,7 @@ def test_decoding_continues_the_last_segment(tiny):
     assert max_error(got, expected[:, 6:]) < 1e-5
 
 
-def test_64_bit_mode(tiny):
+def test_logits_are_fp32_in_64_bit_mode(tiny):
     model, params = tiny
     ids = np.random.default_rng(6).integers(0, 512, (1, 6))
     expected = model.apply(params, ids)
@@ -561,10 +522,10 @@ def test_64_bit_mode(tiny):
         got, _ = model.apply(params, ids[:, 5:], cache=cache)
         assert got.dtype == jnp.float32
         assert max_error(got, expected[:, 5:]) < 1e-5
-    assert np.isnan(model.apply(params, ids + 2**32)).all()  # and does not wrap around
+    assert np.isnan(model.apply(params, ids + 2**32)).all()  # ids do not wrap around
 
 
-def test_meshes_we_did_not_make(tiny):
+def test_meshes_not_from_make_mesh_are_refused(tiny):
     model, _ = tiny
     devices = np.array(jax.devices())
     for mesh in (
@@ -586,90 +547,22 @@ def test_rules_may_be_a_mapping(tiny):
     assert other == model and hash(other) == hash(model)
 
 
-def test_padding_off_a_mesh(tiny):
+def test_padded_weights_off_a_mesh_are_refused(tiny):
     model, params = tiny
     smaller = BTLM(dataclasses.replace(model.config, vocab_size=500))
     with pytest.raises(ValueError, match="larger than the configuration off any mesh"):
         smaller.apply(params, np.ones((1, 3), int))
 
 
-def test_learned_positions_are_bounded():
-    case = golden.load("f_learned_gelu_mup")
-    with pytest.raises(ValueError, match="65 tokens exceed n_positions = 64"):
-        case.model.apply(case.params, np.ones((1, 65), int))
-    with pytest.raises(ValueError, match="pass positions"):
-        case.model.apply(case.params, np.ones((1, 4), int), segment_ids=np.ones((1, 4), int))
-
-
-def test_weights_that_do_not_match(tiny):
+def test_weights_that_do_not_match_the_configuration_are_refused(tiny):
     model, params = tiny
     other = BTLM(dataclasses.replace(model.config, n_layer=3, tie_word_embeddings=False))
     with pytest.raises(ValueError, match=r"missing: lm_head[\s\S]*expected \(3, 64"):
         other.apply(params, np.ones((1, 3), int))
 
 
-def test_batch_that_does_not_divide(tiny):
-    model, _ = tiny
-    params = model.init(jax.random.key(0), mesh=make_mesh(fsdp=8))
-    with pytest.raises(ValueError, match="batch size 3 does not divide"):
-        model.apply(params, np.ones((3, 4), int))
-
-
-def test_remat_policies_trade_memory_for_work():
-    """Gradients agree, and each layer saves the multiples of [B, T, D] that `remat` promises."""
-    base = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=32)
-    ids = np.random.default_rng(0).integers(0, 32, (4, 128))
-    kept, grads = {}, {}
-    for remat in ("none", "dots", "attention", "full"):
-        memory = []
-        for n_layer in (4, 12):
-            model = BTLM(dataclasses.replace(base, n_layer=n_layer), remat=remat)
-            params = model.init(jax.random.key(0))
-            fn = jax.jit(jax.grad(lambda p, m=model: next_token_loss(m, p, ids).mean))
-            compiled = fn.lower(params).compile()
-            memory.append(compiled.memory_analysis().temp_size_in_bytes)
-        kept[remat] = (memory[1] - memory[0]) / 8 / (ids.size * base.n_embd * 4)
-        grads[remat] = compiled(params)
-    dots = 5 + 2 * base.n_inner / base.n_embd
-    assert abs(kept["attention"] - kept["full"] - 1) < 0.2, kept
-    assert abs(kept["dots"] - kept["full"] - dots) < 0.2, kept
-    assert kept["none"] > kept["dots"] + 1, kept
-    for remat in ("none", "attention", "full"):
-        for a, b in zip(*map(jax.tree.leaves, (grads["dots"], grads[remat])), strict=True):
-            assert max_error(a, b) < 1e-6 * max(1e-2, float(np.abs(b).max()))
-    with pytest.raises(ValueError, match="remat: found 'some', expected one of none, dots, att"):
-        BTLM(base, remat="some")
-
-
-def lowered(platform, remat, monkeypatch) -> str:
-    """The program of the gradient for a platform that is not here."""
-    monkeypatch.setattr(sharding, "mesh_platform", lambda mesh: platform)
-    # A configuration of its own: what is traced here must not serve another platform.
-    config = dataclasses.replace(
-        BTLMConfig.preset("tiny"), n_positions={"tpu": 129, "gpu": 130}[platform]
-    )
-    model = BTLM(config, remat=remat)
-    params, ids = model.init(jax.random.key(0)), np.zeros((1, 128), np.int32)
-    grad = jax.jit(jax.grad(lambda p: next_token_loss(model, p, ids).nll))
-    names = {"gpu": "cuda"}
-    return grad.trace(params).lower(lowering_platforms=(names.get(platform, platform),)).as_text()
-
-
-@pytest.mark.parametrize("remat, kernels", [("full", 4), ("attention", 3), ("dots", 3)])
-def test_kept_attention_is_not_computed_again(remat, kernels, monkeypatch):
-    """Splash's forward kernel, its two of the backward pass and, without its residuals, another
-    forward."""
-    program = lowered("tpu", remat, monkeypatch)
-    assert program.count('kernel_name = "splash_mha') == kernels
-
-
-@pytest.mark.parametrize("remat, forwards", [("full", 2), ("attention", 1)])
-def test_kept_attention_of_cudnn(remat, forwards, monkeypatch):
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda _: False)
-    program = lowered("gpu", remat, monkeypatch)
-    assert program.count("@__cudnn$fmhaSoftmax(") == forwards
-    assert program.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+def test_unknown_token_ids_make_logits_nan(tiny):
+    model, params = tiny
+    logits = np.asarray(model.apply(params, np.array([[1, 2], [1, 512], [1, -1]])))
+    assert np.isfinite(logits[0]).all()
+    assert np.isnan(logits[1:]).all()

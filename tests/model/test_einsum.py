@@ -1,4 +1,4 @@
-"""The einsum under every layer: fp32 sums, gradients against float64."""
+"""The einsum of every layer: fp32 sums, and gradients against float64."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SHAPES = {"b": 2, "t": 5, "s": 6, "d": 8, "f": 12, "h": 4, "k": 3, "c": 3, "v": 
     ["btd,df->btf", "btd,dchk->btchk", "bhtk,hkd->btd", "bhtk,bhsk->bhts", "bhts,bhsk->bhtk",
      "btd,vd->btv"],
 )  # fmt: skip
-def test_product_and_gradients(equation, dtype, tolerance):
-    """bf16 rounds the incoming gradient and the results: 2**-8 of the size, some of them added."""
+def test_product_and_gradients_equal_float64(equation, dtype, tolerance):
+    """bf16 rounds the incoming gradient and the results, each by 2**-8 of its size."""
     terms, result = equation.split("->")
     rng = np.random.default_rng(0)
     x, y, g = (
@@ -43,14 +43,14 @@ def test_product_and_gradients(equation, dtype, tolerance):
         np.einsum(f"{result},{b}->{a}", g, y),
         np.einsum(f"{a},{result}->{b}", x, g),
     )
-    found = (out, *pull(jnp.asarray(g, jnp.float32)))
-    assert [z.dtype for z in found[1:]] == [dtype, dtype]
-    for got, want in zip(found, expected, strict=True):
+    results = (out, *pull(jnp.asarray(g, jnp.float32)))
+    assert [z.dtype for z in results[1:]] == [dtype, dtype]
+    for got, want in zip(results, expected, strict=True):
         assert np.abs(np.asarray(got, np.float64) - want).max() < tolerance * np.abs(want).max()
 
 
-def pulled(x, y, g, out_sharding=None):
-    """A product, and its two gradients."""
+def product_and_gradients(x, y, g, out_sharding=None):
+    """Returns a product and its two gradients."""
     z, pull = jax.vjp(lambda x, y: einsum("btd,df->btf", x, y, None, out_sharding), x, y)
     return z, *pull(g)
 
@@ -62,35 +62,35 @@ def operands(dtype):
 
 
 def test_accelerators_multiply_bf16_gradients_in_bf16():
-    """In the lowered program: fp32 times bf16, JAX's own rule, would run in fp32 on a GPU."""
-    traced = jax.jit(pulled).trace(*operands("bfloat16"))
+    """JAX's own rule, fp32 times bf16, would run in fp32 on a GPU."""
+    traced = jax.jit(product_and_gradients).trace(*operands("bfloat16"))
     for platform, in_bf16 in (("cuda", 3), ("tpu", 3), ("cpu", 1)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         products = [line for line in text.splitlines() if "dot_general" in line]
-        taken = [
+        dtypes = [
             re.findall(r"x(bf16|f32)>", line.split(" : ")[-1].split("->")[0]) for line in products
         ]
-        assert len(taken) == 3 and taken.count(["bf16", "bf16"]) == in_bf16
-        assert taken.count(["f32", "f32"]) == 3 - in_bf16
+        assert len(dtypes) == 3 and dtypes.count(["bf16", "bf16"]) == in_bf16
+        assert dtypes.count(["f32", "f32"]) == 3 - in_bf16
 
 
 @pytest.mark.parametrize("sequence", [None, "context"])
-def test_gradients_are_sharded_as_the_operands(sequence):
+def test_gradients_are_sharded_like_the_operands(sequence):
     mesh = make_mesh(fsdp=2, context=2, tensor=2)
     whole = operands("float32")
     split = P("fsdp", sequence, None), P(None, "tensor"), P("fsdp", sequence, "tensor")
-    placed = [jax.device_put(z, NamedSharding(mesh, s)) for z, s in zip(whole, split, strict=True)]
+    sharded = [jax.device_put(z, NamedSharding(mesh, s)) for z, s in zip(whole, split, strict=True)]
     with jax.set_mesh(mesh):
-        found = jax.jit(pulled, static_argnums=3)(*placed, split[2])
-    assert tuple(z.sharding.spec for z in found[1:]) == split[:2]
-    for got, expected in zip(found, pulled(*whole), strict=True):
+        results = jax.jit(product_and_gradients, static_argnums=3)(*sharded, split[2])
+    assert tuple(z.sharding.spec for z in results[1:]) == split[:2]
+    for got, expected in zip(results, product_and_gradients(*whole), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)  # fp32 sums of up to 24 products
 
 
 @pytest.mark.parametrize("length", [24, 256])
 @pytest.mark.parametrize("mesh", [None, dict(fsdp=2, context=2, tensor=2)])
-def test_a_bf16_step(length, mesh):
-    """Runs on every backend, and learns what fp32 learns, to bf16's rounding of the loss."""
+def test_bf16_steps_learn_like_fp32_steps(length, mesh):
+    """Losses agree up to bf16 rounding."""
     config = BTLMConfig.preset("tiny")
     tokens = np.random.default_rng(0).integers(0, 512, (1, 4, length + 1)).astype(np.int32)
     losses = {}

@@ -647,7 +647,9 @@ def movement(n_layer, base_layers):
 
     def stream(params):
         named = golden_lib.by_hf_name(config, params)
-        return reference_numpy.forward(named, golden_lib.witness_config(config), ids)["streams"][-1]
+        return reference_numpy.forward(named, golden_lib.reference_config(config), ids)["streams"][
+            -1
+        ]
 
     # Drawn from the table without compiling `init`.
     rng = np.random.default_rng(1)

@@ -1,7 +1,7 @@
-"""The NumPy witness against the original PyTorch code (tests/golden).
+"""The NumPy reference against the original PyTorch code (tests/golden).
 
 Tolerances are absolute. "measured" is the largest error over the cases: against fp32 golden data
-it is the rounding of the original, not of the witness (which meets the fp64 logits to 1e-14).
+it is the rounding of the original, not of the reference (which meets the fp64 logits to 1e-14).
 """
 
 import functools
@@ -57,17 +57,17 @@ def tol(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plain_logits(case):
+def test_plain_logits_equal_the_original(case):
     z, logits = load(case), plain(case)["logits"]
     assert error(logits, z["plain/logits"]) < tol(case)
-    if case == "g_bf16":  # the same weights in fp32: the bf16 gap is the original's arithmetic
+    if case == "g_bf16":  # the same weights in fp32: the bf16 error is that of the original
         assert error(logits, z["plain/logits_upcast_f32"]) < FP32_TOL  # measured 6.6e-6
     else:
         assert error(logits, z["plain/logits_f64"]) < FP64_TOL
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plain_loss(case):
+def test_plain_loss_equals_the_original(case):
     z = load(case)
     loss = ref.cross_entropy(plain(case)["logits"], z["plain/input_ids"])
     if case == "g_bf16":
@@ -78,7 +78,7 @@ def test_plain_loss(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_hidden_states(case):
+def test_hidden_states_equal_the_original(case):
     """Relative to the largest entry: the random ln_f scales reach 105, the last entry 305."""
     z, hidden = load(case), plain(case)["hidden_states"]
     assert len(hidden) == 3
@@ -88,7 +88,7 @@ def test_hidden_states(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_attentions(case):
+def test_attentions_equal_the_original(case):
     z, attentions = load(case), plain(case)["attentions"]
     limit = 0.03 if case == "g_bf16" else 2e-6  # measured 1.4e-2 and 4.9e-7
     for i, probs in enumerate(attentions):
@@ -99,7 +99,7 @@ def test_attentions(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_token_types(case):
+def test_token_types_equal_the_original(case):
     z, weights, config = model(case)
     types = z["plain/token_type_ids"]
     out = ref.forward(weights, config, z["plain/input_ids"], token_type_ids=types)
@@ -107,13 +107,13 @@ def test_token_types(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_left_padding(case):
+def test_left_padding_equals_the_original(case):
     z, logits = load(case), padded(case)
     mask, labels = z["pad/attention_mask"], z["pad/labels"]
     assert np.isfinite(logits).all()
     assert error(logits, z["pad/logits"], mask) < tol(case)
-    # pad/loss counts the first real token of each padded row too, and that one is predicted from
-    # a padding row, garbage in the original: check the formula on golden logits, then the rest.
+    # pad/loss also counts the first valid token of each padded row, which is predicted from a
+    # padding row without meaning: check the formula on golden logits, then the other tokens.
     # Measured 8.1e-7 and 3.5e-7; bf16 0.026 and 0.0083.
     limit = 0.1 if case == "g_bf16" else LOSS_TOL
     assert abs(ref.cross_entropy(z["pad/logits"], labels) - z["pad/loss"]) < limit
@@ -122,21 +122,21 @@ def test_left_padding(case):
     assert abs(ref.cross_entropy(logits, real) - ref.cross_entropy(z["pad/logits"], real)) < limit
 
 
-def test_left_padding_with_position_ids():
+def test_left_padding_with_position_ids_equals_the_original():
     z = load("f_learned_gelu_mup")
     logits = padded("f_learned_gelu_mup", position_ids=z["pad/position_ids"])
     assert error(logits, z["pad/logits_posids"], z["pad/attention_mask"]) < FP32_TOL
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_long(case):
+def test_long_inputs_equal_the_original(case):
     z, weights, config = model(case)
     logits = ref.forward(weights, config, z["long/input_ids"])["logits"]
     assert error(logits[:, z["long/rows"]], z["long/logits"]) < tol(case)
 
 
 @pytest.mark.parametrize("case", [c for c in FP32 if c != "f_learned_gelu_mup"])  # f has none
-def test_long_incremental(case):
+def test_long_incremental_inputs_equal_the_original(case):
     z, weights, config = model(case)
     logits = ref.incremental(weights, config, z["long/input_ids"], 5)
     assert error(logits, z["long/logits_incremental"]) < FP32_TOL  # measured 7.9e-6
@@ -145,7 +145,7 @@ def test_long_incremental(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_incremental(case):
+def test_incremental_equal_the_original(case):
     z, weights, config = model(case)
     out = ref.decode(weights, config, z["plain/input_ids"], int(z["inc/prefix_len"]))
     assert error(out["logits"], z["inc/logits"]) < tol(case)
@@ -157,7 +157,7 @@ def test_incremental(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_incremental_padded(case):
+def test_incremental_padded_equal_the_original(case):
     z, weights, config = model(case)
     ids, mask, prefix = z["pad/input_ids"], z["pad/attention_mask"], int(z["incpad/prefix_len"])
     # With learned positions the golden data was made with pad/position_ids, not with arange.
@@ -173,8 +173,8 @@ SCALINGS = {
 }
 
 
-def test_alibi_bias():
-    """measured 1.2e-6, on biases up to 22.6: fp32 rounding of the slope and the product"""
+def test_alibi_bias_equals_the_original():
+    """Measured 1.2e-6, on biases up to 22.6: fp32 rounding of the slope and the product."""
     with np.load(GOLDEN / "alibi_bias.npz") as golden:
         assert len(golden.files) == 30
         for key in golden.files:
@@ -186,8 +186,8 @@ def test_alibi_bias():
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "f_learned_gelu_mup"])
-def test_slopes_computed_and_stored(case):
-    """Fresh models compute them; checkpoints store them (in bf16 only case g loses bits)."""
+def test_computed_slopes_equal_stored_ones(case):
+    """Fresh models compute slopes, checkpoints store them; only those of case g are rounded."""
     _, weights, _ = model(case)
     stored = weights["transformer.relative_pe.slopes"].reshape(-1)
     limit = 2.0**-9 if case == "g_bf16" else 1e-7  # relative; measured 1.4e-3 and 3.2e-8
@@ -206,12 +206,12 @@ def test_slopes_computed_and_stored(case):
         {"type": "linear", "train_seq_len": 1},
     ],
 )
-def test_alibi_scaling_refused(scaling):
+def test_bad_alibi_scaling_is_refused(scaling):
     with pytest.raises(ValueError, match="alibi_scaling"):
         ref.alibi_scale(scaling, 32)
 
 
-# What the golden data does not cover: properties that follow from the specification.
+# Properties that follow from the specification and are not covered by the golden data ----------
 
 
 @pytest.mark.parametrize("case", ["c_heads12", "d_alibi_factor4", "f_learned_gelu_mup"])
@@ -225,8 +225,8 @@ def test_packed_documents_equal_separate_ones(case):
     assert error(packed["logits"], np.concatenate(parts, 1)) < FP64_TOL  # measured 6.0e-15
 
 
-def test_query_scaling_variants():
-    """Scaling by K**p equals no scaling with the query columns divided by K**p beforehand."""
+def test_query_scaling_equals_scaled_query_weights():
+    """Scaling by K**p equals dividing the query columns by K**p and not scaling."""
     z, weights, config = model("b_sp_alibi")
     d, head_dim = config["n_embd"], config["n_embd"] // config["n_head"]
     for by_d, power in ((True, 1.0), (False, 0.5)):
@@ -241,7 +241,7 @@ def test_query_scaling_variants():
         assert error(a, b) < FP64_TOL  # measured 0.0 (K = 16)
 
 
-def test_activations():
+def test_activations_equal_known_values():
     x = np.array([-800.0, -1.0, 0.0, 1.0, 3.0])
     np.testing.assert_allclose(ref.silu(x)[1:], (x / (1 + np.exp(-x.clip(-9))))[1:], rtol=1e-14)
     assert ref.silu(x)[0] == 0
@@ -250,7 +250,7 @@ def test_activations():
     np.testing.assert_allclose(ref.gelu_new(x)[3], 0.8411919906082768, rtol=1e-14)
 
 
-def test_refuses_what_it_does_not_know():
+def test_unsupported_configurations_are_refused():
     z, weights, config = model("b_sp_alibi")
     for change in (
         {"position_embedding_type": "rotary"},

@@ -58,7 +58,7 @@ class Case:
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
-        """By Hugging Face name, in the dtype of the original checkpoint."""
+        """The weights by Hugging Face name, in the dtype of the original checkpoint."""
         dtype = ml_dtypes.bfloat16 if self.bf16 else np.float32
         prefix = "weights/"
         named = {k.removeprefix(prefix): v for k, v in self.arrays.items() if k.startswith(prefix)}
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def exact_logits(self) -> np.ndarray:
-        """The original's logits in the highest precision on file."""
+        """The logits of the original, in the highest precision that is stored."""
         return self["plain/logits_upcast_f32" if self.bf16 else "plain/logits_f64"]
 
 
@@ -91,7 +91,7 @@ def load(name: str) -> Case:
 
 
 def by_hf_name(config: BTLMConfig, params: Params) -> dict[str, np.ndarray]:
-    """A stacked tree (weights, gradients) as flat arrays under Hugging Face names and shapes."""
+    """Returns a stacked tree as flat arrays with Hugging Face names and shapes."""
     flat, out = flatten_tree(params), {}
     for leaf in weights.disk_leaves(config):
         x = np.asarray(flat[leaf.weight.path])
@@ -100,15 +100,15 @@ def by_hf_name(config: BTLMConfig, params: Params) -> dict[str, np.ndarray]:
     return out
 
 
-def witness_config(config: BTLMConfig) -> dict[str, Any]:
-    """A configuration as `reference_numpy` takes it, CompleteP included."""
-    ours = {n: getattr(config, n) for n in ("completep_base_layers", "completep_alpha")}
+def reference_config(config: BTLMConfig) -> dict[str, Any]:
+    """Returns a configuration for `reference_numpy`, with CompleteP."""
+    completep = {n: getattr(config, n) for n in ("completep_base_layers", "completep_alpha")}
     plain = dataclasses.replace(config, completep_base_layers=None, completep_alpha=1.0)
-    return plain.to_hf() | ours
+    return plain.to_hf() | completep
 
 
 def sample(a: np.ndarray) -> np.ndarray:
-    """The entries the golden files keep of a large array."""
+    """Returns the entries of a large array that golden files store."""
     if a.size <= 512:
         return a
     return a.reshape(-1)[np.linspace(0, a.size - 1, 512).astype(np.int64)]
@@ -125,7 +125,7 @@ def write_hf(path: Path, case: Case, *, tokenizer: bool = False) -> Path:
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:
-    """A character-level tokenizer of printable ASCII, as a tokenizer.json."""
+    """Writes a character-level tokenizer of printable ASCII as tokenizer.json."""
     from tokenizers import Tokenizer, decoders, models
 
     tokens = [chr(c) for c in range(32, 127)][: vocab_size - 1] + ["<|endoftext|>"]
@@ -135,6 +135,7 @@ def write_tokenizer(path: Path, vocab_size: int) -> None:
 
 
 def max_error(a: Any, b: Any, where: Any = None) -> float:
+    """Returns the largest absolute difference, of the entries `where` if given."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, (a.shape, b.shape)
     difference = np.abs(a - b)

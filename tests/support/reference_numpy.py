@@ -1,16 +1,17 @@
-"""A second witness: the BTLM forward pass in float64 NumPy, written from the specification alone.
+"""The BTLM forward pass in float64 NumPy, written from the specification alone.
 
-It shares no code with the JAX port, is slow and keeps everything; one sequence at a time, only
-`forward` and `decode` loop over the batch. test_reference_numpy.py checks it against the original
-PyTorch code. T new tokens, S keys (cache + new), D width, H heads, K = D / H, V vocabulary.
+It shares no code with the library, is slow and returns all activations. It computes one sequence at
+a time; only `forward` and `decode` loop over the batch. test_reference_numpy.py checks it against
+the original PyTorch code. T new tokens, S keys (cache + new), D width, H heads, K = D / H,
+V vocabulary.
 """
 
 import math
 
 import numpy as np
 
-MASKED = -1e30  # finite, so that a padding query that sees no key at all still gives no NaN
-DEFAULTS = {  # of the original's config class: what an absent key means (not the 3B's values)
+MASKED = -1e30  # finite, so that a padding query that sees no key is not NaN
+DEFAULTS = {  # of the original's config class, for absent keys (not the values of the 3B model)
     "activation_function": "gelu_new", "position_embedding_type": "learned", "n_inner": None,
     "layer_norm_epsilon": 1e-5, "alibi_scaling": None, "tie_word_embeddings": True,
     "mup_width_scale": 1.0, "mup_embeddings_scale": 1.0, "mup_output_alpha": 1.0,
@@ -21,13 +22,13 @@ DEFAULTS = {  # of the original's config class: what an absent key means (not th
 
 def alibi_slopes(n_head):
     p = 2 ** (n_head.bit_length() - 1)  # the largest power of two <= H
-    of_p, of_2p = (2.0 ** (-8.0 * np.arange(1, n + 1) / n) for n in (p, 2 * p))
-    # If H is no power of two, the rest is every other slope of 2p heads: appended, not interleaved.
-    return np.concatenate([of_p, of_2p[0::2][: n_head - p]])
+    p_slopes, slopes_2p = (2.0 ** (-8.0 * np.arange(1, n + 1) / n) for n in (p, 2 * p))
+    # Unless H is a power of two, every other slope of 2p heads follows: appended, not interleaved.
+    return np.concatenate([p_slopes, slopes_2p[0::2][: n_head - p]])
 
 
 def alibi_scale(scaling, k_len):
-    """The divisor of the slopes; k_len counts every key, cached and padding ones too."""
+    """Returns the divisor of the slopes; k_len counts every key, cached and padding ones too."""
     if scaling is None:
         return 1.0
     factor, trained = scaling.get("factor"), scaling.get("train_seq_len")
@@ -40,7 +41,7 @@ def alibi_scale(scaling, k_len):
 
 
 def alibi_bias(slopes, q_len, k_len, scale):
-    """[H, q_len, k_len]. The queries are the last q_len of the k_len slots (cache offset)."""
+    """Returns [H, q_len, k_len]; the queries are the last q_len of the k_len slots."""
     q, k = np.arange(k_len - q_len, k_len)[:, None], np.arange(k_len)[None, :]
     slopes = np.asarray(slopes, np.float64).reshape(-1, 1, 1)  # stored as [H, 1]
     return -(slopes / scale) * np.abs(k - q)  # slot distance: left padding does not change it
@@ -85,7 +86,7 @@ def mlp(w, name, cfg, x):
 
 
 def visible(t_len, s_len, key_mask, segments):
-    """[T, S] booleans: causal, key not padding, query and key in the same document."""
+    """Returns bool [T, S]: causal, key not padding, query and key in the same document."""
     q, k = np.arange(s_len - t_len, s_len)[:, None], np.arange(s_len)[None, :]
     allowed = k <= q
     if key_mask is not None:
@@ -119,7 +120,7 @@ def embed(w, cfg, ids, types, positions):
 
 
 def sequence(w, cfg, ids, mask=None, types=None, positions=None, segments=None, past=None):
-    """One sequence [T], after `past` (what this returned). mask and segments cover all S keys."""
+    """Computes one sequence [T] after `past`, an earlier result; masks cover all S keys."""
     offset = past["keys"][0].shape[1] if past else 0
     s_len, eps = offset + len(ids), cfg["layer_norm_epsilon"]
     # Padding does not move the default positions: learned ones need position_ids for that.
@@ -155,7 +156,8 @@ def prepare(weights, config):
     return {k: np.asarray(a, np.float64) for k, a in weights.items()}, {**DEFAULTS, **config}
 
 
-def stack(outs):  # per-sequence results -> one batch; all but the logits are lists over the layers
+def stack(outs):
+    """Stacks results of sequences into a batch; all but the logits are lists over the layers."""
     lists = {k: zip(*(o[k] for o in outs), strict=True) for k in outs[0] if k != "logits"}
     logits = np.stack([o["logits"] for o in outs])
     return {"logits": logits, **{k: [np.stack(a) for a in v] for k, v in lists.items()}}
@@ -165,7 +167,7 @@ def forward(
     weights, config, input_ids,
     *, attention_mask=None, token_type_ids=None, position_ids=None, segment_ids=None,
 ):  # fmt: skip
-    """All arguments [B, T]. Rows of padding queries are finite but mean nothing."""
+    """Computes a batch; all arguments [B, T]. Padding queries are finite but have no meaning."""
     w, cfg = prepare(weights, config)
     extras = (attention_mask, token_type_ids, position_ids, segment_ids)
     rows = ([None if a is None else a[b] for a in extras] for b in range(len(input_ids)))
@@ -173,19 +175,19 @@ def forward(
 
 
 def decode(weights, config, input_ids, prefix_len, *, attention_mask=None, position_ids=None):
-    """The prefix at once, then token by token; also the final "keys" and "values".
+    """Computes the prefix at once, then token by token; returns the final keys and values too.
 
-    A real cache, because with dynamic ALiBi scaling every step divides by its own length, while
-    earlier tokens keep the keys and values of their time: it is not a row of the full forward.
+    It uses a real cache: with dynamic ALiBi scaling every step divides by its own length, while
+    earlier tokens keep their keys and values, so the result is not a row of the full forward.
     """
     (w, cfg), outs = prepare(weights, config), []
     for b, ids in enumerate(input_ids):
         steps, start = [], 0
         for end in range(prefix_len, len(ids) + 1):
             mask = None if attention_mask is None else attention_mask[b][:end]
-            at = None if position_ids is None else position_ids[b][start:end]
+            positions = None if position_ids is None else position_ids[b][start:end]
             past = steps[-1] if steps else None
-            steps.append(sequence(w, cfg, ids[start:end], mask, positions=at, past=past))
+            steps.append(sequence(w, cfg, ids[start:end], mask, positions=positions, past=past))
             start = end
         logits = np.concatenate([s["logits"] for s in steps])
         outs.append({"logits": logits, **{k: steps[-1][k] for k in ("keys", "values")}})
@@ -197,7 +199,7 @@ def incremental(weights, config, input_ids, prefix_len, **masks_and_positions):
 
 
 def cross_entropy(logits, labels):
-    """Position t predicts label t + 1; mean over the labels that are not -100."""
+    """Returns the mean over labels that are not -100; position t predicts label t + 1."""
     logits, labels = np.asarray(logits, np.float64)[:, :-1], np.asarray(labels)[:, 1:]
     b, t = np.nonzero(labels != -100)
     return -np.log(softmax(logits)[b, t, labels[b, t]]).mean()
