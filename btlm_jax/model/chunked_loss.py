@@ -111,8 +111,8 @@ def head_loss(
         if weights_BT is not None:
             constant = jax.lax.stop_gradient(weights_BT)
             weights = weights * runtime.shard(constant, "batch", "sequence")
-        is_valid = (targets >= 0) & (targets < runtime.config.vocab_size)
-        nan_weights = jnp.where((targets == IGNORE) | is_valid, weights, jnp.nan)
+        is_valid = (targets == IGNORE) | ((targets >= 0) & (targets < runtime.config.vocab_size))
+        nan_weights = jnp.where(is_valid, weights, jnp.nan)
         w_VD = _float_head_weight(runtime, params)
         objective, penalty = _weighted_loss(
             runtime, z_loss, rows, w_VD, h_BTD, targets, nan_weights
