@@ -203,7 +203,7 @@ def _decoder(
         segment_ids=jnp.ones_like(empty.segment_ids),
         segment=jnp.ones(rows, jnp.int32),
         length=filled,
-        at=jnp.int32(context),
+        cursor=jnp.int32(context),
         fresh=False,
     )
     prompt = PromptState(cache, jnp.zeros((rows, model.config.vocab_size)))
