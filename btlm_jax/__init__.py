@@ -1,7 +1,7 @@
 """BTLM-3B-8K in JAX/Flax: exact, muP, ALiBi, Orbax and Hugging Face checkpoints.
 
-The public names below are loaded on first use, so that `btlm --help` and tools that only need one
-part do not pay for the rest.
+The public names are imported on first use, so that `btlm --help` and tools that need only one part
+do not import the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Named configurations: the released model, rungs of its muP ladder, a tiny one."""
+"""Named configurations: the released model, its muP ladder, and a tiny model for tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 # muP base width of the family: the hyper-parameters were tuned at this n_embd.
 MUP_BASE_WIDTH = 256
 
-# Shared by every preset: the choices of the released model that do not depend on its size.
+# Shared by every preset: fields of the released model that do not depend on its size.
 _BTLM: dict[str, Any] = dict(
     activation_function="swiglu",
     position_embedding_type="alibi",
@@ -22,7 +22,7 @@ _BTLM: dict[str, Any] = dict(
 
 
 def _ladder(width: int) -> dict[str, Any]:
-    """A rung of the muP ladder: the released model with only the width changed.
+    """Returns a rung of the muP ladder: the released model with only the width changed.
 
     Depth stays 32, heads are 64 wide, n_inner follows floor(8/3 * width) as 6826 does for 2560.
     """

@@ -1,1 +1,1 @@
-"""FLOPs, bytes, chips, collectives and rooflines: what a step costs and how fast it could be."""
+"""Costs and lower bounds of a step: FLOPs, bytes, chips, collectives and rooflines."""

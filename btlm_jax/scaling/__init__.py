@@ -1,1 +1,1 @@
-"""What small runs say about large ones: timescales, training curves, scaling laws (no JAX)."""
+"""Predictions for large runs from small ones: timescales, curves, scaling laws; without JAX."""
