@@ -121,14 +121,13 @@ def test_a_limit_below_one_sequence_is_refused():
 def updates(*overrides):
     """Returns the update of the third step of a recipe's optimizer, by path of the weight."""
     small = ["model.fields.n_layer=1", "model.fields.n_embd=32", "model.fields.n_head=2"]
-    r = load_recipe("tiny", [*small, "optimizer.weight_decay=0",
-                              "optimizer.clip_norm=0",
-                              "optimizer.warmup_tokens=0", *overrides])  # fmt: skip
+    small += [f"optimizer.{name}=0" for name in ("weight_decay", "clip_norm", "warmup_tokens")]
+    r = load_recipe("tiny", [*small, *overrides])
     model = BTLM(build_config(r))
     params = model.init(jax.random.key(0))
     tx = build_optimizer(r, model.config)
     state = tx.init(params)
-    for sign in (1.0, 1.0, -0.5):  # tells b2 = 0.99 from 0.95 in Lion, which takes the sign
+    for sign in (1.0, 1.0, -0.5):  # shows a wrong b2 even in Lion, which takes the sign
         change, state = tx.update(jax.tree.map(lambda p, s=sign: s * p, params), state, params)
     return {k: np.asarray(v) for k, v in flatten_tree(change).items()}
 
@@ -136,10 +135,10 @@ def updates(*overrides):
 def test_each_optimizer_has_its_own_default_betas():
     for name, b2, wrong in (("adamw", 0.95, 0.99), ("lion", 0.99, 0.95)):
         default = updates(f"optimizer.name={name}")
-        message = updates(f"optimizer.name={name}", "optimizer.b1=0.9", f"optimizer.b2={b2}")
+        explicit = updates(f"optimizer.name={name}", "optimizer.b1=0.9", f"optimizer.b2={b2}")
         other = updates(f"optimizer.name={name}", f"optimizer.b2={wrong}")
-        assert all(np.array_equal(default[k], message[k]) for k in message)
-        assert not all(np.array_equal(default[k], other[k]) for k in message)
+        assert all(np.array_equal(default[k], explicit[k]) for k in explicit)
+        assert not all(np.array_equal(default[k], other[k]) for k in explicit)
 
 
 def test_muon_has_its_own_rate_and_scale():
@@ -149,7 +148,7 @@ def test_muon_has_its_own_rate_and_scale():
     np.testing.assert_allclose(twice[kernel], 2 * base[kernel], rtol=1e-6)
     np.testing.assert_array_equal(twice[embedding], base[embedding])
     rms = updates("optimizer.name=muon", "optimizer.muon_rms=0.2")
-    # 0.2 * peak_lr / sqrt(m), less the part of the schedule that three steps have gone.
+    # 0.2 * peak_lr / sqrt(m), less the decay of the schedule in three steps.
     expected = 0.2 * 6e-3 / np.sqrt(4)  # m = 4: tiny is four times as wide as its base
     assert np.sqrt(np.mean(rms[kernel] ** 2)) == pytest.approx(expected, rel=0.2)
 
