@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 
 import jax
 import numpy as np
@@ -159,7 +159,7 @@ def gather_text(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def raise_together() -> Iterator[None]:
+def raise_together() -> Generator[None]:
     """Re-raises an exception of any process on all of them, to avoid a deadlock.
 
     The block must not itself wait for other processes.

@@ -73,7 +73,7 @@ class HeldOutEvaluation:
     def _batch(self, tokens: TokenShards, number: int) -> jax.Array:
         """Returns a batch on the devices. int32 [rows, length + 1]."""
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index):
             rows = range(self._rows)[index[0]]
             starts = [(number * self._rows + row) * self._length for row in rows]
             return np.stack([tokens.read(start, self._length + 1) for start in starts])

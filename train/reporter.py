@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,7 +94,7 @@ class Reporter:
         self._compiled_before = dataclasses.replace(self._compiled)
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self) -> Generator[None]:
         """Reports the pending step, and excludes the block from the time of the next one.
 
         For work between steps that waits for the devices anyway.
