@@ -1,4 +1,7 @@
-"""Beam search and beam sampling: the loop around `beam_search.beam_step`."""
+"""The loop of beam search and beam sampling: K beams per prompt, all at the same length.
+
+`beam_search` has the rules of a step. `sample_loop` describes the interface of the loops.
+"""
 
 from __future__ import annotations
 
@@ -19,136 +22,144 @@ from btlm_jax.model.kv_cache import KVCache
 
 
 class BeamState(NamedTuple):
-    """B searches of K beams each. All beams have the same length, and B K = R rows."""
+    """State of B searches with K beams each. All beams have the same length; B * K = R rows."""
 
     rows: RowInputs  # of the R beams
     length: jax.Array  # int32
-    # Their tracks, [B, K, ...]: ids and log-probabilities [S], the rows that tokens came from [S],
-    # and the state of the stop strings.
+    # A beam's history, [B, K, ...]: "ids" [S], "logprobs" [S], "rows" [S] (the row that each token
+    # was taken from) and "stop", the state of the stop automaton.
     beams: beam_search.Beams
-    cache: KVCache  # of new tokens; the prompts' is its prefix, and given beside
-    kept: dict[str, jax.Array]
+    cache: KVCache  # of new tokens; the prompts' cache, its prefix, is passed separately
+    score_buffers: dict[str, jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames=("program", "capacity"))
+@functools.partial(jax.jit, static_argnames=("spec", "capacity"))
 def start_loop(
-    program: DecodeSpec,
+    spec: DecodeSpec,
     params: Any,
     prompt: PromptState,
     rows: RowInputs,
     ids,
-    table,
+    stop_table,
     stop_state,
     capacity: int,
 ) -> BeamState:
-    """Begins searches, and takes the first step; arguments as in `sample_loop.start_loop`."""
-    model, K = program.model, program.options.num_beams
+    """Starts searches and takes their first step; arguments as for `sample_loop.start_loop`."""
+    model, K = spec.model, spec.options.num_beams
     with sharding.on_mesh(model.runtime(params).mesh):
         B, S = len(prompt.logits), ids.shape[1]
         cache = model.fork(params, prompt.cache, K, capacity)
-        logits = prompt.logits[decode.prompt_index(program, B)]
-        tracks = {
+        logits = prompt.logits[decode.prompt_index(spec, B)]
+        histories = {
             "ids": ids.reshape(B, K, S),
             "logprobs": jnp.full((B, K, S), jnp.nan),
             "rows": jnp.full((B, K, S), -1, jnp.int32),
         }
-        if table is not None:
-            tracks["stop"] = stop_state.reshape(B, K)
-        active = rows.meant.reshape(B, K)[:, :1]
-        begun = BeamState(
+        if stop_table is not None:
+            histories["stop"] = stop_state.reshape(B, K)
+        state = BeamState(
             rows,
             rows.prompt_length[0],
-            beam_search.start_beams(tracks, B, K, active),
+            beam_search.start_beams(histories, B, K, _active_searches(rows, B)),
             dataclasses.replace(cache, prefix=None),
-            decode.score_buffers(program, logits),
+            decode.score_buffers(spec, logits),
         )
-        return _append(program, params, begun, logits, table)
+        return _append_tokens(spec, params, state, logits, stop_table)
 
 
-@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def advance_loop(
-    program: DecodeSpec, params: Any, prompts: KVCache, state: BeamState, table, steps
+    spec: DecodeSpec, params: Any, prompt_cache: KVCache, state: BeamState, stop_table, steps
 ) -> BeamState:
-    """Takes more steps: at most `steps`, until the search ends."""
+    """Takes up to `steps` more steps, and stops when all searches have ended.
+
+    Arguments are as for `sample_loop.advance_loop`.
+    """
 
     def unfinished(carry):
         i, state = carry
-        return (i < steps) & state.beams.go_on
+        return (i < steps) & state.beams.unfinished
 
-    def one(carry):
+    def step(carry):
         i, s = carry
         ids = s.beams.running["ids"]
         ids = ids.reshape(-1, ids.shape[-1])
         length = jnp.broadcast_to(s.length, len(ids))
-        cache = dataclasses.replace(s.cache, prefix=prompts)
-        logits, cache = decode.decode_logits(program, params, s.rows, ids, length, cache)
+        cache = dataclasses.replace(s.cache, prefix=prompt_cache)
+        logits, cache = decode.decode_logits(spec, params, s.rows, ids, length, cache)
         s = s._replace(cache=dataclasses.replace(cache, prefix=None))
-        return i + 1, _append(program, params, s, logits, table)
+        return i + 1, _append_tokens(spec, params, s, logits, stop_table)
 
-    with sharding.on_mesh(program.model.runtime(params).mesh):
-        return jax.lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
+    with sharding.on_mesh(spec.model.runtime(params).mesh):
+        return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
 def loop_ended(s: BeamState) -> bool:
-    """Whether nothing can become better."""
-    return not s.beams.go_on
+    """Returns whether all searches have ended."""
+    return not s.beams.unfinished
 
 
-def loop_result(program: DecodeSpec, s: BeamState) -> DecodeResult:
-    """The best `num_return_sequences` beams of each prompt."""
-    beams, n = s.beams, program.options.num_return_sequences
+def loop_result(spec: DecodeSpec, s: BeamState) -> DecodeResult:
+    """Returns the best `num_return_sequences` finished beams of each prompt."""
+    beams, n = s.beams, spec.options.num_return_sequences
 
     def best(x):
         x = np.asarray(x)[:, :n]
         return x.reshape(-1, *x.shape[2:])
 
-    tracks = jax.tree.map(best, beams.finished)
+    histories = jax.tree.map(best, beams.finished)
     lengths = np.asarray(s.rows.prompt_length)[0] + best(beams.lengths)
     scores = best(beams.scores)
-    return DecodeResult(tracks["ids"], lengths, tracks["logprobs"], scores, tracks["rows"])
+    return DecodeResult(histories["ids"], lengths, histories["logprobs"], scores, histories["rows"])
 
 
-def _append(program: DecodeSpec, params: Any, s: BeamState, logits: jax.Array, table) -> BeamState:
-    options, rows = program.options, s.rows
+def _append_tokens(
+    spec: DecodeSpec, params: Any, s: BeamState, logits: jax.Array, stop_table
+) -> BeamState:
+    options, rows = spec.options, s.rows
     B, K, S = s.beams.running["ids"].shape
-    prompt_length, most = rows.prompt_length[0], rows.max_length[0]
+    prompt_length, max_length = rows.prompt_length[0], rows.max_length[0]
     length, step = s.length, s.length - prompt_length
-    own = jax.nn.log_softmax(logits, -1)
-    V = own.shape[1]
+    logprobs = jax.nn.log_softmax(logits, -1)
+    V = logprobs.shape[1]
     lengths = jnp.broadcast_to(length, B * K)
     ids = s.beams.running["ids"].reshape(B * K, S)
-    scores = decode.process_scores(program, rows, own, ids, lengths)
+    scores = decode.process_scores(spec, rows, logprobs, ids, lengths)
     totals = scores.reshape(B, K, V) + s.beams.running_scores[:, :, None]
-    count = max(2, 1 + len(program.eos)) * K
+    num_candidates = max(2, 1 + len(spec.eos)) * K
     if options.do_sample:
         keys = decode.row_keys(rows, lengths - prompt_length)[::K]
-        chosen = draw_tokens(totals.reshape(B, K * V), keys, count)
+        index = draw_tokens(totals.reshape(B, K * V), keys, num_candidates)
     else:
-        chosen = jax.lax.top_k(totals.reshape(B, K * V), count)[1]
-    found = beam_search.beam_candidates(totals, chosen)
-    tracks = beam_search.take_beams(s.beams.running, found.parents)
-    hit, state = decode.ends_row(program, table, found.tokens, tracks.get("stop"))
-    hit = hit | (length + 1 >= most)
-    logprob = jnp.take_along_axis(own.reshape(B, K * V), chosen, 1)
-    row_of = jnp.arange(B)[:, None] * K
-    tracks = {
-        "ids": tracks["ids"].at[:, :, length].set(found.tokens),
-        "logprobs": tracks["logprobs"].at[:, :, length].set(logprob),
-        "rows": tracks["rows"].at[:, :, length].set(found.parents + row_of),
-    } | ({} if state is None else {"stop": state})
-    active = rows.meant.reshape(B, K)[:, :1]
+        index = jax.lax.top_k(totals.reshape(B, K * V), num_candidates)[1]
+    candidates = beam_search.beam_candidates(totals, index)
+    histories = beam_search.take_beams(s.beams.running, candidates.parents)
+    is_end, stop_state = decode.ends_row(spec, stop_table, candidates.tokens, histories.get("stop"))
+    is_end = is_end | (length + 1 >= max_length)
+    logprob = jnp.take_along_axis(logprobs.reshape(B, K * V), index, 1)
+    first_row = jnp.arange(B)[:, None] * K
+    histories = {
+        "ids": histories["ids"].at[:, :, length].set(candidates.tokens),
+        "logprobs": histories["logprobs"].at[:, :, length].set(logprob),
+        "rows": histories["rows"].at[:, :, length].set(candidates.parents + first_row),
+    } | ({} if stop_state is None else {"stop": stop_state})
     powers = np.arange(S + 1, dtype=np.float64)
     powers[1:] **= options.length_penalty  # in float64, as Python does
-    beams, kept = beam_search.beam_step(
-        s.beams, found, tracks, hit, step + 1, most - prompt_length,
-        powers.astype(np.float32), options, active,
+    beams, survivors = beam_search.beam_step(
+        s.beams, candidates, histories, is_end, step + 1, max_length - prompt_length,
+        powers.astype(np.float32), options, _active_searches(rows, B),
     )  # fmt: skip
-    runtime = program.model.runtime(params)
-    parents = runtime.shard(jnp.take_along_axis(found.parents, kept, 1), "batch", None)
+    runtime = spec.model.runtime(params)
+    parents = runtime.shard(jnp.take_along_axis(candidates.parents, survivors, 1), "batch", None)
     return BeamState(
         rows,
         length + 1,
         beams,
         kv_cache.reordered(s.cache, parents, runtime.attention_shard),
-        decode.record_scores(s.kept, step, scores=scores, logits=logits),
+        decode.record_scores(s.score_buffers, step, scores=scores, logits=logits),
     )
+
+
+def _active_searches(rows: RowInputs, num_prompts: int) -> jax.Array:
+    """Returns which searches do not merely pad the batch, bool [B, 1]."""
+    return rows.active.reshape(num_prompts, -1)[:, :1]

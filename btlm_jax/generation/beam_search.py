@@ -1,8 +1,8 @@
-"""One step of beam search and beam sampling: transformers' rules, as pure functions.
+"""The rules of one step of beam search and beam sampling, as in transformers, as pure functions.
 
-B prompts, K beams each, C = max(2, 1 + number of EOS ids) K candidates a step, V tokens. "Lower
-index first among equals" and sums with -1e9 in fp32, which swallow the log-probability, are part of
-the rules.
+B prompts, K beams each, V tokens, and C = max(2, 1 + number of EOS ids) * K candidates per step. To
+match transformers, equal scores are resolved in favor of the lower index, and scores that must not
+win have -1e9 added in fp32, which absorbs the log-probability.
 """
 
 from __future__ import annotations
@@ -16,43 +16,47 @@ from jax.typing import ArrayLike
 
 from btlm_jax.generation.options import GenerationOptions
 
-_NEVER = np.float32(-1e9)
+_EXCLUDED = np.float32(-1e9)
 
 
 class Beams(NamedTuple):
-    """The state of a search. `tracks` are pytrees of [B, K, ...], what goes along with a beam."""
+    """State of B searches. `running` and `finished` are pytrees of [B, K, ...] histories."""
 
-    running: Any  # tracks
+    running: Any
     running_scores: jax.Array  # fp32 [B, K], log-probabilities
-    finished: Any  # tracks
-    scores: jax.Array  # fp32 [B, K], of the finished ones, by length
+    finished: Any
+    scores: jax.Array  # fp32 [B, K], length-normalized scores of the finished beams
     is_finished: jax.Array  # bool [B, K]
-    lengths: jax.Array  # int32 [B, K], new tokens of the finished ones
+    lengths: jax.Array  # int32 [B, K], new tokens of the finished beams
     can_improve: jax.Array  # bool [B, 1]
-    go_on: jax.Array  # bool
+    unfinished: jax.Array  # bool, whether any search must continue
 
 
 class BeamCandidates(NamedTuple):
     """The best continuations of each prompt's beams, [B, C]."""
 
     scores: jax.Array
-    parents: jax.Array  # the beam, 0 to K - 1
+    parents: jax.Array  # the beam that is continued, 0 to K - 1
     tokens: jax.Array
 
 
-def start_beams(tracks: Any, count: int, beams: int, active: jax.Array) -> Beams:
-    """Before the first step; only the first beam counts, as all are the same prompt.
+def start_beams(histories: Any, num_prompts: int, num_beams: int, active: jax.Array) -> Beams:
+    """Returns the state before the first step.
+
+    Only the first beam of each prompt takes part in it, because all beams are equal.
 
     Args:
-      active: bool [B, 1], False for rows that only fill up the batch.
+      histories: pytree of [B, K, ...].
+      num_prompts, num_beams: B and K.
+      active: bool [B, 1], False for rows that only pad the batch.
     """
-    shape = (count, beams)
-    first = jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, _NEVER), shape)
+    shape = (num_prompts, num_beams)
+    first = jnp.broadcast_to(jnp.where(jnp.arange(num_beams) == 0, 0.0, _EXCLUDED), shape)
     return Beams(
-        tracks,
+        histories,
         first.astype(jnp.float32),
-        tracks,
-        jnp.full(shape, _NEVER),
+        histories,
+        jnp.full(shape, _EXCLUDED),
         jnp.zeros(shape, bool),
         jnp.zeros(shape, jnp.int32),
         active,
@@ -60,73 +64,82 @@ def start_beams(tracks: Any, count: int, beams: int, active: jax.Array) -> Beams
     )
 
 
-def take_beams(tracks: Any, index_BN: jax.Array) -> Any:
-    """Tracks [B, N, ...] by index along the second axis."""
+def take_beams(histories: Any, index_BN: jax.Array) -> Any:
+    """Gathers histories [B, N, ...] along the second axis."""
 
-    def one(x):
+    def take(x):
         index = index_BN.reshape(index_BN.shape + (1,) * (x.ndim - 2))
         return jnp.take_along_axis(x, index, 1)
 
-    return jax.tree.map(one, tracks)
+    return jax.tree.map(take, histories)
 
 
-def beam_candidates(totals_BKV: jax.Array, chosen_BC: jax.Array) -> BeamCandidates:
-    """Candidates from indices into the flattened [K V] scores."""
+def beam_candidates(totals_BKV: jax.Array, index_BC: jax.Array) -> BeamCandidates:
+    """Returns the candidates at indices into the flattened [K * V] scores."""
     B, K, V = totals_BKV.shape
-    scores = jnp.take_along_axis(totals_BKV.reshape(B, K * V), chosen_BC, 1)
-    return BeamCandidates(scores, chosen_BC // V, chosen_BC % V)
+    scores = jnp.take_along_axis(totals_BKV.reshape(B, K * V), index_BC, 1)
+    return BeamCandidates(scores, index_BC // V, index_BC % V)
 
 
 def beam_step(
     beams: Beams,
-    found: BeamCandidates,
-    tracks: Any,
-    hit_BC: jax.Array,
-    new: jax.Array,
-    limit: jax.Array,
+    candidates: BeamCandidates,
+    histories: Any,
+    is_end_BC: jax.Array,
+    new_tokens: jax.Array,
+    max_new_tokens: jax.Array,
     powers: ArrayLike,
     options: GenerationOptions,
     active: jax.Array,
 ) -> tuple[Beams, jax.Array]:
-    """The next state, and which candidates run on, int32 [B, K].
+    """Selects the beams that continue and updates the best finished ones.
 
     Args:
-      tracks: of the candidates, [B, C, ...].
-      hit_BC: bool, candidates that end here.
-      new: how many new tokens they have; `limit`, how many there may be.
-      powers: fp32, 1, 2, ... to the power `length_penalty`, at index 1, 2, ...
-      active: as in `start`.
+      beams: the state before the step.
+      candidates: the candidates.
+      histories: their histories, [B, C, ...].
+      is_end_BC: bool, candidates that end here.
+      new_tokens: int32, new tokens of the candidates.
+      max_new_tokens: int32.
+      powers: fp32 [S + 1]; entry n is n ** length_penalty, for n >= 1.
+      options: `early_stopping` and `length_penalty` are used.
+      active: as for `start_beams`.
+
+    Returns:
+      The next state, and the indices of the candidates that continue, int32 [B, K].
     """
-    C, K = found.scores.shape[1], beams.scores.shape[1]
+    C, K = candidates.scores.shape[1], beams.scores.shape[1]
     power, early = jnp.asarray(powers), options.early_stopping is True
 
-    left = found.scores + hit_BC * _NEVER
-    kept = jax.lax.top_k(left, K)[1]
-    running, running_scores = take_beams((tracks, left), kept)
+    continuing_scores = candidates.scores + is_end_BC * _EXCLUDED
+    survivors = jax.lax.top_k(continuing_scores, K)[1]
+    running, running_scores = take_beams((histories, continuing_scores), survivors)
 
-    ended = hit_BC & (jnp.arange(C) < K)  # the others are there to run on in their place
-    final = found.scores / power[new]
+    # Candidates beyond the first K are only there to continue in place of those that end.
+    ended = is_end_BC & (jnp.arange(C) < K)
+    final_scores = candidates.scores / power[new_tokens]
     full = beams.is_finished.all(1, keepdims=True) & early
-    for closed in (full, ~beams.can_improve, ~ended):
-        final = final + closed * _NEVER
+    for excluded in (full, ~beams.can_improve, ~ended):
+        final_scores = final_scores + excluded * _EXCLUDED
 
-    def merge(old, new):
+    def concatenate(old, new):
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), old, new)
 
-    everything = merge(
+    merged = concatenate(
         (beams.finished, beams.scores, beams.is_finished, beams.lengths),
-        (tracks, final, ended, jnp.broadcast_to(new, ended.shape)),
+        (histories, final_scores, ended, jnp.broadcast_to(new_tokens, ended.shape)),
     )
-    best = jax.lax.top_k(everything[1], K)[1]
-    finished, scores, is_finished, lengths = take_beams(everything, best)
+    best = jax.lax.top_k(merged[1], K)[1]
+    finished, scores, is_finished, lengths = take_beams(merged, best)
 
-    reach = limit if options.early_stopping == "never" and options.length_penalty > 0 else new
-    hope = running_scores[:, :1] / power[reach]
-    worst = jnp.where(is_finished, scores.min(1, keepdims=True), _NEVER)
-    can_improve = beams.can_improve & (hope > worst).any(1, keepdims=True)
-    open_ = ~((is_finished | ~active).all() & early)
-    go_on = can_improve.any() & open_ & ~(hit_BC | ~active).all()
+    use_max = options.early_stopping == "never" and options.length_penalty > 0
+    best_possible = running_scores[:, :1] / power[max_new_tokens if use_max else new_tokens]
+    worst = jnp.where(is_finished, scores.min(1, keepdims=True), _EXCLUDED)
+    can_improve = beams.can_improve & (best_possible > worst).any(1, keepdims=True)
+    stopped_early = (is_finished | ~active).all() & early
+    all_ended = (is_end_BC | ~active).all()
+    unfinished = can_improve.any() & ~stopped_early & ~all_ended
     state = Beams(
-        running, running_scores, finished, scores, is_finished, lengths, can_improve, go_on
+        running, running_scores, finished, scores, is_finished, lengths, can_improve, unfinished
     )
-    return state, kept
+    return state, survivors

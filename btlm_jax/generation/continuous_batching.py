@@ -1,8 +1,8 @@
-"""`generate_batch`: many prompts of any lengths, through a fixed number of rows.
+"""`generate_batch`: continuous batching of many prompts of any lengths.
 
-Rows run on their own, each at its own length. One that has ended gives its slot to the next prompt,
-which is read apart and put into the running state; nothing is compiled for that anew. Prompts are
-taken longest first, so that those read at once are of about the same length.
+A fixed number of rows run, each at its own length. When a row ends, the next prompt is prefilled
+and inserted into its place in the running state, without compiling anything. Prompts are taken
+longest first, so that those prefilled together have similar lengths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from btlm_jax.generation import decode, generate, prompts, sample_loop
+from btlm_jax.generation import decode, prompts, sample_loop
+from btlm_jax.generation.generate import generate
 from btlm_jax.generation.request import (
     GenerationRequest,
     RowRequest,
@@ -33,11 +34,11 @@ from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.params import Params
 
-# Of its rows, a batch waits for one in so many to end before it reads prompts.
-_WAIT = 8
-# All rows have slots for the longest prompt of their group, which is at most so many times as long
-# as the shortest; unless fewer than a batch would be left.
-_SPREAD = 4
+# Prompts are prefilled once this fraction of the rows is free: one in 8.
+_ROWS_PER_PREFILL = 8
+# All rows have slots for the longest prompt of their group, which is at most this many times as
+# long as the shortest, unless fewer prompts than a batch would be left.
+_MAX_LENGTH_RATIO = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +46,7 @@ class GenerationResult:
     """One continuation.
 
     Attributes:
-      tokens: int32 [n], the new tokens, an EOS included.
+      tokens: int32 [n], the new tokens, including an EOS.
       logprobs: fp32 [n], as in `generate`'s `GenerateOutput`.
       finish_reason: "eos", "stop" (a stop string was completed) or "length".
     """
@@ -65,167 +66,179 @@ def generate_batch(
 ) -> list[GenerationResult]:
     """Continues many prompts.
 
-    Each gets the tokens it would get alone, whatever the size of the batch and the order, up to
-    the rounding of matrix products of other shapes (so, of equally likely tokens, another may win).
-    With one `seed` for all, prompt i draws as with `generate(..., seed=[(seed, i)])`.
+    Each prompt gets the tokens that it would get alone, whatever the batch size and the order, up
+    to the rounding of matrix products of different shapes, which can decide between equally likely
+    tokens. With one `seed` for all, prompt i draws as `generate(..., seed=[(seed, i)])` does.
 
     Args:
       model, params: the model and its weights, on a device or a mesh.
-      prompts: token ids of each; of any lengths, without padding.
-      batch_size: rows that run at once; on a mesh rounded up to what it divides.
-      **arguments: those of `generate` (`help(btlm.generate)`), but for `attention_mask`,
-        `cache_length`, `prompt_cache` and what concerns its result. Beams are searched for prompts
-        of one length at a time, without refilling.
+      prompts: token ids of each prompt; of any lengths, without padding.
+      batch_size: rows that run together; on a mesh, rounded up to a multiple of its batch shards.
+      **arguments: those of `generate` (`help(btlm.generate)`) except `attention_mask`,
+        `cache_length`, `prompt_cache` and those about the form of the result. With beams, prompts
+        of equal length form a batch, and rows are not refilled.
 
     Returns:
-      `num_return_sequences` neighbours for each prompt, in the order of the prompts.
+      `num_return_sequences` neighbors for each prompt, in the order of the prompts.
 
     Raises:
-      ValueError: as `generate`; the message names the prompt, from 0.
+      ValueError: as `generate`; the message names the prompt, counted from 0.
     """
     if not len(prompts):
         return []
-    asked = make_request(model, prompts, **arguments)
-    found = dict(iterate_results(asked, params, batch_size))
-    return [found[i] for i in range(len(found))]
+    request = make_request(model, prompts, **arguments)
+    results = dict(iterate_results(request, params, batch_size))
+    return [results[i] for i in range(len(results))]
 
 
 def iterate_results(
-    asked: GenerationRequest, params: Params, batch_size: int, known: Container[int] = ()
+    request: GenerationRequest, params: Params, batch_size: int, skip: Container[int] = ()
 ) -> Iterator[tuple[int, GenerationResult]]:
-    """Continues the rows of a request; gives the result of each, with its index, as it ends.
+    """Yields (row index, result) of a request's rows, in the order in which they end.
 
     Args:
-      known: rows whose results are not wanted, though groups and shapes are as if they were.
+      request: the request.
+      params: the weights.
+      batch_size: rows that run together.
+      skip: indices of rows that are not run. Groups and shapes are the same as with them.
 
     Raises:
-      ValueError: the size of the batch.
+      ValueError: a bad batch size.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}, expected >= 1")
     warn_if_stacked(params)
-    if asked.program.options.num_beams > 1:
-        return _searched(asked, params, batch_size, known)
-    return _all_groups(asked, params, batch_size, known)
+    if request.spec.options.num_beams > 1:
+        return _run_beam_batches(request, params, batch_size, skip)
+    return _run_groups(request, params, batch_size, skip)
 
 
-def _all_groups(
-    asked: GenerationRequest, params: Params, batch_size: int, known: Container[int]
+class _BatchShapes(NamedTuple):
+    num_rows: int  # R
+    num_shards: int  # batch shards of the mesh
+    prompt_slots: int  # P
+    max_new_slots: int
+
+    @property
+    def prefill_rows(self) -> int:
+        """Number of rows that are prefilled together, in each shard."""
+        return max(1, self.num_rows // self.num_shards // _ROWS_PER_PREFILL)
+
+
+def _run_groups(
+    request: GenerationRequest, params: Params, batch_size: int, skip: Container[int]
 ) -> Iterator[tuple[int, GenerationResult]]:
-    parts = decode.num_batch_shards(asked.program.model, params)
-    for group in _groups([len(row.ids) for row in asked.rows], batch_size):
-        rows = [asked.rows[i] for i in group]
-        shapes = _Shapes(
-            -(-min(batch_size, len(rows)) // parts) * parts,
-            parts,
+    num_shards = decode.num_batch_shards(request.spec.model, params)
+    for group in _length_groups([len(row.ids) for row in request.rows], batch_size):
+        rows = [request.rows[i] for i in group]
+        shapes = _BatchShapes(
+            -(-min(batch_size, len(rows)) // num_shards) * num_shards,
+            num_shards,
             prompts.bucket_length(max(len(row.ids) for row in rows)),
-            prompts.bucket_length(max(row.new for row in rows)),
+            prompts.bucket_length(max(row.max_new_tokens for row in rows)),
         )
-        yield from _run(asked, params, shapes, [i for i in group if i not in known])
+        yield from _run_group(request, params, shapes, [i for i in group if i not in skip])
 
 
-def _groups(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Prompts that run together, longest first."""
+def _length_groups(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Returns groups of prompts that run together, longest first."""
     groups: list[list[int]] = []
     for n, i in enumerate(sorted(range(len(lengths)), key=lambda i: -lengths[i])):
         longest = lengths[groups[-1][0]] if groups else None
-        left = len(lengths) - n
-        if longest is None or (lengths[i] * _SPREAD < longest and left >= batch_size):
+        num_left = len(lengths) - n
+        if longest is None or (lengths[i] * _MAX_LENGTH_RATIO < longest and num_left >= batch_size):
             groups.append([])
         groups[-1].append(i)
     return groups
 
 
-class _Shapes(NamedTuple):
-    rows: int  # R
-    parts: int  # of the mesh, into which they are split
-    prompt: int  # P, slots of prompts
-    room: int  # the most slots of new tokens
-
-    @property
-    def read(self) -> int:
-        """Rows that are read at once, in each part."""
-        return max(1, self.rows // self.parts // _WAIT)
-
-
-def _run(
-    asked: GenerationRequest, params: Params, shapes: _Shapes, group: Sequence[int]
+def _run_group(
+    request: GenerationRequest, params: Params, shapes: _BatchShapes, group: Sequence[int]
 ) -> Iterator[tuple[int, GenerationResult]]:
     queue = collections.deque(group)
     running: tuple[KVCache, SampleState] | None = None
-    capacity = initial_capacity(shapes.room)
-    slots: list[int | None] = [None] * shapes.rows
-    used = np.zeros(shapes.rows, np.int64)  # slots of new tokens
-    while queue or any(i is not None for i in slots):
-        while queue and None in slots:
-            targets = _targets(slots, shapes)
-            taken = _taken(asked, shapes, queue, int((targets < shapes.rows).sum()))
+    capacity = initial_capacity(shapes.max_new_slots)
+    row_of_slot: list[int | None] = [None] * shapes.num_rows  # index of the request's row
+    used = np.zeros(shapes.num_rows, np.int64)  # slots of new tokens
+    while queue or any(i is not None for i in row_of_slot):
+        while queue and None in row_of_slot:
+            targets = _free_slots(row_of_slot, shapes)
+            num_free = int((targets < shapes.num_rows).sum())
+            taken = _take_prompts(request, shapes, queue, num_free)
             rows: list[RowRequest | None] = [None] * len(targets)
-            for place, i in zip(np.flatnonzero(targets < shapes.rows), taken, strict=False):
-                rows[place], slots[targets[place]] = asked.rows[i], i
-                used[targets[place]] = 0
-            targets = np.where([row is None for row in rows], shapes.rows, targets)
-            begun = start_rows(asked, params, rows, shapes.prompt, shapes.room, capacity)
+            for n, i in zip(np.flatnonzero(targets < shapes.num_rows), taken, strict=False):
+                rows[n], row_of_slot[targets[n]] = request.rows[i], i
+                used[targets[n]] = 0
+            targets = np.where([row is None for row in rows], shapes.num_rows, targets)
+            started = start_rows(
+                request, params, rows, shapes.prompt_slots, shapes.max_new_slots, capacity
+            )
             if running is None:
-                running = _blank(begun, shapes.rows)
-            running = _inserted(running, begun, targets.astype(np.int32))
+                running = _blank_state(started, shapes.num_rows)
+            running = _insert_rows(running, started, targets.astype(np.int32))
         assert running is not None
         cache, s = running
-        busy = np.array([i is not None for i in slots])
+        busy = np.array([i is not None for i in row_of_slot])
         if used[busy].max() == capacity:
-            capacity = min(2 * capacity, shapes.room)
+            capacity = min(2 * capacity, shapes.max_new_slots)
             s = s._replace(cache=kv_cache.resized(s.cache, capacity))
-        wait = min(shapes.read * shapes.parts, int(busy.sum()))
-        steps, patience = capacity - used[busy].max(), (~busy).sum() + wait
+        wait_for = min(shapes.prefill_rows * shapes.num_shards, int(busy.sum()))
+        steps, patience = capacity - used[busy].max(), (~busy).sum() + wait_for
         s = sample_loop.advance_loop(
-            asked.program, params, cache, s, asked.table, np.int32(steps), np.int32(patience)
+            request.spec,
+            params,
+            cache,
+            s,
+            request.stop_table,
+            np.int32(steps),
+            np.int32(patience),
         )
         running = cache, s
         done, length, ids, logprobs = jax.device_get((s.done, s.length, s.ids, s.logprobs))
-        for slot, i in enumerate(slots):
+        for slot, i in enumerate(row_of_slot):
             if i is None:
                 continue
-            row, end = asked.rows[i], int(length[slot])
+            row, end = request.rows[i], int(length[slot])
             T = len(row.ids)
             used[slot] = end - T - 1
             if done[slot]:
                 tokens = ids[slot, T:end].copy()
-                reason = asked.reason(row, tokens)
-                slots[slot] = None
+                reason = request.finish_reason(row, tokens)
+                row_of_slot[slot] = None
                 yield i, GenerationResult(tokens, logprobs[slot, T:end].copy(), reason)
 
 
-def _targets(slots: Sequence[int | None], shapes: _Shapes) -> np.ndarray:
-    """Free slots for the rows that are read at once, in each part; R where there is none."""
-    size = shapes.rows // shapes.parts
-    found = []
-    for part in range(shapes.parts):
-        own = range(part * size, (part + 1) * size)
-        free = [slot for slot in own if slots[slot] is None][: shapes.read]
-        found += free + [shapes.rows] * (shapes.read - len(free))
-    return np.array(found)
+def _free_slots(row_of_slot: Sequence[int | None], shapes: _BatchShapes) -> np.ndarray:
+    """Returns free slots for the rows of a prefill, shard by shard; R where there is none."""
+    size = shapes.num_rows // shapes.num_shards
+    targets = []
+    for shard in range(shapes.num_shards):
+        slots = range(shard * size, (shard + 1) * size)
+        free = [slot for slot in slots if row_of_slot[slot] is None][: shapes.prefill_rows]
+        targets += free + [shapes.num_rows] * (shapes.prefill_rows - len(free))
+    return np.array(targets)
 
 
-def _taken(
-    asked: GenerationRequest, shapes: _Shapes, queue: collections.deque[int], most: int
+def _take_prompts(
+    request: GenerationRequest, shapes: _BatchShapes, queue: collections.deque[int], count: int
 ) -> list[int]:
-    """The next rows, of those whose prompts can be read at once."""
+    """Removes up to `count` rows from the queue whose prompts can be prefilled together."""
 
-    def key(i: int) -> int:
-        return prefill_group(asked.program.model, len(asked.rows[i].ids), shapes.prompt)
+    def group(i: int) -> int:
+        return prefill_group(request.spec.model, len(request.rows[i].ids), shapes.prompt_slots)
 
     taken = [queue.popleft()]
-    while queue and len(taken) < most and key(queue[0]) == key(taken[0]):
+    while queue and len(taken) < count and group(queue[0]) == group(taken[0]):
         taken.append(queue.popleft())
     return taken
 
 
-# Unused, `like` still tells JAX which devices.
+# `like` is kept although unused, because it tells JAX the devices.
 @functools.partial(jax.jit, static_argnames="rows", keep_unused=True)
-def _blank(like: Any, rows: int) -> Any:
-    """A state of `rows` rows, all done, with the dtypes and shardings of another."""
+def _blank_state(like: Any, rows: int) -> Any:
+    """Returns a state of `rows` rows, all done, with the dtypes and shardings of another."""
 
-    def ones(x: jax.Array) -> jax.Array:  # of length 1, done, and never looked at
+    def ones(x: jax.Array) -> jax.Array:  # a length of 1 and done = True: never looked at
         out = None if mesh is None else jax.typeof(x).sharding
         return jnp.ones((rows, *x.shape[1:]) if x.ndim else (), x.dtype, out_sharding=out)
 
@@ -235,61 +248,74 @@ def _blank(like: Any, rows: int) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnames="running")
-def _inserted(running: Any, rows: Any, targets: jax.Array) -> Any:
-    """`running` with `rows` [n, ...] in its slots `targets`, int32 [n]; R is nowhere.
+def _insert_rows(running: Any, rows: Any, targets: jax.Array) -> Any:
+    """Inserts `rows` [n, ...] into the slots `targets` of `running`.
 
-    On a mesh, each part of the rows goes into the same part of the running ones.
+    Args:
+      running: the running state of R rows, which is donated.
+      rows: the state of n rows. On a mesh, each shard of it goes into the same shard of `running`.
+      targets: int32 [n]; rows whose target is R are dropped.
     """
+    num_rows = len(running[1].done)
 
-    total = len(running[1].done)
+    def insert_local(old, new, targets):
+        # Slot numbers within the shard; one past its end is dropped.
+        local = jnp.where(targets < num_rows, targets % len(old), len(old))
+        return old.at[local].set(new, mode="drop")
 
-    def local(old, new, targets):
-        # Numbers within a part; one past its end is nowhere.
-        at = jnp.where(targets < total, targets % len(old), len(old))
-        return old.at[at].set(new, mode="drop")
-
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        if not old.ndim:  # what is counted for all rows
+    def insert(old: jax.Array, new: jax.Array) -> jax.Array:
+        if not old.ndim:  # counters shared by all rows
             return old
         spec = jax.typeof(old).sharding.spec
         if spec[0] is None:
-            return local(old, new, targets)
-        own = jax.sharding.PartitionSpec(spec[0])
-        specs = dict(in_specs=(spec, spec, own), out_specs=spec)
-        return jax.shard_map(local, **specs)(old, new, jax.reshard(targets, own))
+            return insert_local(old, new, targets)
+        batch_spec = jax.sharding.PartitionSpec(spec[0])
+        specs = dict(in_specs=(spec, spec, batch_spec), out_specs=spec)
+        sharded_targets = jax.reshard(targets, batch_spec)
+        return jax.shard_map(insert_local, **specs)(old, new, sharded_targets)
 
     with sharding.on_mesh(sharding.mesh_of(running[0].layers)):
-        return jax.tree.map(put, running, rows)
+        return jax.tree.map(insert, running, rows)
 
 
-def _searched(
-    asked: GenerationRequest, params: Params, batch_size: int, known: Container[int]
+def _run_beam_batches(
+    request: GenerationRequest, params: Params, batch_size: int, skip: Container[int]
 ) -> Iterator[tuple[int, GenerationResult]]:
-    """By beams, prompts of one length at a time."""
+    """Runs beam searches over batches of prompts of equal length."""
+    n = request.num_return_sequences
     by_length: dict[int, list[int]] = {}
-    for i in range(0, len(asked.rows), asked.copies):
-        by_length.setdefault(len(asked.rows[i].ids), []).append(i)
-    for _, same in sorted(by_length.items(), reverse=True):
-        for start in range(0, len(same), batch_size):
-            some = same[start : start + batch_size]
-            if all(i + n in known for i in some for n in range(asked.copies)):
+    for i in range(0, len(request.rows), n):
+        by_length.setdefault(len(request.rows[i].ids), []).append(i)
+    for _, indices in sorted(by_length.items(), reverse=True):
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            if all(i + j in skip for i in batch for j in range(n)):
                 continue
-            rows = [asked.rows[i] for i in some]
-            # Few sizes of batches, as each is another program.
-            full = min(1 << (len(rows) - 1).bit_length(), batch_size)
-            filled = rows + rows[-1:] * (full - len(rows))
-            seeds = [(row.seed, row.stream) for row in filled]
-            own: dict[str, Any] = dict(seed=seeds, return_dict_in_generate=True)
-            ids = np.stack([row.ids for row in filled])
-            out = generate.generate(asked.program.model, params, ids, **{**asked.arguments, **own})
-            for i, row in enumerate(rows):
-                for n in range(asked.copies):
-                    at = i * asked.copies + n
-                    logprobs = out.logprobs[at]
-                    logprobs = logprobs[: int((~np.isnan(logprobs)).sum())]
-                    tokens = out.sequences[at, len(row.ids) :][: len(logprobs)]
-                    if some[i] + n not in known:
-                        yield (
-                            some[i] + n,
-                            GenerationResult(tokens, logprobs, asked.reason(row, tokens)),
-                        )
+            results = _run_beam_batch(request, params, batch, batch_size)
+            for k, result in enumerate(results):
+                index = batch[k // n] + k % n
+                if index not in skip:
+                    yield index, result
+
+
+def _run_beam_batch(
+    request: GenerationRequest, params: Params, batch: Sequence[int], batch_size: int
+) -> Iterator[GenerationResult]:
+    """Yields `num_return_sequences` results for each row index in `batch`."""
+    rows = [request.rows[i] for i in batch]
+    # Padded to few batch sizes, because each is a program.
+    padded_size = min(1 << (len(rows) - 1).bit_length(), batch_size)
+    padded = rows + rows[-1:] * (padded_size - len(rows))
+    arguments: dict[str, Any] = {
+        **request.arguments,
+        "seed": [(row.seed, row.stream) for row in padded],
+        "return_dict_in_generate": True,
+    }
+    ids = np.stack([row.ids for row in padded])
+    output = generate(request.spec.model, params, ids, **arguments)
+    for k in range(len(rows) * request.num_return_sequences):
+        row = rows[k // request.num_return_sequences]
+        logprobs = output.logprobs[k]
+        logprobs = logprobs[: int((~np.isnan(logprobs)).sum())]
+        tokens = output.sequences[k, len(row.ids) :][: len(logprobs)]
+        yield GenerationResult(tokens, logprobs, request.finish_reason(row, tokens))

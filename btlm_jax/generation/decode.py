@@ -1,11 +1,11 @@
-"""What greedy decoding, sampling and beam search share: prompts, rows, the next token's scores.
+"""The parts of a decoding step that greedy decoding, sampling and beam search share.
 
-B prompts become R rows, `rows_per_prompt` neighbors for each. Shapes are static: prompts of at most
-P slots and rows of at most S, filled up on the right; true lengths are arguments. Slots count as
-without filling, so the size of the buckets changes no result.
+B prompts become R rows, `rows_per_prompt` neighbors for each. A row has S slots for its tokens: S
+is a static shape, the lengths are arguments. Padding on the right changes no result, so neither
+does the choice of buckets.
 
-The keys and values of a prompt are computed once and read by all its rows; what a row adds has
-slots of its own (`kv_cache`), and more of them when they are full.
+The keys and values of a prompt are computed once and shared by its rows. The new tokens of a row
+have their own slots (`kv_cache`), and more of them are added when they are full.
 """
 
 from __future__ import annotations
@@ -28,111 +28,129 @@ from btlm_jax.model.kv_cache import KVCache
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """What is static: one program is compiled for each, and for each set of shapes."""
+    """The static arguments of decoding: each value, and each set of shapes, compiles a program.
+
+    Attributes:
+      model: the model.
+      options: the generation options.
+      eos: ids that end a row.
+      processors: user processors, applied after those of the options.
+      score_steps, logit_steps: number of steps for which scores and logits are recorded; 0 records
+        none.
+    """
 
     model: BTLM
     options: GenerationOptions
     eos: tuple[int, ...]
     processors: tuple[Processor, ...] = ()
-    # For how many steps the scores and the logits are kept; 0 does not keep them.
     score_steps: int = 0
     logit_steps: int = 0
 
 
 class RowInputs(NamedTuple):
-    """What is known of each row before it begins; all are [R]."""
+    """The constants of each row; all are [R].
+
+    A row's random key is fold_in(key(seed), stream), folded with the step and then with `copy`.
+    """
 
     prompt_length: Any  # int32, in slots, padding included
-    real: Any  # int32, how many of them are no padding
-    first: Any  # int32, the first of these
+    num_valid: Any  # int32, valid tokens of the prompt
+    first_valid: Any  # int32, slot of the first valid token
     min_length: Any  # int32, with the prompt: no EOS before
-    max_length: Any  # int32, the end
-    seed: Any  # uint32, int32, int32: a row's key is fold_in(key(seed), stream), then by copy
-    stream: Any
-    copy: Any
-    meant: Any  # bool; other rows fill up the batch
+    max_length: Any  # int32, with the prompt
+    seed: Any  # uint32
+    stream: Any  # int32
+    copy: Any  # int32, index among the continuations of the same prompt
+    active: Any  # bool; inactive rows only pad the batch
 
 
 class DecodeResult(NamedTuple):
-    """R rows at their end. What is per token lies at its slot."""
+    """Final state of R rows; per-token arrays are indexed by slot."""
 
     ids: Any  # int32 [R, S]
-    lengths: Any  # int32 [R], of the row with its prompt and EOS
-    logprobs: Any  # fp32 [R, S], of new tokens, the model's own
-    sequences_scores: Any  # fp32 [R], of beams
-    beam_indices: Any  # int32 [R, S], of beams: the row each new token came from
+    lengths: Any  # int32 [R], including the prompt and the EOS
+    logprobs: Any  # fp32 [R, S], the model's log-probabilities of new tokens
+    sequences_scores: Any  # fp32 [R], for beams
+    beam_indices: Any  # int32 [R, S], for beams: the row that each new token was taken from
 
 
 def num_batch_shards(model: BTLM, params: Any) -> int:
-    """Into how many parts a mesh splits rows; 1 off any mesh."""
+    """Returns the number of shards that the mesh splits rows into; 1 without a mesh."""
     mesh = sharding.mesh_of(params["wte"])
     return 1 if mesh is None else sharding.num_shards(mesh, model.rules, "batch")
 
 
 def decode_logits(
-    program: DecodeSpec, params: Any, rows: RowInputs, ids_RS, length_R, cache: KVCache
+    spec: DecodeSpec, params: Any, rows: RowInputs, ids_RS, length_R, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    """(logits [R, V] of the token after the first `length_R`, the cache with these)."""
-    model = program.model
+    """Runs the model over the last token of each row.
+
+    Returns:
+      The logits of the next token, fp32 [R, V], and the cache with the last token added.
+    """
+    model = spec.model
     token = jnp.take_along_axis(ids_RS, length_R[:, None] - 1, 1)
-    at = None
+    positions = None
     if not model.config.alibi:
-        at = (rows.real + length_R - rows.prompt_length - 1)[:, None]
-    extended: Any = model.hidden(params, token, positions=at, cache=cache)
-    h, cache = extended
+        positions = (rows.num_valid + length_R - rows.prompt_length - 1)[:, None]
+    outputs: Any = model.hidden(params, token, positions=positions, cache=cache)
+    h, cache = outputs
     return next_logits(model, params, h), cache
 
 
-def prompt_index(program: DecodeSpec, prompts: int) -> jax.Array:
-    """The prompt of every row, int32 [R]."""
-    return jnp.repeat(jnp.arange(prompts), program.options.rows_per_prompt)
+def prompt_index(spec: DecodeSpec, num_prompts: int) -> jax.Array:
+    """Returns the index of each row's prompt, int32 [R]."""
+    return jnp.repeat(jnp.arange(num_prompts), spec.options.rows_per_prompt)
 
 
 def row_keys(rows: RowInputs, step_R: jax.Array) -> jax.Array:
-    """A random key for every row, which depends on its own seed and step alone, [R]."""
+    """Returns a random key [R] for each row, which depends only on its seed, stream and step."""
 
-    def key(seed, stream, step):
+    def row_key(seed, stream, step):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
 
-    return jax.vmap(key)(rows.seed, rows.stream, step_R)
+    return jax.vmap(row_key)(rows.seed, rows.stream, step_R)
 
 
-def process_scores(program: DecodeSpec, rows: RowInputs, scores_RV, ids_RS, length_R) -> jax.Array:
-    """The scores after processors, warpers and normalization."""
-    p, options = program, program.options
+def process_scores(spec: DecodeSpec, rows: RowInputs, scores_RV, ids_RS, length_R) -> jax.Array:
+    """Applies processors, sampling warpers and normalization to the scores [R, V]."""
+    options = spec.options
     context = ProcessorContext(
-        ids_RS, length_R, rows.first, rows.prompt_length, rows.min_length, rows.max_length
+        ids_RS, length_R, rows.first_valid, rows.prompt_length, rows.min_length, rows.max_length
     )
-    scores = apply_processors(scores_RV, context, options, p.eos, p.processors)
+    scores = apply_processors(scores_RV, context, options, spec.eos, spec.processors)
     if options.do_sample:
-        # Of beams, one at least must be able to go on.
-        keep = max(1, len(p.eos)) + 1 if options.num_beams > 1 else 1
-        scores = warp_scores(scores, options, keep)
+        # At least one candidate of a beam search must be able to continue.
+        min_keep = max(1, len(spec.eos)) + 1 if options.num_beams > 1 else 1
+        scores = warp_scores(scores, options, min_keep)
     return jax.nn.log_softmax(scores, -1) if options.renormalize_logits else scores
 
 
-def ends_row(program: DecodeSpec, table, token: jax.Array, state) -> tuple[jax.Array, Any]:
-    """(whether a token ends its row, the next state of the stop strings), of any shape.
+def ends_row(spec: DecodeSpec, stop_table, token: jax.Array, stop_state) -> tuple[jax.Array, Any]:
+    """Returns whether tokens end their rows, and the next stop states; of any shape.
 
     Args:
-      table: `stop_automaton.build_stop_table`, or None.
+      spec: the static arguments.
+      stop_table: `build_stop_table`, or None.
+      token: int32 tokens.
+      stop_state: the state of the stop automaton before the token; of the same shape.
     """
-    hit = jnp.isin(token, jnp.asarray(program.eos, jnp.int32))
-    if table is None:
-        return hit, None
-    state, stopped = stop_automaton.advance_stop_state(table, state, token)
-    return hit | stopped, state
+    is_end = jnp.isin(token, jnp.asarray(spec.eos, jnp.int32))
+    if stop_table is None:
+        return is_end, None
+    stop_state, completed = stop_automaton.advance_stop_state(stop_table, stop_state, token)
+    return is_end | completed, stop_state
 
 
-def score_buffers(program: DecodeSpec, like_RV: jax.Array) -> dict[str, jax.Array]:
-    """Empty buffers of scores and logits, [steps, R, V], of those that are kept."""
-    steps = {"scores": program.score_steps, "logits": program.logit_steps}
+def score_buffers(spec: DecodeSpec, like_RV: jax.Array) -> dict[str, jax.Array]:
+    """Returns zeros [steps, R, V] for the scores and the logits that are to be recorded."""
+    steps = {"scores": spec.score_steps, "logits": spec.logit_steps}
     return {name: jnp.zeros((n, *like_RV.shape)) for name, n in steps.items() if n}
 
 
-def record_scores(kept: dict[str, jax.Array], step, **values: jax.Array) -> dict[str, jax.Array]:
-    """`kept` with the values of this step, of those that are kept."""
+def record_scores(buffers: dict[str, jax.Array], step, **values: jax.Array) -> dict[str, jax.Array]:
+    """Writes the values of this step into those buffers that exist."""
     return {
         name: jax.lax.dynamic_update_index_in_dim(buffer, values[name], step, 0)
-        for name, buffer in kept.items()
+        for name, buffer in buffers.items()
     }

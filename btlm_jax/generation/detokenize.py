@@ -1,44 +1,48 @@
-"""The text of new tokens, whole or as they come. A token may be a part of a character."""
+"""Text of new tokens, all at once or as they arrive. A token may be a part of a character."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-# Tokens before the new ones that their text may depend on: a space, the rest of a character.
-_BEFORE = 8
-# What tokenizers show for bytes that are no character, or not yet.
-_UNKNOWN = "\ufffd"
+# Number of preceding tokens that are decoded too: the text of a token may depend on them, because
+# of a space or the rest of a character.
+_CONTEXT = 8
+# Tokenizers decode bytes that are no character, or not yet one, to this.
+_REPLACEMENT = "\ufffd"
 
 
-def detokenize_continuation(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
-    """The text that tokens add to the text of those before, special tokens left out.
+def detokenize_continuation(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Returns the text that tokens add to the text of a prompt, without special tokens.
 
     Args:
-      tokenizer: of the `tokenizers` library (`btlm.load_tokenizer`) or of transformers.
+      tokenizer: from the `tokenizers` library (`btlm.load_tokenizer`) or from transformers.
+      prompt: token ids before the new ones.
+      tokens: the new token ids.
     """
-    return "".join(detokenize_stream(tokenizer, before, [tokens]))
+    return "".join(detokenize_stream(tokenizer, prompt, [tokens]))
 
 
 def detokenize_stream(
-    tokenizer: Any, before: Sequence[int], groups: Iterable[Sequence[int]]
+    tokenizer: Any, prompt: Sequence[int], groups: Iterable[Sequence[int]]
 ) -> Iterator[str]:
-    """The same, piece by piece: of every group of tokens, what has become whole characters.
+    """Yields the text of each group of tokens, as far as it is whole characters.
 
-    What is no character at the end comes last, as replacement characters. Pieces are not empty.
+    Bytes that never become a character are yielded at the end, as replacement characters. Empty
+    pieces are not yielded. Arguments are as for `detokenize_continuation`.
     """
     tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    ids = list(before[-_BEFORE:])
-    text = shown = tokenizer.decode(ids)
+    ids = list(prompt[-_CONTEXT:])
+    text = yielded = tokenizer.decode(ids)
     for tokens in groups:
         ids += tokens
         text = tokenizer.decode(ids)
-        whole = text.rstrip(_UNKNOWN)
-        if len(whole) > len(shown):
-            yield whole[len(shown) :]
-            shown = whole
-        if text == shown and len(ids) > 2 * _BEFORE:
-            ids = ids[-_BEFORE:]
-            text = shown = tokenizer.decode(ids)
-    if len(text) > len(shown):
-        yield text[len(shown) :]
+        whole_characters = text.rstrip(_REPLACEMENT)
+        if len(whole_characters) > len(yielded):
+            yield whole_characters[len(yielded) :]
+            yielded = whole_characters
+        if text == yielded and len(ids) > 2 * _CONTEXT:
+            ids = ids[-_CONTEXT:]
+            text = yielded = tokenizer.decode(ids)
+    if len(text) > len(yielded):
+        yield text[len(yielded) :]

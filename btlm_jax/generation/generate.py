@@ -1,18 +1,24 @@
-"""`generate`: continuations of prompts, with the argument names and semantics of transformers."""
+"""`generate`: continues a batch of prompts, with transformers' argument names and semantics.
+
+The steps: check the arguments, prefill the prompts, run the sample loop or the beam loop to its
+end, and cut the result to the longest row.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax.generation import beam_loop, decode, prompts, request, sample_loop, stop_automaton
-from btlm_jax.generation.prefill import prefill_padded
+from btlm_jax.generation.options import GenerationOptions
+from btlm_jax.generation.prefill import PromptState, prefill_padded
 from btlm_jax.generation.processors import Processor, as_processors
 from btlm_jax.generation.prompt_cache import PromptCache
 from btlm_jax.model import kv_cache
@@ -24,21 +30,23 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GenerateOutput:
-    """What `generate(..., return_dict_in_generate=True)` returns.
+    """The result of `generate(..., return_dict_in_generate=True)`.
 
-    R rows are `num_return_sequences` for each prompt, n the greatest number of new tokens.
+    There are R rows, `num_return_sequences` for each prompt, and n is the largest number of new
+    tokens.
 
     Attributes:
-      sequences: int32 [R, T + n], prompts included.
-      logprobs: fp32 [R, n]: the model's own log-probability of each new token, before any processor
-        or warper; NaN after the end of a row. Of several rows of beams, of each one's own tokens.
-      sequences_scores: of beams, fp32 [R]: the log-probability after the processors, divided by
-        length ** length_penalty.
-      beam_indices: of beams, int32 [R, n]: the row (prompt * num_beams + beam) of `scores` from
-        which each new token was taken; -1 after the end.
-      scores: with `output_scores`, fp32 [n, rows, V]: what was chosen from, at every step; NaN
-        after the end of a row (not of beams, where rows are not the result's).
-      logits: with `output_logits`, fp32 [n, rows, V]: of the model; likewise.
+      sequences: int32 [R, T + n], including the prompts.
+      logprobs: fp32 [R, n]: the model's log-probability of each new token, before any processor or
+        warper; NaN after the end of a row.
+      sequences_scores: fp32 [R], for beams only: the log-probability after the processors, divided
+        by length ** length_penalty.
+      beam_indices: int32 [R, n], for beams only: the row (prompt * num_beams + beam) of `scores`
+        that each new token was taken from; -1 after the end.
+      scores: fp32 [n, rows, V], with `output_scores`: the scores from which each token was
+        selected. Without beams, NaN after the end of a row; with beams, rows are those of the
+        search, not those of the result.
+      logits: fp32 [n, rows, V], with `output_logits`: the model's logits, in the same form.
     """
 
     sequences: np.ndarray
@@ -59,7 +67,7 @@ def generate(
     max_length: int | None = None,
     min_new_tokens: int | None = None,
     min_length: int | None = None,
-    eos_token_id: prompts.EndTokens = "config",
+    eos_token_id: prompts.EosIds = "config",
     pad_token_id: int | None = None,
     seed: prompts.Seeds = 0,
     stop_strings: str | Sequence[str] | None = None,
@@ -71,167 +79,203 @@ def generate(
     return_dict_in_generate: bool = False,
     output_scores: bool = False,
     output_logits: bool = False,
-    **named: Any,
+    **kwargs: Any,
 ) -> Any:
     """Continues prompts.
 
-    Runs inside jit. Programs are compiled for every set of options and every bucket of lengths
-    (`prompts.bucket_length`); seeds and lengths within the bucket may change without compiling.
+    Decoding runs inside jit. A program is compiled for every set of options and every bucket of
+    lengths (`prompts.bucket_length`); seeds, and lengths within a bucket, change without compiling.
 
     Args:
       model, params: the model and its weights, on a device or a mesh.
       input_ids: int [B, T]; shorter prompts are padded on the left.
-      attention_mask: [B, T], nonzero for real tokens; required where prompts are padded, unless
-        `pad_token_id` says what padding is and is no EOS.
-      max_new_tokens, max_length: upper bounds, of new tokens or with the (padded) prompt; default
-        20 new tokens. Generation ends earlier once every row has ended.
-      min_new_tokens, min_length: no EOS before.
-      eos_token_id: one or several ids that end a row; "config" takes the model's, None never ends.
-      pad_token_id: fills rows that have ended; default the model's pad token, else the first EOS.
-      seed: of the random draws: one for each row, which then draws the same alone and in any batch;
-        or one for all, of which each row takes a stream of its own, by its index; or a pair of a
-        seed and a stream for each row.
+      attention_mask: [B, T], nonzero for valid tokens; required for padded prompts, unless
+        `pad_token_id` identifies the padding and is not an EOS.
+      max_new_tokens, max_length: maximum number of new tokens, or of tokens including the (padded)
+        prompt; default 20 new tokens. Generation ends earlier once every row has ended.
+      min_new_tokens, min_length: no EOS before this number of tokens.
+      eos_token_id: one id or several that end a row; "config" uses the model's, None never ends.
+      pad_token_id: fills rows after their end; default the model's pad token, else the first EOS.
+      seed: random seed: one per row, with which a row draws the same tokens alone and in any batch;
+        or one for all, of which each row uses its own stream, by its index; or a (seed, stream)
+        pair per row.
       stop_strings, tokenizer: strings that end a row with the token that completes one, and the
-        tokenizer to find them with. The row is then filled up, also where no EOS is set
-        (transformers lets it go on until the others have ended).
+        tokenizer to match them with. The row is then padded, even if no EOS is set (transformers
+        continues it until the other rows have ended).
       logits_processor: pure functions (ids [R, S], length [R], scores [R, V]) -> scores that JAX
-        can trace, applied after the processors of the options; `length` of a row's S slots are
-        filled. A new function compiles a new program.
-      cache_length: the most slots the KV cache may take; more tokens are refused. By default it
-        takes as many as are needed, in buckets, and grows with the text.
-      cache_dtype: of the KV cache: "int8" takes half of bf16. Default the compute dtype.
-      prompt_cache: how the prompts begin, read before (`PromptCache`); without the two above.
-      return_dict_in_generate: return an `GenerateOutput`.
-      output_scores, output_logits: which of its large arrays to fill.
-      **named: see `options.GenerationOptions`, the names and defaults.
+        can trace, applied after the processors of the options; the first `length` of a row's S
+        slots are filled. A new function compiles a new program.
+      cache_length: maximum slots of the KV cache; more tokens are an error. By default the cache
+        has as many as needed, in buckets, and grows with the text.
+      cache_dtype: dtype of the KV cache: "int8" takes half the memory of bf16. Default the compute
+        dtype.
+      prompt_cache: a prefilled beginning of the prompts (`PromptCache`); excludes `cache_length`
+        and `cache_dtype`.
+      return_dict_in_generate: return a `GenerateOutput`.
+      output_scores, output_logits: fill these (large) arrays of the `GenerateOutput`.
+      **kwargs: see `options.GenerationOptions` for names and defaults.
 
     Returns:
-      int32 [B * num_return_sequences, T + n], prompts included, as long as the longest row, or an
-      `GenerateOutput`.
+      int32 [B * num_return_sequences, T + n], including the prompts, as long as the longest row; or
+      a `GenerateOutput`.
 
     Raises:
       ValueError: an unknown argument or a value out of range; an empty prompt, tokens outside the
-        vocabulary, right padding; more tokens than the cache or the learned positions hold.
+        vocabulary, padding on the right; more tokens than the cache or the learned positions hold.
     """
     c = model.config
     request.warn_if_stacked(params)
-    how, eos = request.check_options(c, eos_token_id, named, inspect.signature(generate).parameters)
+    known_names = inspect.signature(generate).parameters
+    options, eos = request.check_options(c, eos_token_id, kwargs, known_names)
     if (output_scores or output_logits) and not return_dict_in_generate:
         logger.warning("output_scores and output_logits need return_dict_in_generate=True")
         output_scores = output_logits = False
-    own = {"cache_length": cache_length, "cache_dtype": cache_dtype}
-    if prompt_cache is not None and (given := [name for name in own if own[name] is not None]):
-        raise ValueError(
-            f"{given[0]}: found {own[given[0]]} beside prompt_cache, whose slots are there "
-            "already: leave it out (PromptCache.of takes cache_dtype)"
-        )
+    if prompt_cache is not None:
+        _refuse_cache_arguments({"cache_length": cache_length, "cache_dtype": cache_dtype})
     pad = c.pad_token_id if pad_token_id is None else pad_token_id
     ids, mask = prompts.check_prompts(
         input_ids, attention_mask, c.vocab_size, None if pad in eos else pad
     )
     rows, T = ids.shape
-    lengths = prompts.resolve_lengths(T, max_new_tokens, max_length, min_new_tokens, min_length)
-    prompts.check_context_length(lengths, c, cache_length)
-    seed_of, stream_of = prompts.row_seeds(seed, rows)
-    table = state = None
+    limits = prompts.resolve_lengths(T, max_new_tokens, max_length, min_new_tokens, min_length)
+    prompts.check_context_length(limits, c, cache_length)
+    seeds, streams = prompts.row_seeds(seed, rows)
+    stop_table = stop_state = None
     if stop_strings is not None:
-        table = stop_automaton.build_stop_table(stop_strings, tokenizer, c.vocab_size)
-        state = stop_automaton.stop_state_after_prompt(table, ids, mask)
+        stop_table = stop_automaton.build_stop_table(stop_strings, tokenizer, c.vocab_size)
+        stop_state = stop_automaton.stop_state_after_prompt(stop_table, ids, mask)
 
-    extra = -rows % decode.num_batch_shards(model, params)
+    extra_rows = -rows % decode.num_batch_shards(model, params)
 
-    def filled(x):
-        """`x` with copies of the last row, so that the batch divides over the mesh."""
-        return np.concatenate([x, np.repeat(x[-1:], extra, 0)])
+    def pad_rows(x):
+        """Appends copies of the last row, so that the mesh divides the batch."""
+        return np.concatenate([x, np.repeat(x[-1:], extra_rows, 0)])
 
-    ids, mask = filled(ids), filled(mask)
-    fill = _fill(pad, eos, how.num_beams > 1)
-    new = lengths.most - T
-    width, room = prompts.bucket_length(T), prompts.bucket_length(new)
-    if cache_length is not None:  # a bucket may be more than there may be
-        width = width if width + new <= cache_length else T
-        room = min(room, cache_length - width)
+    def per_row(x):
+        return np.repeat(x, options.rows_per_prompt, 0)
+
+    ids, mask = pad_rows(ids), pad_rows(mask)
+    prompt_slots, max_new_slots = _cache_slots(limits, cache_length)
     if prompt_cache is None:
-        read = prefill_padded(model, params, ids, mask, width, cache_dtype)
+        prompt = prefill_padded(model, params, ids, mask, prompt_slots, cache_dtype)
     else:
-        read = prompt_cache.continued(model, params, ids, mask)
-    steps = prompts.bucket_length(new)
-    program = decode.DecodeSpec(
+        prompt = prompt_cache.extend(model, params, ids, mask)
+    steps = prompts.bucket_length(limits.max_new_tokens)
+    spec = decode.DecodeSpec(
         model,
-        how,
+        options,
         eos,
         as_processors(logits_processor),
-        steps * output_scores,
-        steps * output_logits,
+        score_steps=steps * output_scores,
+        logit_steps=steps * output_logits,
     )
-
-    def each(x):
-        return np.repeat(x, how.rows_per_prompt, 0)
-
-    def same(x):
-        return np.full(len(ids) * how.rows_per_prompt, x, np.int32)
-
-    state_of_row = decode.RowInputs(
-        same(T),
-        each(mask.sum(1)),
-        each(mask.argmax(1)),
-        same(lengths.least),
-        same(lengths.most),
-        each(filled(seed_of)),
-        each(filled(stream_of)),
-        np.tile(np.arange(how.rows_per_prompt, dtype=np.int32), len(ids)),
-        each(np.arange(len(ids)) < rows),
+    num_rows = len(ids) * options.rows_per_prompt
+    inputs = decode.RowInputs(
+        prompt_length=np.full(num_rows, T, np.int32),
+        num_valid=per_row(mask.sum(1)),
+        first_valid=per_row(mask.argmax(1)),
+        min_length=np.full(num_rows, limits.min_length, np.int32),
+        max_length=np.full(num_rows, limits.max_length, np.int32),
+        seed=per_row(pad_rows(seeds)),
+        stream=per_row(pad_rows(streams)),
+        copy=np.tile(np.arange(options.rows_per_prompt, dtype=np.int32), len(ids)),
+        active=per_row(np.arange(len(ids)) < rows),
     )
-    after = prompts.bucket_length(T) - T + prompts.bucket_length(new)
-    buffer = np.pad(each(ids), ((0, 0), (0, after)), constant_values=fill)
-    begun = each(filled(state)) if state is not None else None
-    result, kept = _run(program, params, read, state_of_row, buffer, table, begun, room)
-
-    count = rows * how.num_return_sequences
-    lengths_R = np.asarray(result.lengths)[:count]
-    end = int(lengths_R.max())
-    sequences = np.asarray(result.ids)[:count, :end]
-    if not return_dict_in_generate:
-        return sequences
-    logprobs = np.asarray(result.logprobs)[:count, T:end]
-
-    def steps_of(x):
-        """Of the rows that were decoded, which with beams run on after the best has ended."""
-        if x is None:
-            return None
-        x = np.asarray(x)[: end - T, : rows * how.rows_per_prompt]
-        return x if how.num_beams > 1 else np.where(np.isnan(logprobs.T)[..., None], np.nan, x)
-
-    scores, parents = result.sequences_scores, result.beam_indices
-    return GenerateOutput(
-        sequences,
-        logprobs,
-        None if scores is None else np.asarray(scores)[:count],
-        None if parents is None else np.asarray(parents)[:count, T:end],
-        steps_of(kept.get("scores")),
-        steps_of(kept.get("logits")),
+    fill = _fill_token(pad, eos, options.num_beams > 1)
+    extra_slots = prompts.bucket_length(T) - T + steps
+    buffer = np.pad(per_row(ids), ((0, 0), (0, extra_slots)), constant_values=fill)
+    if stop_state is not None:
+        stop_state = per_row(pad_rows(stop_state))
+    result, recorded = _run_loop(
+        spec, params, prompt, inputs, buffer, stop_table, stop_state, max_new_slots
     )
+    output = _cut_output(options, result, recorded, rows, T)
+    return output if return_dict_in_generate else output.sequences
 
 
-def _run(program, params, prompt, rows, ids, table, stop_state, room: int) -> Any:
-    """Decodes to the end, in a cache that grows to `room` slots for new tokens.
+def _refuse_cache_arguments(arguments: Mapping[str, Any]) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: found {value} beside prompt_cache, whose slots exist already: leave it "
+                "out (PromptCache.of takes cache_dtype)"
+            )
+
+
+def _cache_slots(limits: prompts.LengthLimits, cache_length: int | None) -> tuple[int, int]:
+    """Returns the slots of the prompts' cache, and the maximum of the new tokens' cache."""
+    T, new = limits.prompt_length, limits.max_new_tokens
+    prompt_slots, new_slots = prompts.bucket_length(T), prompts.bucket_length(new)
+    if cache_length is not None:  # buckets may exceed it
+        prompt_slots = prompt_slots if prompt_slots + new <= cache_length else T
+        new_slots = min(new_slots, cache_length - prompt_slots)
+    return prompt_slots, new_slots
+
+
+def _run_loop(
+    spec: decode.DecodeSpec,
+    params: Params,
+    prompt: PromptState,
+    rows: decode.RowInputs,
+    ids: np.ndarray,
+    stop_table: np.ndarray | None,
+    stop_state: np.ndarray | None,
+    max_new_slots: int,
+) -> tuple[decode.DecodeResult, Mapping[str, jax.Array]]:
+    """Decodes to the end, in a cache that grows up to `max_new_slots` slots for new tokens.
 
     Returns:
-      The `decode.DecodeResult`, and the scores and logits that are kept.
+      The result, and the recorded scores and logits.
     """
-    loop: Any = beam_loop if program.options.num_beams > 1 else sample_loop
-    used, capacity = 0, request.initial_capacity(room)
-    s = loop.start_loop(program, params, prompt, rows, ids, table, stop_state, capacity)
+    loop: Any = beam_loop if spec.options.num_beams > 1 else sample_loop
+    used, capacity = 0, request.initial_capacity(max_new_slots)
+    s = loop.start_loop(spec, params, prompt, rows, ids, stop_table, stop_state, capacity)
     while True:
-        s = loop.advance_loop(program, params, prompt.cache, s, table, capacity - used)
+        s = loop.advance_loop(spec, params, prompt.cache, s, stop_table, capacity - used)
         if loop.loop_ended(s):
-            return loop.loop_result(program, s), s.kept
-        used, capacity = capacity, min(2 * capacity, room)
+            return loop.loop_result(spec, s), s.score_buffers
+        used, capacity = capacity, min(2 * capacity, max_new_slots)
         s = s._replace(cache=kv_cache.resized(s.cache, capacity))
 
 
-def _fill(pad: int | None, eos: tuple[int, ...], beams: bool) -> int:
-    """The token after the end of a row."""
-    if beams and eos:  # transformers' `pad or eos[0]`: there a pad token of 0 counts as none
+def _cut_output(
+    options: GenerationOptions,
+    result: decode.DecodeResult,
+    recorded: Mapping[str, jax.Array],
+    num_prompts: int,
+    prompt_length: int,
+) -> GenerateOutput:
+    """Returns the output without padding rows, and without slots after the longest row."""
+    num_rows = num_prompts * options.num_return_sequences
+    end = int(np.asarray(result.lengths)[:num_rows].max())
+
+    def new_tokens(x):
+        return np.asarray(x)[:num_rows, prompt_length:end]
+
+    logprobs = new_tokens(result.logprobs)
+    row_ended = np.isnan(logprobs.T)[..., None]
+
+    def steps(name):
+        if name not in recorded:
+            return None
+        num_search_rows = num_prompts * options.rows_per_prompt
+        x = np.asarray(recorded[name])[: end - prompt_length, :num_search_rows]
+        # The rows of a beam search continue after the best one has ended.
+        return x if options.num_beams > 1 else np.where(row_ended, np.nan, x)
+
+    scores, indices = result.sequences_scores, result.beam_indices
+    return GenerateOutput(
+        np.asarray(result.ids)[:num_rows, :end],
+        logprobs,
+        None if scores is None else np.asarray(scores)[:num_rows],
+        None if indices is None else new_tokens(indices),
+        steps("scores"),
+        steps("logits"),
+    )
+
+
+def _fill_token(pad: int | None, eos: tuple[int, ...], has_beams: bool) -> int:
+    """Returns the token that fills a row after its end."""
+    if has_beams and eos:  # as transformers' `pad or eos[0]`, which ignores a pad token of 0
         return pad or eos[0]
     return pad if pad is not None else eos[0] if eos else 0

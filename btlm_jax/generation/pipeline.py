@@ -1,4 +1,4 @@
-"""`pipeline`: text in, text out, as transformers' pipeline("text-generation")."""
+"""`pipeline`: text in, text out, like transformers' pipeline("text-generation")."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 
 from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
-from btlm_jax.generation import continuous_batching, detokenize
+from btlm_jax.generation.continuous_batching import generate_batch
+from btlm_jax.generation.detokenize import detokenize_continuation
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 
@@ -22,7 +23,7 @@ TASK = "text-generation"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TextGeneration:
-    """A model, its weights and its tokenizer. Call it with a prompt, or a list of them."""
+    """A model, its weights and its tokenizer. Call it with a prompt, or a list of prompts."""
 
     model: BTLM
     params: Params
@@ -40,41 +41,34 @@ class TextGeneration:
 
         Args:
           text_inputs: a prompt, or several.
-          return_full_text: with the prompt, or the continuation alone.
-          batch_size: rows that run at once.
+          return_full_text: return the prompt with its continuation, not the continuation alone.
+          batch_size: rows that run together.
           **arguments: those of `generate_batch`: `max_new_tokens` (default 20), `max_length`,
             `do_sample` (default False), `num_beams`, `stop_strings`, ...
 
         Returns:
-          [{"generated_text": str}, ...], `num_return_sequences` of them; of several prompts, a list
-          of such lists.
+          [{"generated_text": str}, ...] with `num_return_sequences` entries; for several prompts, a
+          list of such lists.
 
         Raises:
           ValueError: an empty prompt, an unknown argument or a value out of range.
         """
-        several = not isinstance(text_inputs, str)
-        given: list[str] = list(text_inputs) if several else [text_inputs]
-        if odd := [x for x in given if not isinstance(x, str) or not x]:
-            raise ValueError(f"text_inputs: found {odd[0]!r}, expected text that is not empty")
-        ids = [self.tokenizer.encode(prompt).ids for prompt in given]
+        is_single = isinstance(text_inputs, str)
+        texts: list[str] = [text_inputs] if is_single else list(text_inputs)
+        if invalid := [x for x in texts if not isinstance(x, str) or not x]:
+            raise ValueError(f"text_inputs: found {invalid[0]!r}, expected text that is not empty")
+        ids = [self.tokenizer.encode(text).ids for text in texts]
         arguments["tokenizer"] = self.tokenizer
-        found = continuous_batching.generate_batch(
-            self.model, self.params, ids, batch_size=batch_size, **arguments
-        )
-        copies = len(found) // max(len(given), 1)
-        answers = [
-            [
-                {
-                    "generated_text": prompt * return_full_text
-                    + detokenize.detokenize_continuation(
-                        self.tokenizer, before, result.tokens.tolist()
-                    )
-                }
-                for result in found[i * copies : (i + 1) * copies]
-            ]
-            for i, (prompt, before) in enumerate(zip(given, ids, strict=True))
-        ]
-        return answers if several else answers[0]
+        results = generate_batch(self.model, self.params, ids, batch_size=batch_size, **arguments)
+        num_return_sequences = len(results) // max(len(texts), 1)
+
+        def answer(i: int, j: int) -> dict[str, str]:
+            tokens = results[i * num_return_sequences + j].tokens.tolist()
+            continuation = detokenize_continuation(self.tokenizer, ids[i], tokens)
+            return {"generated_text": texts[i] * return_full_text + continuation}
+
+        answers = [[answer(i, j) for j in range(num_return_sequences)] for i in range(len(texts))]
+        return answers[0] if is_single else answers
 
 
 def pipeline(
@@ -84,21 +78,22 @@ def pipeline(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> TextGeneration:
-    """Loads a checkpoint that carries a tokenizer, to be called with text.
+    """Loads a checkpoint that contains a tokenizer, and returns a callable for text.
 
-    `TextGeneration(model, params, tokenizer)` is the same of weights that are in memory already,
-    such as those of `btlm.convert.load_hf`.
+    For weights that are already in memory, such as those of `btlm.convert.load_hf`, use
+    `TextGeneration(model, params, tokenizer)`.
 
     Args:
       path: an Orbax checkpoint, from `btlm convert`, training or `save`; Hugging Face directories
         must be converted first.
       task: "text-generation".
-      dtype: of weights and computation; default as stored, computing in the platform's.
-      mesh: shard the weights over it.
+      dtype: dtype of the weights and of the computation; by default the weights keep theirs, and
+        the platform decides about the computation.
+      mesh: mesh to shard the weights over.
 
     Raises:
-      FileNotFoundError: no checkpoint there, or no tokenizer in it.
-      ValueError: another task, a damaged checkpoint, a tokenizer of another model.
+      FileNotFoundError: there is no checkpoint, or it has no tokenizer.
+      ValueError: another task, a damaged checkpoint, or another model's tokenizer.
     """
     if task != TASK:
         raise ValueError(f"task: found {task!r}, expected {TASK!r}")

@@ -1,4 +1,8 @@
-"""Prefill: prompts become a KV cache and the logits of their next token."""
+"""Prefill: prompts to a KV cache and the logits of the next token.
+
+B prompts of at most P slots, padded on the right to a static shape; the valid length is an
+argument. Padding on the right changes no result.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +22,29 @@ from btlm_jax.model.params import Params
 
 
 class PromptState(NamedTuple):
-    """Prompts that have been read."""
+    """Prompts after prefill, ready to be continued."""
 
     cache: KVCache  # of B rows
-    logits: jax.Array  # fp32 [B, V], of the token after each
+    logits: jax.Array  # fp32 [B, V], of the token after each prompt
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity", "dtype"))
 def prefill(
     model: BTLM, params: Any, ids, mask, length, capacity: int, dtype: Any = None
 ) -> PromptState:
-    """Reads prompts.
+    """Runs the model over prompts.
 
     Args:
-      ids: int32 [B, P], from slot `length` on filling.
-      length: int32, of all, or [B], of each (where dynamic ALiBi scaling does not forbid it).
+      model, params: the model and its weights.
+      ids: int32 [B, P]; slots from `length` on are ignored.
       mask: int32 [B, P], 0 for padding on the left; None if there is none.
+      length: int32, the length of all prompts, or [B], of each (which dynamic ALiBi scaling does
+        not support).
       capacity: slots of the cache, >= P.
-      dtype: of the cache (`BTLM.init_cache`).
+      dtype: dtype of the cache (`BTLM.init_cache`).
     """
     with sharding.on_mesh(model.runtime(params).mesh):
-        # Made here: an argument would be held beside the result.
+        # Created inside jit: an argument would stay in memory beside the result.
         cache = model.init_cache(params, ids.shape[0], capacity, dtype=dtype)
         return _prefill(model, params, ids, mask, length, cache, 0)
 
@@ -47,42 +53,48 @@ def prefill(
 def extend_prefill(
     model: BTLM, params: Any, ids, length, cache: KVCache, capacity: int
 ) -> PromptState:
-    """Reads more of prompts whose beginnings are in a cache, which stays as it is.
+    """Runs the model over the rest of prompts whose beginnings are in a cache.
 
     Args:
-      ids: int32 [B, T], of which `length` are meant.
-      capacity: slots of the new cache; the filling needs them too.
+      model, params: the model and its weights.
+      ids: int32 [B, T], of which the first `length` are valid.
+      length: int32.
+      cache: the cache of the beginnings; it is not modified.
+      capacity: slots of the new cache, including those for the padding of `ids`.
     """
     with sharding.on_mesh(model.runtime(params).mesh):
         cache = kv_cache.resized(cache, capacity)
-        real = jnp.where(cache.segment_ids > 0, 1, 0)
-        real = real * (jnp.arange(cache.capacity) < cache.length[:, None])
-        return _prefill(model, params, ids, None, length, cache, real.sum(1, keepdims=True))
+        is_valid = jnp.where(cache.segment_ids > 0, 1, 0)
+        is_valid = is_valid * (jnp.arange(cache.capacity) < cache.length[:, None])
+        num_valid = is_valid.sum(1, keepdims=True)
+        return _prefill(model, params, ids, None, length, cache, num_valid)
 
 
-def _prefill(model: BTLM, params: Any, ids, mask, length, cache: KVCache, before) -> PromptState:
+def _prefill(
+    model: BTLM, params: Any, ids, mask, length, cache: KVCache, first_position
+) -> PromptState:
     slot, lengths = jnp.arange(ids.shape[1]), jnp.broadcast_to(length, len(ids))
     ids = jnp.where(slot < lengths[:, None], ids, 0)
-    at = None
+    positions = None
     if not model.config.alibi:
-        # Learned positions count the real tokens of a row, as transformers does; ALiBi slots.
+        # Learned positions count valid tokens, as in transformers; ALiBi counts slots.
         counted = jnp.ones_like(ids) if mask is None else mask
-        at = jnp.maximum(before + jnp.cumsum(counted, 1) - 1, 0)
-        at = jnp.minimum(at, model.config.n_positions - 1)  # of the filling
+        positions = jnp.maximum(first_position + jnp.cumsum(counted, 1) - 1, 0)
+        positions = jnp.minimum(positions, model.config.n_positions - 1)  # for the padding
     longest = lengths.max()
-    read: Any = model.hidden(
-        params, ids, attention_mask=mask, positions=at, cache=cache, length=longest
+    outputs: Any = model.hidden(
+        params, ids, attention_mask=mask, positions=positions, cache=cache, length=longest
     )
-    h, cache = read
+    h, cache = outputs
     cache = dataclasses.replace(cache, length=cache.length - longest + lengths)
-    # A sum rather than a gather, whose rows are split over a mesh.
+    # A sum instead of a gather, because the rows may be sharded.
     is_last = model.runtime(params).shard(slot == lengths[:, None] - 1, "batch", None)
-    last = jnp.where(is_last[:, :, None], h, 0).sum(1, keepdims=True)
-    return PromptState(cache, next_logits(model, params, last))
+    last_h = jnp.where(is_last[:, :, None], h, 0).sum(1, keepdims=True)
+    return PromptState(cache, next_logits(model, params, last_h))
 
 
 def next_logits(model: BTLM, params: Any, h_R1D: jax.Array) -> jax.Array:
-    """fp32 [R, V], replicated: choosing is cheap, and done everywhere at once."""
+    """Returns logits, fp32 [R, V], replicated: every device then selects the same tokens."""
     logits = model.logits(params, h_R1D)
     return model.runtime(params).shard(logits, None, None, None)[:, 0]
 
@@ -90,9 +102,10 @@ def next_logits(model: BTLM, params: Any, h_R1D: jax.Array) -> jax.Array:
 def prefill_padded(
     model: BTLM, params: Params, ids, mask, width: int, dtype: DTypeLike | None = None
 ) -> PromptState:
-    """Reads prompts [B, T], padded on the left, in a cache of `width` slots."""
+    """Runs the model over prompts [B, T] with padding on the left, in a cache of `width` slots."""
     T = ids.shape[1]
-    room = ((0, 0), (0, width - T))
-    # Without padding there is nothing to mask: the filling comes after everything.
-    masked = None if mask.all() else np.pad(mask, room)
-    return prefill(model, params, np.pad(ids, room), masked, np.int32(T), width, dtype)
+    right_padding = ((0, 0), (0, width - T))
+    # Only padding on the left needs a mask: no token attends to the padding on the right.
+    padded_mask = None if mask.all() else np.pad(mask, right_padding)
+    padded_ids = np.pad(ids, right_padding)
+    return prefill(model, params, padded_ids, padded_mask, np.int32(T), width, dtype)

@@ -1,4 +1,4 @@
-"""Prompts read once, kept, and continued many times."""
+"""Prompts that are prefilled once and continued many times."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PromptCache:
-    """Keys, values and the next logits of prompts; `generate(..., prompt_cache=)` continues them.
+    """Keys, values and next logits of prompts; `generate(..., prompt_cache=)` continues them.
 
-    Made by `PromptCache.of`; immutable, so that it can be used any number of times. It belongs to
-    the weights it was made with.
+    Created by `PromptCache.of`. It is immutable, so it can be used any number of times. It is valid
+    only for the weights that it was created with.
 
     Attributes:
-      ids, mask: int32 [B, T], the prompts and where they are no padding.
-      prompt: what was computed from them, perhaps of some more rows that fill up a mesh.
+      ids, mask: int32 [B, T], the prompts and their mask, 0 for padding.
+      prompt: the prefilled prompts, perhaps with extra rows that pad the batch on a mesh.
     """
 
     ids: np.ndarray
@@ -52,11 +52,12 @@ class PromptCache:
         attention_mask: ArrayLike | None = None,
         cache_dtype: DTypeLike | None = None,
     ) -> PromptCache:
-        """Reads prompts.
+        """Prefills prompts.
 
         Args:
-          input_ids, attention_mask: [B, T], as in `generate`.
-          cache_dtype: as in `generate`.
+          model, params: the model and its weights, on a device or a mesh.
+          input_ids, attention_mask: [B, T], as for `generate`.
+          cache_dtype: as for `generate`.
 
         Raises:
           ValueError: as `generate`.
@@ -65,60 +66,65 @@ class PromptCache:
         ids, mask = prompts.check_prompts(input_ids, attention_mask, c.vocab_size, None)
         rows, T = ids.shape
         prompts.check_context_length(prompts.LengthLimits(T, 0, T), c, None)
-        extra = -rows % decode.num_batch_shards(model, params)
-        filled = [np.concatenate([x, np.repeat(x[-1:], extra, 0)]) for x in (ids, mask)]
-        width = prompts.bucket_length(T)
-        return cls(
-            ids, mask, prefill_padded(model, params, filled[0], filled[1], width, cache_dtype)
+        extra_rows = -rows % decode.num_batch_shards(model, params)
+        padded_ids, padded_mask = (
+            np.concatenate([x, np.repeat(x[-1:], extra_rows, 0)]) for x in (ids, mask)
         )
+        width = prompts.bucket_length(T)
+        prompt = prefill_padded(model, params, padded_ids, padded_mask, width, cache_dtype)
+        return cls(ids, mask, prompt)
 
-    def continued(
-        self, model: BTLM, params: Params, ids: np.ndarray, mask: np.ndarray
-    ) -> PromptState:
-        """What `prompt_of` would give for prompts that begin with these; reads only the rest.
+    def extend(self, model: BTLM, params: Params, ids: np.ndarray, mask: np.ndarray) -> PromptState:
+        """Returns the prefilled state of prompts that begin with these; computes only the rest.
+
+        Args:
+          model, params: the model and weights that the cache was created with.
+          ids, mask: int32 [B, T].
 
         Raises:
-          ValueError: they do not begin with these, row by row (a single one may begin all).
+          ValueError: the prompts do not begin with these, row by row (a single row may begin all).
         """
-        (B, T), (known, read) = ids.shape, self.ids.shape
-        rows = np.minimum(np.arange(B), known - 1)
-        # RowInputs beyond those that are meant repeat the last, on a mesh.
-        fits = read <= T and (known == 1 or known <= B)
-        fits = fits and (ids[:, :read] == self.ids[rows]).all()
-        if not fits or (mask[:, :read] != self.mask[rows]).any():
+        (B, T), (num_cached, cached_length) = ids.shape, self.ids.shape
+        # On a mesh, rows beyond the batch repeat its last row.
+        rows = np.minimum(np.arange(B), num_cached - 1)
+        fits = cached_length <= T and (num_cached == 1 or num_cached <= B)
+        fits = fits and (ids[:, :cached_length] == self.ids[rows]).all()
+        if not fits or (mask[:, :cached_length] != self.mask[rows]).any():
             raise ValueError(
-                f"prompt_cache: found {B} prompts of {T} tokens that do not begin with its {known} "
-                f"of {read}, expected prompts that do (padding included); make another with "
-                "PromptCache.of"
+                f"prompt_cache: found {B} prompts of {T} tokens that do not begin with its "
+                f"{num_cached} of {cached_length}, expected prompts that do (padding included); "
+                "make another with PromptCache.of"
             )
         prompt = self.prompt
-        if len(prompt.logits) != B or known != B:
-            prompt = _rows(model, params, prompt, rows)
-        if read == T:
+        if len(prompt.logits) != B or num_cached != B:
+            prompt = _take_rows(model, params, prompt, rows)
+        if cached_length == T:
             return prompt
-        rest = prompts.bucket_length(T - read)
-        tail = np.pad(ids[:, read:], ((0, 0), (0, rest - (T - read))))
-        capacity = prompts.bucket_length(read + rest)
-        return extend_prefill(model, params, tail, np.int32(T - read), prompt.cache, capacity)
+        tail_length = T - cached_length
+        width = prompts.bucket_length(tail_length)
+        tail = np.pad(ids[:, cached_length:], ((0, 0), (0, width - tail_length)))
+        capacity = prompts.bucket_length(cached_length + width)
+        return extend_prefill(model, params, tail, np.int32(tail_length), prompt.cache, capacity)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it to a file, whole or not at all.
+        """Writes the cache to a file, atomically.
 
         Raises:
-          FileExistsError: there is a file of that name.
+          FileExistsError: the file exists.
         """
         target = Path(path)
         if target.exists():
             raise FileExistsError(f"{target} exists: remove it, or choose another name")
         arrays = [np.asarray(x) for x in jax.tree.leaves(self.prompt)]
         dtypes = [str(x.dtype) for x in arrays]
-        about = json.dumps({"format": _FORMAT, "dtypes": dtypes, "cache": str(self._dtype)})
-        # NumPy's format knows no bf16.
-        plain = [x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for x in arrays]
-        named: dict[str, Any] = {str(i): x for i, x in enumerate(plain)}
+        cache_dtype = str(self.prompt.cache.dtype)
+        about = json.dumps({"format": _FORMAT, "dtypes": dtypes, "cache": cache_dtype})
+        # NumPy's file format does not support bf16.
+        storable = [x.view(np.uint16) if x.dtype == jnp.bfloat16 else x for x in arrays]
+        by_name: dict[str, Any] = {str(i): x for i, x in enumerate(storable)}
         with tempfile.NamedTemporaryFile(dir=target.parent, delete=False, suffix=".partial") as f:
             try:
-                np.savez(f, about=np.array(about), ids=self.ids, mask=self.mask, **named)
+                np.savez(f, about=np.array(about), ids=self.ids, mask=self.mask, **by_name)
                 f.flush()
                 os.replace(f.name, target)
             except BaseException:
@@ -127,11 +133,11 @@ class PromptCache:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: BTLM, params: Params) -> PromptCache:
-        """Reads what `save` wrote, for the model and the weights it was made with.
+        """Loads a file of `save`, for the model and the weights that the cache was created with.
 
         Raises:
-          FileNotFoundError: no such file.
-          ValueError: not a prompt cache, or of another model.
+          FileNotFoundError: the file does not exist.
+          ValueError: the file is not a prompt cache, or belongs to another model.
         """
         try:
             with np.load(path) as file:
@@ -144,46 +150,49 @@ class PromptCache:
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such prompt cache") from None
         except (KeyError, ValueError, zipfile.BadZipFile, OSError) as e:
-            raise ValueError(f"{path}: found no prompt cache, expected one of PromptCache.save "
-                             f"({e})") from e  # fmt: skip
+            raise ValueError(
+                f"{path}: found no prompt cache, expected a file of PromptCache.save ({e})"
+            ) from e
         if about.get("format") != _FORMAT:
             raise ValueError(f"{path}: found format {about.get('format')}, expected {_FORMAT}")
         rows, capacity = len(arrays[-1]), prompts.bucket_length(ids.shape[1])
-        wanted = jax.eval_shape(
-            functools.partial(_blank, model, rows=rows, capacity=capacity, dtype=about["cache"]),
+        expected = jax.eval_shape(
+            functools.partial(
+                _blank_prompt, model, rows=rows, capacity=capacity, dtype=about["cache"]
+            ),
             params,
         )
-        leaves, tree = jax.tree.flatten(wanted)
-        found = [(x.shape, str(x.dtype)) for x in arrays]
-        if found != [(x.shape, str(x.dtype)) for x in leaves]:
-            raise ValueError(f"{path}: found a prompt cache of another model (or for another mesh, "
-                             "or compute dtype), expected one of these weights")  # fmt: skip
-        placed = [jax.device_put(a, x.sharding) for a, x in zip(arrays, leaves, strict=True)]
-        return cls(ids, mask, jax.tree.unflatten(tree, placed))
-
-    @property
-    def _dtype(self) -> Any:
-        return self.prompt.cache.dtype
+        leaves, tree = jax.tree.flatten(expected)
+        shapes = [(x.shape, str(x.dtype)) for x in arrays]
+        if shapes != [(x.shape, str(x.dtype)) for x in leaves]:
+            raise ValueError(
+                f"{path}: found a prompt cache of another model (or for another mesh, or compute "
+                "dtype), expected one for these weights"
+            )
+        loaded = [jax.device_put(a, x.sharding) for a, x in zip(arrays, leaves, strict=True)]
+        return cls(ids, mask, jax.tree.unflatten(tree, loaded))
 
 
-def _blank(model: BTLM, params: Params, *, rows: int, capacity: int, dtype: str) -> PromptState:
-    """A prompt of which only shapes and shardings count."""
+def _blank_prompt(
+    model: BTLM, params: Params, *, rows: int, capacity: int, dtype: str
+) -> PromptState:
+    """Returns a prompt state that is used only for its shapes and shardings."""
     ids = jnp.zeros((rows, capacity), jnp.int32)
     return prefill(model, params, ids, None, np.int32(1), capacity, dtype)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _rows(model: BTLM, params: Params, prompt: PromptState, index) -> PromptState:
-    """The prompts of the rows `index`."""
+def _take_rows(model: BTLM, params: Params, prompt: PromptState, index) -> PromptState:
+    """Returns the prompts at the row indices `index`."""
     runtime = model.runtime(params)
     with sharding.on_mesh(runtime.mesh):
 
-        def of(x, *axes):
+        def take(x, *axes):
             axes = (*axes, *(None,) * (x.ndim - len(axes)))
             return x.at[index].get(out_sharding=runtime.axes(*axes))
 
         cache = prompt.cache
-        layers = jax.tree.map(lambda x: of(x, "batch", "heads"), cache.layers)
-        ids, segment = of(cache.segment_ids, "batch"), of(cache.segment, "batch")
-        cache = KVCache(layers, ids, segment, of(cache.length), cache.cursor)
-        return PromptState(cache, of(prompt.logits))
+        layers = jax.tree.map(lambda x: take(x, "batch", "heads"), cache.layers)
+        segment_ids, segment = take(cache.segment_ids, "batch"), take(cache.segment, "batch")
+        cache = KVCache(layers, segment_ids, segment, take(cache.length), cache.cursor)
+        return PromptState(cache, take(prompt.logits))

@@ -1,4 +1,4 @@
-"""Prompts and lengths, checked on the host, and the static shapes they are filled up to."""
+"""Prompts, lengths, EOS ids and seeds, checked on the host, and the static shapes for them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,38 @@ from btlm_jax.config import BTLMConfig
 
 logger = logging.getLogger(__name__)
 
-EndTokens = int | Sequence[int] | Literal["config"] | None
+EosIds = int | Sequence[int] | Literal["config"] | None
 Seeds = int | Sequence[int] | Sequence[tuple[int, int]]
-_SMALLEST = 32
+_SMALLEST_BUCKET = 32
 
 
 def bucket_length(length: int) -> int:
-    """The static shape for a length: the next of four sizes per octave, from 32. At most 25 % more.
+    """Returns the static shape for a length: 32, 40, 48, 56, 64, 80, ..., 8192, ...
 
-    Programs are compiled per bucket: 32, 40, 48, 56, 64, 80, ..., 8192.
+    There are four sizes per octave, so at most 25 % is padding. Programs are compiled per bucket.
     """
-    step = max(_SMALLEST, 1 << (length - 1).bit_length()) // 8
-    return max(_SMALLEST, -(-length // step) * step)
+    step = max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length()) // 8
+    return max(_SMALLEST_BUCKET, -(-length // step) * step)
 
 
 def check_prompts(
-    input_ids: ArrayLike, attention_mask: ArrayLike | None, vocab_size: int, pad: int | None
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None,
+    vocab_size: int,
+    pad_token_id: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Checked prompts and their mask, int32 [B, T] each.
+    """Returns checked prompts and their mask, int32 [B, T] each.
 
     Args:
-      pad: masks its occurrences where no mask is given, as transformers does; None masks nothing.
+      input_ids: int [B, T].
+      attention_mask: [B, T], nonzero for valid tokens.
+      vocab_size: upper bound of the ids, exclusive.
+      pad_token_id: without an attention mask, occurrences of this id count as padding, as in
+        transformers; None means no padding.
 
     Raises:
-      ValueError: an empty prompt, tokens outside the vocabulary, right padding, or shapes that do
-        not agree.
+      ValueError: an empty prompt, tokens outside the vocabulary, padding on the right, or shapes
+        that do not agree.
     """
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or ids.shape[1] == 0 or ids.shape[0] == 0:
@@ -50,7 +57,7 @@ def check_prompts(
             f"input_ids: found ids from {ids.min()} to {ids.max()}, expected 0 to "
             f"{vocab_size - 1}; was the prompt encoded with this model's tokenizer?"
         )
-    mask = ids != (-1 if pad is None else pad)
+    mask = ids != (-1 if pad_token_id is None else pad_token_id)
     if attention_mask is not None:
         mask = np.asarray(attention_mask) != 0
     if mask.shape != ids.shape:
@@ -64,17 +71,18 @@ def check_prompts(
     return ids.astype(np.int32), mask.astype(np.int32)
 
 
-def resolve_eos_ids(eos_token_id: EndTokens, config: BTLMConfig) -> tuple[int, ...]:
-    """The ids that end a row.
+def resolve_eos_ids(eos_token_id: EosIds, config: BTLMConfig) -> tuple[int, ...]:
+    """Returns the ids that end a row; "config" means the configuration's.
 
     Raises:
-      ValueError: ids outside the vocabulary (of a configuration, they are left out with a warning).
+      ValueError: ids outside the vocabulary. If they come from the configuration, they are ignored
+        with a warning instead.
     """
     from_config = isinstance(eos_token_id, str)
     if from_config and eos_token_id != "config":
         raise ValueError(f"eos_token_id: found {eos_token_id!r}, expected ids, None or 'config'")
-    given = config.eos_token_id if from_config else eos_token_id
-    ids = () if given is None else tuple(int(t) for t in np.atleast_1d(given))
+    value = config.eos_token_id if from_config else eos_token_id
+    ids = () if value is None else tuple(int(t) for t in np.atleast_1d(value))
     unknown = [t for t in ids if not 0 <= t < config.vocab_size]
     if unknown and not from_config:
         raise ValueError(
@@ -92,61 +100,70 @@ def resolve_eos_ids(eos_token_id: EndTokens, config: BTLMConfig) -> tuple[int, .
 
 
 class LengthLimits(NamedTuple):
-    """In slots, padded prompt included."""
+    """Lengths in slots; all include the padded prompt."""
 
-    prompt: int
-    least: int  # no EOS before
-    most: int
+    prompt_length: int
+    min_length: int  # no EOS before this length
+    max_length: int
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Maximum number of new tokens."""
+        return self.max_length - self.prompt_length
 
 
 def resolve_lengths(
-    prompt: int,
+    prompt_length: int,
     max_new_tokens: int | None,
     max_length: int | None,
     min_new_tokens: int | None,
     min_length: int | None,
 ) -> LengthLimits:
-    """The lengths that the arguments of `generate` mean, for a padded prompt of `prompt` slots.
+    """Returns the lengths that the arguments of `generate` define.
+
+    Args:
+      prompt_length: slots of the padded prompt.
+      max_new_tokens, max_length, min_new_tokens, min_length: as for `generate`.
 
     Raises:
-      ValueError: no room for a new token.
+      ValueError: a length out of range, or no room for a new token.
     """
-    named = dict(
+    arguments = dict(
         max_new_tokens=(max_new_tokens, 1),
         max_length=(max_length, 1),
         min_new_tokens=(min_new_tokens, 0),
         min_length=(min_length, 0),
     )
-    for name, (value, least) in named.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name}: found {value}, expected >= {least}")
-    for new, all_ in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        if named[new][0] is not None and named[all_][0] is not None:
-            logger.warning("both %s and %s are given: %s holds", new, all_, new)
+    for name, (value, lowest) in arguments.items():
+        if value is not None and value < lowest:
+            raise ValueError(f"{name}: found {value}, expected >= {lowest}")
+    for new, total in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if arguments[new][0] is not None and arguments[total][0] is not None:
+            logger.warning("both %s and %s are given: %s is used", new, total, new)
     if max_new_tokens is None and max_length is None:
         max_new_tokens = 20
-    most = prompt + max_new_tokens if max_new_tokens is not None else max_length
-    assert most is not None
-    if most <= prompt:
+    end = prompt_length + max_new_tokens if max_new_tokens is not None else max_length
+    assert end is not None
+    if end <= prompt_length:
         raise ValueError(
-            f"max_length: found {most}, expected more than the {prompt} tokens of the (padded) "
-            "prompt, which it includes: raise it, or give max_new_tokens"
+            f"max_length: found {end}, expected more than the {prompt_length} tokens of the "
+            "(padded) prompt, which it includes: raise it, or give max_new_tokens"
         )
-    least = prompt + min_new_tokens if min_new_tokens is not None else min_length or 0
-    if least > most:
+    start = prompt_length + min_new_tokens if min_new_tokens is not None else min_length or 0
+    if start > end:
         logger.warning(
-            "at least %d new tokens are wanted, and at most %d allowed: rows end there",
-            least - prompt,
-            most - prompt,
+            "at least %d new tokens are requested, but at most %d are allowed: rows end there",
+            start - prompt_length,
+            end - prompt_length,
         )
-    return LengthLimits(prompt, least, most)
+    return LengthLimits(prompt_length, start, end)
 
 
 def check_context_length(
-    lengths: LengthLimits, config: BTLMConfig, cache_length: int | None
+    limits: LengthLimits, config: BTLMConfig, cache_length: int | None
 ) -> None:
-    """Raises ValueError, or warns, where there are more tokens than a cache or the model holds."""
-    prompt, new, total = lengths.prompt, lengths.most - lengths.prompt, lengths.most
+    """Raises ValueError, or warns, if the tokens exceed the cache or the model's context."""
+    prompt, new, total = limits.prompt_length, limits.max_new_tokens, limits.max_length
     if cache_length is not None and total > cache_length:
         raise ValueError(
             f"a prompt of {prompt} tokens and {new} new ones need {total} cache slots, found "
@@ -162,29 +179,35 @@ def check_context_length(
     if config.alibi_scaling is None:
         logger.warning(
             "%d tokens exceed the trained context of %d and alibi_scaling is not set: quality "
-            "falls off beyond it",
+            "degrades beyond it",
             total,
             config.n_positions,
         )
 
 
 def row_seeds(seed: Seeds, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Seed and stream of every row, uint32 and int32 [rows]: of one seed, a stream for each row.
+    """Returns the seed and the stream of every row, uint32 [rows] and int32 [rows].
+
+    Args:
+      seed: one seed, of which each row uses its own stream; or one per row; or a (seed, stream)
+        pair per row.
+      rows: number of rows.
 
     Raises:
-      ValueError: another number of seeds, one outside 0 to 2**32 - 1, or a stream from 2**31 on.
+      ValueError: a wrong number of seeds, a seed outside 0 to 2**32 - 1, or a stream outside 0 to
+        2**31 - 1.
     """
-    given = np.asarray(seed)
-    pairs = given.ndim == 2 and given.shape[1] == 2
-    most = np.array([2**32, 2**31]) if pairs else 2**32
-    whole = np.issubdtype(given.dtype, np.integer) and (given.ndim < 2 or pairs)
-    if not whole or ((given < 0) | (given >= most)).any():
+    values = np.asarray(seed)
+    is_pairs = values.ndim == 2 and values.shape[1] == 2
+    limit = np.array([2**32, 2**31]) if is_pairs else 2**32
+    valid = np.issubdtype(values.dtype, np.integer) and (values.ndim < 2 or is_pairs)
+    if not valid or ((values < 0) | (values >= limit)).any():
         raise ValueError(
             f"seed: found {seed!r}, expected integers from 0 to 2**32 - 1 (or pairs of one and a "
             "stream)"
         )
-    if given.ndim and len(given) != rows:
-        raise ValueError(f"seed: found {len(given)} seeds, expected one for all or {rows}")
-    streams = given[:, 1] if pairs else np.zeros(rows) if given.ndim else np.arange(rows)
-    own = given[:, 0] if pairs else np.broadcast_to(given, rows)
-    return own.astype(np.uint32), streams.astype(np.int32)
+    if values.ndim and len(values) != rows:
+        raise ValueError(f"seed: found {len(values)} seeds, expected one for all or {rows}")
+    streams = values[:, 1] if is_pairs else np.zeros(rows) if values.ndim else np.arange(rows)
+    seeds = values[:, 0] if is_pairs else np.broadcast_to(values, rows)
+    return seeds.astype(np.uint32), streams.astype(np.int32)

@@ -1,4 +1,8 @@
-"""Greedy decoding and sampling: rows that grow by a token at a time, each at its own length."""
+"""The loop of greedy decoding and sampling: one token per row and step, each row at its own length.
+
+`sample_loop` and `beam_loop` have the same four functions: `start_loop`, `advance_loop`,
+`loop_ended` and `loop_result`.
+"""
 
 from __future__ import annotations
 
@@ -19,117 +23,129 @@ from btlm_jax.model.kv_cache import KVCache
 
 
 class SampleState(NamedTuple):
-    """R rows on their way. What is per token lies at its slot."""
+    """State of R rows; per-token arrays are indexed by slot."""
 
     rows: RowInputs
-    ids: jax.Array  # int32 [R, S]: prompts and new tokens, then the filling
-    length: jax.Array  # int32 [R], of each row so far, at the end with its EOS
+    ids: jax.Array  # int32 [R, S]: the prompt, the new tokens, then the fill token
+    length: jax.Array  # int32 [R], current length, including a final EOS
     done: jax.Array  # bool [R]
-    logprobs: jax.Array  # fp32 [R, S], the model's own, of new tokens; else NaN
+    logprobs: jax.Array  # fp32 [R, S], the model's, for new tokens; otherwise NaN
     stop_state: jax.Array | None  # int32 [R]
-    cache: KVCache  # of new tokens; the prompts' is its prefix, and given beside
-    step: jax.Array  # int32, how many tokens have been chosen
-    kept: dict[str, jax.Array]
+    cache: KVCache  # of new tokens; the prompts' cache, its prefix, is passed separately
+    step: jax.Array  # int32, number of tokens selected so far
+    score_buffers: dict[str, jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames=("program", "capacity"))
+@functools.partial(jax.jit, static_argnames=("spec", "capacity"))
 def start_loop(
-    program: DecodeSpec,
+    spec: DecodeSpec,
     params: Any,
     prompt: PromptState,
     rows: RowInputs,
     ids,
-    table,
+    stop_table,
     stop_state,
     capacity: int,
 ) -> SampleState:
-    """Begins rows, and chooses the first token of each.
+    """Starts rows and selects the first new token of each.
 
     Args:
-      prompt: of B rows; R = B * copies.
-      ids: int32 [R, S], prompts, then what fills a row that has ended.
-      table: `stop_automaton.build_stop_table`, or None; `stop_state`, after the prompts, int32 [R].
-      capacity: slots for new tokens, at first.
+      spec, params: the static arguments and the weights.
+      prompt: of B rows; R = B * rows_per_prompt.
+      rows: the constants of the rows.
+      ids: int32 [R, S], the prompts, then the token that fills a row after its end.
+      stop_table: `build_stop_table`, or None.
+      stop_state: state of the stop automaton after the prompts, int32 [R], or None.
+      capacity: initial slots for new tokens.
     """
-    model = program.model
+    model = spec.model
     with sharding.on_mesh(model.runtime(params).mesh):
-        of_row = decode.prompt_index(program, prompt.logits.shape[0])
-        cache = model.fork(params, prompt.cache, program.options.rows_per_prompt, capacity)
-        logits = prompt.logits[of_row]
-        begun = SampleState(
+        cache = model.fork(params, prompt.cache, spec.options.rows_per_prompt, capacity)
+        logits = prompt.logits[decode.prompt_index(spec, prompt.logits.shape[0])]
+        state = SampleState(
             rows,
             ids,
             rows.prompt_length,
-            ~rows.meant,
+            ~rows.active,
             jnp.full(ids.shape, jnp.nan),
             stop_state,
             dataclasses.replace(cache, prefix=None),
             jnp.int32(0),
-            decode.score_buffers(program, logits),
+            decode.score_buffers(spec, logits),
         )
-        return _append(program, begun, logits, table)
+        return _append_token(spec, state, logits, stop_table)
 
 
-@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def advance_loop(
-    program: DecodeSpec,
+    spec: DecodeSpec,
     params: Any,
-    prompts: KVCache,
+    prompt_cache: KVCache,
     state: SampleState,
-    table,
+    stop_table,
     steps,
     patience=None,
 ) -> SampleState:
-    """Chooses more tokens: at most `steps` for each row, until `patience` rows (all) are done."""
+    """Selects up to `steps` more tokens per row, and stops once `patience` rows are done.
+
+    Args:
+      spec, params: the static arguments and the weights.
+      prompt_cache: the cache of the prompts.
+      state: the state, which is donated.
+      stop_table: `build_stop_table`, or None.
+      steps: int32.
+      patience: int32; None means all rows.
+    """
     patience = len(state.done) if patience is None else patience
 
     def unfinished(carry):
         i, state = carry
         return (i < steps) & (state.done.sum() < patience)
 
-    def one(carry):
+    def step(carry):
         i, s = carry
-        cache = dataclasses.replace(s.cache, prefix=prompts)
-        logits, cache = decode.decode_logits(program, params, s.rows, s.ids, s.length, cache)
-        # RowInputs that are done take no more slots.
+        cache = dataclasses.replace(s.cache, prefix=prompt_cache)
+        logits, cache = decode.decode_logits(spec, params, s.rows, s.ids, s.length, cache)
+        # Rows that are done use no more slots.
         length = jnp.where(s.done, s.cache.length, cache.length)
         s = s._replace(cache=dataclasses.replace(cache, length=length, prefix=None))
-        return i + 1, _append(program, s, logits, table)
+        return i + 1, _append_token(spec, s, logits, stop_table)
 
-    with sharding.on_mesh(program.model.runtime(params).mesh):
-        return jax.lax.while_loop(unfinished, one, (jnp.int32(0), state))[1]
+    with sharding.on_mesh(spec.model.runtime(params).mesh):
+        return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
 def loop_ended(s: SampleState) -> bool:
-    """Whether all rows are done."""
+    """Returns whether all rows are done."""
     return bool(np.asarray(s.done).all())
 
 
-def loop_result(program: DecodeSpec, s: SampleState) -> DecodeResult:
-    """The rows as they are."""
+def loop_result(spec: DecodeSpec, s: SampleState) -> DecodeResult:
+    """Returns the rows in their current state."""
     return DecodeResult(s.ids, s.length, s.logprobs, None, None)
 
 
-def _append(program: DecodeSpec, s: SampleState, logits: jax.Array, table) -> SampleState:
+def _append_token(spec: DecodeSpec, s: SampleState, logits: jax.Array, stop_table) -> SampleState:
     step = s.length - s.rows.prompt_length
-    scores = decode.process_scores(program, s.rows, logits, s.ids, s.length)
-    if program.options.do_sample:
-        # Each copy has a key of its own, the same however many there are.
+    scores = decode.process_scores(spec, s.rows, logits, s.ids, s.length)
+    if spec.options.do_sample:
+        # Each copy has its own key, whatever the number of copies.
         keys = jax.vmap(jax.random.fold_in)(decode.row_keys(s.rows, step), s.rows.copy)
         token = draw_tokens(scores, keys, 1)[:, 0].astype(jnp.int32)
     else:
         token = jnp.argmax(scores, -1).astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), token[:, None], 1)[:, 0]
-    hit, stop_state = decode.ends_row(program, table, token, s.stop_state)
+    is_end, stop_state = decode.ends_row(spec, stop_table, token, s.stop_state)
     R, S = s.ids.shape
-    at = jnp.arange(R), jnp.where(s.done, S, s.length)  # past the end: dropped
+    # Writes past the end, for rows that are done, are dropped.
+    target = jnp.arange(R), jnp.where(s.done, S, s.length)
     length = s.length + ~s.done
     return s._replace(
-        ids=s.ids.at[at].set(token, mode="drop"),
+        ids=s.ids.at[target].set(token, mode="drop"),
         length=length,
-        done=s.done | hit | (length >= s.rows.max_length),
-        logprobs=s.logprobs.at[at].set(logprob, mode="drop"),
+        done=s.done | is_end | (length >= s.rows.max_length),
+        logprobs=s.logprobs.at[target].set(logprob, mode="drop"),
         stop_state=stop_state,
         step=s.step + 1,
-        kept=decode.record_scores(s.kept, s.step, scores=scores, logits=logits),
+        score_buffers=decode.record_scores(s.score_buffers, s.step, scores=scores, logits=logits),
     )

@@ -1,4 +1,4 @@
-"""`stream`: the tokens of one continuation, or its text, as they come."""
+"""`stream`: the tokens of one continuation, or its text, as they are generated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax.generation import decode, detokenize, prompts, sample_loop
+from btlm_jax.generation import decode, prompts, sample_loop
+from btlm_jax.generation.detokenize import detokenize_stream
 from btlm_jax.generation.request import (
     GenerationRequest,
     initial_capacity,
@@ -34,25 +35,27 @@ def stream(
     chunk: int = 1,
     **arguments: Any,
 ) -> Iterator[Any]:
-    """Continues a prompt, and gives the new tokens while it goes on.
+    """Continues a prompt and yields the new tokens as they are generated.
 
-    The device computes the next tokens while the last ones are fetched and used. Leaving the
+    The device computes the next tokens while the previous ones are fetched and used. Closing the
     iterator, at any time, ends the work.
 
     Args:
       model, params: the model and its weights, on a device or a mesh.
       input_ids: int [T] or [1, T], the prompt, which is not repeated.
-      tokenizer: gives text instead of ids, in pieces of whole characters, without special tokens;
-        together they are what decoding all tokens would give.
-      chunk: tokens computed between two looks; more cost the host less, and come in groups.
-      **arguments: those of `generate` (`help(btlm.generate)`), but for `attention_mask`,
-        `cache_length`, `prompt_cache` and what concerns its result.
+      tokenizer: yield text instead of ids, in pieces of whole characters, without special tokens.
+        Together they are the text of all tokens.
+      chunk: number of tokens between two fetches; a larger one costs the host less and yields
+        tokens in groups.
+      **arguments: those of `generate` (`help(btlm.generate)`) except `attention_mask`,
+        `cache_length`, `prompt_cache` and those about the form of the result.
 
     Returns:
-      An iterator over int ids, those `generate` gives, an EOS included; or over str.
+      An iterator over int ids, the same as `generate`'s, including the EOS; or over str.
 
     Raises:
-      ValueError: as `generate`, at once; beams, which are not known before their end; several rows.
+      ValueError: as `generate`, before the first token; beams, whose result is only known at the
+        end; several rows.
     """
     ids = np.asarray(input_ids)
     if ids.ndim == 2 and len(ids) == 1:
@@ -64,52 +67,55 @@ def stream(
         )
     if chunk < 1:
         raise ValueError(f"chunk: found {chunk}, expected >= 1")
-    asked = make_request(model, [ids], tokenizer=tokenizer, **arguments)
-    if asked.program.options.num_beams > 1:
+    request = make_request(model, [ids], tokenizer=tokenizer, **arguments)
+    if request.spec.options.num_beams > 1:
         raise ValueError(
-            f"num_beams: found {asked.program.options.num_beams}, expected 1: which beam is the "
-            "best is known at the end only; use generate, or do without beams"
+            f"num_beams: found {request.spec.options.num_beams}, expected 1: the best beam is "
+            "known only at the end; use generate, or no beams"
         )
-    if asked.copies > 1:
-        raise ValueError(f"num_return_sequences: found {asked.copies}, expected 1: streams have "
-                         "one row; use generate")  # fmt: skip
+    if request.num_return_sequences > 1:
+        raise ValueError(
+            f"num_return_sequences: found {request.num_return_sequences}, expected 1: a stream "
+            "has one row; use generate"
+        )
     warn_if_stacked(params)
-    groups = _tokens(asked, params, chunk)
+    groups = _stream_tokens(request, params, chunk)
     if tokenizer is not None:
-        return detokenize.detokenize_stream(tokenizer, ids.tolist(), groups)
+        return detokenize_stream(tokenizer, ids.tolist(), groups)
     return (token for group in groups for token in group)
 
 
-def _tokens(asked: GenerationRequest, params: Params, chunk: int) -> Iterator[list[int]]:
-    (row,) = asked.rows
-    T, room = len(row.ids), prompts.bucket_length(row.new)
-    capacity = initial_capacity(room)
-    rows = [row, *[None] * (decode.num_batch_shards(asked.program.model, params) - 1)]
-    cache, s = start_rows(asked, params, rows, prompts.bucket_length(T), room, capacity)
-    # The first token has no slot yet: it takes one when it is read, to choose the second.
-    length, used, ahead = T, 0, _tail(s, np.int32(T), chunk)
+def _stream_tokens(request: GenerationRequest, params: Params, chunk: int) -> Iterator[list[int]]:
+    (row,) = request.rows
+    T, max_new_slots = len(row.ids), prompts.bucket_length(row.max_new_tokens)
+    capacity = initial_capacity(max_new_slots)
+    rows = [row, *[None] * (decode.num_batch_shards(request.spec.model, params) - 1)]
+    cache, s = start_rows(request, params, rows, prompts.bucket_length(T), max_new_slots, capacity)
+    # The first new token enters the cache in the next step, so one more token than slots is known.
+    length, used, computed = T, 0, _copy_tokens(s, np.int32(T), chunk)
     while True:
-        coming, before, length = ahead, length, T + 1 + used
-        if capacity - used < chunk and capacity < room:
-            capacity = min(2 * capacity, room)
+        pending, start, length = computed, length, T + 1 + used
+        if capacity - used < chunk and capacity < max_new_slots:
+            capacity = min(2 * capacity, max_new_slots)
             s = s._replace(cache=kv_cache.resized(s.cache, capacity))
         steps = min(chunk, capacity - used)
         s = sample_loop.advance_loop(
-            asked.program, params, cache, s, asked.table, np.int32(steps), np.int32(len(rows))
+            request.spec, params, cache, s, request.stop_table, np.int32(steps), np.int32(len(rows))
         )
         used += steps
-        ahead = _tail(s, np.int32(length), chunk)
-        tokens, end, done = jax.device_get(coming)
-        yield tokens[: end - before].tolist()
+        computed = _copy_tokens(s, np.int32(length), chunk)
+        # The device works on the step above while these tokens are fetched.
+        tokens, end, done = jax.device_get(pending)
+        yield tokens[: end - start].tolist()
         if done:
             return
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _tail(s: SampleState, start, size: int):
-    """Of the first row: `size` tokens from `start` on, its length, and whether it is done.
+def _copy_tokens(s: SampleState, start, size: int):
+    """Returns the first row's `size` tokens from `start` on, its length, and whether it is done.
 
-    Copies, which outlast the state that is given away.
+    They are copies, because the next step donates the state.
     """
-    at = jnp.minimum(start + jnp.arange(size), s.ids.shape[1] - 1)
-    return s.ids[0][at], s.length[0], s.done[0]
+    slots = jnp.minimum(start + jnp.arange(size), s.ids.shape[1] - 1)
+    return s.ids[0][slots], s.length[0], s.done[0]

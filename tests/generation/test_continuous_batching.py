@@ -56,7 +56,7 @@ def test_as_alone(of_bytes, alone):
 
 
 def test_on_a_mesh(of_bytes, alone, monkeypatch):
-    monkeypatch.setattr(request, "_FIRST", 8)  # and grows
+    monkeypatch.setattr(request, "INITIAL_SLOTS", 8)  # and grows
     model = of_bytes[0]
     mesh = make_mesh(data=4, fsdp=1, tensor=2)
     on = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(0), mesh=mesh))
@@ -88,7 +88,7 @@ def test_nothing_is_compiled_for_refilling(of_bytes, monkeypatch):
 def test_several_are_read_at_once(of_bytes, alone, monkeypatch):
     """Of different lengths, into slots that became free; and rows wait for each other."""
     model, params, _ = of_bytes
-    monkeypatch.setattr(continuous_batching, "_WAIT", 2)
+    monkeypatch.setattr(continuous_batching, "_ROWS_PER_PREFILL", 2)
     sizes, patience = [], []
     begin, advance = continuous_batching.start_rows, sample_loop.advance_loop
     monkeypatch.setattr(
@@ -105,7 +105,7 @@ def test_several_are_read_at_once(of_bytes, alone, monkeypatch):
 def test_caches_grow(of_bytes, alone, monkeypatch):
     """After many short texts have gone round the ring of slots."""
     model, params, _ = of_bytes
-    monkeypatch.setattr(request, "_FIRST", 4)
+    monkeypatch.setattr(request, "INITIAL_SLOTS", 4)
     rounds, real = [], kv_cache.resized
 
     def grown(cache, capacity):
@@ -118,15 +118,17 @@ def test_caches_grow(of_bytes, alone, monkeypatch):
 
 
 def test_long_prompts_have_a_group_of_their_own():
-    groups = continuous_batching._groups([10, 500, 20, 90, 30, 11], 3)
+    groups = continuous_batching._length_groups([10, 500, 20, 90, 30, 11], 3)
     assert groups == [[1], [3, 4], [2, 5, 0]]
-    assert continuous_batching._groups([10, 500, 20], 4) == [[1, 2, 0]]  # no other batch to fill
+    assert continuous_batching._length_groups([10, 500, 20], 4) == [
+        [1, 2, 0]
+    ]  # no other batch to fill
 
 
 def test_dynamic_scaling_reads_equal_lengths_at_once(monkeypatch):
     """It counts the length of the text, which must be the same for all that are read at once."""
     c = golden.load("e_alibi_dynamic16")
-    monkeypatch.setattr(continuous_batching, "_WAIT", 2)
+    monkeypatch.setattr(continuous_batching, "_ROWS_PER_PREFILL", 2)
     ids = [(c["gen/prompt"][0].tolist() * 8)[:n] for n in (31, 30, 18, 18)]  # beyond the trained
     how = dict(max_new_tokens=6, eos_token_id=None)
     found = generate_batch(c.model, c.params, ids, batch_size=4, **how)

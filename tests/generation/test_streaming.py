@@ -58,7 +58,7 @@ def test_nothing_is_compiled_on_the_way(of_bytes, monkeypatch):
     with count_compilations() as found:
         list(tokens)
     assert found.count == 0
-    monkeypatch.setattr(request, "_FIRST", 8)
+    monkeypatch.setattr(request, "INITIAL_SLOTS", 8)
     grown, real = [], kv_cache.resized
     monkeypatch.setattr(kv_cache, "resized", lambda c, n: grown.append(n) or real(c, n))
     assert list(stream(model, params, PROMPT, chunk=3, **how)) == expected
