@@ -23,9 +23,9 @@ class Generate:
     With --input, each line {"prompt": TEXT, ...} or {"input_ids": [ID, ...], ...} is written to the
     output with "text" (the continuation), "tokens" (their number) and "finish_reason" (eos, stop or
     length) added; also "token_ids" for lines with input_ids, "logprobs" with --logprobs, and an
-    "index" with --num-return-sequences, which writes one line per continuation. Each prompt gets the
-    same continuation as alone. Finished results are kept in OUTPUT.partial; after an interruption,
-    the same command continues from there.
+    "index" with --num-return-sequences, which writes one line per continuation. Each prompt gets
+    the same continuation as alone. Finished results are kept in OUTPUT.partial; after an
+    interruption, the same command continues from there.
     """
 
     checkpoint: Checkpoint
@@ -73,8 +73,8 @@ class Generate:
     num_return_sequences: int = 1
     """Continuations per prompt: at most --num-beams, or any number with --sample."""
     early_stopping: Literal["true", "false", "never"] = "false"
-    """End the search once --num-beams have ended (true), or when a better one is unlikely (false) or
-    impossible (never)."""
+    """End the search once --num-beams have ended (true), or when a better one is unlikely (false)
+    or impossible (never)."""
     length_penalty: float = 1.0
     """Compare finished beams by log-probability / length ** this."""
     repetition_penalty: float = 1.0
