@@ -1,4 +1,4 @@
-"""Text as it comes is the text of all tokens, in pieces of whole characters."""
+"""Streamed text is the text of all tokens, in pieces of whole characters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from btlm_jax.generation.detokenize import detokenize_continuation, detokenize_stream
 
-# Bytes, and tokens that end within a character, as GPT-2 has some: " " and the first of three.
+# Bytes, and tokens that end within a character, such as a space and the first of three bytes; GPT-2
+# has such tokens.
 _BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 _SPLIT = ["Ġä", "ðŁ", "ab"]
 TEXT = "né 世界 👩\u200d🚀, ok 🏳️"
@@ -28,40 +29,40 @@ TOKENIZER = byte_level()
 
 
 @given(st.lists(st.integers(0, len(_BYTES) + len(_SPLIT)), max_size=40), st.integers(1, 4))
-def test_pieces_are_the_whole(ids, size):
-    """Of any bytes, special tokens among them; after text, and from the beginning."""
+def test_pieces_join_to_the_whole_text(ids, size):
+    """For any bytes and special tokens, after a prompt and without one."""
     groups = [ids[i : i + size] for i in range(0, len(ids), size)]
-    for before in ([], TOKENIZER.encode(TEXT).ids):
-        found = list(detokenize_stream(TOKENIZER, before, groups))
-        assert all(found)
+    for prompt in ([], TOKENIZER.encode(TEXT).ids):
+        pieces = list(detokenize_stream(TOKENIZER, prompt, groups))
+        assert all(pieces)
         assert (
-            "".join(found)
+            "".join(pieces)
             == TOKENIZER.decode(ids)
-            == detokenize_continuation(TOKENIZER, before, ids)
+            == detokenize_continuation(TOKENIZER, prompt, ids)
         )
 
 
 def test_characters_are_never_split():
     ids = TOKENIZER.encode(TEXT).ids
-    found = list(detokenize_stream(TOKENIZER, [], ([i] for i in ids)))
-    assert "".join(found) == TEXT and not any("\ufffd" in piece for piece in found)
-    assert len(found) == len(TEXT)  # none is held back for longer than it needs
+    pieces = list(detokenize_stream(TOKENIZER, [], ([i] for i in ids)))
+    assert "".join(pieces) == TEXT and not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) == len(TEXT)  # each is yielded as soon as it is complete
 
 
-def test_half_a_character_comes_at_the_end():
+def test_an_incomplete_character_is_yielded_at_the_end():
     ids = TOKENIZER.encode("a世").ids[:-1]
     assert list(detokenize_stream(TOKENIZER, [], ([i] for i in ids))) == ["a", "\ufffd"]
 
 
 def test_a_character_may_begin_in_the_prompt():
-    """Its place is taken by what the prompt showed for it."""
-    *before, last = TOKENIZER.encode("a世").ids
-    assert list(detokenize_stream(TOKENIZER, before, [[last], TOKENIZER.encode("b").ids])) == ["b"]
+    """The prompt's text has a replacement character for it, so the rest adds no text."""
+    *prompt, last = TOKENIZER.encode("a世").ids
+    assert list(detokenize_stream(TOKENIZER, prompt, [[last], TOKENIZER.encode("b").ids])) == ["b"]
 
 
 @pytest.mark.parametrize("count", [1, 30])
-def test_spaces_of_other_tokenizers(count):
+def test_leading_spaces_of_other_tokenizers_are_kept(count):
     tokenizer = Tokenizer(models.BPE({"▁a": 0, "b": 1, "▁": 2, "a": 3}, []))
     tokenizer.decoder = decoders.Metaspace()
-    found = list(detokenize_stream(tokenizer, [1], [[0]] * count))
-    assert found == [" a"] * count  # the first of all tokens would lose its space
+    pieces = list(detokenize_stream(tokenizer, [1], [[0]] * count))
+    assert pieces == [" a"] * count  # without the prompt, the first token would lose its space

@@ -1,4 +1,4 @@
-"""`btlm generate --input`: lines in, lines out, bad ones named, killed runs gone on with."""
+"""`btlm generate --input`: lines in and out, bad lines named, killed runs resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINES = [
 OPTIONS = ("--sample", "--seed", "3", "--max-new-tokens", "8", "--batch-size", "2", "--logprobs")
 
 
-def written(path: Path, lines) -> Path:
+def write_lines(path: Path, lines) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -38,53 +38,63 @@ def run(capsys, *argv):
 
 @pytest.fixture
 def source(tmp_path):
-    return written(tmp_path / "in.jsonl", LINES)
+    return write_lines(tmp_path / "in.jsonl", LINES)
 
 
-def test_lines_out(capsys, of_bytes, bytes_checkpoint, source, tmp_path):
+def test_lines_come_out_with_the_results_of_generate(
+    capsys, of_bytes, bytes_checkpoint, source, tmp_path
+):
     model, params, tokenizer = of_bytes
     target = tmp_path / "out.jsonl"
     code, out, err = run(capsys, bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
     assert code == 0 and out == f"{target}: 5 continuations\n"
     assert "5 text/5 text (100%)" in err and "tokens/s" in err
-    found = [json.loads(line) for line in target.read_text().splitlines()]
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
     assert "世界" in target.read_text() and sorted(p.name for p in tmp_path.iterdir()) == [
         "in.jsonl", "out.jsonl"
     ]  # fmt: skip
-    for i, (line, result) in enumerate(zip(LINES, found, strict=True)):
+    for i, (line, result) in enumerate(zip(LINES, lines, strict=True)):
         assert list(result)[: len(line)] == list(line) and line.items() <= result.items()
         ids = line.get("input_ids") or tokenizer.encode(line["prompt"]).ids
-        how = dict(do_sample=True, seed=[(3, i)], max_new_tokens=8, return_dict_in_generate=True)
-        out = generate(model, params, [ids], **how)
+        options = dict(
+            do_sample=True, seed=[(3, i)], max_new_tokens=8, return_dict_in_generate=True
+        )
+        out = generate(model, params, [ids], **options)
         new = out.sequences[0, len(ids) :].tolist()
         assert result["text"] == tokenizer.decode(new) and result["tokens"] == len(new)
         assert result.get("token_ids") == (new if "input_ids" in line else None)
         np.testing.assert_allclose(result["logprobs"], out.logprobs[0], atol=2e-4)
         assert result["finish_reason"] == ("eos" if new[-1] == 256 else "length")
-    assert found[3]["text"] != found[4]["text"]  # each draws from a stream of its own
+    assert lines[3]["text"] != lines[4]["text"]  # each line has its own random stream
 
 
-def test_killed_anywhere(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
-    """Whatever a kill leaves, the same command makes the same file, and computes only the rest."""
+def test_a_killed_run_is_resumed(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
+    """Whatever a kill leaves of the journal, the same command writes the same file."""
     target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     command = (bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
-    finish, left = jsonl.write_results, []
-    monkeypatch.setattr(
-        jsonl, "write_results", lambda *a: left.append(partial.read_bytes()) or finish(*a)
-    )
+    write_results, journals = jsonl.write_results, []
+
+    def keep_journal(*arguments):
+        journals.append(partial.read_bytes())
+        write_results(*arguments)
+
+    monkeypatch.setattr(jsonl, "write_results", keep_journal)
     assert run(capsys, *command)[0] == 0
-    whole, rng = target.read_bytes(), random.Random(0)
-    ends = [0, left[0].index(b"\n") + 1, len(left[0]) - 1, len(left[0])]
-    for end in (*ends, *(rng.randrange(len(left[0])) for _ in range(8))):
+    expected, rng = target.read_bytes(), random.Random(0)
+    (journal,) = journals
+    ends = [0, journal.index(b"\n") + 1, len(journal) - 1, len(journal)]
+    for end in (*ends, *(rng.randrange(len(journal)) for _ in range(8))):
         target.unlink()
-        partial.write_bytes(left[0][:end])
-        kept = max(left[0][:end].count(b"\n") - 1, 0)
+        partial.write_bytes(journal[:end])
+        kept = max(journal[:end].count(b"\n") - 1, 0)
         code, _, err = run(capsys, *command)
-        assert code == 0 and target.read_bytes() == whole and not partial.exists()
+        assert code == 0 and target.read_bytes() == expected and not partial.exists()
         assert (f"continuing an interrupted run: {kept} results are finished" in err) == (kept > 0)
 
 
-def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_not_mixed_with_another(
+    capsys, bytes_checkpoint, source, tmp_path, monkeypatch
+):
     target = tmp_path / "out.jsonl"
     command = (bytes_checkpoint, "--input", source, "--output", target, *OPTIONS)
     add = result_journal.ResultJournal.add
@@ -99,10 +109,9 @@ def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
         code, _, err = run(capsys, *command)
     assert code == 130 and f"2 results are kept in {target}.partial; the same command" in err
     assert not target.exists()
-    # Others are not mixed with them.
     code, _, err = run(capsys, *command, "--temperature", "0.5")
     assert code == 2 and "2 results of another run (temperature: found 1.0, expected 0.5)" in err
-    written(source, LINES[:4])
+    write_lines(source, LINES[:4])
     code, _, err = run(capsys, *command)
     assert code == 2 and "another run (input: found " in err
     code, _, err = run(capsys, *command, "--overwrite")
@@ -112,7 +121,7 @@ def test_interrupted(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
     assert code == 2 and f"{target} exists: choose another name, or pass --overwrite" in err
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_cannot_write_the_same_file(tmp_path):
     target = tmp_path / "out.jsonl"
     with result_journal.open_journal(target, {}, overwrite=False) as first:
         with (
@@ -123,7 +132,7 @@ def test_two_processes(tmp_path):
         first.add(0, {})
 
 
-def test_files_of_others_stay(tmp_path):
+def test_other_journals_are_refused_and_unchanged(tmp_path):
     partial = tmp_path / "out.jsonl.partial"
     for content in ("precious\n", "[1]\n", '{"a": 1}\nnonsense\n'):
         partial.write_text(content)
@@ -135,17 +144,17 @@ def test_files_of_others_stay(tmp_path):
         assert partial.read_text() == content
 
 
-def test_several_continuations(capsys, bytes_checkpoint, source, tmp_path):
+def test_several_continuations_have_an_index(capsys, bytes_checkpoint, source, tmp_path):
     target = tmp_path / "out.jsonl"
     command = ("--input", source, "--output", target, *OPTIONS, "--num-return-sequences", "2")
     assert run(capsys, bytes_checkpoint, *command)[0] == 0
-    found = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [x["index"] for x in found] == [0, 1] * 5
-    assert [x.get("prompt") for x in found[::2]] == [x.get("prompt") for x in LINES]
-    assert found[0]["text"] != found[1]["text"]
+    lines = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [x["index"] for x in lines] == [0, 1] * 5
+    assert [x.get("prompt") for x in lines[::2]] == [x.get("prompt") for x in LINES]
+    assert lines[0]["text"] != lines[1]["text"]
 
 
-def test_on_a_mesh(capsys, bytes_checkpoint, source, tmp_path):
+def test_a_mesh_gives_the_same_text(capsys, bytes_checkpoint, source, tmp_path):
     texts = []
     for mesh in ((), ("--set", "mesh.data=2", "--set", "mesh.tensor=2")):
         target = tmp_path / f"out{len(mesh)}.jsonl"
@@ -172,7 +181,7 @@ BAD = {
 }
 
 
-def test_bad_lines_are_named_before_anything_is_computed(
+def test_bad_lines_are_named_before_the_weights_are_loaded(
     capsys, bytes_checkpoint, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(jsonl, "_MAX_LISTED", len(BAD) - 1)
@@ -211,7 +220,9 @@ def test_bad_lines_are_named_before_anything_is_computed(
         (("--prompt", "a", "--stream", "--logprobs"), "--stream: found it with --logprobs"),
     ],
 )
-def test_bad_arguments(capsys, bytes_checkpoint, source, monkeypatch, argv, message):
+def test_bad_arguments_are_named_and_write_nothing(
+    capsys, bytes_checkpoint, source, monkeypatch, argv, message
+):
     monkeypatch.chdir(source.parent)
     Path("empty").write_text("")
     before = sorted(Path().iterdir())
@@ -220,14 +231,13 @@ def test_bad_arguments(capsys, bytes_checkpoint, source, monkeypatch, argv, mess
     assert sorted(Path().iterdir()) == before
 
 
-def test_streamed(capsys, bytes_checkpoint):
-    """The same as without, piece by piece."""
+def test_streaming_prints_the_same_text(capsys, bytes_checkpoint):
     argv = (bytes_checkpoint, "--prompt", "Hé", "--sample", "--seed", "2", "--max-new-tokens", "9")
     plain, streamed = (run(capsys, *argv, *more) for more in ((), ("--stream",)))
     assert plain[0] == streamed[0] == 0 and streamed[1] == plain[1]
 
 
-def test_interrupted_streams_show_the_text_so_far(capsys, bytes_checkpoint, monkeypatch):
+def test_an_interrupted_stream_has_printed_its_text(capsys, bytes_checkpoint, monkeypatch):
     def pieces(*_, **__):
         yield " there"
         raise KeyboardInterrupt

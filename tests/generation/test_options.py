@@ -1,4 +1,4 @@
-"""Options: normal forms, contradictions, names."""
+"""Generation options: equal forms, contradictions, names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from btlm_jax.generation.options import GenerationOptions
 
 
-def test_forms_that_mean_the_same_are_equal():
-    """They are static under jit: equal options share one program."""
+def test_equivalent_forms_are_equal():
+    """Options are static under jit: equal ones share a program."""
     a = GenerationOptions(
         bad_words_ids=[[1, 2], [3]], suppress_tokens=np.array([4, 5]), forced_eos_token_id=6,
         sequence_bias={(1, 2): -1}, logit_bias={7: 2}, top_p=np.float32(0.5), min_p=None,
@@ -27,7 +27,7 @@ def test_forms_that_mean_the_same_are_equal():
 
 
 @pytest.mark.parametrize(
-    "how, message",
+    "options, message",
     [
         (dict(num_beams=0), "num_beams: found 0, expected >= 1"),
         (dict(num_beams=2.0), "num_beams: found 2.0"),
@@ -55,36 +55,38 @@ def test_forms_that_mean_the_same_are_equal():
         (dict(forced_bos_token_id="x"), r"forced_bos_token_id: found \['x'\]"),
     ],
 )
-def test_bad_values(how, message):
+def test_bad_values_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        GenerationOptions(**how)
+        GenerationOptions(**options)
 
 
-def test_unknown_names():
+def test_unknown_names_get_a_suggestion():
     with pytest.raises(ValueError, match="no argument 'top_kk': did you mean top_k"):
-        GenerationOptions.from_kwargs({"top_kk": 1}, ())
+        GenerationOptions.from_kwargs({"top_kk": 1})
     with pytest.raises(ValueError, match="did you mean max_new_tokens"):
         GenerationOptions.from_kwargs({"max_new_token": 1}, ("max_new_tokens",))
     with pytest.raises(ValueError, match="no argument 'qqq': see"):
-        GenerationOptions.from_kwargs({"qqq": 1}, ())
+        GenerationOptions.from_kwargs({"qqq": 1})
 
 
-def test_tokens_of_other_vocabularies():
+def test_tokens_outside_the_vocabulary_are_named():
     GenerationOptions(bad_words_ids=[[9]], forced_bos_token_id=9).check_vocabulary(10)
-    for how in (
+    for options in (
         dict(bad_words_ids=[[1, 10]]), dict(sequence_bias={(10,): 1}), dict(logit_bias={10: 1}),
         dict(forced_bos_token_id=10), dict(forced_eos_token_id=10), dict(suppress_tokens=[-1]),
         dict(begin_suppress_tokens=[10]),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"{next(iter(how))}: found \[-?1\d?\], expected ids"):
-            GenerationOptions(**how).check_vocabulary(10)
+        with pytest.raises(
+            ValueError, match=rf"{next(iter(options))}: found \[-?1\d?\], expected ids"
+        ):
+            GenerationOptions(**options).check_vocabulary(10)
 
 
-def test_idle_options():
+def test_options_without_effect_are_reported():
     assert GenerationOptions().unused == GenerationOptions(do_sample=True, top_k=3).unused == []
     assert GenerationOptions(do_sample=False, top_k=3).unused == [
         "top_k=3 does nothing without do_sample=True"
     ]
     assert GenerationOptions(num_beams=2, early_stopping=True).unused == []
-    (idle,) = GenerationOptions(early_stopping=True).unused
-    assert idle == "early_stopping=True does nothing without num_beams > 1"
+    (message,) = GenerationOptions(early_stopping=True).unused
+    assert message == "early_stopping=True does nothing without num_beams > 1"

@@ -1,4 +1,4 @@
-"""Prompts that are read once: the same tokens as without, from memory and from disk."""
+"""Prompt caches give the same tokens as prompts without one, from memory and from disk."""
 
 from __future__ import annotations
 
@@ -29,83 +29,85 @@ def options(**more):
     return dict(max_new_tokens=NEW, eos_token_id=None) | more
 
 
-@pytest.mark.parametrize("read", [12, 5], ids=["all of it", "its beginning"])
+@pytest.mark.parametrize("cached", [12, 5], ids=["whole prompt", "beginning"])
 @pytest.mark.parametrize(
-    "how", [{}, dict(do_sample=True, seed=5), dict(num_beams=2)], ids=["greedy", "sampled", "beams"]
+    "more",
+    [{}, dict(do_sample=True, seed=5), dict(num_beams=2)],
+    ids=["greedy", "sampled", "beams"],
 )
-def test_the_same_tokens_any_number_of_times(tiny, texts, read, how):
-    expected = generate(*tiny, texts, **options(**how))
-    prompts = PromptCache.of(*tiny, texts[:, :read])
+def test_a_cache_gives_the_same_tokens_any_number_of_times(tiny, texts, cached, more):
+    expected = generate(*tiny, texts, **options(**more))
+    prompts = PromptCache.of(*tiny, texts[:, :cached])
     for _ in range(2):
-        found = generate(*tiny, texts, prompt_cache=prompts, **options(**how))
-        np.testing.assert_array_equal(found, expected)
+        tokens = generate(*tiny, texts, prompt_cache=prompts, **options(**more))
+        np.testing.assert_array_equal(tokens, expected)
 
 
-def test_one_prompt_begins_several_texts(tiny, texts):
+def test_one_cached_prompt_begins_several_texts(tiny, texts):
     texts = np.concatenate([np.repeat(texts[:1, :7], 3, 0), texts[:, 7:]], 1)
     system = PromptCache.of(*tiny, texts[:1, :7])
-    found = generate(*tiny, texts, prompt_cache=system, **options())
-    np.testing.assert_array_equal(found, generate(*tiny, texts, **options()))
+    tokens = generate(*tiny, texts, prompt_cache=system, **options())
+    np.testing.assert_array_equal(tokens, generate(*tiny, texts, **options()))
 
 
-def test_padding_belongs_to_the_prompt(tiny, texts):
+def test_padding_is_part_of_the_cached_prompt(tiny, texts):
     mask = np.ones_like(texts)
     mask[1, :3] = 0
     prompts = PromptCache.of(*tiny, texts[:, :6], attention_mask=mask[:, :6])
-    found = generate(*tiny, texts, attention_mask=mask, prompt_cache=prompts, **options())
+    tokens = generate(*tiny, texts, attention_mask=mask, prompt_cache=prompts, **options())
     expected = generate(*tiny, texts, attention_mask=mask, **options())
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(tokens, expected)
     with pytest.raises(ValueError, match="prompt_cache: found 3 prompts of 12 tokens that do not"):
         generate(*tiny, texts, prompt_cache=prompts, **options())
 
 
 @pytest.mark.parametrize("data, tensor", [(1, 1), (2, 4)])
-def test_on_a_mesh(tiny, texts, data, tensor):
-    """Also of one device, and one row, whose sharding JAX is quick to forget."""
+def test_a_mesh_gives_the_same_tokens(tiny, texts, data, tensor):
+    """Including a mesh of one device and a batch of one row, whose sharding JAX drops."""
     model, _ = tiny
     mesh = make_mesh(data=data, fsdp=1, tensor=tensor, devices=jax.devices()[: data * tensor])
     params = model.init(jax.random.key(3), mesh=mesh)
     alone = generate(model, params, texts[:1], num_beams=2, **options())
     np.testing.assert_array_equal(alone, generate(*tiny, texts[:1], num_beams=2, **options()))
     prompts = PromptCache.of(model, params, texts[:, :5])
-    found = generate(model, params, texts, prompt_cache=prompts, **options())
-    np.testing.assert_array_equal(found, generate(*tiny, texts, **options()))
+    tokens = generate(model, params, texts, prompt_cache=prompts, **options())
+    np.testing.assert_array_equal(tokens, generate(*tiny, texts, **options()))
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
-def test_on_disk(tiny, texts, tmp_path, dtype):
+def test_a_saved_cache_is_loaded_unchanged(tiny, texts, tmp_path, dtype):
     prompts = PromptCache.of(*tiny, texts, cache_dtype=dtype)
     prompts.save(tmp_path / "prompts.npz")
     loaded = PromptCache.load(tmp_path / "prompts.npz", *tiny)
     for a, b in zip(jax.tree.leaves(prompts.prompt), jax.tree.leaves(loaded.prompt), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    found = generate(*tiny, texts, prompt_cache=loaded, **options())
+    tokens = generate(*tiny, texts, prompt_cache=loaded, **options())
     expected = generate(*tiny, texts, prompt_cache=prompts, **options())
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(tokens, expected)
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.npz"]
     with pytest.raises(FileExistsError, match=r"prompts\.npz exists"):
         prompts.save(tmp_path / "prompts.npz")
 
 
-def test_prompts_are_read_by_fused_kernels(tiny, texts, monkeypatch):
-    """Interpreted here: the kernel is called for the prompt, and once is all."""
+def test_prefill_uses_fused_attention(tiny, texts, monkeypatch):
+    """The kernel, interpreted here, is called once per layer, for the prompt only."""
     model, params = tiny
     lengths = []
     splash = attention_fused.splash_attention
 
-    def watched(q, *args, **kwargs):
+    def record_lengths(q, *args, **kwargs):
         lengths.append(q.shape[2])
         return splash(q, *args, **kwargs)
 
     monkeypatch.setattr(attention_fused, "splash_attention", watched)
     fused = dataclasses.replace(model, attention_implementation="splash")
-    found = generate(fused, params, texts, **options())
+    tokens = generate(fused, params, texts, **options())
     assert lengths == [32] * model.config.n_layer  # the bucket
-    np.testing.assert_array_equal(found, generate(model, params, texts, **options()))
+    np.testing.assert_array_equal(tokens, generate(model, params, texts, **options()))
 
 
-def test_files_that_are_none(tiny, texts, tmp_path):
+def test_files_that_are_no_cache_are_refused(tiny, texts, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such prompt cache"):
         PromptCache.load(tmp_path / "nothing.npz", *tiny)
     (tmp_path / "junk").write_text("junk")
@@ -121,14 +123,16 @@ def test_files_that_are_none(tiny, texts, tmp_path):
         PromptCache.load(tmp_path / "prompts.npz", other, other.init(jax.random.key(0)))
 
 
-def test_what_the_slots_are_is_settled(tiny, texts):
+def test_cache_arguments_beside_a_prompt_cache_are_refused(tiny, texts):
     prompts = PromptCache.of(*tiny, texts)
-    for given in (dict(cache_dtype="int8"), dict(cache_length=64)):
-        with pytest.raises(ValueError, match=f"{next(iter(given))}: found .* beside prompt_cache"):
-            generate(*tiny, texts, prompt_cache=prompts, **options(**given))
+    for arguments in (dict(cache_dtype="int8"), dict(cache_length=64)):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(arguments))}: found .* beside prompt_cache"
+        ):
+            generate(*tiny, texts, prompt_cache=prompts, **options(**arguments))
 
 
-def test_another_text(tiny, texts):
+def test_prompts_that_do_not_begin_with_the_cache_are_refused(tiny, texts):
     prompts = PromptCache.of(*tiny, texts[:, :5])
     for ids in (texts[:, 1:], texts[:, :4], texts[:2]):
         with pytest.raises(ValueError, match=r"make another with PromptCache\.of"):

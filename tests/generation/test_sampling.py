@@ -1,4 +1,4 @@
-"""The rules of sampling, on the distributions themselves."""
+"""The sampling rules on small distributions, and the statistics of the draws."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from btlm_jax.generation.sampling import draw_tokens, warp_scores
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.1, 0.1, 0.1], [0.05, 0.05, 0.8, 0.05, 0.05]]))
 
 
-def kept(keep: int = 1, **how) -> list[list[int]]:
-    options = GenerationOptions(do_sample=True, **({"top_k": 0} | how))
-    return [list(np.flatnonzero(np.isfinite(r))) for r in warp_scores(LOGITS, options, keep)]
+def kept(min_keep: int = 1, **options) -> list[list[int]]:
+    rules = GenerationOptions(do_sample=True, **({"top_k": 0} | options))
+    return [list(np.flatnonzero(np.isfinite(r))) for r in warp_scores(LOGITS, rules, min_keep)]
 
 
 def test_top_k_keeps_ties():
@@ -25,19 +25,19 @@ def test_top_k_keeps_ties():
     assert kept(top_k=0) == kept(top_k=50) == [[0, 1, 2, 3, 4]] * 2
 
 
-def test_top_p_reaches_p():
+def test_top_p_keeps_tokens_until_p_is_reached():
     assert kept(top_p=0.65) == [[0, 1], [2]]
     assert kept(top_p=0.3) == [[0], [2]]
     assert kept(top_p=1e-9) == [[0], [2]]
 
 
-def test_rules_keep_as_many_as_beams_need():
+def test_rules_keep_as_many_tokens_as_beams_need():
     assert [len(row) for row in kept(2, top_p=1e-9)] == [2, 2]
     assert [len(row) for row in kept(2, min_p=1.0)] == [2, 2]
     assert [len(row) for row in kept(2, typical_p=1e-9)] == [2, 2]
 
 
-def test_min_p_is_relative():
+def test_min_p_is_relative_to_the_most_likely_token():
     assert kept(min_p=0.5) == [[0, 1], [2]]
     assert kept(min_p=0.2) == [[0, 1, 2, 3, 4], [2]]
 
@@ -48,33 +48,33 @@ def test_typical_p_may_drop_the_most_likely():
     assert kept(typical_p=0.5)[0] == [0, 1]
 
 
-def test_cutoffs():
+def test_cutoffs_drop_unlikely_tokens():
     assert kept(epsilon_cutoff=0.2) == [[0, 1], [2]]
     assert kept(epsilon_cutoff=0.9) == [[0], [2]]
     # sqrt(0.3) * exp(-entropy) = 0.13 and 0.25
     assert kept(eta_cutoff=0.3) == [[0, 1], [2]]
 
 
-def test_temperature_then_filters():
-    how = GenerationOptions(do_sample=True, temperature=0.5, top_k=2)
-    got = jax.nn.softmax(warp_scores(LOGITS, how), -1)[0]
+def test_temperature_is_applied_before_the_filters():
+    options = GenerationOptions(do_sample=True, temperature=0.5, top_k=2)
+    got = jax.nn.softmax(warp_scores(LOGITS, options), -1)[0]
     np.testing.assert_allclose(got, np.array([16, 9, 0, 0, 0]) / 25, atol=1e-6)
 
 
 def test_draws_follow_the_distribution():
     n = 4000
     keys = jax.random.split(jax.random.key(0), n)
-    drawn = np.asarray(draw_tokens(jnp.repeat(LOGITS[:1], n, 0), keys, 2))
+    draws = np.asarray(draw_tokens(jnp.repeat(LOGITS[:1], n, 0), keys, 2))
     p = np.exp(np.asarray(LOGITS[0], np.float64))
     p /= p.sum()
-    assert stats.chisquare(np.bincount(drawn[:, 0], minlength=5), n * p).pvalue > 1e-3
+    assert stats.chisquare(np.bincount(draws[:, 0], minlength=5), n * p).pvalue > 1e-3
     # Without replacement, in order: P(i, then j) = p_i p_j / (1 - p_i).
     pairs = np.zeros((5, 5))
-    np.add.at(pairs, tuple(drawn.T), 1)
+    np.add.at(pairs, tuple(draws.T), 1)
     expected = n * p[:, None] * p / (1 - p[:, None])
-    off = ~np.eye(5, dtype=bool)
+    off_diagonal = ~np.eye(5, dtype=bool)
     assert np.trace(pairs) == 0
-    assert stats.chisquare(pairs[off], expected[off]).pvalue > 1e-3
+    assert stats.chisquare(pairs[off_diagonal], expected[off_diagonal]).pvalue > 1e-3
 
 
 def test_equal_rows_with_equal_keys_draw_alike():
@@ -84,7 +84,7 @@ def test_equal_rows_with_equal_keys_draw_alike():
 
 
 @pytest.mark.parametrize(
-    "how, message",
+    "options, message",
     [
         (dict(min_p=1.5), "min_p: found 1.5"),
         (dict(typical_p=0.0), "typical_p: found 0.0"),
@@ -95,6 +95,6 @@ def test_equal_rows_with_equal_keys_draw_alike():
         (dict(top_k=2.5), "top_k: found 2.5"),
     ],
 )
-def test_bad_values(how, message):
+def test_bad_values_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        GenerationOptions(do_sample=True, **how)
+        GenerationOptions(do_sample=True, **options)

@@ -1,4 +1,4 @@
-"""`score` against whole logits."""
+"""`score` against full logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support import golden
 
 
 @pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
-def test_is_the_log_softmax_of_the_original(name):
+def test_scores_are_the_log_softmax_of_the_original_logits(name):
     c = golden.load(name)
     logits = np.asarray(c["plain/logits_f64"], np.float64)
     ids = c["plain/input_ids"]
@@ -41,13 +41,13 @@ def test_one_program_per_bucket(tiny):
     model, params = tiny
     ids = np.ones((1, 64), int)
     score(model, params, ids[:, :57])
-    with count_compilations() as found:
+    with count_compilations() as compiled:
         score(model, params, ids[:, :64])
         score(model, params, ids[:, :60])
-    assert found.count == 0
+    assert compiled.count == 0
 
 
-def test_a_mesh_scores_alike():
+def test_a_mesh_gives_the_same_scores():
     model = BTLM(BTLMConfig.preset("tiny"))
     ids = np.random.default_rng(0).integers(0, 512, (3, 45))
     expected = score(model, model.init(jax.random.key(0)), ids)

@@ -1,4 +1,4 @@
-"""Stop strings: the automaton against searching the text."""
+"""The automaton of stop strings agrees with a search in the text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from btlm_jax.generation import stop_automaton
 
-# "é" is two bytes, each a token; the tokens of GPT-2 are written with "Ġ" for a space.
+# "é" is two bytes, each of which is a token; GPT-2 writes "Ġ" for a space.
 TOKENS = ["a", "b", "Ġ", "ab", "ba", "aab", "bĠ", "Ġab", "Ã", "©", "<|end|>"]
 TEXTS = [t.replace("Ġ", " ").encode() for t in TOKENS[:8]] + [b"\xc3", b"\xa9", b"<|end|>"]
 
@@ -30,11 +30,11 @@ def test_ends_with_the_token_that_completes_a_string(stops, ids):
     table = stop_automaton.build_stop_table(stops, byte_level(), len(TOKENS) + 1)
     state, text = 0, b""
     for token in ids:
-        before, text = len(text), text + TEXTS[token]
-        state, hit = stop_automaton.advance_stop_state(table, state, token)
-        # Somewhere in the text, its last byte among the new ones.
-        window = (text[max(0, before - len(s.encode()) + 1) :].find(s.encode()) for s in stops)
-        assert hit == any(at >= 0 for at in window)
+        old_length, text = len(text), text + TEXTS[token]
+        state, completed = stop_automaton.advance_stop_state(table, state, token)
+        # A string somewhere in the text, whose last byte is one of the new ones.
+        window = (text[max(0, old_length - len(s.encode()) + 1) :].find(s.encode()) for s in stops)
+        assert completed == any(position >= 0 for position in window)
 
 
 def test_strings_may_begin_in_the_prompt_but_not_in_padding():
@@ -50,7 +50,7 @@ def test_strings_may_begin_in_the_prompt_but_not_in_padding():
     assert stop_automaton.advance_stop_state(table, state, np.array([1]))[1].tolist() == [True]
 
 
-def test_other_tokenizers_are_decoded():
+def test_tokens_of_other_tokenizers_are_decoded():
     tokenizer = Tokenizer(models.BPE({"▁a": 0, "b": 1, "▁": 2, "a": 3}, []))
     tokenizer.decoder = decoders.Metaspace()
     table = stop_automaton.build_stop_table([" a"], tokenizer, 4)
@@ -62,7 +62,7 @@ def test_other_tokenizers_are_decoded():
     ]
 
 
-def test_bad_strings():
+def test_bad_stop_strings_are_named():
     for stops in ("", [], ["a", ""], [1]):
         with pytest.raises(ValueError, match="stop_strings: found"):
             stop_automaton.build_stop_table(stops, byte_level(), 11)

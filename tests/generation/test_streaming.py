@@ -1,4 +1,4 @@
-"""Streams give the tokens of `generate`, while it goes on."""
+"""Streams yield the tokens of `generate` while they are generated."""
 
 from __future__ import annotations
 
@@ -18,55 +18,60 @@ PROMPT = np.array([72, 101, 108])
 
 
 @pytest.mark.parametrize(
-    "how",
+    "options",
     [
         dict(max_new_tokens=12, eos_token_id=None, repetition_penalty=1.3),
         dict(max_length=20, do_sample=True, eos_token_id=list(range(20))),
     ],
-    ids=["greedy", "drawn"],
+    ids=["greedy", "sampled"],
 )
-def test_tokens_are_those_of_generate(of_bytes, how):
+def test_tokens_are_those_of_generate(of_bytes, options):
     model, params, _ = of_bytes
     lengths = set()
-    for seed in range(4) if how.get("do_sample") else [0]:
-        expected = generate(model, params, PROMPT[None], seed=seed, **how)[0, 3:]
+    for seed in range(4) if options.get("do_sample") else [0]:
+        expected = generate(model, params, PROMPT[None], seed=seed, **options)[0, 3:]
         for chunk in (1, 5):
-            found = list(stream(model, params, PROMPT, chunk=chunk, seed=seed, **how))
-            assert found == expected.tolist() and all(type(t) is int for t in found)
-        lengths.add(len(found))
-    assert len(lengths) > 1 or not how.get("do_sample")  # some end early
+            tokens = list(stream(model, params, PROMPT, chunk=chunk, seed=seed, **options))
+            assert tokens == expected.tolist() and all(type(t) is int for t in tokens)
+        lengths.add(len(tokens))
+    assert len(lengths) > 1 or not options.get("do_sample")  # some end early
 
 
 def test_text_ends_with_a_stop_string(of_bytes):
     model, params, tokenizer = of_bytes
-    how = dict(max_new_tokens=20, do_sample=True, top_k=0, eos_token_id=None, tokenizer=tokenizer)
-    free = generate(model, params, PROMPT[None], **how)[0, 3:].tolist()
-    whole = "".join(stream(model, params, PROMPT, **how))
+    options = dict(
+        max_new_tokens=20, do_sample=True, top_k=0, eos_token_id=None, tokenizer=tokenizer
+    )
+    free = generate(model, params, PROMPT[None], **options)[0, 3:].tolist()
+    whole = "".join(stream(model, params, PROMPT, **options))
     assert whole == tokenizer.decode(free)
     stop = next(c for c in whole if c.isascii() and c.isprintable())
-    found = list(stream(model, params, PROMPT, stop_strings=stop, **how))
-    assert "".join(found) == whole[: whole.index(stop) + 1] and found[-1].endswith(stop)
+    pieces = list(stream(model, params, PROMPT, stop_strings=stop, **options))
+    assert "".join(pieces) == whole[: whole.index(stop) + 1] and pieces[-1].endswith(stop)
 
 
-def test_nothing_is_compiled_on_the_way(of_bytes, monkeypatch):
-    """But where the cache grows."""
+def test_a_running_stream_compiles_nothing_until_its_cache_grows(of_bytes, monkeypatch):
     model, params, _ = of_bytes
-    how = dict(max_new_tokens=30, eos_token_id=None)
-    expected = list(stream(model, params, PROMPT, **how))
-    tokens = stream(model, params, PROMPT[:2], **how)
+    options = dict(max_new_tokens=30, eos_token_id=None)
+    expected = list(stream(model, params, PROMPT, **options))
+    tokens = stream(model, params, PROMPT[:2], **options)
     next(tokens)
-    with count_compilations() as found:
+    with count_compilations() as compiled:
         list(tokens)
-    assert found.count == 0
+    assert compiled.count == 0
     monkeypatch.setattr(request, "INITIAL_SLOTS", 8)
-    grown, real = [], kv_cache.resized
-    monkeypatch.setattr(kv_cache, "resized", lambda c, n: grown.append(n) or real(c, n))
-    assert list(stream(model, params, PROMPT, chunk=3, **how)) == expected
-    assert grown == [16, 32]
+    capacities, resized = [], kv_cache.resized
+
+    def record_capacity(cache, capacity):
+        capacities.append(capacity)
+        return resized(cache, capacity)
+
+    monkeypatch.setattr(kv_cache, "resized", record_capacity)
+    assert list(stream(model, params, PROMPT, chunk=3, **options)) == expected
+    assert capacities == [16, 32]
 
 
-def test_the_device_is_ahead(of_bytes, monkeypatch):
-    """The next step is asked for before the last token is fetched."""
+def test_the_next_step_is_dispatched_before_the_last_token_is_fetched(of_bytes, monkeypatch):
     model, params, _ = of_bytes
     events, advance, fetch = [], sample_loop.advance_loop, jax.device_get
     monkeypatch.setattr(
@@ -78,12 +83,12 @@ def test_the_device_is_ahead(of_bytes, monkeypatch):
     assert events == ["step", "fetch"] * 2
 
 
-def test_closing_ends_the_work(of_bytes):
+def test_closing_a_stream_frees_it(of_bytes):
     model, params, tokenizer = of_bytes
     for interrupt in (False, True):
         pieces = stream(model, params, PROMPT, tokenizer=tokenizer, eos_token_id=None)
         next(pieces)
-        gone = weakref.ref(pieces)
+        reference = weakref.ref(pieces)
         if interrupt:
             with pytest.raises(KeyboardInterrupt):
                 for _ in pieces:
@@ -93,11 +98,11 @@ def test_closing_ends_the_work(of_bytes):
             assert list(pieces) == []
         del pieces
         gc.collect()
-        assert gone() is None
+        assert reference() is None
 
 
 @pytest.mark.parametrize(
-    "prompt, how, message",
+    "prompt, options, message",
     [
         (PROMPT, dict(num_beams=2), "num_beams: found 2, expected 1"),
         (PROMPT, dict(do_sample=True, num_return_sequences=2), "num_return_sequences: found 2"),
@@ -109,6 +114,6 @@ def test_closing_ends_the_work(of_bytes):
         (PROMPT, dict(max_length=3), "prompt 0: max_length: found 3"),
     ],
 )
-def test_bad_arguments(of_bytes, prompt, how, message):
-    with pytest.raises(ValueError, match=message):  # before the first token is asked for
-        stream(*of_bytes[:2], prompt, **how)
+def test_bad_arguments_are_named_before_the_first_token(of_bytes, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(*of_bytes[:2], prompt, **options)
