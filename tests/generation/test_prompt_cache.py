@@ -100,7 +100,7 @@ def test_prefill_uses_fused_attention(tiny, texts, monkeypatch):
         lengths.append(q.shape[2])
         return splash(q, *args, **kwargs)
 
-    monkeypatch.setattr(attention_fused, "splash_attention", watched)
+    monkeypatch.setattr(attention_fused, "splash_attention", record_lengths)
     fused = dataclasses.replace(model, attention_implementation="splash")
     tokens = generate(fused, params, texts, **options())
     assert lengths == [32] * model.config.n_layer  # the bucket
