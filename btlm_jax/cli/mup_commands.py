@@ -12,7 +12,7 @@ from btlm_jax.cli.arguments import Directory, check_output, write_json
 
 if TYPE_CHECKING:
     from btlm_jax.mup_study.corpus import Corpus
-    from btlm_jax.mup_study.parametrization import Family
+    from btlm_jax.mup_study.parametrization import WidthFamily
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Models:
     seeds: int = 2
     """Number of seeds of weights (and of batches in `transfer`); results are means over them."""
 
-    def build(self) -> tuple[Family, Corpus]:
+    def build(self) -> tuple[WidthFamily, Corpus]:
         """Returns the models and the corpus that they are trained on."""
         from btlm_jax.config import BTLMConfig
-        from btlm_jax.mup_study import corpus as corpus_lib
         from btlm_jax.mup_study import parametrization
+        from btlm_jax.mup_study.corpus import read_corpus
         from btlm_jax.presets import PRESETS
 
         for name in ("heads", "layers", "batch_size", "length", "seeds"):
@@ -51,9 +51,9 @@ class Models:
         if self.model is not None:
             known = self.model in PRESETS
             base = BTLMConfig.preset(self.model) if known else BTLMConfig.from_hf(self.model)
-        corpus = corpus_lib.read(self.data, self.length)
-        shape = parametrization.shape(corpus.vocab_size, self.layers, self.heads, base)
-        family = parametrization.Family(shape, self.widths)
+        corpus = read_corpus(self.data, self.length)
+        shape = parametrization.family_shape(corpus.vocab_size, self.layers, self.heads, base)
+        family = parametrization.WidthFamily(shape, self.widths)
         print(f"training on {corpus.name}: batches of {self.batch_size} x {self.length} tokens, "
               f"seeds: {self.seeds}", flush=True)  # fmt: skip
         return family, corpus
@@ -79,7 +79,7 @@ class CoordCheck:
     """Also break every rule of muP, one at a time; otherwise compare with SP only."""
 
     def run(self) -> int:
-        from btlm_jax.mup_study import coord_check
+        from btlm_jax.mup_study import coord_check, coord_check_report
         from btlm_jax.utils import plots
 
         plots.require_matplotlib()
@@ -91,7 +91,7 @@ class CoordCheck:
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"--learning-rate: found {self.learning_rate}, expected more than 0")
         family, corpus = self.models.build()
-        found = coord_check.coord_check(
+        check = coord_check.coord_check(
             family,
             corpus,
             parametrizations=coord_check.ALL if self.faults else ("muP", "SP"),
@@ -101,11 +101,11 @@ class CoordCheck:
             batch_size=self.models.batch_size,
             length=self.models.length,
         )
-        print("\n".join(coord_check.table(found)))
-        write_json(numbers, coord_check.to_json(found))
-        coord_check.draw(picture, found)
+        print("\n".join(coord_check_report.coord_check_table(check)))
+        write_json(numbers, coord_check_report.coord_check_numbers(check))
+        coord_check_report.draw_coord_check(picture, check)
         print(f"written to {self.directory}: coord_check.json, coord_check.png")
-        return int(not all(good for good, _ in coord_check.verdicts(found)))
+        return int(not all(good for good, _ in coord_check_report.coord_check_verdicts(check)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +125,14 @@ class Transfer:
     """Training steps of every run: a tenth of warmup, then linear decay to zero."""
 
     def run(self) -> int:
-        from btlm_jax.mup_study import transfer
+        from btlm_jax.mup_study import transfer, transfer_report
 
         if self.steps < 2:
             raise ValueError(f"--steps: found {self.steps}, expected at least 2")
         check_output(self.directory / "transfer.json")
         check_output(self.directory / "transfer.png")
         family, corpus = self.models.build()
-        found = transfer.transfer(
+        sweep = transfer.transfer(
             self.directory,
             family,
             corpus,
@@ -141,6 +141,6 @@ class Transfer:
             batch_size=self.models.batch_size,
             length=self.models.length,
         )
-        print("\n".join(transfer.table(found)))
+        print("\n".join(transfer_report.transfer_table(sweep)))
         print(f"written to {self.directory}: transfer.json, transfer.png")
-        return int(not all(good for good, _ in transfer.verdicts(found)))
+        return int(not all(good for good, _ in transfer_report.transfer_verdicts(sweep)))

@@ -1,9 +1,9 @@
 """The coordinate check of muP (arXiv 2203.03466, appendix D; microsoft/mup's `coord_check`).
 
-Models of several widths train for a few steps. Under muP what they compute changes by amounts that
-do not depend on the width; the fitted slope of log2(mean |change|) against log2(width) is near 0.
-Wherever a rule of the parametrization is broken, some slope is far from it, and the check runs such
-models too: one that they pass would prove nothing.
+Models of several widths train for a few steps. Under muP their activations change by amounts that
+do not depend on the width: the fitted slope of log2(mean |change|) against log2(width) is near 0.
+If a rule of the parametrization is broken, some slope is far from 0. The check also runs models
+with one deliberately broken rule each, because a check that they pass would prove nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,20 +23,19 @@ from btlm_jax.model.params import Params
 from btlm_jax.mup_study.corpus import Corpus
 from btlm_jax.mup_study.parametrization import (
     PARAMETRIZATIONS,
-    Family,
     Rules,
-    reparametrized,
-    start,
-    step,
+    WidthFamily,
+    initial_trial,
+    reparametrize,
+    trial_step,
 )
-from btlm_jax.utils import plots
 from btlm_jax.utils.progress import Progress
 
 ALL = tuple(PARAMETRIZATIONS)
-# About the best one of `transfer`, for the default family.
+# About the optimum of `transfer` for the default family.
 LEARNING_RATE = 2**-6.25
-# The greatest |slope| that passes. Attention logits start with random signs, at 1 / sqrt(d), and
-# grow towards their final size within these steps: their slope is the last to settle.
+# The largest |slope| that passes. Attention logits start with random signs, at 1 / sqrt(d), and
+# grow towards their final size during these steps, so their slope settles last.
 LIMITS = {
     "embedding": 0.2,
     "attention logits": 0.3,
@@ -46,7 +44,7 @@ LIMITS = {
     "residual stream": 0.2,
     "logits": 0.2,
 }
-# What a broken rule must show at least, in each of these curves, for the check to have found it.
+# The smallest |slope| in each of these curves that counts as detecting a broken rule.
 FAULTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "SP": (1.0, ("attention", "MLP", "residual stream")),
     "hidden rate unscaled": (0.5, ("MLP",)),
@@ -59,39 +57,41 @@ FAULTS: dict[str, tuple[float, tuple[str, ...]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class CoordCheck:
-    """What was measured.
+    """The measurements of a coordinate check.
 
     Attributes:
-      widths: of the models.
-      sizes: parametrization -> curve -> mean |activation| at step 0, then mean |change since then|
-        after every step, [seeds, steps + 1, widths].
-      losses: parametrization -> of the last step, nats per token, [seeds, widths].
+      widths: widths of the models.
+      sizes: parametrization -> curve -> mean |activation| at step 0, then mean |change since
+        step 0| after every step, [seeds, steps + 1, widths].
+      losses: parametrization -> loss of the last step, nats per token, [seeds, widths].
     """
 
     widths: tuple[int, ...]
     sizes: dict[str, dict[str, np.ndarray]]
     losses: dict[str, np.ndarray]
 
-    def slope(self, parametrization: str, curve: str, at: int = -1) -> float:
-        """Of log2(size) against log2(width) after a step (0: at the start), mean over seeds; inf
-        where some width has diverged."""
-        size = self.sizes[parametrization][curve][:, at].mean(0)
+    def slope(self, parametrization: str, curve: str, step: int = -1) -> float:
+        """Returns the slope of log2(size) against log2(width) after a step (0 is the start).
+
+        Sizes are means over seeds. The slope is inf if any width has diverged.
+        """
+        size = self.sizes[parametrization][curve][:, step].mean(0)
         if not np.isfinite(size).all():
             return math.inf
         return float(np.polyfit(np.log2(self.widths), np.log2(size), 1)[0])
 
     def passes(self, parametrization: str) -> bool:
-        """Whether every curve is as flat as muP's should be."""
+        """Returns whether every curve is as flat as muP requires."""
         return all(abs(self.slope(parametrization, curve)) <= n for curve, n in LIMITS.items())
 
-    def found(self, fault: str) -> bool:
-        """Whether a broken rule shows in every curve in which it must."""
+    def detects(self, fault: str) -> bool:
+        """Returns whether a broken rule shows in every curve of `FAULTS`."""
         least, curves = FAULTS[fault]
         return all(abs(self.slope(fault, curve)) >= least for curve in curves)
 
 
 def coord_check(
-    family: Family,
+    family: WidthFamily,
     corpus: Corpus,
     *,
     parametrizations: Sequence[str] = ALL,
@@ -101,144 +101,64 @@ def coord_check(
     batch_size: int = 8,
     length: int = 64,
 ) -> CoordCheck:
-    """Trains every parametrization at every width, and measures what they compute.
+    """Trains every parametrization at every width and measures the activations.
 
     Args:
-      family, corpus: what is trained in which widths, and on what.
-      parametrizations: of `ALL`: "muP", "SP", and muP with one of its rules broken.
-      learning_rate: of embeddings, at every step. It should be near the best one: far above it even
-        muP's activations depend on the width, far below nothing moves.
-      steps: to train; activations are those of one held-out batch.
-      seeds: of weights; batches are the same.
-      batch_size, length: sequences and tokens of every batch.
+      family: the model and its widths.
+      corpus: the tokens to train on.
+      parametrizations: names in `ALL`: "muP", "SP", and muP with one of its rules broken.
+      learning_rate: learning rate of embeddings at every step. It should be near the optimum: far
+        above it even activations under muP depend on the width, and far below nothing moves.
+      steps: training steps; activations are those of one held-out batch.
+      seeds: number of seeds of the weights; the batches are the same.
+      batch_size: sequences per batch.
+      length: tokens per sequence.
     """
     batches = corpus.batches(steps, batch_size, length, seed=0)
-    seen = corpus.windows(1, batch_size, length)[0, :, :-1]
+    probe = corpus.windows(1, batch_size, length)[0, :, :-1]
     shape = (seeds, steps + 1, len(family.widths))
     sizes = {p: {c: np.zeros(shape) for c in LIMITS} for p in parametrizations}
     losses = {p: np.zeros((seeds, len(family.widths))) for p in parametrizations}
     work = sum(map(family.cost, family.widths)) * seeds * steps * len(parametrizations)
     with Progress(work, "base step", "coordinate check") as progress:
         for j, width in enumerate(family.widths):
-            model = BTLM(family.at(width))
+            model = BTLM(family.config(width))
             for name in parametrizations:
                 rules = family.rules(name, width)
                 for seed in range(seeds):
-                    trial, mean = start(model, np.int32(seed), rules), np.nan
-                    first = activations(model, trial.params, seen, rules)
-                    found = [_sizes(first, None)]
+                    trial, mean = initial_trial(model, np.int32(seed), rules), np.nan
+                    initial = activations(model, trial.params, probe, rules)
+                    by_step = [_mean_sizes(initial, None)]
                     for tokens in batches:
                         rate = np.float32(learning_rate)
-                        trial, mean = step(model, trial, tokens, rate, rules)
-                        now = activations(model, trial.params, seen, rules)
-                        found.append(_sizes(now, first))
-                    losses[name][seed, j], found = jax.device_get((mean, found))
+                        trial, mean = trial_step(model, trial, tokens, rate, rules)
+                        current = activations(model, trial.params, probe, rules)
+                        by_step.append(_mean_sizes(current, initial))
+                    losses[name][seed, j], by_step = jax.device_get((mean, by_step))
                     progress.update(steps * family.cost(width), f"{name}, width {width}")
-                    for i, one in enumerate(found):
+                    for i, by_curve in enumerate(by_step):
                         for curve in LIMITS:
-                            sizes[name][curve][seed, i, j] = one[curve]
+                            sizes[name][curve][seed, i, j] = by_curve[curve]
     return CoordCheck(family.widths, sizes, losses)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def activations(model: BTLM, params: Params, tokens: jax.Array, rules: Rules) -> dict[str, Any]:
-    """What the check looks at, by the names of `LIMITS`."""
-    got = model.intermediates(reparametrized(model, params, rules), tokens)
-    logits = jnp.einsum("lbhtk,lbhsk->lbhts", got.queries, got.keys)
-    last = got.hidden_states[-2] + got.attention_outputs[-1] + got.mlp_outputs[-1]
+    """Returns the activations that the check measures, by the names of `LIMITS`."""
+    seen = model.intermediates(reparametrize(model, params, rules), tokens)
+    logits = jnp.einsum("lbhtk,lbhsk->lbhts", seen.queries, seen.keys)
+    last = seen.hidden_states[-2] + seen.attention_outputs[-1] + seen.mlp_outputs[-1]
     return {
-        "embedding": got.hidden_states[0],
-        "attention logits": jnp.tril(logits),  # no others count
-        "attention": got.attention_outputs,
-        "MLP": got.mlp_outputs,
+        "embedding": seen.hidden_states[0],
+        "attention logits": jnp.tril(logits),  # the others are masked
+        "attention": seen.attention_outputs,
+        "MLP": seen.mlp_outputs,
         "residual stream": last,
-        "logits": got.logits,
+        "logits": seen.logits,
     }
 
 
 @jax.jit
-def _sizes(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, jax.Array]:
-    change = now if before is None else jax.tree.map(jnp.subtract, now, before)
+def _mean_sizes(current: dict[str, Any], initial: dict[str, Any] | None) -> dict[str, jax.Array]:
+    change = current if initial is None else jax.tree.map(jnp.subtract, current, initial)
     return jax.tree.map(lambda x: jnp.abs(x).mean(), change)
-
-
-def table(found: CoordCheck) -> Iterator[str]:
-    """Slopes by parametrization and curve, and the verdicts, as lines of text."""
-    curves = list(LIMITS)
-    yield f"{'slope of log2 size against log2 width':<40}" + "".join(f"{c:>18}" for c in curves)
-    for name, by_curve in found.sizes.items():
-        final, initial = ([found.slope(name, c, at) for c in by_curve] for at in (-1, 0))
-        yield f"{name + ', change':<40}" + "".join(f"{x:>+18.2f}" for x in final)
-        if name == "muP":
-            yield f"{name + ', at the start':<40}" + "".join(f"{x:>+18.2f}" for x in initial)
-    yield f"{'limit':<40}" + "".join(f"{LIMITS[c]:>18.2f}" for c in curves)
-    yield ""
-    yield from (line for _, line in verdicts(found))
-
-
-def verdicts(found: CoordCheck) -> Iterator[tuple[bool, str]]:
-    """Whether each parametrization does as it must, and that in words."""
-    for name in found.sizes:
-        steepest = max(LIMITS, key=lambda c: abs(found.slope(name, c)) / LIMITS[c])
-        slope = f"steepest {steepest} {found.slope(name, steepest):+.2f}"
-        if name == "muP":
-            good = found.passes(name)
-            says = "passes" if good else "FAILS, and should pass"
-        else:
-            good = found.found(name)
-            least, curves = FAULTS[name]
-            says = "fails, as it must" if good else (
-                f"is NOT FOUND: expected at least {least} in {', '.join(curves)}"
-            )  # fmt: skip
-        yield good, f"{name}: {says} ({slope})"
-
-
-def to_json(found: CoordCheck) -> dict[str, Any]:
-    """Everything, as plain values."""
-    curves = {
-        p: {
-            c: {"slope": found.slope(p, c), "limit": n, "passes": abs(found.slope(p, c)) <= n}
-            for c, n in LIMITS.items()
-        }
-        for p in found.sizes
-    }
-    return {
-        "widths": list(found.widths),
-        "verdicts": curves,
-        "faults": {p: {"least": n, "in": list(shown)} for p, (n, shown) in FAULTS.items()},
-        "slopes_at_start": {p: {c: found.slope(p, c, 0) for c in LIMITS} for p in found.sizes},
-        "as_it_must": dict(zip(found.sizes, (good for good, _ in verdicts(found)), strict=True)),
-        "sizes": {p: {c: x.tolist() for c, x in s.items()} for p, s in found.sizes.items()},
-        "losses": {p: x.tolist() for p, x in found.losses.items()},
-    }
-
-
-def draw(path: Path, found: CoordCheck) -> None:
-    """A row of panels for every parametrization: change against width, a line per step."""
-    from matplotlib import colormaps
-
-    names, curves = list(found.sizes), list(LIMITS)
-    made, panels = plots.new_figure(len(curves), len(names), size=(2.6, 2.1))
-    for row, name in zip(panels, names, strict=True):
-        for axes, curve in zip(row, curves, strict=True):
-            size = found.sizes[name][curve].mean(0)
-            for i in range(1, len(size)):
-                color = colormaps["viridis"]((i - 1) / max(len(size) - 2, 1))
-                axes.plot(found.widths, size[i], color=color, linewidth=1.2)
-            slope = found.slope(name, curve)
-            good = abs(slope) <= LIMITS[curve]
-            axes.set_title(f"{curve} {slope:+.2f}", fontsize=9, color="black" if good else "C3")
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
-            axes.set_xticks(found.widths, [str(w) for w in found.widths], fontsize=7)
-            axes.tick_params(axis="y", labelsize=7)
-            axes.grid(alpha=0.3)
-        row[0].set_ylabel(f"{name}\nmean |change|", fontsize=9)
-    for axes in panels[-1]:
-        axes.set_xlabel("width", fontsize=8)
-    steps = len(next(iter(found.sizes[names[0]].values()))[0]) - 1
-    made.suptitle(
-        f"Coordinate check: mean |change| after steps 1 (dark) to {steps} (light), and its slope "
-        "after the last; red: steeper than muP may be", fontsize=11,
-    )  # fmt: skip
-    plots.save_png(path, made, dpi=90)  # a page of panels would be more than a megabyte

@@ -1,4 +1,4 @@
-"""Text to try small models on: tokens to train on, and tokens held out."""
+"""Text for small experiments: tokens to train on, and held-out tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HELD_OUT = 0.1
 
 
 class Corpus(NamedTuple):
-    """Tokens to train on and tokens held out, int32 [N], in a vocabulary."""
+    """Tokens to train on and held-out tokens, int32 [N], of one vocabulary."""
 
     train: np.ndarray
     held_out: np.ndarray
@@ -25,31 +25,35 @@ class Corpus(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all tokens."""
+        """Returns the SHA-256 of all tokens."""
         return hashlib.sha256(self.train.tobytes() + self.held_out.tobytes()).hexdigest()
 
     def batches(self, count: int, batch_size: int, length: int, seed: int) -> np.ndarray:
-        """Windows at random places, int32 [count, B, T + 1]."""
-        at = np.random.default_rng(seed).integers(
+        """Returns windows at random positions, int32 [count, B, T + 1]."""
+        starts = np.random.default_rng(seed).integers(
             0, len(self.train) - length, (count, batch_size, 1)
         )
-        return self.train[at + np.arange(length + 1)]
+        return self.train[starts + np.arange(length + 1)]
 
     def windows(self, count: int, batch_size: int, length: int) -> np.ndarray:
-        """Held-out windows, evenly spread, int32 [count, B, T + 1]."""
+        """Returns evenly spaced held-out windows, int32 [count, B, T + 1]."""
         last = len(self.held_out) - length - 1
-        at = np.linspace(0, last, count * batch_size).astype(np.int64)
-        return self.held_out[at.reshape(count, batch_size, 1) + np.arange(length + 1)]
+        starts = np.linspace(0, last, count * batch_size).astype(np.int64)
+        return self.held_out[starts.reshape(count, batch_size, 1) + np.arange(length + 1)]
 
 
-def read(directory: Path | None, length: int) -> Corpus:
-    """A corpus: the bytes of the quickstart's text, or a directory of `btlm tokenize`.
+def read_corpus(directory: Path | None, length: int) -> Corpus:
+    """Reads a corpus: the bytes of the quickstart's text, or a directory of `btlm tokenize`.
 
-    The end, a tenth, is held out; of a directory the first 20 million tokens are read.
+    The last tenth is held out. At most the first 20 million tokens of a directory are read.
+
+    Args:
+      directory: token shards; None is the text of the quickstart.
+      length: tokens per window.
 
     Raises:
-      ValueError: it is shorter than the windows take.
-      FileNotFoundError: there is none.
+      ValueError: the corpus is too short for the windows.
+      FileNotFoundError: there are no token shards in the directory.
     """
     if directory is None:
         tokens = np.frombuffer(sample_text.read_sample_text().encode(), np.uint8).astype(np.int32)
@@ -61,10 +65,10 @@ def read(directory: Path | None, length: int) -> Corpus:
         vocab_size, name = shards.metadata.vocab_size, str(directory)
         if count < len(shards):
             name = f"the first {count:,} of {len(shards):,} tokens of {directory}"
-    held = int(_HELD_OUT * len(tokens))
-    if held < length + 1:
+    held_out = int(_HELD_OUT * len(tokens))
+    if held_out < length + 1:
         raise ValueError(
-            f"--data: {name} has {len(tokens):,} tokens, of which {held:,} are held out, expected "
-            f"at least {length + 1:,} held out: windows of {length} tokens and the one after"
+            f"--data: {name} has {len(tokens):,} tokens, of which {held_out:,} are held out, "
+            f"expected at least {length + 1:,}, for windows of {length} tokens and one more"
         )
-    return Corpus(tokens[:-held], tokens[-held:], vocab_size, name)
+    return Corpus(tokens[:-held_out], tokens[-held_out:], vocab_size, name)

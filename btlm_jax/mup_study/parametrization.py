@@ -1,8 +1,8 @@
-"""muP and departures from it: one model in several widths, trained by rules that are arguments.
+"""muP and departures from it: one model in several widths, with the rules as arguments.
 
-A departure is a handful of factors (`Rules`) on what the configuration and `mup.adamw` prescribe.
-They are traced, so that one compiled program per width serves every parametrization, learning rate
-and seed. At the base width all parametrizations are the same model.
+A departure is a handful of factors (`Rules`) on the values that the configuration and `mup.adamw`
+prescribe. They are traced, so one compiled program per width serves every parametrization, learning
+rate and seed. At the base width all parametrizations are the same model.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from btlm_jax.model.params import Params, flatten_tree, unflatten_tree
 
 
 class Rules(NamedTuple):
-    """Factors on muP's own; all 1 is muP."""
+    """Factors on the values of muP; all 1 is muP."""
 
     hidden_rate: Any = 1.0  # on the learning rate of hidden matrices
-    embedding_rate: Any = 1.0  # on that of embeddings
+    embedding_rate: Any = 1.0  # on the learning rate of embeddings
     hidden_init: Any = 1.0  # on the initial values of hidden matrices
     queries: Any = 1.0  # on the attention logits, before ALiBi
     logits: Any = 1.0  # on the logits
 
 
 PARAMETRIZATIONS: Mapping[str, Callable[[float], Rules]] = {
-    # From m, the width and the head dimension over those of the base.
+    # m is the width over the base width, and also the head dimension over that of the base.
     "muP": lambda m: Rules(),
-    # Standard: hidden matrices start at 1 / sqrt(inputs), as in muP, and nothing else knows m.
+    # Standard: hidden matrices start at 1 / sqrt(inputs), as in muP; nothing else depends on m.
     "SP": lambda m: Rules(hidden_rate=m, logits=m, queries=math.sqrt(m)),
     "hidden rate unscaled": lambda m: Rules(hidden_rate=m),
     "logits unscaled": lambda m: Rules(logits=m),
@@ -49,14 +49,14 @@ PARAMETRIZATIONS: Mapping[str, Callable[[float], Rules]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
-    """One model in several widths. Heads stay as many, so that their dimension grows.
+class WidthFamily:
+    """One model in several widths with a constant number of heads, whose dimension grows.
 
-    With heads of one size instead, a wrong factor on the attention logits would stay unseen.
+    With heads of constant size, a wrong factor on the attention logits would not show.
 
     Attributes:
-      shape: everything but the width.
-      widths: ascending; the first is the base of muP.
+      shape: the configuration, whose width is ignored.
+      widths: the widths, ascending; the first is the base width of muP.
 
     Raises:
       ValueError: widths that do not divide into the heads, or fewer than two.
@@ -72,14 +72,14 @@ class Family:
                 f"widths: found {', '.join(map(str, widths)) or 'none'}, expected two or more, "
                 "ascending"
             )
-        if odd := [w for w in widths if w % heads]:
+        if indivisible := [w for w in widths if w % heads]:
             raise ValueError(
-                f"widths: found {odd[0]}, which does not divide into {heads} heads; expected "
-                f"multiples of {heads}"
+                f"widths: found {indivisible[0]}, which does not divide into {heads} heads; "
+                f"expected multiples of {heads}"
             )
 
-    def at(self, width: int) -> BTLMConfig:
-        """The configuration of one width, under muP."""
+    def config(self, width: int) -> BTLMConfig:
+        """Returns the configuration of one width, under muP."""
         c = self.shape
         return dataclasses.replace(
             c, n_embd=width, n_inner=round(c.n_inner * width / c.n_embd),
@@ -87,20 +87,25 @@ class Family:
         )  # fmt: skip
 
     def cost(self, width: int) -> float:
-        """About how long a step takes, in steps of the base: measured, the 1.5th power."""
+        """Returns the approximate duration of a step in steps of the base: power 1.5, measured."""
         return (width / self.widths[0]) ** 1.5
 
     def rules(self, parametrization: str, width: int) -> Rules:
-        """Of a parametrization at one width, as arrays: a float would be a program of its own."""
+        """Returns the rules of a parametrization at one width, as arrays.
+
+        A Python float would be static and compile another program.
+        """
         rules = PARAMETRIZATIONS[parametrization](width / self.widths[0])
         return Rules(*(np.float32(x) for x in rules))
 
 
-def shape(vocab_size: int, layers: int = 2, heads: int = 4, base: BTLMConfig | None = None):
-    """The shape of a family: BTLM's in small, or that of `base` with these sizes.
+def family_shape(
+    vocab_size: int, layers: int = 2, heads: int = 4, base: BTLMConfig | None = None
+) -> BTLMConfig:
+    """Returns the shape of a family: a small BTLM, or `base` with these sizes.
 
-    The multipliers suit a base width of 64: `initializer_range` is 1 / sqrt(64), embeddings enter
-    the residual stream at 0.8.
+    The multipliers of the small BTLM suit a base width of 64: `initializer_range` is 1 / sqrt(64),
+    and embeddings enter the residual stream at 0.8.
     """
     if base is None:
         base = dataclasses.replace(
@@ -115,17 +120,17 @@ def shape(vocab_size: int, layers: int = 2, heads: int = 4, base: BTLMConfig | N
     )  # fmt: skip
 
 
-def reparametrized(model: BTLM, params: Params, rules: Rules) -> Params:
-    """The weights with which the model computes what `rules` say with `params`.
+def reparametrize(model: BTLM, params: Params, rules: Rules) -> Params:
+    """Returns weights that make the model apply the factors of `rules` to queries and logits.
 
-    The factor on queries goes into their projection, that on logits into ln_f, which only they
-    read; gradients come back through the factors, as if the model itself had them.
+    The factor on queries is folded into their projection and the factor on logits into ln_f, which
+    feeds nothing else. Gradients flow through the factors as if the model itself had them.
     """
     flat = flatten_tree(params)
     for w in weights.weight_table(model.config):
         if "qkv" in w.axes:  # their projection and its bias, [..., qkv, heads, head_dim]
-            queries_first = jnp.stack([rules.queries, 1.0, 1.0])[:, None, None]
-            flat[w.path] = flat[w.path] * queries_first
+            factors = jnp.stack([rules.queries, 1.0, 1.0])[:, None, None]
+            flat[w.path] = flat[w.path] * factors
         elif w.role == "vector" and not w.stacked:  # ln_f
             flat[w.path] = flat[w.path] * rules.logits
     return unflatten_tree(flat)
@@ -139,8 +144,8 @@ class Trial(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def start(model: BTLM, seed: jax.Array, rules: Rules) -> Trial:
-    """Fresh weights of a seed; hidden matrices times `rules.hidden_init`."""
+def initial_trial(model: BTLM, seed: jax.Array, rules: Rules) -> Trial:
+    """Returns the initial state of a run, with hidden matrices scaled by `rules.hidden_init`."""
     params = model.init(jax.random.key(seed))
     by_path = weights.weights_by_path(model.config)
     flat = {
@@ -152,16 +157,20 @@ def start(model: BTLM, seed: jax.Array, rules: Rules) -> Trial:
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="trial")
-def step(
+def trial_step(
     model: BTLM, trial: Trial, tokens: jax.Array, rate: jax.Array, rules: Rules
 ) -> tuple[Trial, jax.Array]:
-    """One step of AdamW on tokens [B, T + 1]. Returns the loss before it too, nats per token."""
+    """Takes one step of AdamW on tokens [B, T + 1].
 
-    def loss(params):
-        objective, found = target_loss(model, reparametrized(model, params, rules), tokens)
-        return objective / found.tokens, found.mean
+    Returns:
+      The new state, and the loss before the step in nats per token.
+    """
 
-    grads, mean = jax.grad(loss, has_aux=True)(trial.params)
+    def loss_fn(params):
+        objective, sums = target_loss(model, reparametrize(model, params, rules), tokens)
+        return objective / sums.tokens, sums.mean
+
+    grads, mean = jax.grad(loss_fn, has_aux=True)(trial.params)
     changes, opt_state = _optimizer(model).update(grads, trial.opt_state, trial.params)
     updates: Any = changes
     factors = {"hidden": rules.hidden_rate, "embedding": rules.embedding_rate, "vector": 1.0}
@@ -174,13 +183,13 @@ def step(
 
 
 def _optimizer(model: BTLM) -> optax.GradientTransformationExtraArgs:
-    """Of a learning rate of 1: updates, decay included, are proportional to it."""
+    """Returns AdamW with learning rate 1; updates, decay included, are proportional to the rate."""
     return mup.adamw(1.0, model.config)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def loss(model: BTLM, params: Params, tokens: jax.Array, rules: Rules) -> jax.Array:
-    """Nats per token of windows [N, B, T + 1]."""
-    one = functools.partial(target_loss, model, reparametrized(model, params, rules))
-    sums = jax.lax.map(lambda x: one(x)[1], tokens)
+def window_loss(model: BTLM, params: Params, tokens: jax.Array, rules: Rules) -> jax.Array:
+    """Returns the loss of windows [N, B, T + 1] in nats per token."""
+    batch_loss = functools.partial(target_loss, model, reparametrize(model, params, rules))
+    sums = jax.lax.map(lambda x: batch_loss(x)[1], tokens)
     return sums.nll.sum() / sums.tokens.sum()

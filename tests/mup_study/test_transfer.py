@@ -12,9 +12,9 @@ import pytest
 
 from btlm_jax.cli import main
 from btlm_jax.mup_study import corpus as corpus_lib
-from btlm_jax.mup_study import parametrization, transfer
-from btlm_jax.mup_study.parametrization import Family
-from btlm_jax.mup_study.transfer import Run, Transfer
+from btlm_jax.mup_study import parametrization, transfer, transfer_report
+from btlm_jax.mup_study.parametrization import WidthFamily
+from btlm_jax.mup_study.transfer_result import COMPARED, SweepRun, Transfer
 from btlm_jax.utils import atomic
 
 WIDTHS = (8, 16, 32)
@@ -32,7 +32,7 @@ def sweep(mup, sp) -> Transfer:
             if name == "SP" and width == WIDTHS[0]:
                 continue
             runs += [
-                Run(name, width, e, seed, parabola(optimum, e) + 0.01 * (2 * seed - 1))
+                SweepRun(name, width, e, seed, parabola(optimum, e) + 0.01 * (2 * seed - 1))
                 for e in range(-12, -2)
                 for seed in (0, 1)
             ]
@@ -49,7 +49,7 @@ def test_optima_of_parabolas_are_exact():
     # At 2^-6, the best of the base's learning rates that were tried, above the parabola's vertex.
     assert found.regret("SP", 32) == pytest.approx(parabola(-9.25, -6) - 2.0)
     assert found.regret("muP", 32) == pytest.approx(0.1 * 0.5**2)
-    assert [good for good, _ in transfer.verdicts(found)] == [True, True]
+    assert [good for good, _ in transfer_report.transfer_verdicts(found)] == [True, True]
 
 
 def test_verdicts_can_fail():
@@ -57,23 +57,23 @@ def test_verdicts_can_fail():
     moving = (-6.0, -7.5, -9.0)
 
     def good(mup, sp):
-        return [good for good, _ in transfer.verdicts(sweep(mup, sp))]
+        return [good for good, _ in transfer_report.transfer_verdicts(sweep(mup, sp))]
 
     assert good(moving, moving) == [False, True]
     assert good(same, same) == [True, False]
-    assert "DOES NOT TRANSFER" in "\n".join(transfer.table(sweep(moving, moving)))
+    assert "DOES NOT TRANSFER" in "\n".join(transfer_report.transfer_table(sweep(moving, moving)))
 
 
-def test_schedule():
-    factors = transfer.schedule(20)
+def test_the_learning_rate_warms_up_and_decays():
+    factors = transfer.warmup_and_decay(20)
     assert factors[:2] == [0.5, 1.0]
     assert factors[-1] == pytest.approx(1 / 19)
     assert all(a > b for a, b in itertools.pairwise(factors[1:]))
-    assert transfer.schedule(2) == [1.0, 0.5]
+    assert transfer.warmup_and_decay(2) == [1.0, 0.5]
 
 
 def test_divergence_is_no_optimum():
-    runs = [Run("muP", 8, e, 0, x) for e, x in ((-7, 2.1), (-6, 2.0), (-5, math.inf))]
+    runs = [SweepRun("muP", 8, e, 0, x) for e, x in ((-7, 2.1), (-6, 2.0), (-5, math.inf))]
     assert Transfer((8,), tuple(runs)).optimum("muP", 8) == (-6, 2.0)
 
 
@@ -81,19 +81,22 @@ def test_sp_is_judged_at_four_times_the_width():
     """And not at all where there is none, for better or worse."""
     found = sweep(mup=(-6.0, -6.0, -6.0), sp=(-6.0, -7.5, -9.0))
     narrow = Transfer(WIDTHS[:2], found.runs)
-    assert [good for good, _ in transfer.verdicts(narrow)] == [True, True]
-    assert "not judged, which takes 4 times the base width (32)" in list(transfer.table(narrow))[-1]
+    assert [good for good, _ in transfer_report.transfer_verdicts(narrow)] == [True, True]
+    assert (
+        "not judged, which needs 4 times the base width (32)"
+        in list(transfer_report.transfer_table(narrow))[-1]
+    )
     wider = [run._replace(width=64) for run in found.runs if run.width == 32]
     further = Transfer((*WIDTHS, 64), (*found.runs, *wider))
-    assert "at 4 times the width" in list(transfer.table(further))[-1]
+    assert "at 4 times the width" in list(transfer_report.transfer_table(further))[-1]
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return corpus_lib.read(None, 16)
+    return corpus_lib.read_corpus(None, 16)
 
 
-FAMILY = Family(parametrization.shape(256, layers=1), (8, 16))
+FAMILY = WidthFamily(parametrization.family_shape(256, layers=1), (8, 16))
 SMALL = dict(steps=3, seeds=1, batch_size=2, length=16)
 
 
@@ -105,7 +108,7 @@ def complete(corpus, tmp_path_factory):
 
 def test_the_search_ends_at_a_bracketed_optimum(complete):
     _, found = complete
-    for name in transfer.COMPARED:
+    for name in COMPARED:
         for width in FAMILY.widths:
             curve = found.curve(name, width)
             best = min(curve, key=curve.__getitem__)
@@ -113,14 +116,14 @@ def test_the_search_ends_at_a_bracketed_optimum(complete):
     assert not [r for r in found.runs if (r.parametrization, r.width) == ("SP", 8)]
 
 
-def test_files(complete):
+def test_a_sweep_writes_runs_json_and_plot(complete):
     directory, found = complete
     plain = json.loads((directory / "transfer.json").read_text())
     assert plain["muP"]["octaves_per_doubling"] == found.octaves("muP")
     assert (directory / "transfer.png").stat().st_size > 10_000
 
 
-def test_a_killed_sweep_goes_on_to_the_same_result(complete, corpus, tmp_path, monkeypatch):
+def test_a_killed_sweep_resumes_to_the_same_result(complete, corpus, tmp_path, monkeypatch):
     directory, found = complete
     lines = (directory / "runs.jsonl").read_text().splitlines(keepends=True)
     half = tmp_path / "half"
@@ -128,8 +131,8 @@ def test_a_killed_sweep_goes_on_to_the_same_result(complete, corpus, tmp_path, m
     (half / "settings.json").write_bytes((directory / "settings.json").read_bytes())
     (half / "runs.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # killed while writing
     taken = []
-    real = transfer.start
-    monkeypatch.setattr(transfer, "start", lambda *a: taken.append(1) or real(*a))
+    real = transfer.initial_trial
+    monkeypatch.setattr(transfer, "initial_trial", lambda *a: taken.append(1) or real(*a))
     again = transfer.transfer(half, FAMILY, corpus, **SMALL)
     assert again == found
     assert len(taken) == len(lines) - 3
@@ -137,10 +140,10 @@ def test_a_killed_sweep_goes_on_to_the_same_result(complete, corpus, tmp_path, m
     assert (half / "transfer.json").read_bytes() == (directory / "transfer.json").read_bytes()
 
 
-def test_a_directory_is_of_one_sweep(complete, corpus, tmp_path):
+def test_a_directory_holds_one_sweep(complete, corpus, tmp_path):
     directory, _ = complete
     before = (directory / "runs.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"differs in steps \(found 3, asked for 4\)"):
+    with pytest.raises(ValueError, match=r"differs in steps \(found 3, expected 4\)"):
         transfer.transfer(directory, FAMILY, corpus, **{**SMALL, "steps": 4})
     assert (directory / "runs.jsonl").read_bytes() == before
     (tmp_path / "notes.txt").write_text("mine")
@@ -166,11 +169,11 @@ def test_one_process_at_a_time(complete, corpus):
             transfer.transfer(directory, FAMILY, corpus, **SMALL)
 
 
-def test_divergence_is_kept_as_json_has_it(corpus, tmp_path, monkeypatch):
-    real = transfer.loss
+def test_divergence_is_stored_as_null(corpus, tmp_path, monkeypatch):
+    real = transfer.window_loss
     calls = itertools.count()
     monkeypatch.setattr(
-        transfer, "loss", lambda *a: math.nan if next(calls) == 2 else real(*a)
+        transfer, "window_loss", lambda *a: math.nan if next(calls) == 2 else real(*a)
     )  # fmt: skip
     found = transfer.transfer(tmp_path / "d", FAMILY, corpus, **SMALL)
     assert sum(run.loss == math.inf for run in found.runs) == 1
@@ -182,12 +185,12 @@ def test_divergence_is_kept_as_json_has_it(corpus, tmp_path, monkeypatch):
 def test_no_optimum_is_an_error(corpus, tmp_path, monkeypatch):
     """A loss that falls for ever, by a stand-in for the training."""
     losses = iter(np.arange(100, 0, -1.0))
-    monkeypatch.setattr(transfer, "loss", lambda *a: next(losses))
+    monkeypatch.setattr(transfer, "window_loss", lambda *a: next(losses))
     with pytest.raises(ValueError, match="the loss still falls at a learning rate of 2\\^0"):
         transfer.transfer(tmp_path / "d", FAMILY, corpus, **SMALL)
 
 
-def test_bad_input(tmp_path, capsys):
+def test_bad_input_is_refused(tmp_path, capsys):
     assert main(["transfer", str(tmp_path / "t"), "--widths", "16", "18"]) == 2
     assert "does not divide into 4 heads" in capsys.readouterr().err
     assert main(["transfer", str(tmp_path / "t"), "--steps", "1"]) == 2
@@ -198,7 +201,7 @@ def test_bad_input(tmp_path, capsys):
 @pytest.mark.slow
 def test_mup_transfers_and_sp_does_not(tmp_path):
     """The whole claim, at four times the base width."""
-    family = Family(parametrization.shape(256), (64, 256))
-    corpus = corpus_lib.read(None, 64)
+    family = WidthFamily(parametrization.family_shape(256), (64, 256))
+    corpus = corpus_lib.read_corpus(None, 64)
     found = transfer.transfer(tmp_path / "t", family, corpus, steps=100, seeds=1)
-    assert [line for good, line in transfer.verdicts(found) if not good] == []
+    assert [line for good, line in transfer_report.transfer_verdicts(found) if not good] == []
