@@ -182,13 +182,13 @@ class _KernelLayout(NamedTuple):
     Attributes:
       shape: padded, [*O, I].
       split: sharding of an array whose last axis is split like the inputs.
-      whole: sharding of an array whose last axis is not split.
+      unsplit: sharding of an array whose last axis is not split.
       num_shards: number of parts into which the inputs are split.
     """
 
     shape: tuple[int, ...]
     split: jax.sharding.Sharding
-    whole: jax.sharding.Sharding
+    unsplit: jax.sharding.Sharding
     num_shards: int
 
 
@@ -220,11 +220,11 @@ def _kernel_layout(
                 f"{w.name}: its inputs {(first, *others)} are split by the rules at {axis!r}; a "
                 f"quantized weight can be split at {first!r} only: change rules or mesh"
             )
-    split, whole = (
+    split, unsplit = (
         NamedSharding(mesh, sharding.partition_spec(rules, *outputs, axis))
         for axis in (first, None)
     )
-    return _KernelLayout(shape, split, whole, sharding.num_shards(mesh, rules, first))
+    return _KernelLayout(shape, split, unsplit, sharding.num_shards(mesh, rules, first))
 
 
 def _load_int8(
@@ -240,7 +240,7 @@ def _load_int8(
     read_values, read_scales = (functools.partial(read, part) for part in parts)
     return PackedWeight(
         make(layout.shape, jnp.int8, layout.split, values.shape, read_values),
-        make((*outputs, 1), jnp.float32, layout.whole, scales.shape, read_scales),
+        make((*outputs, 1), jnp.float32, layout.unsplit, scales.shape, read_scales),
         inputs,
     )
 
@@ -284,7 +284,7 @@ def _load_int4(
 
     stored = values.shape[:-1]
     groups = length // smaller
-    scale_sharding = layout.split if groups > 1 else layout.whole  # one group cannot be split
+    scale_sharding = layout.split if groups > 1 else layout.unsplit  # one group cannot be split
     stored_groups = scales.shape[-1] * repeats
     return PackedWeight(
         make((*outputs, length), jnp.int4, layout.split, (*stored, padded), read_values),
