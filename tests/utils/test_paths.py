@@ -201,4 +201,4 @@ def test_the_command_line_exports_to_a_file_url(checkpoint_dir, tmp_path, monkey
 
 def test_the_scheme_file_may_be_upper_case(tmp_path):
     source = golden.write_hf(tmp_path / "hf", golden.load("i_untied"))
-    convert(source.as_uri().replace("file", "FILE"), tmp_path / "c")
+    convert(source.as_uri().replace("file", "FILE", 1), tmp_path / "c")
