@@ -76,15 +76,17 @@ class Compile:
         self._refuse_ignored_options()
         check_output(self.json)
         check_output(self.table)
-        topologies.prepare()
+        topologies.prepare_compiler()
         recipe = recipe_file.load_recipe(self.recipe, self.set)
         if self.table is not None:
             from btlm_jax.train.aot import fit_table
 
-            table = fit_table.write(self.table, recipe, attempts=self.attempts, jobs=self.jobs)
+            table = fit_table.write_fit_table(
+                self.table, recipe, attempts=self.attempts, jobs=self.jobs
+            )
             print("\n".join(table))
             return
-        reports = self._reports(recipe, topologies.parse(self.topology, self.slices))
+        reports = self._reports(recipe, topologies.parse_topology(self.topology, self.slices))
         write_json(self.json, reports)
 
     def _refuse_ignored_options(self) -> None:
@@ -108,7 +110,7 @@ class Compile:
 
         phases = range(len(recipe.phases)) if self.phase is None else [self.phase]
         if self.save is not None:
-            executables.require_free(self.save)
+            executables.require_new_file(self.save)
             if self.fit or (len(phases) > 1 and not self.decode):
                 raise ValueError(
                     "--save: found several programs to save, expected one: select it with "
@@ -118,7 +120,7 @@ class Compile:
 
         def show(report: dict[str, Any]) -> None:
             reports.append(report)
-            print("\n".join(compile_report.lines(report)), flush=True)
+            print("\n".join(compile_report.format_compile_report(report)), flush=True)
 
         if self.decode:
             show(compile.compile_decoding(
@@ -138,7 +140,7 @@ class Compile:
                 recipe, index, topology, keep=self.keep, attempts=self.attempts, jobs=self.jobs
             )
             reports += best
-            print("\n".join(compile_report.table(best, [topology.name] * len(best))))
-            print("\n".join(compile_report.lines(best[0])))
+            print("\n".join(compile_report.format_fit_table(best, [topology.name] * len(best))))
+            print("\n".join(compile_report.format_compile_report(best[0])))
             print("best: " + " ".join(f"--set {s}" for s in best[0]["settings"]), flush=True)
         return reports

@@ -63,7 +63,7 @@ def test_outputs_are_checked_before_long_work(command, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(measure, "matmul_rate", too_late)
     monkeypatch.setattr(BTLM, "init", too_late)
-    monkeypatch.setattr(topologies, "prepare", too_late)
+    monkeypatch.setattr(topologies, "prepare_compiler", too_late)
     monkeypatch.setattr(corpus, "read_corpus", too_late)
     for name in ("coord_check.json", "transfer.png"):
         (tmp_path / "taken" / name).mkdir(parents=True)

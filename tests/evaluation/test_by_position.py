@@ -140,7 +140,7 @@ def test_full_logits_and_scores_are_never_materialized():
 
 FOR_V5E = """
 from btlm_jax.train.aot import topologies
-topologies.prepare()
+topologies.prepare_compiler()
 import functools
 import jax
 import jax.numpy as jnp
@@ -149,7 +149,7 @@ from btlm_jax.evaluation import by_position
 from btlm_jax.evaluation.context_extension import with_scaling_kind
 from btlm_jax.train.step import abstract_weights
 
-mesh = make_mesh(devices=topologies.devices(topologies.parse("v5e:1x1")))
+mesh = make_mesh(devices=topologies.topology_devices(topologies.parse_topology("v5e:1x1")))
 model = with_scaling_kind(BTLM(BTLMConfig.preset("btlm-3b-8k")), "dynamic", 8192, 32768)
 
 def array(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())):

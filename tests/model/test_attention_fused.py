@@ -271,12 +271,12 @@ def test_splash_warns_of_padding(caplog):
 FOR_V5E = """
 import re
 from btlm_jax.train.aot import topologies
-topologies.prepare()
+topologies.prepare_compiler()
 import jax
 import jax.numpy as jnp
 from btlm_jax import attention, make_mesh
 
-mesh = make_mesh(devices=topologies.devices(topologies.parse("v5e:2x2")))
+mesh = make_mesh(devices=topologies.topology_devices(topologies.parse_topology("v5e:2x2")))
 shard = jax.P(("data", "fsdp"), "tensor", "context")
 
 def array(shape, dtype, spec):

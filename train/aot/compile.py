@@ -18,9 +18,9 @@ from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model.remat import Remat
 from btlm_jax.perf import accounting, hlo, roofline
 from btlm_jax.perf.chips import Rates
-from btlm_jax.train.aot.executables import save as save_executable
+from btlm_jax.train.aot.executables import save_executable
 from btlm_jax.train.aot.lowering import Lowered, decode_step, mesh_of, train_step
-from btlm_jax.train.aot.topologies import Topology, devices
+from btlm_jax.train.aot.topologies import Topology, topology_devices
 from btlm_jax.train.recipe import Phase, Recipe
 from btlm_jax.train.recipe_build import build_config, with_microbatches
 from btlm_jax.train.recipe_file import recipe_to_dict
@@ -68,7 +68,7 @@ def compile_phase(
     if not 0 <= index < len(recipe.phases):
         last = len(recipe.phases) - 1
         raise ValueError(f"--phase: found {index}, the recipe has phases 0 to {last}")
-    mesh = mesh_of(recipe, devices(topology))
+    mesh = mesh_of(recipe, topology_devices(topology))
     recipe = with_microbatches(recipe, mesh)
     phase = recipe.phases[index]
     rates = topology.chip.per_device(topology.shape)
@@ -143,7 +143,7 @@ def compile_decoding(
     for name, value in (("--batch-size", batch_size), ("--capacity", capacity)):
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected a positive int")
-    mesh = mesh_of(recipe, devices(topology))
+    mesh = mesh_of(recipe, topology_devices(topology))
     rates = topology.chip.per_device(topology.shape)
     began = time.monotonic()
     lowered = decode_step(recipe, mesh, batch_size, capacity, quantize, cache_dtype)

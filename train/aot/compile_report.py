@@ -7,10 +7,10 @@ from typing import Any
 
 from btlm_jax.utils.format import format_bytes
 
-Report = Mapping[str, Any]
+CompileReport = Mapping[str, Any]
 
 
-def lines(r: Report) -> list[str]:
+def format_compile_report(r: CompileReport) -> list[str]:
     """A report, a line each."""
     if r["what"] == "decoding":
         job = f"decoding {r['batch_size']} sequences against {r['capacity']} slots"
@@ -42,7 +42,7 @@ def _memory(m: Mapping[str, float], inputs: str) -> list[str]:
     ]
 
 
-def _collectives(r: Report) -> list[str]:
+def _collectives(r: CompileReport) -> list[str]:
     if not r["collectives"]:
         return ["  collectives: none"]
     show = format_bytes
@@ -55,7 +55,7 @@ def _collectives(r: Report) -> list[str]:
     return out
 
 
-def _bound(r: Report) -> list[str]:
+def _bound(r: CompileReport) -> list[str]:
     b, f = r["bound"], r["flops"]
     rows = [("compute", b["compute"]), ("HBM", b["hbm"]), ("ICI", b["ici"])]
     rows += [("DCN", b["dcn"])] * bool(b["dcn"])
@@ -88,7 +88,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def table(reports: Sequence[Report], names: Sequence[str]) -> list[str]:
+def format_fit_table(reports: Sequence[CompileReport], names: Sequence[str]) -> list[str]:
     """Reports of training steps as a Markdown table; `names` are those of the topologies."""
     out = [
         "| topology | length | mesh | microbatch | remat | peak memory | step at best | limit "

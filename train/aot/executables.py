@@ -24,24 +24,24 @@ from btlm_jax.utils import atomic
 _FORMAT = 1
 
 
-def require_free(path: Path) -> None:
+def require_new_file(path: Path) -> None:
     """Raises FileExistsError if there is something under the name."""
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another name, or delete it first")
 
 
-def save(path: Path, compiled: jax.stages.Compiled, about: Mapping[str, Any]) -> None:
+def save_executable(path: Path, compiled: jax.stages.Compiled, about: Mapping[str, Any]) -> None:
     """Writes a compiled program, as a whole or not at all.
 
     Args:
       path: a new file.
       compiled: as `jax.stages.Lowered.compile` returns it.
-      about: JSON-able notes, which `load` returns.
+      about: JSON-able notes, which `load_executable` returns.
 
     Raises:
       FileExistsError: there is one.
     """
-    require_free(path)
+    require_new_file(path)
     program, in_tree, out_tree = serialize_executable.serialize(compiled)
     devices = _devices(compiled)
     notes = {
@@ -61,7 +61,7 @@ def save(path: Path, compiled: jax.stages.Compiled, about: Mapping[str, Any]) ->
     atomic.write_bytes(epath.Path(path), buffer.getvalue())
 
 
-def about(path: Path) -> dict[str, Any]:
+def read_executable_metadata(path: Path) -> dict[str, Any]:
     """What a file holds and for what it was compiled; runs nothing of it.
 
     Raises:
@@ -78,10 +78,10 @@ def about(path: Path) -> dict[str, Any]:
     return notes
 
 
-def load(
+def load_executable(
     path: Path, devices: Sequence[jax.Device] | None = None
 ) -> tuple[jax.stages.Compiled, dict[str, Any]]:
-    """Loads a program that `save` wrote, onto the devices it was compiled for.
+    """Loads a program that `save_executable` wrote, onto the devices it was compiled for.
 
     Args:
       path: the file. Its contents are executed: load only files you made.
@@ -90,13 +90,13 @@ def load(
 
     Returns:
       The program, called with arguments sharded as the lowered ones were and, where the compiler
-      chose (the cache of a step of decoding), laid out as its `input_formats` say; and what `about`
+      chose (the cache of a step of decoding), laid out as its `input_formats` say; and what `read_executable_metadata`
       returns.
 
     Raises:
-      FileNotFoundError, ValueError: see `about`; or it is for another JAX or other devices.
+      FileNotFoundError, ValueError: see `read_executable_metadata`; or it is for another JAX or other devices.
     """
-    notes = about(path)
+    notes = read_executable_metadata(path)
     devices = list(devices) if devices is not None else jax.devices()
     here = {
         "jax": jax.__version__,

@@ -24,7 +24,7 @@ from btlm_jax.model.sharding import AXES, num_chunks
 from btlm_jax.perf import roofline
 from btlm_jax.perf.chips import Rates
 from btlm_jax.train.aot.compile import DoesNotFit, compile_phase
-from btlm_jax.train.aot.topologies import Topology, devices, prepare
+from btlm_jax.train.aot.topologies import Topology, prepare_compiler, topology_devices
 from btlm_jax.train.recipe import MeshSettings, Phase, Recipe
 from btlm_jax.train.recipe_build import build_config
 from btlm_jax.utils.format import format_bytes
@@ -79,7 +79,7 @@ def fit(
             raise ValueError(f"{name}: found {value}, expected a positive int")
     phase = recipe.phases[index]
     config = build_config(recipe)
-    n = len(devices(topology))
+    n = len(topology_devices(topology))
     rates = topology.chip.per_device(topology.shape)
     ordered = candidates(config, phase, n, topology.slices, rates)
     if not ordered:
@@ -265,7 +265,7 @@ def _compiled(
     recipe: Recipe, index: int, topology: Topology, candidate: Candidate
 ) -> dict[str, Any]:
     """In a worker process: the report, or what is needed."""
-    prepare()
+    prepare_compiler()
     try:
         return compile_phase(_changed(recipe, index, candidate), index, topology)
     except DoesNotFit as e:

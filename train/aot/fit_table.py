@@ -8,9 +8,9 @@ from pathlib import Path
 
 from etils import epath
 
-from btlm_jax.train.aot.compile_report import table as as_table
+from btlm_jax.train.aot.compile_report import format_fit_table
 from btlm_jax.train.aot.fit import fit
-from btlm_jax.train.aot.topologies import parse
+from btlm_jax.train.aot.topologies import parse_topology
 from btlm_jax.train.recipe import Recipe
 from btlm_jax.utils import atomic
 from btlm_jax.utils.progress import Progress
@@ -20,7 +20,7 @@ TOPOLOGIES = ("v5e-16", "v5e-256", "v5p-8", "v5p-128", "v6e-16", "v4-8", "v4-32"
 BEGIN, END = "<!-- btlm compile --table -->", "<!-- end of the table -->"
 
 
-def write(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
+def write_fit_table(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
           names: Sequence[str] = TOPOLOGIES) -> list[str]:  # fmt: skip
     """Replaces what stands between the markers of a file by a fresh table; a row per phase.
 
@@ -39,7 +39,7 @@ def write(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
     reports, labels, missing = [], [], []
     with Progress(len(names) * len(recipe.phases), "row", "table", every=0.0) as progress:
         for name in names:
-            topology = parse(name)
+            topology = parse_topology(name)
             for index, phase in enumerate(recipe.phases):
                 try:
                     best = fit(recipe, index, topology, keep=1, attempts=attempts, jobs=jobs)[0]
@@ -49,7 +49,7 @@ def write(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
                     reports.append(best)
                     labels.append(f"{name} ({topology.name})")
                 progress.update(1, f"{name}, {phase.length}")
-    table = as_table(reports, labels)
+    table = format_fit_table(reports, labels)
     table += ["", *(f"- {line}" for line in missing)] if missing else []
     body = "\n".join((BEGIN, "", *table, "", END))
     atomic.write_text(epath.Path(path), between.sub(lambda _: body, text))

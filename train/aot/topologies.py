@@ -54,12 +54,12 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As `parse` reads it, with the number of slices before it."""
+        """As `parse_topology` reads it, with the number of slices before it."""
         text = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         return text if self.slices == 1 else f"{self.slices} x {text}"
 
 
-def parse(name: str, slices: int = 1) -> Topology:
+def parse_topology(name: str, slices: int = 1) -> Topology:
     """Reads a topology's name.
 
     Raises:
@@ -107,7 +107,7 @@ def _by_count(name: str, chip: str, count: int) -> str:
     return known[f"{chip}-{count}"]
 
 
-def prepare() -> None:
+def prepare_compiler() -> None:
     """Settles how libtpu and the CUDA plugin load; before JAX has asked for a device.
 
     JAX itself runs on the CPU, also on a machine with accelerators, which stay free for others.
@@ -126,8 +126,8 @@ def prepare() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def devices(topology: Topology) -> list[jax.Device]:
-    """The devices, with which programs can be compiled and not run. Call `prepare` before.
+def topology_devices(topology: Topology) -> list[jax.Device]:
+    """The devices, with which programs can be compiled and not run. Call `prepare_compiler` before.
 
     Raises:
       ValueError: libtpu, or the CUDA plugin, is not installed (says how), or does not know the

@@ -79,11 +79,11 @@ def bench_attention(
             _check_equal(way, found, ours, dtype)
             compiled[way] = program
     flops = 7.0 * batch_size * H * K * T * (T + 1)
-    report = measure.in_turn(compiled, args, rounds=rounds, dtype=dtype, flops=flops)
+    report = measure.measure_in_turn(compiled, args, rounds=rounds, dtype=dtype, flops=flops)
     report |= {"length": T, "batch_size": batch_size, "heads": H, "head_dim": K, "dtype": dtype}
-    report |= {"does_not_fit": too_large} | measure.conditions()
+    report |= {"does_not_fit": too_large} | measure.measurement_conditions()
     what = f"attention and gradients, {batch_size} x {H} heads x {T:,} x {K}"
-    for line in measure.lines(what, report):
+    for line in measure.format_measurements(what, report):
         show(line)
     for way in too_large:
         show(f"{way:<24} does not fit")

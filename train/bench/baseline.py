@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 
-class Peer:
+class Baseline:
     """A module of this folder that says what it is, and answers each line with one of JSON.
 
     Attributes:

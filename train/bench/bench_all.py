@@ -221,10 +221,8 @@ def _pass_on(source, target, kept: list[str] | deque[str]) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    """`measure.conditions`, found by a process that ends: a TPU serves one at a time."""
-    script = (
-        "import json; from btlm_jax.train import measure; print(json.dumps(measure.conditions()))"
-    )
+    """`measure.measurement_conditions`, found by a process that ends: a TPU serves one at a time."""
+    script = "import json; from btlm_jax.train.bench import measure; print(json.dumps(measure.measurement_conditions()))"
     found = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
     return json.loads(found.stdout)
 

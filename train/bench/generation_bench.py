@@ -28,7 +28,7 @@ from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.perf import accounting
 from btlm_jax.train.bench import measure
-from btlm_jax.train.bench.baseline import Peer
+from btlm_jax.train.bench.baseline import Baseline
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
@@ -105,7 +105,7 @@ def bench_decode(
         "torch": about,
         "peak_bytes": _peak_bytes(),
         "rounds": rounds,
-    } | measure.conditions()
+    } | measure.measurement_conditions()
     for line in _decode_lines(report):
         show(line)
     return report
@@ -159,7 +159,7 @@ def bench_prefill(
         "torch": about,
         "peak_bytes": _peak_bytes(),
         "rounds": rounds,
-    } | measure.conditions()
+    } | measure.measurement_conditions()
     for line in _prefill_lines(report):
         show(line)
     return report
@@ -258,7 +258,7 @@ def _read_rate() -> float:
 
 
 @contextmanager
-def _peer(torch: bool | None, c: BTLMConfig, weights: str) -> Iterator[Peer | None]:
+def _peer(torch: bool | None, c: BTLMConfig, weights: str) -> Iterator[Baseline | None]:
     """PyTorch, where it is installed."""
     there = importlib.util.find_spec("torch") is not None
     if torch and not there:
@@ -275,7 +275,7 @@ def _peer(torch: bool | None, c: BTLMConfig, weights: str) -> Iterator[Peer | No
         dtype="float32" if weights == "float32" else "bfloat16",
         device="cuda" if jax.default_backend() == "gpu" else "cpu",
     )
-    peer = Peer("torch_generation", json.dumps(problem), "PyTorch's generation")
+    peer = Baseline("torch_generation", json.dumps(problem), "PyTorch's generation")
     try:
         yield peer
     finally:

@@ -64,13 +64,13 @@ def bench_loss(
         compiled[way] = both.lower(params, h, targets).compile()
         losses[way] = float(compiled[way](params, h, targets)[0]) / rows
     _check_losses(losses, dtype)
-    report = measure.in_turn(
+    report = measure.measure_in_turn(
         compiled, (params, h, targets), rounds=rounds, dtype=dtype, flops=6.0 * rows * V * D
     )
     sizes = {"rows": rows, "vocab_size": V, "n_embd": D, "dtype": dtype}
-    report |= sizes | measure.conditions()
+    report |= sizes | measure.measurement_conditions()
     what = f"loss and gradients of {rows:,} rows, V {V:,}, D {D:,}"
-    for line in measure.lines(what, report):
+    for line in measure.format_measurements(what, report):
         show(line)
     return report
 

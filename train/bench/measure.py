@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from btlm_jax.utils.progress import Progress
 
-MATMUL = 4096  # a square matrix product of this size reaches what the hardware can do
+MATMUL_SIZE = 4096  # a square matrix product of this size reaches what the hardware can do
 
 
 def matmul_rate(dtype: str) -> Callable[[], float]:
     """A function that returns the FLOP/s of one device in a large matrix product."""
-    x = jax.random.normal(jax.random.key(0), (MATMUL, MATMUL), dtype)
+    x = jax.random.normal(jax.random.key(0), (MATMUL_SIZE, MATMUL_SIZE), dtype)
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     multiply = functools.partial(
         jnp.dot, precision=precision, preferred_element_type=jnp.float32
@@ -28,7 +28,7 @@ def matmul_rate(dtype: str) -> Callable[[], float]:
     product = jax.jit(
         lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: (multiply(x, y) / 64).astype(x.dtype), x)
     )
-    flops = 2.0 * MATMUL**3
+    flops = 2.0 * MATMUL_SIZE**3
 
     def seconds(n: int) -> float:
         began = time.perf_counter()
@@ -40,7 +40,7 @@ def matmul_rate(dtype: str) -> Callable[[], float]:
     return lambda: times * flops / seconds(times)
 
 
-def in_turn(
+def measure_in_turn(
     compiled: Mapping[str, Any], args: tuple[Any, ...], *, rounds: int, dtype: str, flops: float
 ) -> dict[str, Any]:
     """Runs compiled programs in turn, each round beside a large matrix product.
@@ -51,7 +51,7 @@ def in_turn(
 
     Returns:
       Medians over the rounds, of seconds and of ratios within a round, and the bytes the programs
-      take for temporary arrays; see `report`.
+      take for temporary arrays; see `summarize_rounds`.
     """
     found: dict[str, list[float]] = {way: [] for way in compiled}
     rates, product = [], matmul_rate(dtype)
@@ -64,10 +64,10 @@ def in_turn(
                 found[way].append(time.perf_counter() - began)
             progress.update(1)
     temporary = {w: fn.memory_analysis().temp_size_in_bytes for w, fn in compiled.items()}
-    return report(found, rates, flops, temporary)
+    return summarize_rounds(found, rates, flops, temporary)
 
 
-def report(
+def summarize_rounds(
     found: Mapping[str, list[float]],
     rates: list[float],
     flops: float,
@@ -88,13 +88,13 @@ def report(
     return {"ways": ways, "matmul": statistics.median(rates), "rounds": len(rates)}
 
 
-def lines(what: str, r: Mapping[str, Any]) -> Iterator[str]:
+def format_measurements(what: str, r: Mapping[str, Any]) -> Iterator[str]:
     """A report, with its `conditions`, as text."""
     yield (
         f"{what}, {r['dtype']}, on one {r['device']} ({r['cores']} cores), jax {r['jax']}; "
         f"median of {r['rounds']} rounds (best)"
     )
-    yield f"matrix product of {MATMUL}: {r['matmul'] / 1e9:,.0f} GFLOP/s"
+    yield f"matrix product of {MATMUL_SIZE}: {r['matmul'] / 1e9:,.0f} GFLOP/s"
     yield f"{'':<24}{'ms':>10}{'(best)':>12}{'x ours':>9}{'of limit':>10}{'temporary MiB':>15}"
     for way, x in r["ways"].items():
         best = f"({1e3 * x['best']:,.1f})"
@@ -111,7 +111,7 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name}: found {value}, expected at least 1")
 
 
-def conditions() -> dict[str, Any]:
+def measurement_conditions() -> dict[str, Any]:
     """Of a measurement: the devices, their platform ("cpu", "gpu", "tpu"), and the versions."""
     return {
         "platform": jax.default_backend(),

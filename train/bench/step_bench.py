@@ -26,7 +26,7 @@ from btlm_jax.model.remat import Remat
 from btlm_jax.perf import accounting
 from btlm_jax.train.batches import Batches
 from btlm_jax.train.bench import measure, torch_step
-from btlm_jax.train.bench.baseline import Peer
+from btlm_jax.train.bench.baseline import Baseline
 from btlm_jax.train.mixture import Source
 from btlm_jax.train.recipe import Phase
 from btlm_jax.train.step import init_state, make_step
@@ -195,7 +195,7 @@ def _write_shards(directory: Path, config: BTLMConfig, n: int) -> None:
 @contextlib.contextmanager
 def _peers(
     config: BTLMConfig, params, tokens: np.ndarray, dtype: str, show: Show
-) -> Iterator[dict[str, tuple[Peer, list[float]]]]:
+) -> Iterator[dict[str, tuple[Baseline, list[float]]]]:
     """PyTorch's step, as it is and compiled where that works, both after their first two steps."""
     c = config
     if not (c.alibi and c.gated and c.tie_word_embeddings and c.alibi_scaling is None):
@@ -231,7 +231,7 @@ def _peers(
             # Its best: uncompiled, and in training on CPUs, flex_attention is no kernel.
             best = "flex" if (mode, problem["device"]) == ("compile", "cuda") else "bias"
             torch_step.write(file, {**problem, "mode": mode, "attention": best}, arrays)
-            peer = Peer("torch_step", str(file), f"PyTorch's step ({mode})")
+            peer = Baseline("torch_step", str(file), f"PyTorch's step ({mode})")
             stack.callback(peer.close)
             try:
                 losses = [peer.ask()["loss"] for _ in range(2)]
@@ -284,7 +284,7 @@ def _report(
         "mfu_causal": of("step", "matmul", flops.training_causal),
         "loader_over_step": of("loader", "step") / devices,
         "step_over_torch": torch,
-    } | measure.conditions()
+    } | measure.measurement_conditions()
 
 
 def _lines(r: Mapping[str, Any]) -> Iterator[str]:
@@ -295,7 +295,7 @@ def _lines(r: Mapping[str, Any]) -> Iterator[str]:
     )
     rates, best = r["rates"], r["best"]
     flops = rates["matmul"] / 1e9, best["matmul"] / 1e9
-    yield f"matrix product of {measure.MATMUL}: {flops[0]:,.0f} GFLOP/s ({flops[1]:,.0f})"
+    yield f"matrix product of {measure.MATMUL_SIZE}: {flops[0]:,.0f} GFLOP/s ({flops[1]:,.0f})"
     for name in rates:
         if name not in _RATES:
             yield f"{name}: {rates[name]:,.0f} tokens/s ({best[name]:,.0f})"

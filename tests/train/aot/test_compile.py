@@ -20,14 +20,14 @@ from btlm_jax.train.recipe_build import build_config, build_model, build_optimiz
 from btlm_jax.train.recipe_file import load_recipe
 from btlm_jax.train.step import abstract_state, init_state, make_step
 
-TOPOLOGY = topologies.parse("v5e:2x4")  # eight devices, as there are CPUs here
+TOPOLOGY = topologies.parse_topology("v5e:2x4")  # eight devices, as there are CPUs here
 SMALL = ("phases.0.batch_size=16", "phases.0.length=32", "phases.0.microbatch=8")
 
 
 @pytest.fixture(autouse=True)
 def cpus_for_chips(monkeypatch):
-    monkeypatch.setattr(compile, "devices", lambda topology: jax.devices())
-    monkeypatch.setattr(topologies, "prepare", lambda: None)
+    monkeypatch.setattr(compile, "topology_devices", lambda topology: jax.devices())
+    monkeypatch.setattr(topologies, "prepare_compiler", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def saved(tmp_path_factory):
     file = tmp_path_factory.mktemp("compiled") / "step"
     recipe = load_recipe("tiny", [*SMALL, "mesh.tensor=2"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile, "devices", lambda topology: jax.devices())
+        patch.setattr(compile, "topology_devices", lambda topology: jax.devices())
         return recipe, compile_phase(recipe, 0, TOPOLOGY, file), file
 
 
@@ -88,7 +88,7 @@ def test_report(saved):
     assert b["seconds"] == max(b["compute"], b["hbm"], b["ici"], b["dcn"]) == b[b["limit"]]
     assert r["tokens_per_second_per_device"] == share / b["seconds"]
     assert r["mfu"] == pytest.approx(share * flops.training_full / b["seconds"] / 197e12)
-    text = "\n".join(compile_report.lines(r))
+    text = "\n".join(compile_report.format_compile_report(r))
     assert "v5e:2x4, 8 devices (fsdp 4 x tensor 2): phase 0: 16 sequences of 32 in micro" in text
     assert "optimizer state" in text and "all-gather (ICI)" in text and "MFU" in text
 
@@ -96,7 +96,7 @@ def test_report(saved):
 def test_saved_program_runs_elsewhere(saved):
     """Loaded from its file, it takes the step that `btlm train` would take."""
     recipe, report, file = saved
-    program, notes = executables.load(file)
+    program, notes = executables.load_executable(file)
     assert notes["report"] == report and notes["recipe"]["phases"][0]["microbatch"] == 8
     model, tx, state, tokens = state_and_tokens(recipe)
     want_state, want = make_step(model, tx)(jax.tree.map(lambda x: x.copy(), state), tokens)
@@ -109,18 +109,18 @@ def test_saved_program_runs_elsewhere(saved):
 def test_saved_programs_are_checked(saved, tmp_path):
     _, _, file = saved
     with pytest.raises(FileExistsError, match="exists: choose another name"):
-        executables.require_free(file)
+        executables.require_new_file(file)
     with pytest.raises(ValueError, match="compiled for devices = 8, found 4 here"):
-        executables.load(file, jax.devices()[:4])
+        executables.load_executable(file, jax.devices()[:4])
     (tmp_path / "other").write_text("no")
     with pytest.raises(ValueError, match="not written by `btlm compile --save`"):
-        executables.load(tmp_path / "other")
+        executables.load_executable(tmp_path / "other")
     with pytest.raises(FileNotFoundError):
-        executables.load(tmp_path / "none")
+        executables.load_executable(tmp_path / "none")
     cut = tmp_path / "cut"
     cut.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="or damaged"):
-        executables.about(cut)
+        executables.read_executable_metadata(cut)
 
 
 def test_decoding():
@@ -131,8 +131,8 @@ def test_decoding():
     assert r["memory"]["inputs"] == pytest.approx(cache / 8, rel=0.05)
     assert r["memory"]["optimizer"] == 0
     assert r["tokens_per_second_per_device"] == 1 / r["bound"]["seconds"]
-    assert "8 sequences against 64 slots" in compile_report.lines(r)[0]
-    assert "ms per token" in compile_report.lines(r)[-1]
+    assert "8 sequences against 64 slots" in compile_report.format_compile_report(r)[0]
+    assert "ms per token" in compile_report.format_compile_report(r)[-1]
     with pytest.raises(ValueError, match="--capacity: found 0"):
         compile_decoding(recipe, TOPOLOGY, batch_size=8, capacity=0)
 
@@ -168,7 +168,7 @@ def test_what_is_missing(text, monkeypatch):
 
 def test_what_compiles_and_does_not_fit(monkeypatch):
     """As on GPUs, for which XLA compiles anything."""
-    small = topologies.parse("v5e:2x4")
+    small = topologies.parse_topology("v5e:2x4")
     rates = small.chip.per_device(small.shape)._replace(memory=100_000)
     monkeypatch.setattr(type(small.chip), "per_device", lambda *_: rates)
     with pytest.raises(DoesNotFit, match=r"97\.7 KiB are there, .* are missing; by estimate"):
@@ -221,11 +221,11 @@ def test_options_that_do_not_go_together(options, message, capsys):
 
 FOR_V5E = """
 from btlm_jax.train import compile, recipe_file, topologies
-topologies.prepare()
+topologies.prepare_compiler()
 recipe = recipe_file.load_recipe(
     "btlm-3b-8k", ["model.fields.n_layer=8", "mesh.fsdp=1", "mesh.tensor=4"]
 )
-topology = topologies.parse("v5e:2x2")
+topology = topologies.parse_topology("v5e:2x2")
 r = compile.compile_decoding(recipe, topology, batch_size=4, capacity=8192)
 print(r["memory"]["inputs"], r["memory"]["rest"])
 """

@@ -20,7 +20,7 @@ B3 = BTLMConfig.preset("btlm-3b-8k")
 
 
 def found_for(name: str, slices: int = 1, batch_size: int = 480, length: int = 8192):
-    t = topologies.parse(name, slices)
+    t = topologies.parse_topology(name, slices)
     n = slices
     for size in t.shape:
         n *= size
@@ -114,7 +114,7 @@ def test_nothing_fits():
 def test_bad_numbers():
     recipe = load_recipe("btlm-3b-8k")
     with pytest.raises(ValueError, match="--jobs: found 0"):
-        fit_lib.fit(recipe, 0, topologies.parse("v5e:4x4"), keep=1, attempts=1, jobs=0)
+        fit_lib.fit(recipe, 0, topologies.parse_topology("v5e:4x4"), keep=1, attempts=1, jobs=0)
 
 
 def test_table_goes_between_the_markers(tmp_path: Path, monkeypatch):
@@ -132,15 +132,15 @@ def test_table_goes_between_the_markers(tmp_path: Path, monkeypatch):
     file = tmp_path / "README.md"
     file.write_text(f"before\n{fit_table.BEGIN}\nold\n{fit_table.END}\nafter\n")
     recipe = load_recipe("btlm-3b-8k")
-    fit_table.write(file, recipe, attempts=1, jobs=1, names=("v5e-16", "v4-8"))
+    fit_table.write_fit_table(file, recipe, attempts=1, jobs=1, names=("v5e-16", "v4-8"))
     text = file.read_text()
     assert text.startswith("before\n") and text.endswith(f"{fit_table.END}\nafter\n")
     assert "old" not in text and "v4-8 at 8192: nothing fits" in text
     rows = [line for line in text.splitlines() if line.startswith("| v5e-16 (v5e:4x4)")]
     assert len(rows) == 2 and "| 8.00 of 16.00 GiB | 500 ms | COMPUTE | 12,346 | 50% |" in rows[1]
     again = file.read_text()
-    fit_table.write(file, recipe, attempts=1, jobs=1, names=("v5e-16", "v4-8"))
+    fit_table.write_fit_table(file, recipe, attempts=1, jobs=1, names=("v5e-16", "v4-8"))
     assert file.read_text() == again
     file.write_text("nothing here")
     with pytest.raises(ValueError, match="found no <!-- btlm compile --table"):
-        fit_table.write(file, recipe, attempts=1, jobs=1)
+        fit_table.write_fit_table(file, recipe, attempts=1, jobs=1)

@@ -29,16 +29,16 @@ from btlm_jax.train.aot import topologies
     ],
 )
 def test_names(name, chip, shape):
-    found = topologies.parse(name, 1)
+    found = topologies.parse_topology(name, 1)
     assert (found.chip.name, found.shape) == (chip, shape)
-    assert topologies.parse(found.name) == found
+    assert topologies.parse_topology(found.name) == found
 
 
 def test_every_listed_shape_has_a_name():
     for chip, shapes in topologies.SHAPES.items():
         for shape in shapes:
-            assert topologies.parse(f"{chip}:{shape}").chip.name == chip
-    assert topologies.parse("v5p:2x2x2", 4).name == "4 x v5p:2x2x2"
+            assert topologies.parse_topology(f"{chip}:{shape}").chip.name == chip
+    assert topologies.parse_topology("v5p:2x2x2", 4).name == "4 x v5p:2x2x2"
 
 
 @pytest.mark.parametrize(
@@ -58,22 +58,22 @@ def test_every_listed_shape_has_a_name():
 )
 def test_unknown_names_are_told_the_nearest(name, message):
     with pytest.raises(ValueError, match=message):
-        topologies.parse(name)
+        topologies.parse_topology(name)
 
 
 def test_slices():
     with pytest.raises(ValueError, match="--slices: found 0"):
-        topologies.parse("v5e:4x4", 0)
+        topologies.parse_topology("v5e:4x4", 0)
     with pytest.raises(ValueError, match="h200 is one node"):
-        topologies.parse("h200:8", 2)
+        topologies.parse_topology("h200:8", 2)
 
 
 def test_what_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs libtpu, .* pip install 'btlm-jax\[tpu\]'"):
-        topologies.devices(topologies.parse("v5e:4x4"))
+        topologies.topology_devices(topologies.parse_topology("v5e:4x4"))
     with pytest.raises(ValueError, match=r"CUDA plugin, .* pip install 'jax\[cuda13\]'"):
-        topologies.devices(topologies.parse("h200:8"))
+        topologies.topology_devices(topologies.parse_topology("h200:8"))
 
 
 def test_target_of_the_h200():

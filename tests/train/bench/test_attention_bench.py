@@ -13,7 +13,7 @@ from btlm_jax.train.bench import attention_bench, measure
 
 
 def test_report(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(measure, "MATMUL", 128)
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 128)
     file = tmp_path / "found.json"
     options = ["--preset", "tiny", "--length", "600", "--rounds", "1", "--json", str(file)]
     assert cli.main(["bench", "attention", *options]) == 0
@@ -58,7 +58,7 @@ def test_a_way_that_does_not_fit_is_told(monkeypatch, capsys, caplog):
     def exhausted(q, k, v):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(measure, "MATMUL", 128)
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 128)
     real = attention_bench._ways
     monkeypatch.setattr(
         attention_bench, "_ways", lambda *a: {**real(*a), "xla, full bias": exhausted}

@@ -147,7 +147,7 @@ def test_the_machine_is_asked_in_a_process_that_ends(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
     found = bench_all._machine()
     assert (found["platform"], found["devices"], found["cores"]) == ("cpu", 3, os.cpu_count())
-    assert found.keys() == measure.conditions().keys()
+    assert found.keys() == measure.measurement_conditions().keys()
 
 
 def test_beside_mpt(monkeypatch):

@@ -16,7 +16,7 @@ from btlm_jax.train.bench import generation_bench, measure
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(measure, "MATMUL", 128)
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 128)
     monkeypatch.setattr(generation_bench, "_READ_BYTES", 1 << 20)
 
 

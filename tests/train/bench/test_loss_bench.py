@@ -12,7 +12,7 @@ from btlm_jax.train.bench import loss_bench, measure
 
 
 def test_report(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(measure, "MATMUL", 128)
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 128)
     monkeypatch.setattr(loss, "ROWS", 64)
     file = tmp_path / "found.json"
     options = ["--preset", "tiny", "--rows", "2048", "--rounds", "1", "--json", str(file)]

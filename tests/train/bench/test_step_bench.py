@@ -10,12 +10,12 @@ import pytest
 from btlm_jax import BTLMConfig, cli
 from btlm_jax.perf import accounting
 from btlm_jax.train.bench import measure, step_bench
-from btlm_jax.train.bench.baseline import Peer
+from btlm_jax.train.bench.baseline import Baseline
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(measure, "MATMUL", 128)
+    monkeypatch.setattr(measure, "MATMUL_SIZE", 128)
 
 
 def test_report(small, tmp_path, capsys):
@@ -74,4 +74,4 @@ def test_pytorch_takes_the_same_steps(small):
 def test_a_peer_that_fails_says_why(tmp_path):
     (tmp_path / "problem.npz").write_text("nonsense")
     with pytest.raises(ValueError, match=r"PyTorch's step failed:\n[\s\S]*Error"):
-        Peer("torch_step", str(tmp_path / "problem.npz"), "PyTorch's step")
+        Baseline("torch_step", str(tmp_path / "problem.npz"), "PyTorch's step")
