@@ -1,4 +1,7 @@
-"""The notebooks run from top to bottom, and are committed with what they show."""
+"""The notebooks run from top to bottom and are committed with their outputs.
+
+`python tests/test_notebooks.py [NAME…]` executes them and writes their outputs.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import pytest
 from nbclient import NotebookClient
 
 from btlm_jax.train import recipe_file
+from support import compiling
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("01_convert_generate_stream", "02_finetune", "03_mup", "04_long_context")
@@ -23,7 +27,7 @@ PICTURES = dict(zip(NAMES, (1, 1, 2, 3), strict=True))
 MOST_BYTES = 600_000
 
 
-def read(name: str) -> nbformat.NotebookNode:
+def read_notebook(name: str) -> nbformat.NotebookNode:
     return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
 
 
@@ -36,13 +40,13 @@ def pictures(notebook: nbformat.NotebookNode) -> list[bytes]:
     return [base64.b64decode(png) for png in found if png]
 
 
-def executed(name: str, directory: str | os.PathLike[str], small: bool = True):
-    """Without the Hub, on one device of the CPU; in the small form, unless that is not wanted."""
+def execute(name: str, directory: str | os.PathLike[str], small: bool = True):
+    """Executes a notebook without network on one CPU device, by default with the small model."""
     env = os.environ | {
         "BTLM_SMALL": "1" if small else "", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": compiling.QUICK_TO_COMPILE,
     }  # fmt: skip
-    notebook = read(name)
+    notebook = read_notebook(name)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
@@ -55,15 +59,14 @@ def executed(name: str, directory: str | os.PathLike[str], small: bool = True):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_runs(name, tmp_path):
-    """Cells assert what the text says of them."""
-    assert len(pictures(executed(name, tmp_path))) == PICTURES[name]
+def test_a_notebook_runs_and_its_assertions_hold(name, tmp_path):
+    assert len(pictures(execute(name, tmp_path))) == PICTURES[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_committed_with_its_outputs(name):
+def test_a_notebook_is_committed_with_its_outputs(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
-    notebook = read(name)
+    notebook = read_notebook(name)
     nbformat.validate(notebook)
     assert path.stat().st_size <= MOST_BYTES
     assert len(found := pictures(notebook)) == PICTURES[name]
@@ -76,14 +79,14 @@ def test_committed_with_its_outputs(name):
     assert not re.search(r"/(home|root|tmp|Users|work)/|Warning", str(outputs(notebook)))
 
 
-def test_all_are_tested():
+def test_all_notebooks_are_tested():
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_opens_in_colab_and_installs_what_there_is(name):
-    """One badge, one install cell, of the same place; README has the same links."""
-    notebook = read(name)
+def test_a_notebook_opens_in_colab_and_installs_existing_extras(name):
+    """The badge, the install cell and the README name the same repository."""
+    notebook = read_notebook(name)
     url = r"https://colab\.research\.google\.com/github/([\w-]+/[\w-]+)/blob/main/(notebooks/\w+\.ipynb)"
     place, path = re.findall(url, notebook.cells[0].source)[0]
     assert path == f"notebooks/{name}.ipynb"
@@ -101,10 +104,12 @@ def test_opens_in_colab_and_installs_what_there_is(name):
 
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("large", [False, True])
-def test_fine_tuning_warms_up_and_can_be_stopped(large, devices):
-    """A tenth of the steps on any number of devices, and a checkpoint before the end."""
+def test_fine_tuning_warms_up_and_can_be_interrupted(large, devices):
+    """Warmup is a tenth of the steps on any number of devices; a checkpoint precedes the end."""
     (source,) = (
-        c.source for c in read("02_finetune").cells if "recipe_file.load_recipe" in c.source
+        c.source
+        for c in read_notebook("02_finetune").cells
+        if "recipe_file.load_recipe" in c.source
     )
     jax = SimpleNamespace(device_count=lambda: devices)
     names = dict(large=large, jax=jax, recipe_file=recipe_file, WORK=Path("w"))
@@ -115,9 +120,9 @@ def test_fine_tuning_warms_up_and_can_be_stopped(large, devices):
     assert 0 < recipe.run.checkpoint_every < phase.steps
 
 
-if __name__ == "__main__":  # what is committed, anew: all, or those that are named
+if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:
         with tempfile.TemporaryDirectory() as directory:
             # Two widths are enough to test 03_mup, but not for its pictures.
-            notebook = executed(name, directory, small=name != "03_mup")
+            notebook = execute(name, directory, small=name != "03_mup")
             nbformat.write(notebook, ROOT / "notebooks" / f"{name}.ipynb")

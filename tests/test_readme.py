@@ -1,4 +1,4 @@
-"""What README says works as printed."""
+"""The commands and the Python of the README work as printed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from btlm_jax import cli
 from btlm_jax.data import sample_text
 from btlm_jax.train.metrics import read_metrics
+from support import compiling
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,9 +29,9 @@ def commands() -> list[str]:
     return [part.strip() for text in texts for part in re.split(r"&&|\n", text) if part.strip()]
 
 
-def test_python_snippet(tmp_path):
+def test_the_python_snippet_runs(tmp_path):
     (snippet,) = [text for lang, text in BLOCKS if lang == "python"]
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = compiling.one_device()
     done = subprocess.run(
         [sys.executable, "-c", snippet], capture_output=True, text=True, cwd=tmp_path, env=env
     )
@@ -38,7 +39,7 @@ def test_python_snippet(tmp_path):
     assert done.stdout.startswith("(1, 3, 512) ") and done.stdout.endswith("(1, 8)\n")
 
 
-def test_every_command_exists(capsys):
+def test_every_command_that_is_named_exists(capsys):
     named = {c.split()[1] for c in commands() if c.split()[0] in ("btlm", ".venv/bin/btlm")}
     named |= set(re.findall(r"`btlm (\w[\w-]*)", README)) - {"COMMAND"}
     assert {"quickstart", "convert", "export", "info", "generate"} <= named
@@ -49,8 +50,7 @@ def test_every_command_exists(capsys):
 
 
 @pytest.mark.slow
-def test_own_text(tmp_path):
-    """Tokenize, train, generate as printed; killed twice on the way, to the loss that is stated."""
+def test_training_on_own_text_reaches_the_stated_loss_despite_kills(tmp_path):
     (block,) = [text for lang, text in BLOCKS if "--new-tokenizer" in text]
     tokenize, train, generate = (shlex.split(line) for line in block.splitlines())
     (stated,) = re.findall(r"held-out loss of ([\d.]+) ± ([\d.]+) nats", TRAINING)
@@ -91,7 +91,7 @@ def test_own_text(tmp_path):
 
 
 def test_ci_runs_the_test_command():
-    """The README's install and test commands, and .ci/run's, are the same."""
+    """`.ci/run` installs and tests with the README's commands."""
     assert ".venv/bin/pip install -e '.[test]'" in commands()
     assert ".venv/bin/pytest -n 2" in commands()
     script = (ROOT / ".ci/run").read_text()

@@ -26,7 +26,7 @@ ASSET_NAMES = (
 
 
 def asset_files(path: str | os.PathLike[str]) -> list[epath.Path]:
-    """Returns the files that a checkpoint of ours carries along, sorted by name."""
+    """Returns the files that a checkpoint carries, sorted by name."""
     folder = tokenizer_directory(path)
     if folder == paths.location(path):
         return []

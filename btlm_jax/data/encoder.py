@@ -37,7 +37,7 @@ class Encoder:
     """A tokenizer that appends EOS to every document.
 
     Args:
-      source: a directory with a tokenizer's files, or a checkpoint of ours (local or URL).
+      source: a directory with a tokenizer's files, or a checkpoint (local or URL).
       eos: the token that ends a document; None takes the `eos_token` that the tokenizer's files
         name, or else "<|endoftext|>".
       vocab_size: vocabulary of the model that will read the ids; None takes the tokenizer's.

@@ -45,7 +45,7 @@ def prepare_tokens(
 
     Args:
       inputs, target, field, on_error, overwrite, options: as in `tokenize`.
-      tokenizer: a directory with its files, or a checkpoint of ours. Excludes `new_tokenizer`.
+      tokenizer: a directory with its files, or a checkpoint. Excludes `new_tokenizer`.
       new_tokenizer: train a byte-level BPE with this many tokens, including `<|endoftext|>`.
       held_out: fraction of the documents to hold out.
 

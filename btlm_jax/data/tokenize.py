@@ -100,7 +100,7 @@ def tokenize(
         also with `.gz` or `.zst`, and `.parquet`; "-" is standard input. Read in this order, the
         files of a glob sorted by name.
       target: a local directory that does not exist yet.
-      tokenizer: a directory with its files, or a checkpoint of ours (local or URL).
+      tokenizer: a directory with its files, or a checkpoint (local or URL).
       field: field of JSON objects, or column, that holds the text.
       shard_tokens: number of tokens after which a shard ends, with the current document.
       vocab_size: vocabulary of the model that will read the tokens; default the tokenizer's.

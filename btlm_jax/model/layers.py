@@ -63,7 +63,7 @@ class Layer(nn.Module):
             w = stored.astype(runtime.dtype)
             out, gathered = runtime.axes(*axes), runtime.axes(*weight_axes)
             return einsum(equation, x, w, runtime.precision, out, gathered)
-        # The inputs are the last dimensions of x, in order. Of several only the first is sharded.
+        # The inputs are the last dimensions of x, in order; only the first is sharded.
         num_dims = len(entry.inputs)
         if num_dims > 1:
             x_spec = runtime.axes("batch", "sequence", weight_axes[entry.inputs[0]])

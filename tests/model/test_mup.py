@@ -484,7 +484,7 @@ WRONG = {
         [schedule_free(optax.adamw(1e-2), 1e-2), MUP],
         "after schedule_free, expected",
     ),
-    "around schedule_free of ours": (
+    "around our schedule_free": (
         [schedule_free(mup.adamw(1e-2, SMALL), 1e-2), MUP],
         "found twice",
     ),
@@ -514,7 +514,7 @@ RIGHT = {
     "momentum after": [optax.scale_by_rms(), MUP, optax.trace(0.9), SGD],
     "a schedule after": [optax.scale_by_lion(), MUP, optax.scale_by_learning_rate(SCHEDULE)],
     "none": [optax.adamw(1e-2)],
-    "schedule_free of ours": [schedule_free(mup.adamw(1e-2, SMALL, b1=0.0), 1e-2)],
+    "our schedule_free": [schedule_free(mup.adamw(1e-2, SMALL, b1=0.0), 1e-2)],
 }
 
 

@@ -93,7 +93,7 @@ def test_slopes_of_power_laws_are_exact():
 
 
 def test_divergence_is_an_infinite_slope():
-    """Of muP a failure, of a broken rule a finding."""
+    """muP fails with it, and a broken rule is detected by it."""
     sizes = {c: np.ones((1, 2, 3)) for c in LIMITS}
     sizes["MLP"] = np.full((1, 2, 3), np.nan)
     made = CoordCheck(WIDTHS, {"muP": sizes, "init unscaled": sizes}, {})

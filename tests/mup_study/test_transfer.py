@@ -25,7 +25,7 @@ def parabola(optimum: float, e: int) -> float:
 
 
 def sweep(mup, sp) -> Transfer:
-    """Of losses that are parabolas around the optima of the widths."""
+    """Returns a sweep whose losses are parabolas around the optima of the widths."""
     runs = []
     for name, optima in (("muP", mup), ("SP", sp)):
         for width, optimum in zip(WIDTHS, optima, strict=True):
