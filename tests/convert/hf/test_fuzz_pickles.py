@@ -23,9 +23,9 @@ from support.hostile_pickles import hostile_pickles
 
 def test_hostile_pickles_are_refused_without_running_code(tmp_path):
     flag = tmp_path / "ran"
-    actual = hostile_pickles(flag)
-    assert len(actual) > 100
-    for name, pkl in actual.items():
+    pickles = hostile_pickles(flag)
+    assert len(pickles) > 100
+    for name, pkl in pickles.items():
         raw = zip_bytes(pkl)
         message = refusal({BIN: raw})
         assert BIN in message and len(message) < 1000 and "\n" not in message, name
