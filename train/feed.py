@@ -106,14 +106,14 @@ def batches_on_mesh(
         shape = (phase.batch_size // micro, micro, phase.length + 1)
 
         def put(array: np.ndarray, micro=micro, shape=shape, position=position) -> jax.Array:
-            def shard(index):
+            def read(index: tuple[slice, ...]) -> np.ndarray:
                 microbatches, sequences = range(shape[0])[index[0]], range(micro)[index[1]]
                 return np.stack(
                     [array[[position[a * micro + r] for r in sequences]] for a in microbatches]
                 )
 
             with jax.transfer_guard("allow"):  # an intentional transfer
-                return jax.make_array_from_callback(shape, batch_sharding, shard)
+                return sharding.assemble_array(shape, array.dtype, batch_sharding, shape, read)
 
         yield tuple(put(x) for x in batch if x is not None)
 
