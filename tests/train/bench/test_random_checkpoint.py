@@ -103,7 +103,7 @@ def test_no_two_tensors_are_alike(opened):
 def test_many_blocks(monkeypatch):
     """A tensor of more than one block is as long as it should be, and no two blocks are alike."""
     monkeypatch.setattr(zarr, "BLOCK_BYTES", 1 << 10)
-    tensor = random_checkpoint.Tensor("x", zarr.BF16, (50, 33))
+    tensor = random_checkpoint.TensorSpec("x", zarr.BF16, (50, 33))
     blocks = list(random_checkpoint._random(tensor))
     assert [len(b) for b in blocks] == [512, 512, 512, 114]
     assert len({b[:100].tobytes() for b in blocks}) == 4
