@@ -114,8 +114,8 @@ def test_files_that_are_no_cache_are_refused(tiny, texts, tmp_path):
     with pytest.raises(ValueError, match="junk: found no prompt cache"):
         PromptCache.load(tmp_path / "junk", *tiny)
     PromptCache.of(*tiny, texts).save(tmp_path / "prompts.npz")
-    whole = (tmp_path / "prompts.npz").read_bytes()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    data = (tmp_path / "prompts.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"cut\.npz: found no prompt cache"):
         PromptCache.load(tmp_path / "cut.npz", *tiny)
     other = BTLM(dataclasses.replace(tiny[0].config, n_layer=1))

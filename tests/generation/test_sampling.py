@@ -14,45 +14,45 @@ from btlm_jax.generation.sampling import draw_tokens, warp_scores
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.1, 0.1, 0.1], [0.05, 0.05, 0.8, 0.05, 0.05]]))
 
 
-def kept(min_keep: int = 1, **options) -> list[list[int]]:
+def kept_tokens(min_keep: int = 1, **options) -> list[list[int]]:
     rules = GenerationOptions(do_sample=True, **({"top_k": 0} | options))
     return [list(np.flatnonzero(np.isfinite(r))) for r in warp_scores(LOGITS, rules, min_keep)]
 
 
 def test_top_k_keeps_ties():
-    assert kept(top_k=2) == [[0, 1], [0, 1, 2, 3, 4]]
-    assert kept(top_k=3) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
-    assert kept(top_k=0) == kept(top_k=50) == [[0, 1, 2, 3, 4]] * 2
+    assert kept_tokens(top_k=2) == [[0, 1], [0, 1, 2, 3, 4]]
+    assert kept_tokens(top_k=3) == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]]
+    assert kept_tokens(top_k=0) == kept_tokens(top_k=50) == [[0, 1, 2, 3, 4]] * 2
 
 
 def test_top_p_keeps_tokens_until_p_is_reached():
-    assert kept(top_p=0.65) == [[0, 1], [2]]
-    assert kept(top_p=0.3) == [[0], [2]]
-    assert kept(top_p=1e-9) == [[0], [2]]
+    assert kept_tokens(top_p=0.65) == [[0, 1], [2]]
+    assert kept_tokens(top_p=0.3) == [[0], [2]]
+    assert kept_tokens(top_p=1e-9) == [[0], [2]]
 
 
 def test_rules_keep_as_many_tokens_as_beams_need():
-    assert [len(row) for row in kept(2, top_p=1e-9)] == [2, 2]
-    assert [len(row) for row in kept(2, min_p=1.0)] == [2, 2]
-    assert [len(row) for row in kept(2, typical_p=1e-9)] == [2, 2]
+    assert [len(row) for row in kept_tokens(2, top_p=1e-9)] == [2, 2]
+    assert [len(row) for row in kept_tokens(2, min_p=1.0)] == [2, 2]
+    assert [len(row) for row in kept_tokens(2, typical_p=1e-9)] == [2, 2]
 
 
 def test_min_p_is_relative_to_the_most_likely_token():
-    assert kept(min_p=0.5) == [[0, 1], [2]]
-    assert kept(min_p=0.2) == [[0, 1, 2, 3, 4], [2]]
+    assert kept_tokens(min_p=0.5) == [[0, 1], [2]]
+    assert kept_tokens(min_p=0.2) == [[0, 1, 2, 3, 4], [2]]
 
 
 def test_typical_p_may_drop_the_most_likely():
     # The entropy is 1.42 nats: 0.3 (1.20 nats) is nearest, then 0.4 (0.92), then 0.1 (2.30).
-    assert kept(typical_p=0.29)[0] == [1]
-    assert kept(typical_p=0.5)[0] == [0, 1]
+    assert kept_tokens(typical_p=0.29)[0] == [1]
+    assert kept_tokens(typical_p=0.5)[0] == [0, 1]
 
 
 def test_cutoffs_drop_unlikely_tokens():
-    assert kept(epsilon_cutoff=0.2) == [[0, 1], [2]]
-    assert kept(epsilon_cutoff=0.9) == [[0], [2]]
+    assert kept_tokens(epsilon_cutoff=0.2) == [[0, 1], [2]]
+    assert kept_tokens(epsilon_cutoff=0.9) == [[0], [2]]
     # sqrt(0.3) * exp(-entropy) = 0.13 and 0.25
-    assert kept(eta_cutoff=0.3) == [[0, 1], [2]]
+    assert kept_tokens(eta_cutoff=0.3) == [[0, 1], [2]]
 
 
 def test_temperature_is_applied_before_the_filters():

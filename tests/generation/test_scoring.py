@@ -26,13 +26,13 @@ def test_scores_are_the_log_softmax_of_the_original_logits(name):
 def test_padding_and_length_do_not_matter(tiny):
     model, params = tiny
     ids = np.random.default_rng(0).integers(0, 512, (2, 150))  # several chunks
-    whole = score(model, params, ids)
-    assert np.isnan(whole).sum() == 2
+    unpadded = score(model, params, ids)
+    assert np.isnan(unpadded).sum() == 2
     mask = np.ones((2, 150), int)
     mask[1, :50] = 0
     padded = score(model, params, ids, attention_mask=mask)
     assert np.isnan(padded[1, :51]).all()
-    np.testing.assert_allclose(padded[0], whole[0], atol=2e-5)
+    np.testing.assert_allclose(padded[0], unpadded[0], atol=2e-5)
     alone = score(model, params, ids[1:, 50:])
     np.testing.assert_allclose(padded[1, 51:], alone[0, 1:], atol=2e-5)
 

@@ -43,11 +43,11 @@ def test_text_ends_with_a_stop_string(of_bytes):
         max_new_tokens=20, do_sample=True, top_k=0, eos_token_id=None, tokenizer=tokenizer
     )
     free = generate(model, params, PROMPT[None], **options)[0, 3:].tolist()
-    whole = "".join(stream(model, params, PROMPT, **options))
-    assert whole == tokenizer.decode(free)
-    stop = next(c for c in whole if c.isascii() and c.isprintable())
+    text = "".join(stream(model, params, PROMPT, **options))
+    assert text == tokenizer.decode(free)
+    stop = next(c for c in text if c.isascii() and c.isprintable())
     pieces = list(stream(model, params, PROMPT, stop_strings=stop, **options))
-    assert "".join(pieces) == whole[: whole.index(stop) + 1] and pieces[-1].endswith(stop)
+    assert "".join(pieces) == text[: text.index(stop) + 1] and pieces[-1].endswith(stop)
 
 
 def test_a_running_stream_compiles_nothing_until_its_cache_grows(of_bytes, monkeypatch):
