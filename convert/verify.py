@@ -66,8 +66,9 @@ def verify(
     """Compares two checkpoints, each of either format, or one with the hashes that it records.
 
     Args:
-      a, b: Orbax checkpoints (directories or URLs), Hugging Face directories or Hub ids. Without
-        `b`, every array and copied file of `a` is hashed and compared with its record.
+      a: an Orbax checkpoint (directory or URL), a Hugging Face directory or a Hub id.
+      b: a second one. Without it, every array and copied file of `a` is hashed and compared with
+        its record.
       atol: largest absolute difference of values to accept, also between dtypes; None accepts equal
         bits only.
       logits: also run both models on the same tokens and compare the logits.

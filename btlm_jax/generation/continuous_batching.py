@@ -71,7 +71,8 @@ def generate_batch(
     tokens. With one `seed` for all, prompt i draws as `generate(..., seed=[(seed, i)])` does.
 
     Args:
-      model, params: the model and its weights, on a device or a mesh.
+      model: the model.
+      params: its weights, on a device or a mesh.
       prompts: token ids of each prompt; of any lengths, without padding.
       batch_size: rows that run together; on a mesh, rounded up to a multiple of its batch shards.
       **arguments: those of `generate` (`help(btlm.generate)`) except `attention_mask`,

@@ -87,21 +87,24 @@ def generate(
     lengths (`prompts.bucket_length`); seeds, and lengths within a bucket, change without compiling.
 
     Args:
-      model, params: the model and its weights, on a device or a mesh.
+      model: the model.
+      params: its weights, on a device or a mesh.
       input_ids: int [B, T]; shorter prompts are padded on the left.
       attention_mask: [B, T], nonzero for valid tokens; required for padded prompts, unless
         `pad_token_id` identifies the padding and is not an EOS.
-      max_new_tokens, max_length: maximum number of new tokens, or of tokens including the (padded)
-        prompt; default 20 new tokens. Generation ends earlier once every row has ended.
-      min_new_tokens, min_length: no EOS before this number of tokens.
+      max_new_tokens: maximum number of new tokens; default 20. Generation ends earlier once every row
+        has ended.
+      max_length: instead, the maximum number of tokens including the (padded) prompt.
+      min_new_tokens: no EOS before this number of new tokens.
+      min_length: no EOS before this number of tokens including the (padded) prompt.
       eos_token_id: one id or several that end a row; "config" uses the model's, None never ends.
       pad_token_id: fills rows after their end; default the model's pad token, else the first EOS.
       seed: random seed: one per row, with which a row draws the same tokens alone and in any batch;
         or one for all, of which each row uses its own stream, by its index; or a (seed, stream)
         pair per row.
-      stop_strings, tokenizer: strings that end a row with the token that completes one, and the
-        tokenizer to match them with. The row is then padded, even if no EOS is set (transformers
-        continues it until the other rows have ended).
+      stop_strings: strings that end a row with the token that completes one. The row is then padded,
+        even if no EOS is set (transformers continues it until the other rows have ended).
+      tokenizer: the tokenizer to match stop strings with.
       logits_processor: pure functions (ids [R, S], length [R], scores [R, V]) -> scores that JAX
         can trace, applied after the processors of the options; the first `length` of a row's S
         slots are filled. A new function compiles a new program.
@@ -112,7 +115,8 @@ def generate(
       prompt_cache: a prefilled beginning of the prompts (`PromptCache`); excludes `cache_length`
         and `cache_dtype`.
       return_dict_in_generate: return a `GenerateOutput`.
-      output_scores, output_logits: fill these (large) arrays of the `GenerateOutput`.
+      output_scores: fill the (large) array of scores of the `GenerateOutput`.
+      output_logits: fill the (large) array of logits of the `GenerateOutput`.
       **kwargs: see `options.GenerationOptions` for names and defaults.
 
     Returns:

@@ -55,8 +55,10 @@ class PromptCache:
         """Prefills prompts.
 
         Args:
-          model, params: the model and its weights, on a device or a mesh.
-          input_ids, attention_mask: [B, T], as for `generate`.
+          model: the model.
+          params: its weights, on a device or a mesh.
+          input_ids: int [B, T], as for `generate`.
+          attention_mask: [B, T], as for `generate`.
           cache_dtype: as for `generate`.
 
         Raises:
@@ -78,8 +80,10 @@ class PromptCache:
         """Returns the prefilled state of prompts that begin with these; computes only the rest.
 
         Args:
-          model, params: the model and weights that the cache was created with.
-          ids, mask: int32 [B, T].
+          model: the model that the cache was created with.
+          params: the weights that the cache was created with.
+          ids: int32 [B, T].
+          mask: int32 [B, T], nonzero for valid tokens.
 
         Raises:
           ValueError: the prompts do not begin with these, row by row (a single row may begin all).

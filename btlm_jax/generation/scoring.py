@@ -32,7 +32,8 @@ def score(
     A program is compiled once per bucket of lengths. Full logits are never materialized.
 
     Args:
-      model, params: the model and its weights, on a device or a mesh.
+      model: the model.
+      params: its weights, on a device or a mesh.
       input_ids: int [B, T]; shorter texts are padded on the left.
       attention_mask: [B, T], nonzero for valid tokens.
 

@@ -41,7 +41,8 @@ def stream(
     iterator, at any time, ends the work.
 
     Args:
-      model, params: the model and its weights, on a device or a mesh.
+      model: the model.
+      params: its weights, on a device or a mesh.
       input_ids: int [T] or [1, T], the prompt, which is not repeated.
       tokenizer: yield text instead of ids, in pieces of whole characters, without special tokens.
         Together they are the text of all tokens.

@@ -25,12 +25,15 @@ def next_token_loss(
     """Computes the loss of predicting every token from the tokens before it.
 
     Args:
-      model, params: the model and its weights.
+      model: the model.
+      params: its weights.
       input_ids: int [B, T].
       labels: int [B, T], not shifted (this function shifts them by one, as transformers does). A
         label of -100 is excluded; any other outside the vocabulary makes the loss NaN. The default
         is `input_ids` without padding and without the first token of every later segment.
-      attention_mask, segment_ids, positions: as in `BTLM.apply`.
+      attention_mask: as in `BTLM.apply`.
+      segment_ids: as in `BTLM.apply`.
+      positions: as in `BTLM.apply`.
       weights: [B, T], the weight of every label, not shifted either; a constant to gradients.
 
     Returns:
@@ -68,7 +71,8 @@ def target_loss(
     """Computes the loss of training windows: their first T tokens are inputs, their last T targets.
 
     Args:
-      model, params: the model and its weights.
+      model: the model.
+      params: its weights.
       tokens: int32 [B, T + 1].
       segment_ids: int32 [B, T + 1]; attention stays within segments, and the first token of a
         segment is not predicted from the segment before.

@@ -225,7 +225,8 @@ def adamw(
       learning_rate: a number or an optax schedule, for embeddings and vectors; hidden matrices get
         it times mup_width_scale.
       config: configuration of the model.
-      b1, b2: decay rates of the averages of the gradients and of their squares.
+      b1: decay rate of the average of the gradients.
+      b2: decay rate of the average of their squares.
       eps: Adam's epsilon; under CompleteP, its value at the base width and depth.
       weight_decay: weight decay of matrices and embeddings.
       decay: how hidden matrices apply it (`Decay`).
@@ -355,7 +356,9 @@ def param_groups(
 
     Args:
       config: configuration of the model.
-      learning_rate, weight_decay, decay: as for `adamw`.
+      learning_rate: as for `adamw`.
+      weight_decay: as for `adamw`.
+      decay: as for `adamw`.
       optimizer: the normalization of the gradients.
       adam_learning_rate: as for `muon`: the rate of all weights but the matrices of the layers.
 
