@@ -92,8 +92,8 @@ def generate(
       input_ids: int [B, T]; shorter prompts are padded on the left.
       attention_mask: [B, T], nonzero for valid tokens; required for padded prompts, unless
         `pad_token_id` identifies the padding and is not an EOS.
-      max_new_tokens: maximum number of new tokens; default 20. Generation ends earlier once every row
-        has ended.
+      max_new_tokens: maximum number of new tokens; default 20. Generation ends earlier once every
+        row has ended.
       max_length: instead, the maximum number of tokens including the (padded) prompt.
       min_new_tokens: no EOS before this number of new tokens.
       min_length: no EOS before this number of tokens including the (padded) prompt.
@@ -102,8 +102,8 @@ def generate(
       seed: random seed: one per row, with which a row draws the same tokens alone and in any batch;
         or one for all, of which each row uses its own stream, by its index; or a (seed, stream)
         pair per row.
-      stop_strings: strings that end a row with the token that completes one. The row is then padded,
-        even if no EOS is set (transformers continues it until the other rows have ended).
+      stop_strings: strings that end a row with the token that completes one. The row is then
+        padded, even if no EOS is set (transformers continues it until the other rows have ended).
       tokenizer: the tokenizer to match stop strings with.
       logits_processor: pure functions (ids [R, S], length [R], scores [R, V]) -> scores that JAX
         can trace, applied after the processors of the options; the first `length` of a row's S
