@@ -71,7 +71,7 @@ class CoordCheck:
     directory: Directory = Path("coord-check")
     """Directory for coord_check.json and coord_check.png."""
     models: OmitArgPrefixes[Models] = dataclasses.field(default_factory=Models)
-    steps: int = 10
+    steps: int = 24
     """Training steps before activations are compared."""
     learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Learning rate of embeddings, which must be near the best one. Default 2^-6.25."""

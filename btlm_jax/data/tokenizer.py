@@ -21,8 +21,8 @@ def tokenizer_directory(directory: str | os.PathLike[str]) -> epath.Path:
     """Returns the directory that holds the files of a tokenizer.
 
     Args:
-      directory: a directory of tokenizer files; an Orbax checkpoint of this package, which holds them
-        in `tokenizer/`; a checkpoint of a training run, whose run directory holds them once in
+      directory: a directory of tokenizer files; an Orbax checkpoint of this package, which holds
+        them in `tokenizer/`; a checkpoint of a training run, whose run directory holds them in
         `tokenizer/`; or a run directory.
     """
     folder = paths.location(directory)

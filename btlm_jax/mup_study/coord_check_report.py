@@ -39,7 +39,7 @@ def coord_check_verdicts(check: CoordCheck) -> Iterator[tuple[bool, str]]:
             good = check.detects(name)
             least, curves = FAULTS[name]
             verdict = "fails, as it should" if good else (
-                f"is NOT DETECTED: expected at least {least} in {', '.join(curves)}"
+                f"is NOT DETECTED: expected a change of at least {least} in {', '.join(curves)}"
             )  # fmt: skip
         yield good, f"{name}: {verdict} ({slope})"
 

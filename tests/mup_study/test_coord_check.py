@@ -39,7 +39,7 @@ def flat(found, curve):
 def test_initial_activations_of_mup_keep_their_size(found):
     """Attention logits and logits fall as 1 / sqrt(width), a random walk; nothing else changes."""
     for curve in LIMITS:
-        slope = found.slope("muP", curve, at=0)
+        slope = found.slope("muP", curve, step=0)
         falls = curve in ("attention logits", "logits")
         assert -0.6 <= slope <= -0.3 if falls else abs(slope) <= 0.1
 
@@ -47,7 +47,7 @@ def test_initial_activations_of_mup_keep_their_size(found):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_broken_rule_is_detected(found, fault):
     least, curves = FAULTS[fault]
-    assert {c: found.slope(fault, c) for c in curves if abs(found.slope(fault, c)) < least} == {}
+    assert {c: found.effect(fault, c) for c in curves if abs(found.effect(fault, c)) < least} == {}
     assert found.detects(fault) and not found.passes(fault)
 
 
@@ -75,7 +75,7 @@ def test_tables_json_and_plot_hold_all_results(found, tmp_path):
     assert "muP: passes" in lines and lines.count("fails, as it should") == len(FAULTS)
     plain = json.loads(json.dumps(coord_check_report.coord_check_numbers(found)))
     assert plain["as_it_must"] == dict.fromkeys(ALL, True)
-    assert np.shape(plain["sizes"]["muP"]["MLP"]) == (2, 11, 3)
+    assert np.shape(plain["sizes"]["muP"]["MLP"]) == (2, 25, 3)
     coord_check_report.draw_coord_check(tmp_path / "c.png", found)
     assert (tmp_path / "c.png").stat().st_size > 10_000
 
