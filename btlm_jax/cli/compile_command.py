@@ -71,7 +71,7 @@ class Compile:
 
     def run(self) -> None:
         from btlm_jax.train import recipe_file
-        from btlm_jax.train.aot import topologies
+        from btlm_jax.train.aot import fit_table, topologies
 
         self._refuse_ignored_options()
         check_output(self.json)
@@ -79,20 +79,21 @@ class Compile:
         topologies.prepare_compiler()
         recipe = recipe_file.load_recipe(self.recipe, self.set)
         if self.table is not None:
-            from btlm_jax.train.aot import fit_table
-
-            table = fit_table.write_fit_table(
+            lines = fit_table.write_fit_table(
                 self.table, recipe, attempts=self.attempts, jobs=self.jobs
             )
-            print("\n".join(table))
+            print("\n".join(lines))
             return
-        reports = self._reports(recipe, topologies.parse_topology(self.topology, self.slices))
-        write_json(self.json, reports)
+        topology = topologies.parse_topology(self.topology, self.slices)
+        if self.decode:
+            write_json(self.json, [self._compile_decoding(recipe, topology)])
+        else:
+            write_json(self.json, self._compile_phases(recipe, topology))
 
     def _refuse_ignored_options(self) -> None:
         if self.decode and (self.fit or self.phase is not None):
-            found = "--fit" if self.fit else "--phase"
-            raise ValueError(f"--decode: found {found} too, which is for training: remove one")
+            option = "--fit" if self.fit else "--phase"
+            raise ValueError(f"--decode: found {option} too, which is for training: remove one")
         for name in ("quantize", "cache_dtype"):
             if getattr(self, name) is not None and not self.decode:
                 raise ValueError(f"--{name.replace('_', '-')} needs --decode: add it")
@@ -103,44 +104,48 @@ class Compile:
                     "recipe: --set phases.0.batch_size=N, --set phases.0.length=N"
                 )
 
-    def _reports(self, recipe: Any, topology: Any) -> list[dict[str, Any]]:
+    def _compile_decoding(self, recipe: Any, topology: Any) -> dict[str, Any]:
         from btlm_jax.checkpoint.quantization import Quantization
         from btlm_jax.train.aot import compile, compile_report, executables
-        from btlm_jax.train.aot.fit import fit
+
+        if self.save is not None:
+            executables.require_new_file(self.save)
+        report = compile.compile_decoding(
+            recipe,
+            topology,
+            batch_size=16 if self.batch_size is None else self.batch_size,
+            capacity=8192 if self.capacity is None else self.capacity,
+            quantize=None if self.quantize is None else Quantization.parse(self.quantize),
+            cache_dtype=self.cache_dtype,
+            save=self.save,
+        )
+        print("\n".join(compile_report.format_compile_report(report)))
+        return report
+
+    def _compile_phases(self, recipe: Any, topology: Any) -> list[dict[str, Any]]:
+        from btlm_jax.train.aot import compile, compile_report, executables
+        from btlm_jax.train.aot.fit import fit_phase
 
         phases = range(len(recipe.phases)) if self.phase is None else [self.phase]
         if self.save is not None:
             executables.require_new_file(self.save)
-            if self.fit or (len(phases) > 1 and not self.decode):
+            if self.fit or len(phases) > 1:
                 raise ValueError(
                     "--save: found several programs to save, expected one: select it with "
                     "--phase and remove --fit"
                 )
         reports = []
-
-        def show(report: dict[str, Any]) -> None:
-            reports.append(report)
-            print("\n".join(compile_report.format_compile_report(report)), flush=True)
-
-        if self.decode:
-            show(compile.compile_decoding(
-                recipe, topology,
-                batch_size=16 if self.batch_size is None else self.batch_size,
-                capacity=8192 if self.capacity is None else self.capacity,
-                quantize=None if self.quantize is None else Quantization.parse(self.quantize),
-                cache_dtype=self.cache_dtype,
-                save=self.save,
-            ))  # fmt: skip
-            return reports
         for index in phases:
             if not self.fit:
-                show(compile.compile_phase(recipe, index, topology, self.save))
-                continue
-            best = fit(
-                recipe, index, topology, keep=self.keep, attempts=self.attempts, jobs=self.jobs
-            )
-            reports += best
-            print("\n".join(compile_report.format_fit_table(best, [topology.name] * len(best))))
-            print("\n".join(compile_report.format_compile_report(best[0])))
-            print("best: " + " ".join(f"--set {s}" for s in best[0]["settings"]), flush=True)
+                reports.append(compile.compile_phase(recipe, index, topology, self.save))
+                lines = compile_report.format_compile_report(reports[-1])
+            else:
+                fits = fit_phase(
+                    recipe, index, topology, keep=self.keep, attempts=self.attempts, jobs=self.jobs
+                )
+                reports += fits
+                lines = compile_report.format_fit_table(fits, [topology.name] * len(fits))
+                lines += compile_report.format_compile_report(fits[0])
+                lines.append("best: " + " ".join(f"--set {s}" for s in fits[0]["settings"]))
+            print("\n".join(lines), flush=True)
         return reports

@@ -1,8 +1,8 @@
-"""Compiled programs as files: made without the hardware, loaded where it is.
+"""Compiled programs as files: saved without the hardware, loaded on it.
 
-A file is a zip of `about.json` (what it is and for what), `program` (XLA's own serialization) and
-`trees` (the pytrees of arguments and results, pickled). Loading runs code from the file: load only
-files you made.
+A file is a zip of `about.json` (metadata: what was compiled, and for which devices), `program`
+(XLA's serialization) and `trees` (the pytrees of arguments and results, pickled). Loading runs code
+from the file: load only files that you created.
 """
 
 from __future__ import annotations
@@ -25,36 +25,28 @@ _FORMAT = 1
 
 
 def require_new_file(path: Path) -> None:
-    """Raises FileExistsError if there is something under the name."""
+    """Raises FileExistsError if the path exists."""
     if path.exists():
         raise FileExistsError(f"{path} exists: choose another name, or delete it first")
 
 
-def save_executable(path: Path, compiled: jax.stages.Compiled, about: Mapping[str, Any]) -> None:
-    """Writes a compiled program, as a whole or not at all.
+def save_executable(path: Path, compiled: jax.stages.Compiled, metadata: Mapping[str, Any]) -> None:
+    """Writes a compiled program atomically.
 
     Args:
       path: a new file.
-      compiled: as `jax.stages.Lowered.compile` returns it.
-      about: JSON-able notes, which `load_executable` returns.
+      compiled: the result of `jax.stages.Lowered.compile`.
+      metadata: more values for the file's metadata, which JSON can hold.
 
     Raises:
-      FileExistsError: there is one.
+      FileExistsError: the file exists.
     """
     require_new_file(path)
     program, in_tree, out_tree = serialize_executable.serialize(compiled)
-    devices = _devices(compiled)
-    notes = {
-        "format": _FORMAT,
-        "jax": jax.__version__,
-        "platform": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "devices": len(devices),
-        **about,
-    }
+    metadata = {"format": _FORMAT, **_describe_devices(_devices(compiled)), **metadata}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("about.json", json.dumps(notes, indent=1))
+        file.writestr("about.json", json.dumps(metadata, indent=1))
         file.writestr("program", program)
         file.writestr("trees", pickle.dumps((in_tree, out_tree)))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,20 +54,22 @@ def save_executable(path: Path, compiled: jax.stages.Compiled, about: Mapping[st
 
 
 def read_executable_metadata(path: Path) -> dict[str, Any]:
-    """What a file holds and for what it was compiled; runs nothing of it.
+    """Returns the metadata of a file without running any code from it.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: it is not such a file, or of another format.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file was not written by `save_executable`, or has another format.
     """
     try:
         with zipfile.ZipFile(path) as file:
-            notes = json.loads(file.read("about.json"))
+            metadata = json.loads(file.read("about.json"))
     except (zipfile.BadZipFile, KeyError, ValueError):
         raise ValueError(f"{path}: not written by `btlm compile --save`, or damaged") from None
-    if notes.get("format") != _FORMAT:
-        raise ValueError(f"{path}: format {notes.get('format')}, expected {_FORMAT}: compile again")
-    return notes
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path}: found format {metadata.get('format')}, expected {_FORMAT}: compile it again"
+        )
+    return metadata
 
 
 def load_executable(
@@ -84,31 +78,27 @@ def load_executable(
     """Loads a program that `save_executable` wrote, onto the devices it was compiled for.
 
     Args:
-      path: the file. Its contents are executed: load only files you made.
-      devices: default all of this process's backend; as many, and in the same order, as when it was
-        compiled.
+      path: the file. Loading runs code from it: load only files that you created.
+      devices: as many devices, in the same order, as the program was compiled for; by default all
+        devices of the backend.
 
     Returns:
-      The program, called with arguments sharded as the lowered ones were and, where the compiler
-      chose (the cache of a step of decoding), laid out as its `input_formats` say; and what `read_executable_metadata`
-      returns.
+      The program and the metadata. Call the program with arguments sharded like those it was
+      lowered with. Where the compiler chose a layout (the cache of a decoding step), arguments need
+      the program's `input_formats`.
 
     Raises:
-      FileNotFoundError, ValueError: see `read_executable_metadata`; or it is for another JAX or other devices.
+      FileNotFoundError: the file does not exist.
+      ValueError: the file was not written by `save_executable`, or the program was compiled for
+        another JAX version or other devices.
     """
-    notes = read_executable_metadata(path)
+    metadata = read_executable_metadata(path)
     devices = list(devices) if devices is not None else jax.devices()
-    here = {
-        "jax": jax.__version__,
-        "platform": devices[0].platform,
-        "device_kind": devices[0].device_kind,
-        "devices": len(devices),
-    }
-    for name, value in here.items():
-        if notes[name] != value:
+    for name, value in _describe_devices(devices).items():
+        if metadata[name] != value:
             raise ValueError(
-                f"{path}: compiled for {name} = {notes[name]!r}, found {value!r} here: compile it "
-                "again for what is here"
+                f"{path}: compiled for {name} = {metadata[name]!r}, found {value!r} here: compile "
+                "it again for this machine"
             )
     with zipfile.ZipFile(path) as file:
         program, trees = file.read("program"), file.read("trees")
@@ -116,7 +106,17 @@ def load_executable(
     loaded = serialize_executable.deserialize_and_load(
         program, in_tree, out_tree, devices[0].client, devices
     )
-    return loaded, notes
+    return loaded, metadata
+
+
+def _describe_devices(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Returns the values that must be equal where a program is compiled and where it is loaded."""
+    return {
+        "jax": jax.__version__,
+        "platform": devices[0].platform,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+    }
 
 
 def _devices(compiled: jax.stages.Compiled) -> list[jax.Device]:

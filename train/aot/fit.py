@@ -1,8 +1,8 @@
-"""Search what fits: microbatch x remat x mesh, by formula first and then by compiling.
+"""Searches microbatch, remat policy and mesh for the fastest settings that fit in memory.
 
-Candidates are ordered by the roofline's formula and those that by estimate do not fit are left out;
-the best are compiled, in parallel, until enough of them fit. What a compile says of memory corrects
-the estimates of the candidates that are left.
+Candidates are ordered by the roofline bound of their step. Those whose estimated memory is far too
+large are dropped; the others are compiled in parallel, best first, until enough of them fit. The
+memory of every compiled program corrects the estimates of the remaining candidates.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-# The estimate of memory is rough: candidates up to this factor above what there is are compiled.
+# The memory estimate is rough: candidates up to this factor above the available memory are kept.
 _SLACK = 1.25
 
 
 class Candidate(NamedTuple):
-    """A way to run a phase."""
+    """Settings for a phase."""
 
     mesh: tuple[int, ...]  # sizes of AXES
     microbatch: int
     remat: Remat
     bound: roofline.TimeBound  # by formula
-    memory: float  # by estimate, bytes
+    memory: float  # estimated bytes per device
 
     def settings(self, index: int) -> list[str]:
-        """The `--set` values of it, for phase `index`."""
+        """Returns the `--set` values for phase `index`."""
         sizes = zip(AXES, self.mesh, strict=True)
         return [
             *(f"mesh.{name}={n}" for name, n in sizes),
@@ -55,134 +55,146 @@ class Candidate(NamedTuple):
         ]
 
 
-def fit(
+class SearchResult(NamedTuple):
+    """Compiled candidates."""
+
+    fits: list[tuple[Candidate, dict[str, Any]]]  # with their reports
+    misses: list[tuple[Candidate, float]]  # with the bytes per device that they need
+
+
+def fit_phase(
     recipe: Recipe, index: int, topology: Topology, *, keep: int, attempts: int, jobs: int
 ) -> list[dict[str, Any]]:
-    """The best ways to run a phase on a topology that are found, each compiled.
+    """Searches the fastest settings of a phase that fit a topology.
 
     Args:
-      recipe: its mesh, microbatch and remat are not used.
-      index: of the phase.
-      topology: whose devices are arranged.
-      keep: how many that fit are enough.
-      attempts: how many are compiled at most.
+      recipe: the recipe; its mesh, microbatch and remat policy are ignored.
+      index: the phase, from 0.
+      topology: the devices to compile for.
+      keep: stop after this many that fit.
+      attempts: compile at most this many.
       jobs: worker processes.
 
     Returns:
-      Reports of `compile_phase`, the best bound first, each with "settings", the values to `--set`.
+      Reports of `compile_phase`, the lowest bound first, each with "settings", the values for
+      `--set`.
 
     Raises:
-      ValueError: nothing fits, with the nearest miss; or an argument is not positive.
+      ValueError: nothing fits (the message names the nearest miss), or an argument is not positive.
     """
     for name, value in (("--keep", keep), ("--attempts", attempts), ("--jobs", jobs)):
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected a positive int")
     phase = recipe.phases[index]
     config = build_config(recipe)
-    n = len(topology_devices(topology))
+    num_devices = len(topology_devices(topology))
     rates = topology.chip.per_device(topology.shape)
-    ordered = candidates(config, phase, n, topology.slices, rates)
-    if not ordered:
+    candidates = list_candidates(config, phase, num_devices, topology.slices, rates)
+    if not candidates:
         raise ValueError(
-            f"phases.{index}: no mesh of {n} devices divides batch_size = {phase.batch_size}, "
-            f"length = {phase.length} and {config.n_head} heads"
+            f"phases.{index}: no mesh of {num_devices} devices divides batch_size = "
+            f"{phase.batch_size}, length = {phase.length} and {config.n_head} heads"
         )
-    logger.info("%d candidates; up to %d are compiled", len(ordered), attempts)
-    run = functools.partial(_compiled, recipe, index, topology)
+    logger.info("%d candidates; up to %d are compiled", len(candidates), attempts)
+    evaluate = functools.partial(_compile_candidate, recipe, index, topology)
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_quiet) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_silence_logs) as pool:
         try:
-            found, misses = search(
-                ordered, run, pool, available=rates.memory, keep=keep, attempts=attempts, jobs=jobs
-            )
+            result = search_candidates(
+                candidates, evaluate, pool,
+                available=rates.memory, keep=keep, attempts=attempts, jobs=jobs,
+            )  # fmt: skip
         except BrokenProcessPool:
             raise ValueError(
-                "a process that compiled was killed: is memory short? Try a lower --jobs"
+                "a compiling process was killed, perhaps for lack of memory: try a lower --jobs"
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    if not found:
-        least = min(misses, key=lambda m: m[1], default=None)
-        near = f"; the nearest, {' '.join(least[0].settings(index))}, needs " \
-               f"{format_bytes(least[1])}" if least else ""  # fmt: skip
+    if not result.fits:
+        nearest = ""
+        if result.misses:
+            candidate, needed = min(result.misses, key=lambda miss: miss[1])
+            settings = " ".join(candidate.settings(index))
+            nearest = f"; the nearest, {settings}, needs {format_bytes(needed)}"
         raise ValueError(
-            f"{topology.name}: nothing that was tried fits {format_bytes(rates.memory)} per "
-            f"device{near}: use more chips, or raise --attempts"
+            f"{topology.name}: no compiled candidate fits {format_bytes(rates.memory)} per "
+            f"device{nearest}: use more chips, or raise --attempts"
         )
-    for candidate, report in found:
-        report["settings"] = candidate.settings(index)
-    return sorted((r for _, r in found), key=lambda r: (r["bound"]["seconds"],
-                                                        r["bound"]["in_turn"]))  # fmt: skip
+    reports = [report | {"settings": c.settings(index)} for c, report in result.fits]
+    return sorted(reports, key=lambda r: (r["bound"]["seconds"], r["bound"]["in_turn"]))
 
 
-def candidates(
-    config: BTLMConfig, phase: Phase, n_devices: int, slices: int, rates: Rates
+def list_candidates(
+    config: BTLMConfig, phase: Phase, num_devices: int, slices: int, rates: Rates
 ) -> list[Candidate]:
-    """Every mesh, microbatch and policy that divides, the best bound by formula first.
+    """Returns every mesh, microbatch and policy that divides the phase, the lowest bound first.
 
-    Candidates as fast when all overlaps are ordered by the time when nothing does, and then by
-    memory.
+    Candidates with equal bounds are ordered by the time without any overlap, and then by memory.
     """
-    found = []
-    for mesh in _meshes(config, phase, n_devices, slices):
-        sizes = dict(zip(AXES, mesh, strict=True))
-        ways = mesh[0] * mesh[1]
-        for micro in _divisors(phase.batch_size):
-            if micro % ways:
+    candidates = []
+    for mesh in _meshes(config, phase, num_devices, slices):
+        axes = dict(zip(AXES, mesh, strict=True))
+        num_shards = axes["data"] * axes["fsdp"]
+        for microbatch in _divisors(phase.batch_size):
+            if microbatch % num_shards:
                 continue
-            n = phase.batch_size // micro
+            microbatches = phase.batch_size // microbatch
             for remat in SAVED_NAMES:
                 work = roofline.training_work(
                     config,
-                    sizes,
+                    axes,
                     length=phase.length,
                     tokens=phase.tokens_per_step,
-                    microbatches=n,
+                    microbatches=microbatches,
                     remat=remat,
                 )
-                needed = roofline.training_memory(
+                if slices > 1:  # the formula does not distinguish the networks
+                    work = work._replace(dcn=_bytes_between_slices(config, axes, microbatches))
+                memory = roofline.training_memory(
                     config,
-                    sizes,
+                    axes,
                     length=phase.length,
-                    microbatch=micro,
-                    microbatches=n,
+                    microbatch=microbatch,
+                    microbatches=microbatches,
                     remat=remat,
                 )
-                if slices > 1:  # the formula does not tell the networks apart
-                    work = work._replace(dcn=_across(config, sizes, n))
-                found.append(
-                    Candidate(mesh, micro, remat, roofline.time_bound(work, rates), needed)
-                )
-    found = [c for c in found if c.memory <= _SLACK * rates.memory]
-    return sorted(found, key=lambda c: (c.bound.seconds, c.bound.in_turn, c.memory))
+                if memory <= _SLACK * rates.memory:
+                    bound = roofline.time_bound(work, rates)
+                    candidates.append(Candidate(mesh, microbatch, remat, bound, memory))
+    return sorted(candidates, key=lambda c: (c.bound.seconds, c.bound.in_turn, c.memory))
 
 
-def _across(config: BTLMConfig, mesh: dict[str, int], microbatches: int) -> float:
-    """Bytes per device and step between slices: data's sums, or fsdp's gathering where it spans.
+def _bytes_between_slices(config: BTLMConfig, axes: dict[str, int], microbatches: int) -> float:
+    """Returns the bytes per device and step that cross the network between slices.
 
-    Data that spans slices sums what its shards hold; fsdp that spans gathers all in the worst case.
+    If the data axis spans the slices, they sum the gradients of their shards. If fsdp spans them,
+    all its gathers cross in the worst case.
     """
-    alone = dict.fromkeys(AXES, 1)
-    span = {"data": mesh["data"]} if mesh["data"] > 1 else {"fsdp": mesh["fsdp"]}
+    others = dict.fromkeys(AXES, 1)
+    spanning = {"data": axes["data"]} if axes["data"] > 1 else {"fsdp": axes["fsdp"]}
     nbytes = roofline.network_bytes(
-        config, alone | span, tokens=0, microbatches=microbatches, remat="dots"
+        config, others | spanning, tokens=0, microbatches=microbatches, remat="dots"
     )
-    return nbytes / (mesh["fsdp"] * mesh["context"] * mesh["tensor"] if "data" in span else 1)
+    shards = axes["fsdp"] * axes["context"] * axes["tensor"] if "data" in spanning else 1
+    return nbytes / shards
 
 
 def _meshes(
-    config: BTLMConfig, phase: Phase, n_devices: int, slices: int
+    config: BTLMConfig, phase: Phase, num_devices: int, slices: int
 ) -> Iterator[tuple[int, ...]]:
-    for tensor, context in itertools.product(_divisors(n_devices), repeat=2):
-        if n_devices % (tensor * context) or config.n_head % tensor:
+    """Yields the sizes of AXES of every mesh that divides the phase and the model."""
+    for tensor, context in itertools.product(_divisors(num_devices), repeat=2):
+        if num_devices % (tensor * context) or config.n_head % tensor:
             continue
-        ways = n_devices // (tensor * context)
-        if phase.batch_size % ways or phase.length % num_chunks(context) or config.n_embd % context:
+        num_shards = num_devices // (tensor * context)
+        if phase.batch_size % num_shards or phase.length % num_chunks(context):
             continue
-        for data in _divisors(ways):
-            over_fsdp = slices // math.gcd(data, slices)
-            fsdp = ways // data
-            if fsdp % over_fsdp == 0 and config.n_embd % (fsdp * context) == 0:
+        if config.n_embd % context:
+            continue
+        for data in _divisors(num_shards):
+            slices_of_fsdp = slices // math.gcd(data, slices)
+            fsdp = num_shards // data
+            if fsdp % slices_of_fsdp == 0 and config.n_embd % (fsdp * context) == 0:
                 yield (data, fsdp, context, tensor)
 
 
@@ -190,91 +202,90 @@ def _divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
 
 
-def search(
-    ordered: Sequence[Candidate],
-    run: Callable[[Candidate], dict[str, Any]],
+def search_candidates(
+    candidates: Sequence[Candidate],
+    evaluate: Callable[[Candidate], dict[str, Any]],
     pool: Executor,
     *,
     available: float,
     keep: int,
     attempts: int,
     jobs: int,
-) -> tuple[list[tuple[Candidate, dict[str, Any]]], list[tuple[Candidate, float]]]:
-    """Runs candidates in order, `jobs` at a time, until `keep` fit or `attempts` were made.
+) -> SearchResult:
+    """Evaluates candidates in order, `jobs` at a time, until `keep` fit or `attempts` are used up.
 
     Args:
-      ordered: the best first.
-      run: returns a report, or {"needed": bytes} of one that does not fit, or {"failed": text} of
-        one that cannot be compiled for another reason, which is shown.
-      pool: where it runs.
-      available: bytes; a candidate whose estimate, corrected by what candidates of its policy have
-        needed, is above is passed over.
-
-    Returns:
-      Those that fit with their reports, and those that do not with the bytes they need.
+      candidates: the candidates, the best first.
+      evaluate: returns a report, {"needed": bytes} for a program that does not fit, or {"failed":
+        text} for a candidate that cannot be compiled for another reason, which is logged.
+      pool: runs `evaluate`.
+      available: bytes per device. A candidate is skipped if its estimate, corrected by the last
+        compiled candidate of the same policy, is larger.
+      keep: stop after this many that fit.
+      attempts: evaluate at most this many.
+      jobs: evaluations at a time.
     """
-    found: list[tuple[Candidate, dict[str, Any]]] = []
-    misses: list[tuple[Candidate, float]] = []
-    factors: dict[str, float] = {}
-    waiting = list(ordered)
-    running: dict[Future, Candidate] = {}
-    made = 0
-    total = min(attempts, len(ordered))
+    result = SearchResult([], [])
+    corrections: dict[str, float] = {}  # remat policy -> needed bytes over estimated ones
+    waiting, running = list(candidates), dict[Future, Candidate]()
+    submitted = 0
+
+    def next_candidate() -> Candidate | None:
+        for i, candidate in enumerate(waiting):
+            if candidate.memory * corrections.get(candidate.remat, 1 / _SLACK) <= available:
+                return waiting.pop(i)
+        return None
+
+    total = min(attempts, len(candidates))
     with Progress(total, "compile", "fit", every=0.0) as progress:
         while True:
-            while len(running) < jobs and made < attempts and len(found) < keep:
-                i = next((i for i, c in enumerate(waiting)
-                          if c.memory * factors.get(c.remat, 1 / _SLACK) <= available),
-                         None)  # fmt: skip
-                if i is None:
+            while len(running) < jobs and submitted < attempts and len(result.fits) < keep:
+                candidate = next_candidate()
+                if candidate is None:
                     break
-                candidate = waiting.pop(i)
-                running[pool.submit(run, candidate)] = candidate
-                made += 1
+                running[pool.submit(evaluate, candidate)] = candidate
+                submitted += 1
             if not running:
-                break
+                return result
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                candidate = running.pop(future)
-                report = future.result()
-                progress.update(1, f"{len(found)} fit")
+                candidate, report = running.pop(future), future.result()
+                progress.update(1, f"{len(result.fits)} fit")
                 if "failed" in report:
-                    sizes = " x ".join(map(str, candidate.mesh))
                     logger.warning(
                         "mesh %s, microbatch %d, remat %s: %s",
-                        sizes,
+                        " x ".join(map(str, candidate.mesh)),
                         candidate.microbatch,
                         candidate.remat,
                         report["failed"],
                     )
                     continue
                 needed = report["needed"] if "needed" in report else report["memory"]["peak"]
-                factors[candidate.remat] = needed / candidate.memory
+                corrections[candidate.remat] = needed / candidate.memory
                 if "needed" in report:
-                    misses.append((candidate, needed))
+                    result.misses.append((candidate, needed))
                 else:
-                    found.append((candidate, report))
-    return found, misses
+                    result.fits.append((candidate, report))
 
 
-def _quiet() -> None:
-    """In a worker process: notices would be those of every candidate, and none's in particular."""
+def _silence_logs() -> None:
+    """Runs in a worker process, whose log lines would not say which candidate they belong to."""
     logging.getLogger("btlm_jax").setLevel(logging.ERROR)
 
 
-def _compiled(
+def _compile_candidate(
     recipe: Recipe, index: int, topology: Topology, candidate: Candidate
 ) -> dict[str, Any]:
-    """In a worker process: the report, or what is needed."""
+    """Runs in a worker process; see `evaluate` of `search_candidates`."""
     prepare_compiler()
     try:
-        return compile_phase(_changed(recipe, index, candidate), index, topology)
+        return compile_phase(_with_candidate(recipe, index, candidate), index, topology)
     except DoesNotFit as e:
         return {"needed": e.needed}
-    except ValueError as e:  # such as a kernel that this shape is too large for
+    except ValueError as e:  # for example a shape that is too large for a kernel
         return {"failed": str(e)}
 
 
-def _changed(recipe: Recipe, index: int, candidate: Candidate) -> Recipe:
+def _with_candidate(recipe: Recipe, index: int, candidate: Candidate) -> Recipe:
     phases = list(recipe.phases)
     phases[index] = dataclasses.replace(phases[index], microbatch=candidate.microbatch)
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Names of TPU slices, and what is missing to compile for them."""
+"""Names of topologies, missing compilers, and the order of devices in slices."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from btlm_jax.train.aot import topologies
         ("h200:8", "h200", (8,)),
     ],
 )
-def test_names(name, chip, shape):
-    found = topologies.parse_topology(name, 1)
-    assert (found.chip.name, found.shape) == (chip, shape)
-    assert topologies.parse_topology(found.name) == found
+def test_names_are_parsed(name, chip, shape):
+    topology = topologies.parse_topology(name, 1)
+    assert (topology.chip.name, topology.shape) == (chip, shape)
+    assert topologies.parse_topology(topology.name) == topology
 
 
-def test_every_listed_shape_has_a_name():
+def test_every_listed_shape_is_parsed():
     for chip, shapes in topologies.SHAPES.items():
         for shape in shapes:
             assert topologies.parse_topology(f"{chip}:{shape}").chip.name == chip
@@ -50,25 +50,27 @@ def test_every_listed_shape_has_a_name():
         ("v5p:4x4", r"no such shape; did you mean v5p:4x4x\d\?"),
         ("v5e:0x4", r"no such shape"),
         ("v5e", r"no such shape; did you mean v5e:"),
-        ("v5e-17", r"--topology v5e-17: unknown; did you mean v5e-1"),
+        ("v5e-17", r"--topology v5e-17: unknown name; did you mean v5e-1"),
         ("v5p-16x", r"unknown chip"),
-        ("tpu7x-8", r"write tpu7x:2x2x1 and the like, the shape in chips"),
+        ("tpu7x-8", r"write the shape in chips, such as tpu7x:2x2x1"),
         ("h200:3", r"no such shape; did you mean h200:"),
     ],
 )
-def test_unknown_names_are_told_the_nearest(name, message):
+def test_an_error_suggests_the_nearest_name(name, message):
     with pytest.raises(ValueError, match=message):
         topologies.parse_topology(name)
 
 
-def test_slices():
+def test_slices_are_positive_and_only_for_tpus():
     with pytest.raises(ValueError, match="--slices: found 0"):
         topologies.parse_topology("v5e:4x4", 0)
-    with pytest.raises(ValueError, match="h200 is one node"):
+    with pytest.raises(
+        ValueError, match="--slices: found 2, expected 1, because h200 is"
+    ):
         topologies.parse_topology("h200:8", 2)
 
 
-def test_what_is_not_installed(monkeypatch):
+def test_missing_compilers_say_how_to_install_them(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs libtpu, .* pip install 'btlm-jax\[tpu\]'"):
         topologies.topology_devices(topologies.parse_topology("v5e:4x4"))
@@ -76,8 +78,7 @@ def test_what_is_not_installed(monkeypatch):
         topologies.topology_devices(topologies.parse_topology("h200:8"))
 
 
-def test_target_of_the_h200():
-    """The text is shipped, and agrees with the table of chips."""
+def test_the_h200_target_agrees_with_the_table_of_chips():
     text = topologies._TARGET.read_text()
     fields = dict(
         line.strip().split(": ", 1)
@@ -91,7 +92,7 @@ def test_target_of_the_h200():
 
 
 def slices_of_v5e(slices: int) -> list:
-    """Stand-ins for 2x2 slices of v5e."""
+    """Returns stand-ins for the devices of 2x2 slices of v5e."""
     return [
         SimpleNamespace(
             id=100_000 * (s + 1) + 2 * y + x, slice_index=s, process_index=s, platform="tpu",
@@ -102,30 +103,30 @@ def slices_of_v5e(slices: int) -> list:
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 1, 1), (1, 8, 1, 1), (1, 2, 1, 4), (4, 1, 2, 1)])
-def test_slices_lie_along_the_first_axes(shape):
-    placed = sharding._on_torus(shape, slices_of_v5e(2)[::-1])
-    assert placed.shape == shape
-    halves = placed.reshape(2, 4)
+def test_slices_fill_the_first_axes(shape):
+    devices = sharding._on_torus(shape, slices_of_v5e(2)[::-1])
+    assert devices.shape == shape
+    halves = devices.reshape(2, 4)
     assert [{d.slice_index for d in half} for half in halves] == [{0}, {1}]
 
 
-def test_slices_along_data_and_fsdp():
-    placed = sharding._on_torus((2, 4, 1, 2), slices_of_v5e(4))
-    index = np.vectorize(lambda d: d.slice_index)(placed)
-    assert (index == index[:, :, :1, :1]).all()  # never across context or tensor
+def test_context_and_tensor_stay_within_a_slice():
+    devices = sharding._on_torus((2, 4, 1, 2), slices_of_v5e(4))
+    index = np.vectorize(lambda d: d.slice_index)(devices)
+    assert (index == index[:, :, :1, :1]).all()
     assert len({*index.flat}) == 4
 
 
-def test_slices_that_do_not_divide():
+def test_slices_must_divide_over_data_and_fsdp():
     with pytest.raises(
         ValueError, match=r"2 slices do not divide over these two axes.*multiple of"
     ):
         sharding._on_torus((1, 1, 1, 8), slices_of_v5e(2))
 
 
-@pytest.mark.parametrize("shape, told", [((1, 4, 1, 4), False), ((1, 8, 1, 2), True)])
-def test_axes_that_share_links_are_told(shape, told, caplog):
-    """Of 4 x 4 chips, 8 x 2 takes half of an axis."""
+@pytest.mark.parametrize("shape, warns", [((1, 4, 1, 4), False), ((1, 8, 1, 2), True)])
+def test_axes_that_share_links_give_a_warning(shape, warns, caplog):
+    """On 4 x 4 chips, an axis of 8 needs one dimension and half of the other."""
     chips = [
         SimpleNamespace(
             id=4 * y + x, slice_index=0, process_index=0, platform="tpu",
@@ -134,4 +135,4 @@ def test_axes_that_share_links_are_told(shape, told, caplog):
         for y in range(4) for x in range(4)
     ]  # fmt: skip
     assert sharding._on_torus(shape, chips).shape == shape
-    assert ("share links" in caplog.text) == told
+    assert ("share links" in caplog.text) == warns
