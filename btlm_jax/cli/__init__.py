@@ -92,8 +92,10 @@ def parse_command(argv: list[str]) -> Any:
         near = difflib.get_close_matches(name, commands, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown command {name!r}{hint} `btlm --help` lists the commands")
-    rest = translate_old_mesh_options(rest)
-    return tyro.cli(_command_class(commands[name]), prog=f"btlm {name}", args=rest)
+    command = _command_class(commands[name])
+    if hasattr(command, "parse_arguments"):  # it parses its own arguments
+        return command.parse_arguments(rest)
+    return tyro.cli(command, prog=f"btlm {name}", args=translate_old_mesh_options(rest))
 
 
 def help_text() -> str:

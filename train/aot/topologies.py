@@ -90,9 +90,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         if chip == "h200" or len(chips) != dimensions or 0 in chips:
             raise ValueError(f"--topology {name}: no such shape{nearest_name_hint(text, known)}")
     if slices > 1 and chip == "h200":
-        raise ValueError(
-            f"--slices: found {slices}, expected 1: h200 is one node, only TPUs have slices"
-        )
+        raise ValueError(f"--slices: found {slices}, expected 1, because h200 is a single node")
     return Topology(CHIPS[chip], tuple(map(int, shape.split("x"))), slices)
 
 

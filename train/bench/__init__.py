@@ -1,1 +1,1 @@
-"""Benchmarks, each beside a baseline measured in the same run."""
+"""Benchmarks, each beside a baseline or a limit measured in the same run."""

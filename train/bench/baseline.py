@@ -1,4 +1,4 @@
-"""A peer of a bench, in a process of its own: what is measured beside ours."""
+"""Baselines: programs in subprocesses that benchmarks measure in turn with ours."""
 
 from __future__ import annotations
 
@@ -12,17 +12,24 @@ from typing import Any
 
 
 class Baseline:
-    """A module of this folder that says what it is, and answers each line with one of JSON.
+    """A subprocess that runs a module of this folder, and answers each line with a line of JSON.
 
     Attributes:
-      about: what it is, in its own words.
+      metadata: the first answer of the process, such as its versions.
 
     Raises:
-      ValueError: it failed; with the end of what it wrote to standard error.
+      ValueError: the process failed. The message has the end of its standard error.
     """
 
-    def __init__(self, module: str, argument: str, what: str) -> None:
-        self._what = what
+    def __init__(self, module: str, argument: str, name: str) -> None:
+        """Starts the process.
+
+        Args:
+          module: the module's name, without the folder.
+          argument: its command-line argument.
+          name: the baseline's name for error messages.
+        """
+        self._name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"btlm_jax.train.bench.{module}", argument],
@@ -30,18 +37,18 @@ class Baseline:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            # Threads that wait must not take the cores from ours.
+            # Threads that wait must not keep the cores busy while ours runs.
             env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
         )
-        self.about = self._answer()
+        self.metadata = self._read_answer()
 
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """Its answer to a question, both JSON objects."""
+    def run(self, **work: Any) -> dict[str, Any]:
+        """Sends the work as JSON, and returns the answer."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the answer that does not come says why
-            self._process.stdin.write(json.dumps(question) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # the missing answer raises the error
+            self._process.stdin.write(json.dumps(work) + "\n")
             self._process.stdin.flush()
-        return self._answer()
+        return self._read_answer()
 
     def close(self) -> None:
         """Ends the process."""
@@ -49,13 +56,13 @@ class Baseline:
         self._process.communicate()
         self._errors.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
         self._process.wait()
         self._errors.seek(0)
-        said = self._errors.read()[-2000:]
+        message = self._errors.read()[-2000:]
         self.close()
-        raise ValueError(f"{self._what} failed:\n{said}")
+        raise ValueError(f"{self._name} failed:\n{message}")

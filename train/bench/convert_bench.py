@@ -1,4 +1,4 @@
-"""Measure conversion against a plain copy of the same bytes on the same disk."""
+"""Measures conversion and loading beside a plain copy of the same bytes on the same disk."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from btlm_jax.train.bench.random_checkpoint import FORMS, make
+from btlm_jax.train.bench.random_checkpoint import FORMS, Form, write_random_checkpoint
 from btlm_jax.utils import atomic
-from btlm_jax.utils.format import format_bytes
+from btlm_jax.utils.format import DEFAULT_MEMORY, format_bytes
 
-_BLOCK = 16 << 20
-# What the measured processes run. They time themselves, so that starting Python does not count.
+_BLOCK_BYTES = 16 << 20
+# The code of the measured processes. They time themselves, so that starting Python does not count.
 _TIMED = """
 import sys, time
 {imports}
-began = time.perf_counter()
+start = time.perf_counter()
 {work}
-seconds = time.perf_counter() - began
+seconds = time.perf_counter() - start
 from btlm_jax.utils.process_memory import peak_rss
 print(seconds, peak_rss())
 """
-Show = Callable[[object], None]
 
 
-class Row(NamedTuple):
-    """One measurement."""
+class TimedStep(NamedTuple):
+    """A row of the table: one step over all weights of the checkpoint."""
 
-    what: str
+    name: str
     seconds: float
     nbytes: int
     peak_rss: int | None
@@ -41,90 +40,123 @@ class Row(NamedTuple):
     def __str__(self) -> str:
         rss = f"{format_bytes(self.peak_rss):>10}" if self.peak_rss else " " * 10
         rate = format_bytes(self.nbytes / self.seconds)
-        return f"{self.what:<34} {self.seconds:8.2f} s {rate:>12}/s {rss}"
+        return f"{self.name:<34} {self.seconds:8.2f} s {rate:>12}/s {rss}"
+
+
+MeasureStep = Callable[[str, Callable[[], tuple[float, int | None]]], TimedStep]
 
 
 def bench_convert(
-    directory: Path, *, layers: int, form: str, max_memory: int, keep: bool, show: Show = print
+    *,
+    directory: Path = Path("btlm-bench"),
+    layers: int = 32,
+    form: Form = "safetensors",
+    max_memory: int = DEFAULT_MEMORY,
+    keep: bool = False,
 ) -> None:
-    """Makes a random checkpoint of the 3B shape; copies, converts, quantizes, verifies, exports it.
+    """Converts, quantizes, verifies and exports a random checkpoint of the 3B shape.
 
-    Every step runs in a process of its own, whose peak memory the system reports. Conversion and
-    export end when their bytes are on the disk (fsync), as the copy "to the disk" does; the one "to
-    the page cache" ends when `cp` would.
+    Each step runs in a process, whose peak memory is reported, beside plain copies of the same
+    files. Conversion and export include writing to the disk (fsync), as does one of the copies; the
+    other copy ends in the page cache, as `cp` does. The benchmark needs three to four times the
+    checkpoint's bytes (5.3 GB with 32 layers) on the disk.
 
     Args:
-      directory: where; must not exist, and is removed afterwards unless `keep`.
-      layers: of 32.
-      form: one of `random_checkpoint.FORMS`.
-      max_memory: of weights in flight.
+      directory: working directory; must not exist, and is removed at the end.
+      layers: layers of the model; the embedding keeps its size.
+      form: file format of the checkpoint to convert.
+      max_memory: bytes of weights in flight, such as 512MiB.
       keep: keep the files.
-      show: takes each line of the report.
 
     Raises:
       FileExistsError: the directory exists.
       OSError: the disk is full or fails.
-      ValueError: an unknown form, or a process failed (its message).
+      ValueError: the form is unknown, or a process failed (with its output).
     """
-    with _table(directory, layers=layers, form=form, room=3, keep=keep, show=show) as (source, row):
-        cached = row("copy (to the page cache)", lambda: _copy(source, sync=False))
-        copy = row("copy (to the disk)", lambda: _copy(source, sync=True))
+    table = _open_table(directory, layers, form, room=3, keep=keep)
+    with table as (source, measure_step):
+        cached_copy = measure_step("copy (to the page cache)", lambda: _copy(source, sync=False))
+        copy = measure_step("copy (to the disk)", lambda: _copy(source, sync=True))
         for copied in directory.glob("copy*"):
             shutil.rmtree(copied)
-        converted, back = directory / "orbax", directory / "back"
+        converted, exported = directory / "orbax", directory / "back"
 
-        def ours(name: str, *arguments: Path | str) -> tuple[float, int]:
-            imports = f"from btlm_jax.convert import {name}"
-            return _run(
-                imports, f"assert {name}(*sys.argv[1:], max_memory={max_memory})", *arguments
+        def run_ours(function: str, *arguments: Path | str) -> tuple[float, int]:
+            imports = f"from btlm_jax.convert import {function}"
+            work = f"assert {function}(*sys.argv[1:], max_memory={max_memory})"
+            return _run_timed(imports, work, *arguments)
+
+        convert = measure_step("convert", lambda: run_ours("convert", source, converted))
+        measure_step(
+            "quantize to int4", lambda: run_ours("quantize", source, directory / "int4", "int4")
+        )
+        measure_step("verify (hash again)", lambda: run_ours("verify", converted))
+        export = measure_step("export", lambda: run_ours("export", converted, exported))
+        measure_step(
+            "verify (export against original)", lambda: run_ours("verify", source, exported)
+        )
+        for step in (convert, export):
+            print(
+                f"{step.name}: {copy.seconds / step.seconds:.2f} of the rate of a copy to the "
+                f"disk, {cached_copy.seconds / step.seconds:.2f} of one to the page cache"
             )
 
-        convert = row("convert", lambda: ours("convert", source, converted))
-        row("quantize to int4", lambda: ours("quantize", source, directory / "int4", "int4"))
-        row("verify (hash again)", lambda: ours("verify", converted))
-        export = row("export", lambda: ours("export", converted, back))
-        row("verify (export against original)", lambda: ours("verify", source, back))
-        for one in (convert, export):
-            show(
-                f"{one.what}: {copy.seconds / one.seconds:.2f} of the rate of a copy to the disk, "
-                f"{cached.seconds / one.seconds:.2f} of one to the page cache"
-            )
 
+def bench_load(
+    *, directory: Path = Path("btlm-bench"), layers: int = 32, keep: bool = False
+) -> None:
+    """Loads a random checkpoint of the 3B shape onto the devices, in both file formats.
 
-def bench_load(directory: Path, *, layers: int, keep: bool, show: Show = print) -> None:
-    """Makes a random checkpoint of the 3B shape and loads it, from both formats, onto the devices.
+    It is loaded from Hugging Face files and from an Orbax checkpoint, each in a process, whose peak
+    memory is reported, beside a plain read of the files.
 
     Args:
-      directory, layers, keep, show: as for `bench_convert`.
+      directory: working directory; must not exist, and is removed at the end.
+      layers: layers of the model; the embedding keeps its size.
+      keep: keep the files.
 
     Raises:
-      As `bench_convert`.
+      FileExistsError: the directory exists.
+      OSError: the disk is full or fails.
+      ValueError: a process failed (with its output).
     """
-    form = "safetensors"
-    with _table(directory, layers=layers, form=form, room=1, keep=keep, show=show) as (source, row):
+    table = _open_table(directory, layers, "safetensors", room=1, keep=keep)
+    with table as (source, measure_step):
         converted = directory / "orbax"
-        convert = "from btlm_jax.convert import convert"
-        row("convert", lambda: _run(convert, "convert(*sys.argv[1:])", source, converted))
-        read = row("read the files", lambda: _read(source))
-        for what, module, path in (
+        imports, work = "from btlm_jax.convert import convert", "convert(*sys.argv[1:])"
+        measure_step("convert", lambda: _run_timed(imports, work, source, converted))
+        read = measure_step("read the files", lambda: _read(source))
+        work = "jax.block_until_ready(load(sys.argv[1])[1])"
+        for name, function, path in (
             ("load Hugging Face files", "btlm_jax.convert import load_hf", source),
             ("load Orbax checkpoint", "btlm_jax import load", converted),
         ):
-            imports = f"import jax; from {module} as load"
-            work = "jax.block_until_ready(load(sys.argv[1])[1])"
-            found = row(what, lambda i=imports, w=work, p=path: _run(i, w, p))
-            rate = read.seconds / found.seconds
-            held = (found.peak_rss or 0) / found.nbytes
-            show(f"{what}: {rate:.2f} of the rate of reading, {held:.2f} x the weights in memory")
+            imports = f"import jax; from {function} as load"
+            step = measure_step(name, lambda i=imports, w=work, p=path: _run_timed(i, w, p))
+            rate = read.seconds / step.seconds
+            multiple = (step.peak_rss or 0) / step.nbytes
+            print(
+                f"{name}: {rate:.2f} of the rate of reading, {multiple:.2f} x the weights in memory"
+            )
 
 
 @contextlib.contextmanager
-def _table(
-    directory: Path, *, layers: int, form: str, room: float, keep: bool, show: Show
-) -> Iterator[tuple[Path, Callable[[str, Callable[[], tuple[float, int | None]]], Row]]]:
-    """Makes the checkpoint, and gives a function that shows a measurement as a row of a table.
+def _open_table(
+    directory: Path, layers: int, form: str, *, room: float, keep: bool
+) -> Iterator[tuple[Path, MeasureStep]]:
+    """Writes the checkpoint and the head of the table.
 
     The directory is removed at the end, unless `keep`.
+
+    Args:
+      directory: working directory; must not exist.
+      layers: layers of the checkpoint.
+      form: file format of the checkpoint.
+      room: free space that the benchmark needs, in multiples of the checkpoint.
+      keep: keep the files.
+
+    Yields:
+      The checkpoint, and a function that runs a step, prints its row and returns it.
     """
     if form not in FORMS:
         raise ValueError(f"form: found {form!r}, expected one of {', '.join(FORMS)}")
@@ -135,48 +167,50 @@ def _table(
     directory.mkdir(parents=True)
     try:
         source = directory / "hf"
-        nbytes = make(source, layers=layers, form=form)
+        nbytes = write_random_checkpoint(source, layers=layers, form=form)
         atomic.require_space(directory, int(room * nbytes))
         os.sync()
-        show(f"{form}, {layers} layers, {nbytes:,} bytes of bf16 weights, in {directory}")
-        show(f"{'':<34} {'time':>10} {'rate':>14} {'peak RSS':>10}")
+        print(f"{form}, {layers} layers, {nbytes:,} bytes of bf16 weights, in {directory}")
+        print(f"{'':<34} {'time':>10} {'rate':>14} {'peak RSS':>10}")
 
-        def row(what: str, run: Callable[[], tuple[float, int | None]]) -> Row:
+        def measure_step(name: str, run: Callable[[], tuple[float, int | None]]) -> TimedStep:
             seconds, rss = run()
-            found = Row(what, seconds, nbytes, rss)
-            show(found)
+            step = TimedStep(name, seconds, nbytes, rss)
+            print(step)
             os.sync()
-            return found
+            return step
 
-        yield source, row
+        yield source, measure_step
     finally:
         if not keep:
             shutil.rmtree(directory)
 
 
 def _copy(source: Path, sync: bool) -> tuple[float, None]:
+    """Returns the seconds of a copy, to the page cache or (`sync`) to the disk."""
     target = source.with_name("copy on disk" if sync else "copy")
     target.mkdir()
-    began = time.perf_counter()
+    start = time.perf_counter()
     for file in sorted(source.iterdir()):
         shutil.copyfile(file, target / file.name)
         if sync:
             with open(target / file.name, "rb+") as copied:
                 os.fsync(copied.fileno())
-    return time.perf_counter() - began, None
+    return time.perf_counter() - start, None
 
 
 def _read(source: Path) -> tuple[float, None]:
-    buffer, began = bytearray(_BLOCK), time.perf_counter()
-    for file in sorted(source.iterdir()):
-        with file.open("rb", buffering=0) as opened:
-            while opened.readinto(buffer):
+    """Returns the seconds of reading all files."""
+    buffer, start = bytearray(_BLOCK_BYTES), time.perf_counter()
+    for path in sorted(source.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
                 pass
-    return time.perf_counter() - began, None
+    return time.perf_counter() - start, None
 
 
-def _run(imports: str, work: str, *arguments: Path | str) -> tuple[float, int]:
-    """Times `work` in a process of its own. Returns seconds, and its peak memory in bytes."""
+def _run_timed(imports: str, work: str, *arguments: Path | str) -> tuple[float, int]:
+    """Runs code in a process; returns its seconds and the peak memory of the process in bytes."""
     code = _TIMED.format(imports=imports, work=work)
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,321 +1,264 @@
-"""Measure decoding and prefill with random weights, beside what the memory or the matrix units can
-do, and beside PyTorch."""
+"""Measures decoding and prefill with random weights, beside a limit of the device and PyTorch."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from btlm_jax.checkpoint import quantization, unstacked
-from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
-from btlm_jax.generation import prompts, sample_loop
-from btlm_jax.generation.decode import DecodeSpec, RowInputs
-from btlm_jax.generation.options import GenerationOptions
-from btlm_jax.generation.prefill import PromptState, prefill
+from btlm_jax.generation.prefill import prefill
 from btlm_jax.model import sharding
-from btlm_jax.model.btlm import BTLM
 from btlm_jax.perf import accounting
 from btlm_jax.train.bench import measure
 from btlm_jax.train.bench.baseline import Baseline
+from btlm_jax.train.bench.decode_loop import DecodeLoop
+from btlm_jax.train.bench.random_model import make_random_model
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
-_READ_BYTES = 256 << 20  # more than any cache holds
-Show = Callable[[object], None]
+_READ_BYTES = 256 << 20  # more than any CPU cache holds
 
 
 def bench_decode(
     *,
-    preset: str,
-    layers: int | None,
-    weights: str,
-    context: int,
-    steps: int,
-    batch_sizes: Sequence[int],
-    cache_dtype: str | None,
-    rounds: int,
-    torch: bool | None,
-    show: Show = print,
+    preset: str = "btlm-3b-8k",
+    layers: int | None = None,
+    weights: str = "bfloat16",
+    context: int = 512,
+    steps: int = 16,
+    batch_size: tuple[int, ...] = (1,),
+    cache_dtype: Literal["int8"] | None = None,
+    rounds: int = 5,
+    torch: bool | None = None,
 ) -> dict[str, Any]:
-    """Times steps of decoding on one device, for every batch size, through the loop of `generate`.
+    """Times decoding steps with random weights on one device, in the loop of `btlm generate`.
 
-    A step reads all weights and the whole cache; the limit is the rate at which a large array is
-    summed in the same run. PyTorch's steps are bf16 (fp32 for fp32), with a KV cache, each layer's
-    products `F.linear`, and random weights of its own: of the same shapes, not of the same results.
+    A step reads all weights and the whole cache. The limit is the rate at which the device reads a
+    large array in the same run. PyTorch, where it is installed, runs in turn with ours: with random
+    weights of the same shapes in bf16 (fp32 for float32) and a KV cache.
 
     Args:
-      preset, layers: of the model; None keeps its layers.
-      weights: "float32", "bfloat16", "int8", "int4" or "int4:128".
-      context: tokens that the cache holds before the first step.
+      preset: preset of the model.
+      layers: layers of the model; by default those of the preset.
+      weights: scheme of the weights: float32, bfloat16, int8, int4 (groups of 64) or int4:128.
+      context: tokens in the cache before the first step.
       steps: tokens in a measurement.
-      batch_sizes: rows.
-      cache_dtype: as in `generate`.
-      rounds: how often everything is measured.
-      torch: None compares where it is installed.
-      show: takes each line of the report.
+      batch_size: sequences; several values are measured one after another.
+      cache_dtype: dtype of the KV cache; by default the compute dtype.
+      rounds: rounds of measurements; medians are reported.
+      torch: whether to measure PyTorch, with a copy of the weights; by default where it is
+        installed.
 
     Returns:
-      The measurements and their conditions, as JSON can hold them.
+      The measurements and their conditions, for JSON.
 
     Raises:
-      ValueError: a size out of range, or torch=True and no torch.
+      ValueError: a size is below 1, the preset or scheme is unknown, or PyTorch is required and not
+        installed.
     """
-    measure.check_sizes(context=context, steps=steps, rounds=rounds, **_named(batch_sizes))
-    limit = _read_rate()  # before there are weights: the peak of memory should be theirs
-    model, params = _random_model(preset, layers, weights)
-    c, ways = model.config, {}
+    measure.require_positive(context=context, steps=steps, rounds=rounds, **_numbered(batch_size))
+    limit = _read_rate()  # before the weights exist, so that they set the peak memory
+    model, params = make_random_model(preset, layers, weights)
+    config, rows = model.config, {}
     weight_bytes = sum(accounting.array_bytes(x.shape, x.dtype) for x in jax.tree.leaves(params))
-    with _peer(torch, c, weights) as peer:
-        for rows in batch_sizes:
-            ours = _decoder(model, params, rows, context, steps, rounds, cache_dtype)
-            found: dict[str, list[float]] = {"ours": [], "torch": [], "limit": [limit] * rounds}
-            with Progress(rounds, "round", f"batch {rows}") as progress:
+    with _open_baseline(torch, config, weights) as baseline:
+        for size in batch_size:
+            loop = DecodeLoop(
+                model, params, batch_size=size, context=context, steps=steps, rounds=rounds,
+                cache_dtype=cache_dtype,
+            )  # fmt: skip
+            times = _empty_measurements()
+            with Progress(rounds, "round", f"batch {size}") as progress:
                 for _ in range(rounds):
-                    found["ours"].append(ours.seconds() / steps)
-                    if peer is not None:
-                        work = dict(batch_size=rows, length=context, steps=steps)
-                        found["torch"].append(peer.ask(**work)["seconds"] / steps)
+                    times["limit"].append(limit)
+                    times["ours"].append(loop.measure_seconds() / steps)
+                    if baseline is not None:
+                        answer = baseline.run(batch_size=size, length=context, steps=steps)
+                        times["torch"].append(answer["seconds"] / steps)
                     progress.update(1)
-            read = weight_bytes + ours.cache_bytes
-            ways[str(rows)] = _row(found, read, rows) | {
-                "cache_bytes": ours.cache_bytes,
-                "temporary_bytes": ours.temporary_bytes,
+            rows[str(size)] = _summarize(times, weight_bytes + loop.cache_bytes, size) | {
+                "cache_bytes": loop.cache_bytes,
+                "temporary_bytes": loop.temporary_bytes,
             }
-            del ours
-        about = peer and peer.about
+            del loop
     report = {
-        "ways": ways,
+        "ways": rows,
         "weights": weights,
         "weight_bytes": weight_bytes,
-        "layers": c.n_layer,
+        "layers": config.n_layer,
         "context": context,
         "cache_dtype": cache_dtype or str(model.compute_dtype),
-        "torch": about,
+        "torch": None if baseline is None else baseline.metadata,
         "peak_bytes": _peak_bytes(),
         "rounds": rounds,
     } | measure.measurement_conditions()
-    for line in _decode_lines(report):
-        show(line)
+    for line in _format_decode_report(report):
+        print(line)
     return report
 
 
 def bench_prefill(
     *,
-    preset: str,
-    layers: int | None,
-    weights: str,
-    lengths: Sequence[int],
-    rounds: int,
-    torch: bool | None,
-    show: Show = print,
+    preset: str = "btlm-3b-8k",
+    layers: int | None = None,
+    weights: str = "bfloat16",
+    length: tuple[int, ...] = (512,),
+    rounds: int = 5,
+    torch: bool | None = None,
 ) -> dict[str, Any]:
-    """Times reading a prompt on one device, for every length, as `generate` does it.
+    """Times prefilling a prompt with random weights on one device, as `btlm generate` does it.
 
-    The limit is the rate of a large matrix product in bf16 (fp32 for fp32). Arguments, results and
-    errors as in `bench_decode`.
+    The limit is the rate of a large matrix product in bf16 (fp32 for float32). PyTorch, where it is
+    installed, runs in turn with ours.
+
+    Args:
+      preset: preset of the model.
+      layers: layers of the model; by default those of the preset.
+      weights: scheme of the weights: float32, bfloat16, int8, int4 (groups of 64) or int4:128.
+      length: tokens of the prompt; several values are measured one after another.
+      rounds: rounds of measurements; medians are reported.
+      torch: whether to measure PyTorch, with a copy of the weights; by default where it is
+        installed.
+
+    Returns:
+      The measurements and their conditions, for JSON.
+
+    Raises:
+      ValueError: as `bench_decode`.
     """
-    measure.check_sizes(rounds=rounds, **_named(lengths))
+    measure.require_positive(rounds=rounds, **_numbered(length))
     dtype = "float32" if weights == "float32" else "bfloat16"
     product = measure.matmul_rate(dtype)
-    model, params = _random_model(preset, layers, weights)
-    ways = {}
-    with _peer(torch, model.config, weights) as peer:
-        for length in lengths:
-            ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length))
-            args = (model, params, jnp.asarray(ids, jnp.int32), None, np.int32(length), length)
+    model, params = make_random_model(preset, layers, weights)
+    config, rows = model.config, {}
+    with _open_baseline(torch, config, weights) as baseline:
+        for size in length:
+            ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, size))
+            args = (model, params, jnp.asarray(ids, jnp.int32), None, np.int32(size), size)
             jax.block_until_ready(prefill(*args))
-            found: dict[str, list[float]] = {"ours": [], "torch": [], "limit": []}
-            with Progress(rounds, "round", f"length {length}") as progress:
+            times = _empty_measurements()
+            with Progress(rounds, "round", f"length {size}") as progress:
                 for _ in range(rounds):
-                    found["limit"].append(product())
-                    began = time.perf_counter()
+                    times["limit"].append(product())
+                    start = time.perf_counter()
                     jax.block_until_ready(prefill(*args))
-                    found["ours"].append(time.perf_counter() - began)
-                    if peer is not None:
-                        found["torch"].append(peer.ask(batch_size=1, length=length)["seconds"])
+                    times["ours"].append(time.perf_counter() - start)
+                    if baseline is not None:
+                        answer = baseline.run(batch_size=1, length=size)
+                        times["torch"].append(answer["seconds"])
                     progress.update(1)
-            c = model.config  # logits of the last token alone
-            flops = length * accounting.flops_per_token(c, length).forward_causal
-            flops -= 2.0 * (length - 1) * c.vocab_size * c.n_embd
-            ways[str(length)] = _row(found, flops, length)
-        about = peer and peer.about
+            flops = size * accounting.flops_per_token(config, size).forward_causal
+            # Only the last token has logits.
+            flops -= 2.0 * (size - 1) * config.vocab_size * config.n_embd
+            rows[str(size)] = _summarize(times, flops, size)
     report = {
-        "ways": ways,
+        "ways": rows,
         "weights": weights,
-        "layers": model.config.n_layer,
+        "layers": config.n_layer,
         "dtype": dtype,
-        "torch": about,
+        "torch": None if baseline is None else baseline.metadata,
         "peak_bytes": _peak_bytes(),
         "rounds": rounds,
     } | measure.measurement_conditions()
-    for line in _prefill_lines(report):
-        show(line)
+    for line in _format_prefill_report(report):
+        print(line)
     return report
 
 
-class _Decoder:
-    """The loop of `generate` over rows that never end."""
-
-    def __init__(self, program, params, prompt, state, steps: int) -> None:
-        counts = np.int32(steps), np.int32(len(state.done))
-        args = program, params, prompt.cache, state, None, *counts
-        self._compiled: Any = sample_loop.advance_loop.lower(*args).compile()
-        self._args, self._state = args, state
-        own = sum(x.nbytes for x in jax.tree.leaves(state.cache.layers))
-        self.cache_bytes = own + prompt.cache.nbytes
-        memory: Any = self._compiled.memory_analysis()
-        self.temporary_bytes = memory.temp_size_in_bytes
-        self.seconds()
-
-    def seconds(self) -> float:
-        """Of as many steps as one measurement has."""
-        _, params, prompts_, _, table, *counts = self._args
-        began = time.perf_counter()
-        self._state = self._compiled(params, prompts_, self._state, table, *counts)
-        jax.block_until_ready(self._state)
-        taken = time.perf_counter() - began
-        if bool(np.asarray(self._state.done).any()):
-            raise AssertionError("a row ended")
-        return taken
-
-
-def _decoder(
-    model: BTLM, params, rows: int, context: int, steps: int, rounds: int, cache_dtype: str | None
-) -> _Decoder:
-    """Decoding after a context of zeros, which costs what any other does."""
-    new = steps * (rounds + 1) + 1
-    filled = jnp.full(rows, context, jnp.int32)
-    empty = model.init_cache(params, rows, context, dtype=cache_dtype)
-    cache = dataclasses.replace(
-        empty,
-        segment_ids=jnp.ones_like(empty.segment_ids),
-        segment=jnp.ones(rows, jnp.int32),
-        length=filled,
-        cursor=jnp.int32(context),
-        fresh=False,
-    )
-    prompt = PromptState(cache, jnp.zeros((rows, model.config.vocab_size)))
-    zero = np.zeros(rows, np.int32)
-    of_rows = RowInputs(
-        filled, filled, zero, zero, filled + new + 1, zero.astype(np.uint32), zero, zero,
-        np.ones(rows, bool),
-    )  # fmt: skip
-    program = DecodeSpec(model, GenerationOptions(), ())
-    ids = np.zeros((rows, context + prompts.bucket_length(new + 1)), np.int32)
-    begin = program, params, prompt, of_rows, ids, None, None
-    state = sample_loop.start_loop(*begin, prompts.bucket_length(new))
-    return _Decoder(program, params, prompt, state, steps)
-
-
-def _random_model(preset: str, layers: int | None, kind: str) -> tuple[BTLM, Any]:
-    """A model with random weights by layer, of a kind; nothing is ever there in floats first."""
-    config = BTLMConfig.preset(preset)
-    if layers is not None:
-        measure.check_sizes(layers=layers)
-        config = dataclasses.replace(config, n_layer=layers)
-    floats = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-    to = None if kind in floats else Quantization.parse(kind)
-    dtype = floats.get(kind, floats["bfloat16"])
-    noise = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
-    floating = (0.02 * np.random.default_rng(0).standard_normal(1 << 20)).astype(dtype)
-
-    def read(leaf, index) -> np.ndarray:
-        shape = [s.stop - s.start for s in index]
-        if leaf.part in ("int8", "int4"):
-            return np.resize(noise, shape).view(leaf.dtype)
-        if leaf.part == "scales":
-            return np.full(shape, 0.02 / (64 if leaf.dtype == "float32" else 4), leaf.dtype)
-        return np.resize(floating, shape)
-
-    dtypes = {x.path: dtype for x in quantization.stored_leaves(config, to)}
-    params = unstacked.load_unstacked(config, read, dtypes, quantization=to)
-    return BTLM(config, compute_dtype=dtype.name), params
-
-
 def _read_rate() -> float:
-    """The bytes/s at which a device reads a large array, at best."""
+    """Returns the highest bytes/s at which the device reads a large array."""
     x = jnp.ones((_READ_BYTES // 4 // 4096, 4096), jnp.float32)
     total = jax.jit(lambda x: x.sum(-1))
     jax.block_until_ready(total(x))
-    times = []
+    seconds = []
     for _ in range(20):
-        began = time.perf_counter()
+        start = time.perf_counter()
         jax.block_until_ready(total(x))
-        times.append(time.perf_counter() - began)
-    return x.nbytes / min(times)
+        seconds.append(time.perf_counter() - start)
+    return x.nbytes / min(seconds)
 
 
 @contextmanager
-def _peer(torch: bool | None, c: BTLMConfig, weights: str) -> Iterator[Baseline | None]:
-    """PyTorch, where it is installed."""
-    there = importlib.util.find_spec("torch") is not None
-    if torch and not there:
+def _open_baseline(
+    torch: bool | None, config: BTLMConfig, weights: str
+) -> Iterator[Baseline | None]:
+    """Starts PyTorch's generation, or yields None if it is not installed or not wanted."""
+    installed = importlib.util.find_spec("torch") is not None
+    if torch and not installed:
         raise ValueError("torch: it is not installed: pip install torch, or torch=None")
-    if torch is False or not there:
+    if torch is False or not installed:
         yield None
         return
     problem = dict(
-        layers=c.n_layer,
-        heads=c.n_head,
-        D=c.n_embd,
-        F=c.n_inner,
-        V=c.vocab_size,
+        layers=config.n_layer,
+        heads=config.n_head,
+        D=config.n_embd,
+        F=config.n_inner,
+        V=config.vocab_size,
         dtype="float32" if weights == "float32" else "bfloat16",
         device="cuda" if jax.default_backend() == "gpu" else "cpu",
     )
-    peer = Baseline("torch_generation", json.dumps(problem), "PyTorch's generation")
+    baseline = Baseline("torch_generation", json.dumps(problem), "PyTorch's generation")
     try:
-        yield peer
+        yield baseline
     finally:
-        peer.close()
+        baseline.close()
 
 
-def _row(found: dict[str, list[float]], work: float, tokens: int) -> dict[str, Any]:
-    """Medians, and of ratios within a round."""
-    ours = found["ours"]
+def _empty_measurements() -> dict[str, list[float]]:
+    """Returns lists of measurements per round: seconds, and the rate of the limit."""
+    return {"ours": [], "torch": [], "limit": []}
+
+
+def _summarize(times: dict[str, list[float]], work: float, tokens: int) -> dict[str, Any]:
+    """Returns medians over the rounds.
+
+    Args:
+      times: the measurements of every round.
+      work: bytes or FLOPs, in the unit of the limit.
+      tokens: tokens in a measurement.
+    """
+    ours = times["ours"]
+    seconds = statistics.median(ours)
     row = {
-        "seconds": statistics.median(ours),
+        "seconds": seconds,
         "best": min(ours),
-        "tokens_per_second": tokens / statistics.median(ours),
-        "limit": statistics.median(found["limit"]),
-        "of_limit": statistics.median(
-            work / s / r for s, r in zip(ours, found["limit"], strict=True)
-        ),
+        "tokens_per_second": tokens / seconds,
+        "limit": statistics.median(times["limit"]),
+        "of_limit": measure.median_ratio([work / s for s in ours], times["limit"]),
     }
-    if found["torch"]:
-        row["torch_seconds"] = statistics.median(found["torch"])
-        row["over_torch"] = statistics.median(
-            t / s for t, s in zip(found["torch"], ours, strict=True)
-        )
+    if times["torch"]:
+        row["torch_seconds"] = statistics.median(times["torch"])
+        row["over_torch"] = measure.median_ratio(times["torch"], ours)
     return row
 
 
 def _peak_bytes() -> int:
-    """The most memory this process has held: of the device, or on CPU of the process."""
+    """Returns the peak memory of the device, or on CPU of this process."""
     if sharding.mesh_platform(None) != "cpu":
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     return peak_rss()
 
 
-def _named(sizes: Sequence[int]) -> dict[str, int]:
+def _numbered(sizes: Sequence[int]) -> dict[str, int]:
     return {f"size {i + 1}": n for i, n in enumerate(sizes)}
 
 
-def _head(report: dict[str, Any], what: str) -> Iterator[str]:
+# The reports --------------------------------------------------------------------------------------
+
+
+def _heading(report: dict[str, Any], title: str) -> Iterator[str]:
     yield (
-        f"{what}, {report['layers']} layers, {report['weights']}, on one {report['device']} "
+        f"{title}, {report['layers']} layers, {report['weights']}, on one {report['device']} "
         f"({report['cores']} cores), jax {report['jax']}; median of {report['rounds']} rounds "
         "(best)"
     )
@@ -323,34 +266,38 @@ def _head(report: dict[str, Any], what: str) -> Iterator[str]:
         yield f"beside torch {report['torch']['torch']} ({report['torch']['threads']} threads)"
 
 
-def _decode_lines(r: dict[str, Any]) -> Iterator[str]:
-    yield from _head(r, f"decoding after {r['context']:,} tokens, cache {r['cache_dtype']}")
-    rate = next(iter(r["ways"].values()))["limit"]
+def _format_decode_report(report: dict[str, Any]) -> Iterator[str]:
+    title = f"decoding after {report['context']:,} tokens, cache {report['cache_dtype']}"
+    yield from _heading(report, title)
+    rate = next(iter(report["ways"].values()))["limit"]
     yield f"a large array is read at {rate / 1e9:.1f} GB/s"
     yield (
         f"{'batch':>6}{'ms/step':>10}{'(best)':>10}{'tokens/s':>10}{'GB/s':>8}{'of limit':>10}"
         f"{'x torch':>9}{'cache MiB':>11}{'temporary MiB':>15}"
     )
-    for rows, x in r["ways"].items():
-        read = r["weight_bytes"] + x["cache_bytes"]
-        torch = f"{x['over_torch']:.2f}" if "over_torch" in x else "-"
-        best = f"({1e3 * x['best']:.1f})"
+    for size, row in report["ways"].items():
+        nbytes = report["weight_bytes"] + row["cache_bytes"]
+        torch = f"{row['over_torch']:.2f}" if "over_torch" in row else "-"
+        best = f"({1e3 * row['best']:.1f})"
         yield (
-            f"{rows:>6}{1e3 * x['seconds']:>10.1f}{best:>10}{x['tokens_per_second']:>10.2f}"
-            f"{read / x['seconds'] / 1e9:>8.1f}{x['of_limit']:>10.0%}{torch:>9}"
-            f"{x['cache_bytes'] / 2**20:>11,.0f}{x['temporary_bytes'] / 2**20:>15,.0f}"
+            f"{size:>6}{1e3 * row['seconds']:>10.1f}{best:>10}{row['tokens_per_second']:>10.2f}"
+            f"{nbytes / row['seconds'] / 1e9:>8.1f}{row['of_limit']:>10.0%}{torch:>9}"
+            f"{row['cache_bytes'] / 2**20:>11,.0f}{row['temporary_bytes'] / 2**20:>15,.0f}"
         )
-    yield f"weights {r['weight_bytes'] / 1e9:.2f} GB; peak memory {r['peak_bytes'] / 1e9:.2f} GB"
+    yield (
+        f"weights {report['weight_bytes'] / 1e9:.2f} GB; peak memory "
+        f"{report['peak_bytes'] / 1e9:.2f} GB"
+    )
 
 
-def _prefill_lines(r: dict[str, Any]) -> Iterator[str]:
-    yield from _head(r, "prefill")
+def _format_prefill_report(report: dict[str, Any]) -> Iterator[str]:
+    yield from _heading(report, "prefill")
     yield f"{'tokens':>7}{'ms':>10}{'(best)':>11}{'tokens/s':>10}{'of matmul':>11}{'x torch':>9}"
-    for length, x in r["ways"].items():
-        torch = f"{x['over_torch']:.2f}" if "over_torch" in x else "-"
-        best = f"({1e3 * x['best']:,.0f})"
+    for length, row in report["ways"].items():
+        torch = f"{row['over_torch']:.2f}" if "over_torch" in row else "-"
+        best = f"({1e3 * row['best']:,.0f})"
         yield (
-            f"{length:>7}{1e3 * x['seconds']:>10,.0f}{best:>11}{x['tokens_per_second']:>10.1f}"
-            f"{x['of_limit']:>11.0%}{torch:>9}"
+            f"{length:>7}{1e3 * row['seconds']:>10,.0f}{best:>11}"
+            f"{row['tokens_per_second']:>10.1f}{row['of_limit']:>11.0%}{torch:>9}"
         )
-    yield f"peak memory {r['peak_bytes'] / 1e9:.2f} GB"
+    yield f"peak memory {report['peak_bytes'] / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""What the benches share: ways of doing one thing in turn, and the limit they are held against."""
+"""Shared parts of the benchmarks: rounds of measurements, their limit, and the text of a report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,104 +15,122 @@ import jax.numpy as jnp
 
 from btlm_jax.utils.progress import Progress
 
-MATMUL_SIZE = 4096  # a square matrix product of this size reaches what the hardware can do
+MATMUL_SIZE = 4096  # a square matrix product of this size reaches the speed of the hardware
 
 
 def matmul_rate(dtype: str) -> Callable[[], float]:
-    """A function that returns the FLOP/s of one device in a large matrix product."""
+    """Returns a function that measures the FLOP/s of a large matrix product on one device."""
     x = jax.random.normal(jax.random.key(0), (MATMUL_SIZE, MATMUL_SIZE), dtype)
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     multiply = functools.partial(
         jnp.dot, precision=precision, preferred_element_type=jnp.float32
-    )  # as the layers do, and the faster kind for bf16
+    )  # as in the model's layers; also the faster kind for bf16
     product = jax.jit(
         lambda x, n: jax.lax.fori_loop(0, n, lambda _, y: (multiply(x, y) / 64).astype(x.dtype), x)
     )
     flops = 2.0 * MATMUL_SIZE**3
 
-    def seconds(n: int) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(product(x, n))
-        return time.perf_counter() - began
+    def seconds(repeats: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(product(x, repeats))
+        return time.perf_counter() - start
 
     seconds(1)
-    times = max(1, round(0.5 / seconds(1)))
-    return lambda: times * flops / seconds(times)
+    repeats = max(1, round(0.5 / seconds(1)))
+    return lambda: repeats * flops / seconds(repeats)
 
 
 def measure_in_turn(
-    compiled: Mapping[str, Any], args: tuple[Any, ...], *, rounds: int, dtype: str, flops: float
+    programs: Mapping[str, Any], args: tuple[Any, ...], *, rounds: int, dtype: str, flops: float
 ) -> dict[str, Any]:
-    """Runs compiled programs in turn, each round beside a large matrix product.
+    """Runs compiled programs and a large matrix product in turn, once per round.
 
     Args:
-      compiled: the programs, of which the first is ours; each is called with `args`.
-      flops: of the matrix products that the work needs, for the share of the limit.
+      programs: compiled programs by name, ours first.
+      args: the arguments of every program.
+      rounds: rounds.
+      dtype: dtype of the matrix product.
+      flops: FLOPs of the matrix products in a program, to compare with the measured rate.
 
     Returns:
-      Medians over the rounds, of seconds and of ratios within a round, and the bytes the programs
-      take for temporary arrays; see `summarize_rounds`.
+      The result of `summarize_rounds`.
     """
-    found: dict[str, list[float]] = {way: [] for way in compiled}
+    measurements: dict[str, list[float]] = {name: [] for name in programs}
     rates, product = [], matmul_rate(dtype)
     with Progress(rounds, "round", "bench") as progress:
         for _ in range(rounds):
             rates.append(product())
-            for way, fn in compiled.items():
-                began = time.perf_counter()
-                jax.block_until_ready(fn(*args))
-                found[way].append(time.perf_counter() - began)
+            for name, program in programs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(program(*args))
+                measurements[name].append(time.perf_counter() - start)
             progress.update(1)
-    temporary = {w: fn.memory_analysis().temp_size_in_bytes for w, fn in compiled.items()}
-    return summarize_rounds(found, rates, flops, temporary)
+    temporary = {
+        name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()
+    }
+    return summarize_rounds(measurements, rates, flops, temporary)
 
 
 def summarize_rounds(
-    found: Mapping[str, list[float]],
-    rates: list[float],
+    seconds: Mapping[str, Sequence[float]],
+    rates: Sequence[float],
     flops: float,
     temporary: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Medians over the rounds of seconds and of ratios within a round, as JSON can hold them."""
-    ways, ours = {}, next(iter(found.values()))
-    for way, seconds in found.items():
-        ways[way] = {
-            "seconds": statistics.median(seconds),
-            "best": min(seconds),
-            "of_matmul": statistics.median(
-                flops / s / rate for s, rate in zip(seconds, rates, strict=True)
-            ),
-            "over_ours": statistics.median(s / o for s, o in zip(seconds, ours, strict=True)),
-            "temporary_bytes": temporary[way],
+    """Returns medians over the rounds of times, and of ratios within a round, for JSON.
+
+    Args:
+      seconds: the time of every round for each variant, ours first.
+      rates: the FLOP/s of the matrix product in every round.
+      flops: FLOPs of the matrix products in a variant.
+      temporary: bytes of temporary arrays of each variant.
+    """
+    ours = next(iter(seconds.values()))
+    variants = {}
+    for name, times in seconds.items():
+        variants[name] = {
+            "seconds": statistics.median(times),
+            "best": min(times),
+            "of_matmul": median_ratio([flops / s for s in times], rates),
+            "over_ours": median_ratio(times, ours),
+            "temporary_bytes": temporary[name],
         }
-    return {"ways": ways, "matmul": statistics.median(rates), "rounds": len(rates)}
+    return {"ways": variants, "matmul": statistics.median(rates), "rounds": len(rates)}
 
 
-def format_measurements(what: str, r: Mapping[str, Any]) -> Iterator[str]:
-    """A report, with its `conditions`, as text."""
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Returns the median over the rounds of the ratio within a round.
+
+    A machine that slows down for some rounds does not bias it.
+    """
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def format_measurements(title: str, report: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the lines of a report of `measure_in_turn` with its `measurement_conditions`."""
     yield (
-        f"{what}, {r['dtype']}, on one {r['device']} ({r['cores']} cores), jax {r['jax']}; "
-        f"median of {r['rounds']} rounds (best)"
+        f"{title}, {report['dtype']}, on one {report['device']} ({report['cores']} cores), "
+        f"jax {report['jax']}; median of {report['rounds']} rounds (best)"
     )
-    yield f"matrix product of {MATMUL_SIZE}: {r['matmul'] / 1e9:,.0f} GFLOP/s"
+    yield f"matrix product of {MATMUL_SIZE}: {report['matmul'] / 1e9:,.0f} GFLOP/s"
     yield f"{'':<24}{'ms':>10}{'(best)':>12}{'x ours':>9}{'of limit':>10}{'temporary MiB':>15}"
-    for way, x in r["ways"].items():
-        best = f"({1e3 * x['best']:,.1f})"
+    for name, row in report["ways"].items():
+        best = f"({1e3 * row['best']:,.1f})"
         yield (
-            f"{way:<24}{1e3 * x['seconds']:>10,.1f}{best:>12}{x['over_ours']:>9.2f}"
-            f"{x['of_matmul']:>10.1%}{x['temporary_bytes'] / 2**20:>15,.0f}"
+            f"{name:<24}{1e3 * row['seconds']:>10,.1f}{best:>12}{row['over_ours']:>9.2f}"
+            f"{row['of_matmul']:>10.1%}{row['temporary_bytes'] / 2**20:>15,.0f}"
         )
 
 
-def check_sizes(**sizes: int) -> None:
-    """Raises ValueError, with its name, if a size is below 1."""
+def require_positive(**sizes: int) -> None:
+    """Raises ValueError, naming the argument, if a size is below 1."""
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected at least 1")
 
 
 def measurement_conditions() -> dict[str, Any]:
-    """Of a measurement: the devices, their platform ("cpu", "gpu", "tpu"), and the versions."""
+    """Returns the devices, their platform ("cpu", "gpu", "tpu"), and the versions."""
     return {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

@@ -1,4 +1,4 @@
-"""Random Hugging Face checkpoints of any size and form, made without torch and in little memory."""
+"""Writes random Hugging Face checkpoints in every file format, without torch, in little memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -21,23 +22,26 @@ from btlm_jax.convert.hf.tensor_names import EMBEDDING, LM_HEAD, SLOPES
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils.progress import Progress
 
-FORMS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
-SHARDS = 3
+Form = Literal["safetensors", "safetensors-sharded", "bin", "bin-sharded"]
+FORMS: tuple[str, ...] = get_args(Form)
+NUM_SHARDS = 3
 _STORAGES = {"bfloat16": b"ctorch\nBFloat16Storage\n", "float32": b"ctorch\nFloatStorage\n"}
 BF16 = zarr.BF16
 
 
-def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k") -> int:
+def write_random_checkpoint(
+    directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k"
+) -> int:
     """Writes a checkpoint with random bf16 weights.
 
     Args:
-      directory: must not exist.
-      layers: instead of the preset's.
-      form: one of `FORMS`; a `.bin` holds the tied head too, as the published one does.
-      preset: whose shapes to take.
+      directory: a new directory.
+      layers: replaces the preset's number of layers.
+      form: one of `FORMS`. A `.bin` also holds the tied head, like the published one.
+      preset: preset of the model.
 
     Returns:
-      Bytes of the weights.
+      The bytes of the weights.
     """
     config = dataclasses.replace(BTLMConfig.preset(preset), n_layer=layers)
     directory.mkdir(parents=True)
@@ -45,7 +49,7 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
     (directory / "config.json").write_text(json.dumps(values, indent=2))
     tensors = [TensorSpec(x.hf_name, BF16, x.weight.hf_shape) for x in weights.disk_leaves(config)]
     tensors.append(TensorSpec(SLOPES, BF16, (config.n_head, 1)))
-    count = SHARDS if form.endswith("sharded") else 1
+    count = NUM_SHARDS if form.endswith("sharded") else 1
     binary = form.startswith("bin")
     stem, suffix = ("pytorch_model", ".bin") if binary else ("model", ".safetensors")
     edges = [len(tensors) * i // count for i in range(count + 1)]
@@ -54,7 +58,7 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
     names = names if count > 1 else [f"{stem}{suffix}"]
     total = sum(t.nbytes for t in tensors)
     slopes = alibi.slopes(config.n_head).astype(BF16)
-    with Progress(total, "B", "make") as progress:
+    with Progress(total, "B", "write") as progress:
 
         def content(tensor: TensorSpec) -> Iterator[np.ndarray]:
             blocks = [slopes] if tensor.name == SLOPES else _random(tensor)
@@ -74,14 +78,14 @@ def make(directory: Path, *, layers: int, form: str, preset: str = "btlm-3b-8k")
 
 
 def _random(tensor: TensorSpec) -> Iterator[np.ndarray]:
-    """Blocks of a normal distribution, drawn once and rolled: no two rows of a tensor are alike."""
-    size, left = zarr.BLOCK_BYTES // 2, tensor.nbytes // 2
+    """Yields blocks of normal values, drawn once and rolled, so that no two rows are equal."""
+    size, remaining = zarr.BLOCK_BYTES // 2, tensor.nbytes // 2
     rng = np.random.default_rng(zlib.crc32(tensor.name.encode()))
-    drawn = (rng.standard_normal(min(size, left), np.float32) * 0.02).astype(BF16)
-    while left:
-        n = min(size, left)
-        yield np.roll(drawn, int(rng.integers(len(drawn))))[:n]
-        left -= n
+    values = (rng.standard_normal(min(size, remaining), np.float32) * 0.02).astype(BF16)
+    while remaining:
+        n = min(size, remaining)
+        yield np.roll(values, int(rng.integers(len(values))))[:n]
+        remaining -= n
 
 
 def _write_safetensors(path: Path, shard: list[TensorSpec], content) -> None:
@@ -90,9 +94,13 @@ def _write_safetensors(path: Path, shard: list[TensorSpec], content) -> None:
 
 
 def write_bin(path: Path, shard: list[TensorSpec], content, *, tied: bool = True) -> None:
-    """A zip as `torch.save` writes it: a pickle that describes tensors, and a member for each.
+    """Writes a zip like `torch.save`: a pickle that describes the tensors, and a member for each.
 
-    With `tied` the embedding occurs a second time, as the head.
+    Args:
+      path: the file.
+      shard: the tensors.
+      content: yields the blocks of a tensor.
+      tied: the embedding occurs a second time in the pickle, as the head.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _pickled(shard, tied))
@@ -105,11 +113,11 @@ def write_bin(path: Path, shard: list[TensorSpec], content, *, tied: bool = True
 
 
 def _pickled(shard: list[TensorSpec], tied: bool) -> bytes:
-    """The opcodes of an OrderedDict of tensors; `pickle` itself would need torch to name its types.
+    """Returns the pickle (protocol 2, as torch writes) of an OrderedDict of tensors.
 
-    Protocol 2, as torch writes it.
+    It is written opcode by opcode, because `pickle` would need torch to name its types.
     """
-    out = [b"\x80\x02", b"ccollections\nOrderedDict\n", b")R", b"("]
+    opcodes = [b"\x80\x02", b"ccollections\nOrderedDict\n", b")R", b"("]
     entries = list(enumerate(shard))
     entries += [
         (key, t._replace(name=LM_HEAD)) for key, t in entries if tied and t.name == EMBEDDING
@@ -117,12 +125,12 @@ def _pickled(shard: list[TensorSpec], tied: bool) -> bytes:
     for key, tensor in entries:
         numel = tensor.nbytes // tensor.dtype.itemsize
         strides = [int(np.prod(tensor.shape[i + 1 :])) for i in range(len(tensor.shape))]
-        out += [_text(tensor.name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"("]
-        out += [b"(", _text("storage"), _STORAGES[tensor.dtype.name], _text(str(key))]
-        out += [_text("cpu"), _int(numel), b"t", b"Q"]
-        out += [_int(0), b"(", *map(_int, tensor.shape), b"t", b"(", *map(_int, strides), b"t"]
-        out += [b"\x89", b"ccollections\nOrderedDict\n", b")R", b"t", b"R"]
-    return b"".join([*out, b"u", b"."])
+        opcodes += [_text(tensor.name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"("]
+        opcodes += [b"(", _text("storage"), _STORAGES[tensor.dtype.name], _text(str(key))]
+        opcodes += [_text("cpu"), _int(numel), b"t", b"Q"]
+        opcodes += [_int(0), b"(", *map(_int, tensor.shape), b"t", b"(", *map(_int, strides), b"t"]
+        opcodes += [b"\x89", b"ccollections\nOrderedDict\n", b")R", b"t", b"R"]
+    return b"".join([*opcodes, b"u", b"."])
 
 
 def _text(value: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Measure the training step beside a large matrix product, PyTorch's step, and the data loader."""
+"""Measures the train step beside a large matrix product, PyTorch's step, and the data loader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +19,20 @@ import numpy as np
 from btlm_jax.config import BTLMConfig
 from btlm_jax.data import token_shards_metadata
 from btlm_jax.data.token_shards import TokenShards
-from btlm_jax.model import alibi, mup, sharding, weights
+from btlm_jax.model import mup, sharding
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.params import flatten_tree
 from btlm_jax.model.remat import Remat
 from btlm_jax.perf import accounting
 from btlm_jax.train.batches import Batches
-from btlm_jax.train.bench import measure, torch_step
-from btlm_jax.train.bench.baseline import Baseline
+from btlm_jax.train.bench import measure
+from btlm_jax.train.bench.step_baselines import check_first_losses, open_step_baselines
 from btlm_jax.train.mixture import Source
 from btlm_jax.train.recipe import Phase
 from btlm_jax.train.step import init_state, make_step
 from btlm_jax.utils.progress import Progress
 
 _LEARNING_RATE = 1e-3
-_RATES = ("matmul", "loader")  # measured as rates; the others as seconds per step
-Show = Callable[[object], None]
+_RATES = ("matmul", "loader")  # measured as rates; all others as seconds per step
 
 # MPT-3B, a model of the same shape, in llm-foundry on 8 H100 80GB, bf16:
 # github.com/mosaicml/llm-foundry, scripts/train/benchmarking: length -> (tokens/s/GPU, MFU in %).
@@ -43,278 +41,219 @@ MPT_3B = {2048: (24_100, 43.7), 8192: (16_600, 40.3)}
 
 def bench_train(
     *,
-    preset: str,
-    length: int,
-    batch_size: int,
-    rounds: int,
-    dtype: str | None,
+    preset: str = "btlm-40m",
+    length: int = 512,
+    batch_size: int = 4,
+    rounds: int = 5,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     remat: Remat = "dots",
     torch: bool | None = None,
-    show: Show = print,
 ) -> dict[str, Any]:
-    """Times our step, a matrix product, PyTorch's step and the loader in turn, `rounds` times.
+    """Times the train step, a large matrix product, PyTorch's step and the data loader in turn.
 
-    In turn, because machines are noisy: every ratio is the median of the ratios within the rounds.
-    The step is the one of `btlm train` (loss, gradients, clipping, AdamW in muP groups), on all
-    devices (fsdp); PyTorch's is the same model with the same weights on the same tokens, in a
-    process of its own, its first two losses checked against ours.
+    Machines are noisy, so every ratio is the median of the ratios within the rounds. The step is
+    the one of `btlm train` (loss, gradients, clipping, AdamW in muP groups) on all devices (fsdp).
+    PyTorch's step runs in a process with the same model, weights and tokens; its first two losses
+    must agree with ours.
 
     Args:
-      preset: of the model.
-      length: T, tokens per sequence.
+      preset: preset of the model.
+      length: tokens per sequence.
       batch_size: sequences per device and step.
-      rounds: how often everything is measured.
-      dtype: of the computation; None is that of `BTLM`.
-      remat: what our forward pass keeps (`BTLM.remat`).
-      torch: whether to measure PyTorch; None if it is installed and there is one device.
-      show: takes each line of the report.
+      rounds: rounds of measurements; medians are reported.
+      dtype: compute dtype; by default bfloat16 on accelerators, float32 on CPU.
+      remat: which results of a block our step saves for the backward pass.
+      torch: whether to measure PyTorch; by default where it is installed and there is one device.
 
     Returns:
-      The measurements and their conditions, as JSON can hold them. Rates are per second and device.
+      The measurements and their conditions, for JSON. Rates are per second and device.
 
     Raises:
-      ValueError: an unknown preset, a size below 1, losses that differ, or torch=True and no torch.
+      ValueError: the preset is unknown, a size is below 1, the losses differ, or PyTorch is
+        required and not installed.
     """
-    measure.check_sizes(length=length, batch_size=batch_size, rounds=rounds)
+    measure.require_positive(length=length, batch_size=batch_size, rounds=rounds)
     model = BTLM(BTLMConfig.preset(preset), compute_dtype=dtype, remat=remat)
     mesh = sharding.make_mesh()
     params = model.init(jax.random.key(0), mesh=mesh if mesh.size > 1 else None)
-    dtype = str(model.runtime(params).dtype)
-    tokens = _tokens(model.config, batch_size * mesh.size, length)
+    compute_dtype = str(model.runtime(params).dtype)
+    rows = batch_size * mesh.size
+    vocab_size = model.config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, length + 1), np.int32)
     if torch is None:
         torch = importlib.util.find_spec("torch") is not None and mesh.size == 1
-    found: dict[str, list[float]] = {"matmul": [], "step": [], "loader": []}
     with contextlib.ExitStack() as stack:
-        peers = {}
+        baselines = {}
         if torch:
-            peers = stack.enter_context(_peers(model.config, params, tokens, dtype, show))
-        found |= {f"torch {mode}": [] for mode in peers}
-        ours, compile_seconds = _our_step(model, params, tokens)
-        losses = {mode: losses for mode, (_, losses) in peers.items()}
-        _check_losses([ours()[0] for _ in range(2)], losses, dtype)
-        product = measure.matmul_rate(dtype)
-        loader = stack.enter_context(_loader(model.config, batch_size * mesh.size, length))
+            baselines = stack.enter_context(
+                open_step_baselines(model.config, params, tokens, compute_dtype, _LEARNING_RATE)
+            )
+        names = ("matmul", "step", "loader", *(f"torch {mode}" for mode in baselines))
+        measurements: dict[str, list[float]] = {name: [] for name in names}
+        step, compile_seconds = _compile_step(model, params, tokens)
+        first_losses = {mode: baseline.first_losses for mode, baseline in baselines.items()}
+        check_first_losses([step()[0] for _ in range(2)], first_losses, compute_dtype)
+        product = measure.matmul_rate(compute_dtype)
+        loader = stack.enter_context(_open_loader(model.config, rows, length))
         progress = stack.enter_context(Progress(rounds, "round", "bench"))
         for _ in range(rounds):
-            found["matmul"].append(product())
-            found["step"].append(ours()[1])
-            for mode, (peer, _) in peers.items():
-                found[f"torch {mode}"].append(peer.ask()["seconds"])
-            found["loader"].append(loader())
+            measurements["matmul"].append(product())
+            measurements["step"].append(step()[1])
+            for mode, baseline in baselines.items():
+                measurements[f"torch {mode}"].append(baseline.process.run()["seconds"])
+            measurements["loader"].append(loader())
             progress.update(1)
-    report = _report(model.config, length, batch_size, found)
-    report |= {"preset": preset, "dtype": dtype, "remat": remat, "compile_seconds": compile_seconds}
-    for line in _lines(report):
-        show(line)
+    report = _summarize_steps(model.config, length, batch_size, measurements)
+    report |= {"preset": preset, "dtype": compute_dtype, "remat": remat}
+    report |= {"compile_seconds": compile_seconds}
+    for line in _format_step_report(report):
+        print(line)
     return report
 
 
-def _tokens(config: BTLMConfig, batch_size: int, length: int) -> np.ndarray:
-    draw = np.random.default_rng(0).integers(0, config.vocab_size, (batch_size, length + 1))
-    return draw.astype(np.int32)
-
-
-def _our_step(model: BTLM, params, tokens: np.ndarray) -> tuple[Callable, float]:
-    """A function that takes a step and returns loss and seconds; and the seconds to compile it."""
+def _compile_step(
+    model: BTLM, params: Any, tokens: np.ndarray
+) -> tuple[Callable[[], tuple[float, float]], float]:
+    """Returns a function that takes a step and returns (loss, seconds), and its compile seconds."""
     tx = mup.adamw(_LEARNING_RATE, model.config)
     mesh = sharding.concrete_mesh_of(params["wte"])
-    # A copy, because the step reuses the memory of its state.
+    # A copy, because the step donates its state.
     state = init_state(jax.tree.map(jnp.copy, params), tx)
     batch: Any = jnp.asarray(tokens[None])
     if mesh is not None:
-        batch = jax.device_put(
-            batch,
-            jax.NamedSharding(mesh, sharding.partition_spec(sharding.RULES, None, "batch", None)),
-        )
-    began = time.perf_counter()
+        spec = sharding.partition_spec(sharding.RULES, None, "batch", None)
+        batch = jax.device_put(batch, jax.NamedSharding(mesh, spec))
+    start = time.perf_counter()
     step_fn: Any = make_step(model, tx)
     compiled = step_fn.lower(state, batch).compile()
-    seconds = time.perf_counter() - began
+    compile_seconds = time.perf_counter() - start
 
     def step() -> tuple[float, float]:
         nonlocal state
-        began = time.perf_counter()
+        start = time.perf_counter()
         state, metrics = compiled(state, batch)
         loss = float(metrics["loss"])
         jax.block_until_ready(state)
-        return loss, time.perf_counter() - began
+        return loss, time.perf_counter() - start
 
-    return step, seconds
+    return step, compile_seconds
 
 
 @contextlib.contextmanager
-def _loader(config: BTLMConfig, batch_size: int, length: int) -> Iterator[Callable[[], float]]:
-    """A function that returns the tokens per second read from shards, as training reads them."""
+def _open_loader(config: BTLMConfig, rows: int, length: int) -> Iterator[Callable[[], float]]:
+    """Yields a function that measures the tokens/s of the batches of a training run."""
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "tokens"
-        _write_shards(directory, config, max(10_000_000, 2 * batch_size * length))
-        source = Source(TokenShards(directory))
-        phase = Phase(10_000_000, batch_size, length)
-        batches: Any = Batches([source], [phase], seed=0).iterate()
+        _write_shards(directory, config.vocab_size, max(10_000_000, 2 * rows * length))
+        phase = Phase(10_000_000, rows, length)
+        batches: Any = Batches([Source(TokenShards(directory))], [phase], seed=0).iterate()
         with contextlib.closing(batches):
             for _ in range(20):  # more than are read ahead
                 next(batches)
 
-            def read(seconds: float = 1.0) -> float:
-                taken, began = 0, time.perf_counter()
-                while (now := time.perf_counter()) - began < seconds:
+            def measure_rate(seconds: float = 1.0) -> float:
+                tokens, start = 0, time.perf_counter()
+                while (now := time.perf_counter()) - start < seconds:
                     next(batches)
-                    taken += batch_size * length
-                return taken / (now - began)
+                    tokens += rows * length
+                return tokens / (now - start)
 
-            yield read
+            yield measure_rate
 
 
-def _write_shards(directory: Path, config: BTLMConfig, n: int) -> None:
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, n)
-    raw = tokens.astype(token_shards_metadata.token_dtype(config.vocab_size)).tobytes()
+def _write_shards(directory: Path, vocab_size: int, count: int) -> None:
+    """Writes a token directory with one shard of random tokens."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, count)
+    raw = tokens.astype(token_shards_metadata.token_dtype(vocab_size)).tobytes()
     (directory / "tokenizer").mkdir(parents=True)
     (directory / "tokenizer/tokenizer.json").write_text("{}")
     (directory / "tokens-00000.bin").write_bytes(raw)
-    manifest = token_shards_metadata.TokenShardsMetadata(
-        vocab_size=config.vocab_size,
+    metadata = token_shards_metadata.TokenShardsMetadata(
+        vocab_size=vocab_size,
         eos_id=0,
         tokenizer_sha256=token_shards_metadata.tokenizer_fingerprint({"tokenizer.json": b"{}"}),
         shards=(
             token_shards_metadata.TokenShard(
                 "tokens-00000.bin",
-                n,
+                count,
                 int((tokens == 0).sum()),
                 int(tokens.max()),
                 hashlib.sha256(raw).hexdigest(),
             ),
         ),
-        sources=(token_shards_metadata.TextSource("random", n, 1, n),),
+        sources=(token_shards_metadata.TextSource("random", count, 1, count),),
     )
-    (directory / "manifest.json").write_text(manifest.to_json())
-
-
-# PyTorch ------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _peers(
-    config: BTLMConfig, params, tokens: np.ndarray, dtype: str, show: Show
-) -> Iterator[dict[str, tuple[Baseline, list[float]]]]:
-    """PyTorch's step, as it is and compiled where that works, both after their first two steps."""
-    c = config
-    if not (c.alibi and c.gated and c.tie_word_embeddings and c.alibi_scaling is None):
-        raise ValueError("PyTorch's step is written for BTLM: ALiBi, SwiGLU and a tied head")
-    flat = flatten_tree(params)
-    arrays = {}
-    for leaf in weights.disk_leaves(c):
-        x = flat[leaf.weight.path]
-        one = x if leaf.layer is None else x[leaf.layer]
-        arrays[leaf.hf_name] = np.asarray(one).reshape(leaf.weight.hf_shape)
-    arrays |= {"slopes": np.asarray(alibi.model_slopes(c), np.float32), "tokens": tokens}
-    problem = dict(
-        dtype=dtype,
-        device="cuda" if jax.default_backend() == "gpu" else "cpu",
-        lr=_LEARNING_RATE,
-        weight_decay=0.1,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-8,
-        clip_norm=1.0,
-        width_scale=c.mup_width_scale,
-        embeddings_scale=c.mup_embeddings_scale,
-        logits_scale=c.logits_scale,
-        attention_scale=c.attention_scale,
-        epsilon=c.layer_norm_epsilon,
-        layers=c.n_layer,
-        heads=c.n_head,
-    )
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        found = {}
-        for mode in ("eager", "compile"):
-            file = Path(folder) / f"{mode}.npz"
-            # Its best: uncompiled, and in training on CPUs, flex_attention is no kernel.
-            best = "flex" if (mode, problem["device"]) == ("compile", "cuda") else "bias"
-            torch_step.write(file, {**problem, "mode": mode, "attention": best}, arrays)
-            peer = Baseline("torch_step", str(file), f"PyTorch's step ({mode})")
-            stack.callback(peer.close)
-            try:
-                losses = [peer.ask()["loss"] for _ in range(2)]
-            except ValueError as e:
-                if mode == "eager":
-                    raise
-                show(f"torch.compile does not work here, eager PyTorch is the peer: {e}")
-            else:
-                found[mode] = peer, losses
-        yield found
-
-
-def _check_losses(ours: list[float], peers: Mapping[str, list[float]], dtype: str) -> None:
-    """Raises ValueError if the first two losses differ: then the steps are not the same work."""
-    # bf16 rounds at other places in the two programs; ln(V) is about 11.
-    tolerance = 2e-4 if dtype == "float32" else 5e-2
-    for mode, theirs in peers.items():
-        if not np.allclose(ours, theirs, rtol=0, atol=tolerance):
-            raise ValueError(
-                f"PyTorch's step ({mode}) is not ours: its first losses are {theirs}, "
-                f"expected {ours} to {tolerance}"
-            )
+    (directory / "manifest.json").write_text(metadata.to_json())
 
 
 # The report ---------------------------------------------------------------------------------------
 
 
-def _report(
-    config: BTLMConfig, length: int, batch_size: int, found: Mapping[str, list[float]]
+def _summarize_steps(
+    config: BTLMConfig, length: int, batch_size: int, measurements: Mapping[str, list[float]]
 ) -> dict[str, Any]:
-    """Medians over the rounds of rates (per second and device) and of ratios within a round."""
+    """Returns medians over the rounds of rates (per second and device) and of their ratios."""
     tokens = batch_size * length
-    rates = {name: [tokens / s for s in found[name]] for name in found if name not in _RATES}
-    rates |= {name: found[name] for name in _RATES}
+    rates = {
+        name: values if name in _RATES else [tokens / s for s in values]
+        for name, values in measurements.items()
+    }
     flops = accounting.flops_per_token(config, length)
-    devices = jax.device_count()
 
-    def of(name: str, other: str, factor: float = 1.0) -> float:
-        pairs = zip(rates[name], rates[other], strict=True)
-        return statistics.median(a * factor / b for a, b in pairs)
+    def ratio(name: str, other: str, factor: float = 1.0) -> float:
+        return measure.median_ratio([factor * rate for rate in rates[name]], rates[other])
 
-    torch = {name: of("step", name) for name in rates if name.startswith("torch")}
     return {
         "length": length,
         "batch_size_per_device": batch_size,
-        "rounds": len(found["step"]),
+        "rounds": len(measurements["step"]),
         "rates": {name: statistics.median(values) for name, values in rates.items()},
         "best": {name: max(values) for name, values in rates.items()},
-        "mfu": of("step", "matmul", flops.training_full),
-        "mfu_causal": of("step", "matmul", flops.training_causal),
-        "loader_over_step": of("loader", "step") / devices,
-        "step_over_torch": torch,
+        "mfu": ratio("step", "matmul", flops.training_full),
+        "mfu_causal": ratio("step", "matmul", flops.training_causal),
+        "loader_over_step": ratio("loader", "step") / jax.device_count(),
+        "step_over_torch": {n: ratio("step", n) for n in rates if n.startswith("torch")},
     } | measure.measurement_conditions()
 
 
-def _lines(r: Mapping[str, Any]) -> Iterator[str]:
+def _format_step_report(report: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"{r['preset']}, {r['batch_size_per_device']} sequences of {r['length']} tokens per device,"
-        f" {r['dtype']}, remat {r['remat']!r}, on {r['devices']} x {r['device']} ({r['cores']} "
-        f"cores), jax {r['jax']}; median of {r['rounds']} rounds (best)"
+        f"{report['preset']}, {report['batch_size_per_device']} sequences of {report['length']} "
+        f"tokens per device, {report['dtype']}, remat {report['remat']!r}, on {report['devices']} "
+        f"x {report['device']} ({report['cores']} cores), jax {report['jax']}; median of "
+        f"{report['rounds']} rounds (best)"
     )
-    rates, best = r["rates"], r["best"]
-    flops = rates["matmul"] / 1e9, best["matmul"] / 1e9
-    yield f"matrix product of {measure.MATMUL_SIZE}: {flops[0]:,.0f} GFLOP/s ({flops[1]:,.0f})"
-    for name in rates:
-        if name not in _RATES:
-            yield f"{name}: {rates[name]:,.0f} tokens/s ({best[name]:,.0f})"
-    yield f"step: MFU {r['mfu']:.1%} of the matrix product, causal {r['mfu_causal']:.1%}"
-    for name, ratio in r["step_over_torch"].items():
-        yield f"step: {ratio:.2f} x {name}"
-    yield f"loader: {rates['loader']:,.0f} tokens/s, {r['loader_over_step']:,.0f} x the step's"
-    yield f"compiled in {r['compile_seconds']:.1f} s"
-    yield from _beside_mpt(r)
-
-
-def _beside_mpt(r: Mapping[str, Any]) -> Iterator[str]:
-    if r["preset"] != "btlm-3b-8k" or r["length"] not in MPT_3B:
-        return
-    rate, mfu = MPT_3B[r["length"]]
-    here = r["rates"]["step"]
-    used = accounting.model_flops_utilization(BTLMConfig.preset(r["preset"]), r["length"], here)
+    rates, best = report["rates"], report["best"]
     yield (
-        f"published for MPT-3B in llm-foundry on H100: {rate:,} tokens/s/GPU, MFU {mfu} % of the "
-        f"data sheet's peak; here {here / rate:.2f} x its tokens/s"
-        + (f", MFU {used['mfu']:.1%}" if used else "")
+        f"matrix product of {measure.MATMUL_SIZE}: {rates['matmul'] / 1e9:,.0f} GFLOP/s "
+        f"({best['matmul'] / 1e9:,.0f})"
+    )
+    for name, rate in rates.items():
+        if name not in _RATES:
+            yield f"{name}: {rate:,.0f} tokens/s ({best[name]:,.0f})"
+    yield (
+        f"step: MFU {report['mfu']:.1%} of the matrix product, causal {report['mfu_causal']:.1%}"
+    )
+    for name, ratio in report["step_over_torch"].items():
+        yield f"step: {ratio:.2f} x {name}"
+    yield (
+        f"loader: {rates['loader']:,.0f} tokens/s, {report['loader_over_step']:,.0f} x the step's"
+    )
+    yield f"compiled in {report['compile_seconds']:.1f} s"
+    yield from _compare_with_mpt(report)
+
+
+def _compare_with_mpt(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a comparison with the published rates of MPT-3B, for the 3B model at their lengths."""
+    length = report["length"]
+    if report["preset"] != "btlm-3b-8k" or length not in MPT_3B:
+        return
+    mpt_rate, mpt_mfu = MPT_3B[length]
+    rate = report["rates"]["step"]
+    config = BTLMConfig.preset(report["preset"])
+    utilization = accounting.model_flops_utilization(config, length, rate)
+    yield (
+        f"published for MPT-3B in llm-foundry on H100: {mpt_rate:,} tokens/s/GPU, MFU {mpt_mfu} % "
+        f"of the data sheet's peak; here {rate / mpt_rate:.2f} x its tokens/s"
+        + (f", MFU {utilization['mfu']:.1%}" if utilization else "")
     )

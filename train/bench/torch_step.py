@@ -1,7 +1,8 @@
-"""The same training step in PyTorch, written for speed, for `bench` to run beside ours.
+"""The train step in PyTorch, written for speed; the baseline of `step_bench`.
 
-`python -m btlm_jax.train.bench.torch_step FILE` reads a problem (`write`), prints what it is, and
-takes a step for every line that it reads, printing loss and seconds as JSON. It never imports JAX.
+`python -m btlm_jax.train.bench.torch_step FILE` reads a problem (`write_problem`) and prints its
+versions. Then it takes a step for every line of its input, and prints loss and seconds as JSON. It
+never imports JAX.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 
-def write(path: Path, problem: dict[str, Any], arrays: Arrays) -> None:
-    """Writes the problem for the other process.
+def write_problem(path: Path, problem: dict[str, Any], arrays: Arrays) -> None:
+    """Writes the problem for the baseline's process.
 
     Args:
+      path: the file.
       problem: dtype, device, mode ("eager" or "compile"), attention ("bias", or "flex": ALiBi
-        inside a fused kernel, which torch.compile makes), lr, weight_decay, b1, b2, eps, clip_norm,
-        width_scale, embeddings_scale, logits_scale, attention_scale, epsilon, layers, heads.
+        inside a fused kernel that torch.compile generates), lr, weight_decay, b1, b2, eps,
+        clip_norm, width_scale, embeddings_scale, logits_scale, attention_scale, epsilon, layers,
+        heads.
       arrays: the weights by Hugging Face name, `slopes` [H], `tokens` int [B, T + 1].
     """
-    everything: Any = {"problem": np.frombuffer(json.dumps(problem).encode(), np.uint8), **arrays}
-    np.savez(path, **everything)
+    encoded: Any = np.frombuffer(json.dumps(problem).encode(), np.uint8)
+    np.savez(path, problem=encoded, **arrays)
 
 
 def main(path: str) -> None:
-    """Serves steps of the problem in `path` until its standard input ends."""
+    """Takes steps of the problem in `path` until standard input ends."""
     torch: Any = importlib.import_module("torch")
     with np.load(path) as file:
         problem = json.loads(file["problem"].tobytes())
@@ -40,11 +43,11 @@ def main(path: str) -> None:
         arrays = {k: torch.from_numpy(file[k]).to(device) for k in file.files if k != "problem"}
     slopes, tokens = arrays.pop("slopes"), arrays.pop("tokens").long()
     params = _parameters(arrays)
-    loss_of = _loss(problem, slopes, tokens.shape[1] - 1)
+    loss_fn = _make_loss(problem, slopes, tokens.shape[1] - 1)
     if problem["mode"] == "compile":
-        loss_of = torch.compile(loss_of)
+        loss_fn = torch.compile(loss_fn)
     optimizer = torch.optim.AdamW(
-        _groups(problem, params),
+        _param_groups(problem, params),
         betas=(problem["b1"], problem["b2"]),
         eps=problem["eps"],
         fused=True,
@@ -53,9 +56,9 @@ def main(path: str) -> None:
     cast = torch.autocast(device, torch.bfloat16, enabled=problem["dtype"] == "bfloat16")
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), flush=True)
     for _ in sys.stdin:
-        began = time.perf_counter()
+        start = time.perf_counter()
         with cast:
-            loss = loss_of(params, tokens)
+            loss = loss_fn(params, tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, problem["clip_norm"], foreach=True)
         optimizer.step()
@@ -63,20 +66,20 @@ def main(path: str) -> None:
         value = loss.item()  # waits for a GPU
         if device == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps({"loss": value, "seconds": time.perf_counter() - began}), flush=True)
+        print(json.dumps({"loss": value, "seconds": time.perf_counter() - start}), flush=True)
 
 
 def _parameters(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Leaves to train; the kernels as torch.nn.Linear keeps them, (out, in), its faster layout."""
-    found = {}
+    """Returns the trainable tensors, with kernels as (out, in), the faster layout of nn.Linear."""
+    params = {}
     for name, x in arrays.items():
-        kernel = x.ndim == 2 and not name.startswith("transformer.wte")
-        found[name] = (x.t().contiguous() if kernel else x).requires_grad_()
-    return found
+        is_kernel = x.ndim == 2 and not name.startswith("transformer.wte")
+        params[name] = (x.t().contiguous() if is_kernel else x).requires_grad_()
+    return params
 
 
-def _groups(problem: dict[str, Any], params: dict[str, Any]) -> list[dict[str, Any]]:
-    """The original's muP groups: layer kernels at a fraction of the rate, vectors without decay."""
+def _param_groups(problem: dict[str, Any], params: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the original's muP groups: kernels at a scaled rate, vectors without weight decay."""
     lr, decay = problem["lr"], problem["weight_decay"]
     wte = "transformer.wte.weight"
     hidden = [p for n, p in params.items() if p.ndim == 2 and n != wte]
@@ -88,21 +91,21 @@ def _groups(problem: dict[str, Any], params: dict[str, Any]) -> list[dict[str, A
     ]
 
 
-def _attention(problem: dict[str, Any], slopes: Any, length: int) -> Any:
-    """(q, k, v) [B, H, T, K] -> [B, H, T, K]: causal, with ALiBi."""
+def _make_attention(problem: dict[str, Any], slopes: Any, length: int) -> Any:
+    """Returns causal ALiBi attention: (q, k, v) [B, H, T, K] -> [B, H, T, K]."""
     torch: Any = importlib.import_module("torch")
     scale = problem["attention_scale"]
     if problem["attention"] == "flex":
         flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
 
-        def not_later(batch, head, query, key):
+        def causal(batch, head, query, key):
             return query >= key
 
         def with_bias(score, batch, head, query, key):
             return score - slopes[head] * (query - key)
 
         device = slopes.device.type
-        mask = flex.create_block_mask(not_later, None, None, length, length, device=device)
+        mask = flex.create_block_mask(causal, None, None, length, length, device=device)
         return lambda q, k, v: flex.flex_attention(
             q, k, v, score_mod=with_bias, block_mask=mask, scale=scale
         )
@@ -114,12 +117,12 @@ def _attention(problem: dict[str, Any], slopes: Any, length: int) -> Any:
     return lambda q, k, v: attend(q, k, v, attn_mask=bias, scale=scale)
 
 
-def _loss(problem: dict[str, Any], slopes: Any, length: int) -> Any:
-    """(params, tokens [B, T + 1]) -> mean cross-entropy, computed in fp32."""
+def _make_loss(problem: dict[str, Any], slopes: Any, length: int) -> Any:
+    """Returns (params, tokens [B, T + 1]) -> mean cross-entropy, computed in fp32."""
     torch: Any = importlib.import_module("torch")
     F = torch.nn.functional
     H, eps = problem["heads"], problem["epsilon"]
-    attend = _attention(problem, slopes, length)
+    attend = _make_attention(problem, slopes, length)
 
     def norm(params, name, h):
         return F.layer_norm(h, h.shape[-1:], params[f"{name}.weight"], params[f"{name}.bias"], eps)

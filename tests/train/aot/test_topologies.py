@@ -64,9 +64,7 @@ def test_an_error_suggests_the_nearest_name(name, message):
 def test_slices_are_positive_and_only_for_tpus():
     with pytest.raises(ValueError, match="--slices: found 0"):
         topologies.parse_topology("v5e:4x4", 0)
-    with pytest.raises(
-        ValueError, match="--slices: found 2, expected 1, because h200 is"
-    ):
+    with pytest.raises(ValueError, match="--slices: found 2, expected 1, because h200 is"):
         topologies.parse_topology("h200:8", 2)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark runs, and conversion keeps its memory budget on tensors larger than the budget."""
+"""The conversion benchmark runs; conversion keeps its memory budget on larger tensors."""
 
 from __future__ import annotations
 
@@ -11,26 +11,21 @@ from btlm_jax.train.bench import convert_bench
 from btlm_jax.utils.format import parse_bytes
 
 
-def test_conversion_stays_within_its_budget(tmp_path):
-    """One layer of the 3B model: 415 MB, of which 257 MB are one tensor.
+def test_conversion_stays_within_its_memory_budget(tmp_path, capsys):
+    """One layer of the 3B model has 415 MB, of which 257 MB are one tensor.
 
-    Holding the whole would take 650 MiB, holding the one tensor 500: Python with JAX, Orbax and
-    TensorStore is 240 MiB. Measured: 300 (convert), 330 (export), 290 (quantize).
+    Python with JAX, Orbax and TensorStore takes 240 MiB. Holding the checkpoint would take 650 MiB,
+    and holding the largest tensor 500. Measured: 300 (convert), 330 (export), 290 (quantize).
     """
-    lines: list[str] = []
     convert_bench.bench_convert(
-        tmp_path / "b",
-        layers=1,
-        form="bin",
-        max_memory=160 << 20,
-        keep=False,
-        show=lambda line: lines.append(str(line)),
+        directory=tmp_path / "b", layers=1, form="bin", max_memory=160 << 20
     )
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("bin, 1 layers, 414,675,688 bytes")
     peaks = {
-        line.split("  ")[0]: parse_bytes(found[1])
+        line.split("  ")[0]: parse_bytes(match[1])
         for line in lines
-        if (found := re.search(r"/s\s+([\d.]+ [KMG]iB)$", line))
+        if (match := re.search(r"/s\s+([\d.]+ [KMG]iB)$", line))
     }
     assert set(peaks) == {
         "convert",
@@ -44,22 +39,21 @@ def test_conversion_stays_within_its_budget(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_load(tmp_path):
-    lines: list[str] = []
-    convert_bench.bench_load(
-        tmp_path / "b", layers=1, keep=True, show=lambda line: lines.append(str(line))
-    )
-    assert sum("x the weights in memory" in line for line in lines) == 2
+def test_loading_reports_rates_and_keeps_files_on_request(tmp_path, capsys):
+    convert_bench.bench_load(directory=tmp_path / "b", layers=1, keep=True)
+    assert capsys.readouterr().out.count("x the weights in memory") == 2
     assert (tmp_path / "b" / "orbax").is_dir()
 
 
-def test_bad_arguments(tmp_path):
-    for arguments, said in (
-        (dict(layers=0), "layers: found 0"),
-        (dict(form="gguf"), "form: found 'gguf'"),
-    ):
-        options = dict(layers=1, form="bin", max_memory=1 << 29, keep=False) | arguments
-        with pytest.raises(ValueError, match=said):
-            convert_bench.bench_convert(tmp_path / "b", **options)
+@pytest.mark.parametrize(
+    "options, message",
+    [(dict(layers=0), "layers: found 0"), (dict(form="gguf"), "form: found 'gguf'")],
+)
+def test_bad_arguments_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        convert_bench.bench_convert(directory=tmp_path / "b", **options)
+
+
+def test_an_existing_directory_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="delete it first"):
-        convert_bench.bench_load(tmp_path, layers=1, keep=False)
+        convert_bench.bench_load(directory=tmp_path, layers=1)

@@ -1,4 +1,4 @@
-"""What the numbers of the benches mean."""
+"""The meaning of the numbers that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import pytest
 from btlm_jax.train.bench import measure
 
 
-def test_medians_are_of_the_rounds():
-    """Ratios are taken within a round: a machine that slows down for a while does not bias them."""
-    found = {"ours": [1.0, 10.0, 4.0], "theirs": [2.0, 20.0, 2.0]}
-    r = measure.summarize_rounds(found, [3e9, 1e9, 2e9], 1e9, dict.fromkeys(found, 0))
-    theirs = r["ways"]["theirs"]
-    assert (theirs["seconds"], theirs["best"], theirs["over_ours"]) == (2.0, 2.0, 2.0)
-    assert r["ways"]["ours"]["of_matmul"] == pytest.approx(1 / 8) and r["matmul"] == 2e9
+def test_ratios_are_medians_of_the_ratios_within_rounds():
+    seconds = {"ours": [1.0, 10.0, 4.0], "other": [2.0, 20.0, 2.0]}
+    report = measure.summarize_rounds(seconds, [3e9, 1e9, 2e9], 1e9, dict.fromkeys(seconds, 0))
+    other = report["ways"]["other"]
+    assert (other["seconds"], other["best"], other["over_ours"]) == (2.0, 2.0, 2.0)
+    assert report["ways"]["ours"]["of_matmul"] == pytest.approx(1 / 8)
+    assert report["matmul"] == 2e9
+
+
+def test_sizes_are_positive():
+    with pytest.raises(ValueError, match="rows: found 0, expected at least 1"):
+        measure.require_positive(rounds=1, rows=0)
