@@ -68,7 +68,8 @@ class DecodeLoop:
         ).compile()
         layers = jax.tree.leaves(self._state.cache.layers)
         self.cache_bytes = sum(x.nbytes for x in layers) + prompt.cache.nbytes
-        self.temporary_bytes = self._program.memory_analysis().temp_size_in_bytes
+        memory: Any = self._program.memory_analysis()
+        self.temporary_bytes = memory.temp_size_in_bytes
         self.measure_seconds()
 
     def measure_seconds(self) -> float:

@@ -55,8 +55,8 @@ def bench_decode(
       batch_size: sequences; several values are measured one after another.
       cache_dtype: dtype of the KV cache; by default the compute dtype.
       rounds: rounds of measurements; medians are reported.
-      torch: whether to measure PyTorch, with a copy of the weights; by default where it is
-        installed.
+      torch: whether to measure PyTorch, which needs memory for a second set of weights; by default
+        where it is installed.
 
     Returns:
       The measurements and their conditions, for JSON.
@@ -126,8 +126,8 @@ def bench_prefill(
       weights: scheme of the weights: float32, bfloat16, int8, int4 (groups of 64) or int4:128.
       length: tokens of the prompt; several values are measured one after another.
       rounds: rounds of measurements; medians are reported.
-      torch: whether to measure PyTorch, with a copy of the weights; by default where it is
-        installed.
+      torch: whether to measure PyTorch, which needs memory for a second set of weights; by default
+        where it is installed.
 
     Returns:
       The measurements and their conditions, for JSON.

@@ -30,8 +30,9 @@ def write_problem(path: Path, problem: dict[str, Any], arrays: Arrays) -> None:
         heads.
       arrays: the weights by Hugging Face name, `slopes` [H], `tokens` int [B, T + 1].
     """
-    encoded: Any = np.frombuffer(json.dumps(problem).encode(), np.uint8)
-    np.savez(path, problem=encoded, **arrays)
+    encoded = np.frombuffer(json.dumps(problem).encode(), np.uint8)
+    contents: Any = {"problem": encoded, **arrays}
+    np.savez(path, **contents)
 
 
 def main(path: str) -> None:
