@@ -160,12 +160,14 @@ class Generate:
 
     def _stream_prompt(self, tokenizer: Any) -> None:
         """Continues --prompt and prints the text while it is generated."""
+        import numpy as np
+
         import btlm_jax as btlm
 
         ids = self._encode_prompt(tokenizer)
         arguments = self._generate_arguments(tokenizer) | {"tokenizer": tokenizer}
         model, params = self._load()
-        pieces = btlm.stream(model, params, ids, **arguments)
+        pieces = btlm.stream(model, params, np.asarray(ids), **arguments)
         print(tokenizer.decode(ids), end="", flush=True)
         try:
             for piece in pieces:

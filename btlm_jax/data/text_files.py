@@ -58,7 +58,7 @@ def expand_inputs(
     """
     patterns = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     names: list[str] = []
-    for name in map(os.fspath, patterns):
+    for name in [os.fspath(pattern) for pattern in patterns]:
         if name == STDIN or os.path.exists(name):
             names.append(name)
             continue
@@ -117,7 +117,7 @@ def open_decompressed(file: TextFile) -> Iterator[tuple[BinaryIO, Callable[[], i
         return
     with open(file.path, "rb", buffering=READ_BYTES) as raw:
         stream: Any = raw
-        errors: tuple[type[Exception], ...] = (EOFError,)
+        errors: Any = (EOFError,)
         if file.compression == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
             errors += (gzip.BadGzipFile, zlib.error)
