@@ -106,7 +106,7 @@ assert not set(sys.modules) & {HEAVY - {"huggingface_hub"}}, set(sys.modules) & 
 
 
 def undocumented(node: ast.AST, name: str):
-    """What is public within, and has no docstring."""
+    """Yields the names of public definitions without a docstring."""
     if not ast.get_docstring(node):
         yield name
     for child in node.body if isinstance(node, ast.Module | ast.ClassDef) else ():
@@ -115,7 +115,7 @@ def undocumented(node: ast.AST, name: str):
 
 
 def test_everything_public_has_a_docstring():
-    """But for `run` of the command line's classes: what a command does, its class says."""
+    """Only `run` of a command has none: its class describes it."""
     for folder in ("btlm_jax", "convert", "train"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             found = undocumented(ast.parse(path.read_text()), path.stem)
@@ -127,4 +127,4 @@ def test_everything_public_has_a_docstring():
 def test_modules_stay_small():
     for _, path in modules():
         lines = len(path.read_text().splitlines())
-        assert lines <= 420, f"{path} has {lines} lines: does it hold one idea?"
+        assert lines <= 400, f"{path} has {lines} lines: does it hold one idea?"

@@ -39,11 +39,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from optax.contrib import ScheduleFreeState, scale_by_muon
+from optax.contrib import scale_by_muon
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
 from btlm_jax.model.muon_matrices import matrix_view, on_any_mesh
+from btlm_jax.model.mup_order import ScaleByMupState
+from btlm_jax.model.mup_order import chain as chain
+from btlm_jax.model.mup_order import check as check
 from btlm_jax.model.params import flatten_tree, unflatten_tree
 
 Decay = Literal["original", "coupled", "independent"]
@@ -112,10 +115,6 @@ def decay_mask(config: BTLMConfig) -> dict[str, Any]:
     return unflatten_tree({w.path: w.decay for w in weights.weight_table(config)})
 
 
-class ScaleByMupState(NamedTuple):
-    """An empty state, which shows where `scale_by_mup` is in the state of an optimizer."""
-
-
 def scale_by_mup(config: BTLMConfig, optimizer: Optimizer = "adam") -> optax.GradientTransformation:
     """Multiplies updates by `multipliers`: hidden matrices by mup_width_scale. Stateless.
 
@@ -151,57 +150,6 @@ def _map(f: Callable, tree: Mapping[str, Any], config: BTLMConfig) -> dict[str, 
     if names := sorted("/".join(path) for path in differing):
         raise ValueError(f"mup: the weights do not match the configuration at {names}")
     return unflatten_tree({p: jax.tree.map(partial(f, p), x) for p, x in flat.items()})
-
-
-def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns `optax.chain` whose `init` refuses a misplaced `scale_by_mup` with a ValueError.
-
-    See `check`.
-    """
-    inner = optax.chain(*transforms)
-
-    def init(params):
-        state = inner.init(params)
-        check(state)
-        return state
-
-    return optax.GradientTransformationExtraArgs(init, inner.update)
-
-
-def check(state: Any) -> None:
-    """Checks the position of `scale_by_mup` in an optimizer, given the state from its `init`.
-
-    It must not come before a transformation that keeps statistics of its updates (except momentum,
-    which is linear), after `schedule_free`, or twice in one chain. Normalization without a state
-    (`optax.scale_by_sign`) cannot be detected.
-
-    Raises:
-      ValueError: it is misplaced.
-    """
-    # The state of a chain is a bare tuple, in order; named tuples and dicts are nested states.
-    if type(state) is tuple:
-        indices = [i for i, s in enumerate(state) if _contains(s, ScaleByMupState)]
-        before, after = (state[: indices[0]], state[indices[0] + 1 :]) if indices else ((), ())
-        linear = (optax.TraceState, optax.EmaState)
-        statistics = jax.tree.leaves(after, is_leaf=lambda x: isinstance(x, linear))
-        wrong = {
-            "twice": len(indices) > 1,
-            "after schedule_free": _contains(before, ScheduleFreeState),
-            "before the normalization": any(getattr(x, "ndim", 0) for x in statistics),
-        }
-        for position in (name for name, is_wrong in wrong.items() if is_wrong):
-            raise ValueError(
-                f"scale_by_mup: found {position}, expected once, after the normalization of the "
-                "gradients and inside schedule_free (the optimizers of btlm_jax.mup contain it)"
-            )
-    if isinstance(state, tuple | list | Mapping):
-        for nested in state.values() if isinstance(state, Mapping) else state:
-            check(nested)
-
-
-def _contains(state: Any, kind: type) -> bool:
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    return any(isinstance(x, kind) for x in nodes)
 
 
 def adamw(
