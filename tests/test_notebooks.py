@@ -19,7 +19,6 @@ import pytest
 from nbclient import NotebookClient
 
 from btlm_jax.train import recipe_file
-from support import compiling
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("01_convert_generate_stream", "02_finetune", "03_mup", "04_long_context")
@@ -44,7 +43,7 @@ def execute(name: str, directory: str | os.PathLike[str], small: bool = True):
     """Executes a notebook without network on one CPU device, by default with the small model."""
     env = os.environ | {
         "BTLM_SMALL": "1" if small else "", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": compiling.QUICK_TO_COMPILE,
+        "XLA_FLAGS": "",  # training is most of the work, so optimized programs are faster
     }  # fmt: skip
     notebook = read_notebook(name)
     for cell in notebook.cells:
