@@ -18,9 +18,9 @@ _NOT_IN_KEY = (
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue a prompt or a file of prompts. The options are those of transformers' `generate`.
+    """Continue a prompt, or a file of prompts.
 
-    With --input, each line {"prompt": TEXT, ...} or {"input_ids": [ID, ...], ...} is written to the
+    The options are those of transformers' `generate`. With --input, each line {"prompt": TEXT, ...} or {"input_ids": [ID, ...], ...} is written to the
     output with "text" (the continuation), "tokens" (their number) and "finish_reason" (eos, stop or
     length) added; also "token_ids" for lines with input_ids, "logprobs" with --logprobs, and an
     "index" with --num-return-sequences, which writes one line per continuation. Each prompt gets
