@@ -25,11 +25,34 @@ def pytest_unconfigure() -> None:
     compiling.remove_cache(_OWN_CACHE)
 
 
+# Files that take minutes start first, so that no worker is left with one at the end.
+_LONG_FILES = (
+    "train/test_processes.py",
+    "mup_study/test_coord_check.py",
+    "train/test_loop.py",
+    "test_notebooks.py",
+    "model/test_btlm.py",
+    "model/test_mup.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts files that take long to the front and keeps the order of all others."""
+    names = {item.path: item.path.as_posix() for item in items}
+
+    def rank(item: pytest.Item) -> int:
+        matches = [i for i, end in enumerate(_LONG_FILES) if names[item.path].endswith(end)]
+        return matches[0] if matches else len(_LONG_FILES)
+
+    items.sort(key=rank)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Gives a worker whole files: tests of one file share compiled programs and fixtures."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
 
 

@@ -57,6 +57,7 @@ def execute(name: str, directory: str | os.PathLike[str], small: bool = True):
     return notebook
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_and_its_assertions_hold(name, tmp_path):
     assert len(pictures(execute(name, tmp_path))) == PICTURES[name]

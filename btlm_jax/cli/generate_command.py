@@ -20,12 +20,12 @@ _NOT_IN_KEY = (
 class Generate:
     """Continue a prompt, or a file of prompts.
 
-    The options are those of transformers' `generate`. With --input, each line {"prompt": TEXT, ...} or {"input_ids": [ID, ...], ...} is written to the
-    output with "text" (the continuation), "tokens" (their number) and "finish_reason" (eos, stop or
-    length) added; also "token_ids" for lines with input_ids, "logprobs" with --logprobs, and an
-    "index" with --num-return-sequences, which writes one line per continuation. Each prompt gets
-    the same continuation as alone. Finished results are kept in OUTPUT.partial; after an
-    interruption, the same command continues from there.
+    The options are those of transformers' `generate`. With --input, each line {"prompt": TEXT, ...}
+    or {"input_ids": [ID, ...], ...} is written to the output with "text" (the continuation),
+    "tokens" (their number) and "finish_reason" (eos, stop or length) added; also "token_ids" for
+    lines with input_ids, "logprobs" with --logprobs, and an "index" with --num-return-sequences,
+    which writes one line per continuation. Each prompt gets the same continuation as alone.
+    Finished results are kept in OUTPUT.partial; after an interruption, the same command resumes.
     """
 
     checkpoint: Checkpoint
