@@ -49,11 +49,11 @@ LIMITS = {
 # A broken rule counts as detected if it changes the slope of each of these curves by this much.
 FAULTS: dict[str, tuple[float, tuple[str, ...]]] = {
     "SP": (1.0, ("attention", "MLP", "residual stream")),
-    "hidden rate unscaled": (0.5, ("MLP",)),
-    "logits unscaled": (0.5, ("attention", "residual stream")),
+    "hidden rate unscaled": (0.3, ("MLP",)),
+    "logits unscaled": (0.3, ("attention", "residual stream")),
     "attention by sqrt(d)": (0.2, ("attention logits",)),
-    "init unscaled": (0.5, ("MLP",)),
-    "embedding rate scaled": (0.5, ("embedding", "logits")),
+    "init unscaled": (0.3, ("MLP",)),
+    "embedding rate scaled": (0.3, ("embedding", "logits")),
 }
 
 
