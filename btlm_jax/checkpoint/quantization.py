@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.checkpoint.quantize_arrays import QUANTIZERS, QuantizedArray
-from btlm_jax.checkpoint.schemes import INT4, INT8, SCHEMES, Scheme
+from btlm_jax.checkpoint.schemes import INT8, KERNEL_SCHEMES, SCHEMES, Scheme
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import weights
 from btlm_jax.model.packed import PackedWeight, transposed, unpack
@@ -45,13 +45,17 @@ class Quantization:
     embedding: Literal["int8", "bfloat16"] = "int8"
 
     def __post_init__(self) -> None:
-        groups = {8: (None,), 4: tuple(INT4)}
+        groups: dict[int, list[int | None]] = {}
+        for bits, group in KERNEL_SCHEMES:
+            groups.setdefault(bits, []).append(group)
         if self.bits not in groups:
-            raise ValueError(f"quantization bits: found {self.bits!r}, expected 8 or 4")
+            expected = " or ".join(map(str, groups))
+            raise ValueError(f"quantization bits: found {self.bits!r}, expected {expected}")
         if self.group not in groups[self.bits]:
+            expected = " or ".join(map(str, groups[self.bits]))
             raise ValueError(
-                f"quantization group: found {self.group!r}, expected "
-                f"{' or '.join(map(str, groups[self.bits]))} for {self.bits} bits"
+                f"quantization group: found {self.group!r}, expected {expected} for "
+                f"{self.bits} bits"
             )
         if self.embedding not in EMBEDDINGS:
             raise ValueError(
@@ -69,14 +73,14 @@ class Quantization:
         if text not in SCHEMES:
             raise ValueError(f"quantize: found {text!r}, expected one of {', '.join(SCHEMES)}")
         scheme = SCHEMES[text]
-        return cls(8 if scheme is INT8 else 4, scheme.group, embedding)
+        return cls(scheme.bits, scheme.group, embedding)
 
     def scheme(self, w: weights.Weight) -> Scheme | None:
         """Returns the scheme of a weight; None if it stays a float."""
         if not w.inputs:
             return None
         if w.stacked:
-            return INT8 if self.group is None else INT4[self.group]
+            return KERNEL_SCHEMES[self.bits, self.group]
         return INT8 if self.embedding == "int8" else None
 
     def __str__(self) -> str:

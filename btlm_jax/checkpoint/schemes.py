@@ -35,14 +35,19 @@ class Scheme:
 
     Attributes:
       name: as on the command line.
-      layout: "int8" or "int4", the name of the array of values. It selects the functions that
-        quantize (`quantize_arrays.QUANTIZERS`), load (`unstacked`) and multiply (`packed`).
+      layout: "int8" or "int4", the name of the array of values. It selects the function that
+        quantizes (`quantize_arrays.QUANTIZERS`).
       group: number of consecutive inputs that share a scale; None if all inputs of an output do.
     """
 
     name: str
     layout: Literal["int8", "int4"]
     group: int | None = None
+
+    @property
+    def bits(self) -> int:
+        """The bits of a value."""
+        return int(self.layout.removeprefix("int"))
 
     def parts(self, inputs: int) -> tuple[ArrayPart, ArrayPart]:
         """Returns the array of values and the array of scales of a weight with so many inputs."""
@@ -62,11 +67,13 @@ def padded_inputs(inputs: int) -> int:
 
 INT8 = Scheme("int8", "int8")
 INT4 = {group: Scheme(f"int4:{group}", "int4", group) for group in (32, 64, 128)}
+# By the fields that a checkpoint's metadata holds: bits and group.
+KERNEL_SCHEMES = {(scheme.bits, scheme.group): scheme for scheme in (INT8, *INT4.values())}
 # By the names that the command line and `Quantization.parse` accept.
 SCHEMES = {
     "int8": INT8,
     "int4": INT4[DEFAULT_GROUP],
-    **{scheme.name: scheme for scheme in INT4.values()},
+    **{scheme.name: scheme for scheme in KERNEL_SCHEMES.values()},
 }
 SCHEME_HELP = ", ".join(
     f"{name} (in groups of {DEFAULT_GROUP})" if name == "int4" else name for name in SCHEMES

@@ -111,8 +111,10 @@ def load_unstacked(
             assert quantization is not None
             scheme = quantization.scheme(w)
             assert scheme is not None
-            load = {"int8": _load_int8, "int4": _load_int4}[scheme.layout]
-            x = load(parts, read, scheme.group, layout, make)
+            if scheme.group is None:
+                x = _load_per_output(parts, read, layout, make)
+            else:
+                x = _load_grouped(parts, read, scheme.group, layout, make)
         flat[leaf.path] = x
     return unflatten_tree(flat)
 
@@ -227,37 +229,39 @@ def _kernel_layout(
     return _KernelLayout(shape, split, unsplit, sharding.num_shards(mesh, rules, first))
 
 
-def _load_int8(
+def _load_per_output(
     parts: tuple[weights.DiskLeaf, ...],
     read: ReadPart,
-    group: int | None,
     layout: _KernelLayout,
     make: MakeArray,
 ) -> PackedWeight:
-    """Loads an int8 kernel; its scales, one per output, are not split along the last axis."""
+    """Loads a kernel with one scale per output; scales are not split along the last axis."""
     values, scales = parts
     *outputs, inputs = layout.shape
     read_values, read_scales = (functools.partial(read, part) for part in parts)
     return PackedWeight(
-        make(layout.shape, jnp.int8, layout.split, values.shape, read_values),
-        make((*outputs, 1), jnp.float32, layout.unsplit, scales.shape, read_scales),
+        make(layout.shape, values.dtype, layout.split, values.shape, read_values),
+        make((*outputs, 1), scales.dtype, layout.unsplit, scales.shape, read_scales),
         inputs,
     )
 
 
-def _load_int4(
+def _load_grouped(
     parts: tuple[weights.DiskLeaf, ...],
     read: ReadPart,
-    group: int | None,
+    group: int,
     layout: _KernelLayout,
     make: MakeArray,
 ) -> PackedWeight:
-    """Loads an int4 kernel as an unpacked array of jnp.int4, with smaller groups if needed."""
-    assert group is not None
+    """Loads a kernel with a scale per group, with smaller groups if needed.
+
+    Packed int4 becomes an unpacked array of jnp.int4.
+    """
     values, scales = parts
+    packed = values.dtype == "uint8"
     *outputs, inputs = layout.shape
     # Inputs that are not split keep their padding, which `packed.dequantize` removes.
-    padded = values.shape[-1] * 2
+    padded = values.shape[-1] * (2 if packed else 1)
     length = inputs if layout.num_shards > 1 else padded
     local = length // layout.num_shards
     smaller = math.gcd(local, group)
@@ -269,11 +273,13 @@ def _load_int4(
     repeats = group // smaller
 
     def read_values(index: Index) -> np.ndarray:
+        if not packed:
+            return read(values, index)
         *rows, last = index
         start, stop = last.start // INT4_BLOCK, -(-last.stop // INT4_BLOCK)
-        packed = read(values, (*rows, slice(start * INT4_BLOCK // 2, stop * INT4_BLOCK // 2)))
+        pairs = read(values, (*rows, slice(start * INT4_BLOCK // 2, stop * INT4_BLOCK // 2)))
         offset = start * INT4_BLOCK
-        return unpack_host(packed)[..., last.start - offset : last.stop - offset]
+        return unpack_host(pairs)[..., last.start - offset : last.stop - offset]
 
     def read_scales(index: Index) -> np.ndarray:
         *rows, last = index
@@ -287,10 +293,16 @@ def _load_int4(
     scale_sharding = layout.split if groups > 1 else layout.unsplit  # one group cannot be split
     stored_groups = scales.shape[-1] * repeats
     return PackedWeight(
-        make((*outputs, length), jnp.int4, layout.split, (*stored, padded), read_values),
+        make(
+            (*outputs, length),
+            jnp.int4 if packed else values.dtype,
+            layout.split,
+            (*stored, padded),
+            read_values,
+        ),
         make(
             (*outputs, groups),
-            jnp.bfloat16,
+            scales.dtype,
             scale_sharding,
             (*stored, stored_groups),
             read_scales,
