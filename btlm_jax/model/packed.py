@@ -145,7 +145,7 @@ def packed_matmul(
     form reads the weights in place. On accelerators, and for int4 everywhere, the weights are
     converted to the dtype of x inside the product.
     """
-    if w.dtype == jnp.int8:
+    if w.dtype == jnp.int8 and w.scales is not None and w.scales.shape[-1] == 1:
         return _int8_matmul(x, w, on_cpu, precision, out_sharding)
     if w.dtype == jnp.int4 and _prefers_groups(x, w):
         return _grouped_matmul(x, w, precision, out_sharding)
