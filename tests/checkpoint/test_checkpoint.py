@@ -16,7 +16,7 @@ from btlm_jax import AlibiScaling, BTLMConfig, make_mesh
 from btlm_jax.checkpoint import metadata, orbax_metadata
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.model import weights
-from btlm_jax.model.params import check_params, flatten_tree, unflatten_tree
+from btlm_jax.model.params import check_params, flatten_tree, is_unstacked, unflatten_tree
 from btlm_jax.utils import atomic
 from support.checkpoint_metadata import edit_metadata
 from support.compare import same_bits
@@ -47,6 +47,12 @@ def test_saved_weights_and_configuration_are_loaded_unchanged(saved, params):
     assert same_bits(params, loaded)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(loaded))
     assert not list(saved.parent.glob("*.partial"))
+
+
+def test_the_old_name_of_unstacked_works_with_a_warning(saved):
+    with pytest.warns(DeprecationWarning, match="renamed to unstacked"):
+        _, loaded = btlm.load(saved, by_layer=True)
+    assert is_unstacked(loaded)
 
 
 @pytest.mark.parametrize(
