@@ -274,7 +274,8 @@ from btlm_jax.train.aot import topologies
 topologies.prepare_compiler()
 import jax
 import jax.numpy as jnp
-from btlm_jax import attention, make_mesh
+from btlm_jax import make_mesh
+from btlm_jax.model import attention
 
 mesh = make_mesh(devices=topologies.topology_devices(topologies.parse_topology("v5e:2x2")))
 shard = jax.P(("data", "fsdp"), "tensor", "context")
