@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -26,6 +26,7 @@ def byte_level() -> Tokenizer:
     st.lists(st.text("ab é", min_size=1, max_size=4), min_size=1, max_size=4),
     st.lists(st.integers(0, len(TOKENS) - 1), min_size=1, max_size=14),
 )
+@example(["aba", "b"], [0, 1])  # one string lies within the beginning of another
 def test_ends_with_the_token_that_completes_a_string(stops, ids):
     table = stop_automaton.build_stop_table(stops, byte_level(), len(TOKENS) + 1)
     state, text = 0, b""
