@@ -6,6 +6,7 @@ Field names are those of the released `config.json`, which `hf_config` reads and
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,13 @@ from typing import Any
 from btlm_jax.presets import PRESETS
 
 ACTIVATIONS = ("swiglu", "gelu", "gelu_new")
-POSITION_EMBEDDINGS = ("alibi", "learned")
+
+
+class Positions(enum.StrEnum):
+    """How positions of tokens enter the model: the values of `position_embedding_type`."""
+
+    ALIBI = "alibi"  # as a bias on attention logits, linear in the distance
+    LEARNED = "learned"  # as an embedding, added to that of the token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +135,14 @@ class BTLMConfig:
         return self.n_embd // self.n_head
 
     @property
-    def alibi(self) -> bool:
-        """Whether positions enter through ALiBi; the alternative is a learned embedding."""
-        return self.position_embedding_type == "alibi"
+    def positions(self) -> Positions:
+        """How positions of tokens enter the model."""
+        return Positions(self.position_embedding_type)
+
+    @property
+    def position_limit(self) -> int | None:
+        """The number of tokens that the model can read at most; None if there is no limit."""
+        return self.n_positions if self.positions is Positions.LEARNED else None
 
     @property
     def gated(self) -> bool:
@@ -239,8 +251,8 @@ def _invalid_fields(c: BTLMConfig) -> Iterator[str]:
         )
     if c.activation_function not in ACTIVATIONS:
         yield invalid("activation_function", "one of " + ", ".join(ACTIVATIONS))
-    if c.position_embedding_type not in POSITION_EMBEDDINGS:
-        yield invalid("position_embedding_type", "one of " + ", ".join(POSITION_EMBEDDINGS))
+    if c.position_embedding_type not in tuple(Positions):
+        yield invalid("position_embedding_type", "one of " + ", ".join(Positions))
     positive = ("layer_norm_epsilon", "initializer_range", "mup_width_scale")
     for name in (*positive, "mup_embeddings_scale", "mup_output_alpha"):
         if not (is_number(getattr(c, name)) and getattr(c, name) > 0):
@@ -264,7 +276,7 @@ def _invalid_fields(c: BTLMConfig) -> Iterator[str]:
         yield invalid("completep_alpha", "1.0 without completep_base_layers: set that too")
     if c.alibi_scaling is not None and not isinstance(c.alibi_scaling, AlibiScaling):
         yield invalid("alibi_scaling", "None or an AlibiScaling")
-    elif c.alibi_scaling is not None and c.position_embedding_type != "alibi":
+    elif c.alibi_scaling is not None and c.position_embedding_type != Positions.ALIBI:
         yield invalid(
             "alibi_scaling", f"null with position_embedding_type {c.position_embedding_type}"
         )

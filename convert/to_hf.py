@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from btlm_jax import __version__, hf_config
 from btlm_jax.checkpoint import metadata
 from btlm_jax.checkpoint.assets import asset_files
+from btlm_jax.config import Positions
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
 from btlm_jax.convert.hf.safetensors_writer import (
     WRITER_KEY,
@@ -95,7 +96,7 @@ def export(
         TensorSpec(name, np.dtype(meta.leaves[leaf.path].dtype), leaf.weight.hf_shape)
         for name, leaf in leaves.items()
     ]
-    slopes = slopes_tensor(meta) if meta.config.alibi else None
+    slopes = slopes_tensor(meta) if meta.config.positions is Positions.ALIBI else None
     if slopes is not None:
         tensors.append(TensorSpec(SLOPES, slopes.dtype, slopes.shape))
     shards = _name_shards(plan_shards(tensors, max_shard_bytes))

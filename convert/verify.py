@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.checkpoint import metadata, zarr
-from btlm_jax.config import BTLMConfig
+from btlm_jax.config import BTLMConfig, Positions
 from btlm_jax.convert import auto
 from btlm_jax.convert.conversion_report import weights_digest
 from btlm_jax.convert.tensor_difference import block_difference
@@ -227,7 +227,7 @@ def _config_differences(first: BTLMConfig, second: BTLMConfig) -> list[Differenc
     differences = []
     for field in dataclasses.fields(first):
         x, y = getattr(first, field.name), getattr(second, field.name)
-        if field.name == "alibi_slopes" and first.alibi and second.alibi:
+        if field.name == "alibi_slopes" and first.positions is second.positions is Positions.ALIBI:
             # None stands for the exact slopes, which may also be stored.
             x, y = (tuple(alibi.model_slopes(c).tolist()) for c in (first, second))
         if x != y:

@@ -42,10 +42,10 @@ def _batch_problems(recipe: Recipe, config: BTLMConfig, mesh: Mesh) -> Iterator[
                 f"phases.{i}.length: found {phase.length}, expected a multiple of {chunks}, twice "
                 "mesh.context"
             )
-        if not config.alibi and phase.length > config.n_positions:
+        if config.position_limit is not None and phase.length > config.position_limit:
             yield (
                 f"phases.{i}.length: found {phase.length}, the learned positions of the model end "
-                f"at {config.n_positions}"
+                f"at {config.position_limit}"
             )
 
 

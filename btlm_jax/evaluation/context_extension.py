@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from btlm_jax.config import AlibiScaling
+from btlm_jax.config import AlibiScaling, Positions
 from btlm_jax.model.btlm import BTLM
 
 ScalingKind = Literal["none", "fixed", "dynamic"]
@@ -18,10 +18,10 @@ def trained_length(model: BTLM, override: int | None = None) -> int:
       ValueError: fewer than 2 tokens, or learned positions, which end at the trained length.
     """
     c = model.config
-    if not c.alibi:
+    if c.positions is not Positions.ALIBI:
         raise ValueError(
-            "position_embedding_type: found 'learned', expected 'alibi': a model with learned "
-            f"positions cannot read beyond its {c.n_positions}"
+            f"position_embedding_type: found {c.position_embedding_type!r}, expected 'alibi': only "
+            f"ALiBi's distances can be scaled to read beyond {c.n_positions} tokens"
         )
     length = c.n_positions if override is None else override
     if length < 2:

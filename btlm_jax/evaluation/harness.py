@@ -34,6 +34,7 @@ from btlm_jax.generation.prompts import resolve_eos_ids
 from btlm_jax.generation.result_journal import ResultJournal
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
+from btlm_jax.model.positions import check_length
 from btlm_jax.utils.format import finite_json
 from btlm_jax.utils.progress import Progress
 
@@ -101,14 +102,10 @@ class RequestAnswerer:
 
     def __post_init__(self) -> None:
         c, length = self.config, self.max_length
-        if length is not None and (length < 2 or (length > c.n_positions and not c.alibi)):
-            limit = "" if c.alibi else f", at most the {c.n_positions} learned positions"
-            raise ValueError(f"max_length: found {length}, expected at least 2 tokens{limit}")
-        if length is not None and length > c.n_positions and c.alibi_scaling is None:
-            logger.warning(
-                "max_length: %d tokens exceed the trained context of %d and alibi_scaling is not "
-                "set: quality degrades beyond it", length, c.n_positions,
-            )  # fmt: skip
+        if length is not None and length < 2:
+            raise ValueError(f"max_length: found {length}, expected at least 2 tokens")
+        if length is not None:
+            check_length(c, length, "max_length", "choose a smaller one")
         check_batch_size(self.batch_size, None)
         if not resolve_eos_ids("config", c):
             raise ValueError(

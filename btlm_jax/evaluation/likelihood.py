@@ -167,11 +167,8 @@ def _score_inputs(
       likeliest token, int [B].
     """
     runtime = model.runtime(params)
-    positions = None
-    if not model.config.alibi:  # padding must not index beyond the learned positions
-        positions = jnp.minimum(jnp.arange(ids.shape[1]), lengths[:, None] - 1)
     with sharding.on_mesh(runtime.mesh):
-        h, _ = model.hidden(params, ids, positions=positions, length=lengths.max())
+        h, _ = model.hidden(params, ids, length=lengths.max())
         targets = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
         nll, greedy = token_predictions(runtime, params, h, targets)
         # Select a row's last state by a mask, which gathers nothing from other devices.

@@ -83,15 +83,11 @@ def cross_entropy(
     """
     runtime = model.runtime(params)
     rows, width = batch_shape(runtime, windows.length, len(windows), batch_size)
-    positions = None
-    if not model.config.alibi:  # padding must not index beyond the learned positions
-        positions = np.minimum(np.arange(width, dtype=np.int32), windows.length - 1)
-        positions = np.broadcast_to(positions, (rows, width))
     nats, tokens = 0.0, 0
     with Progress(windows.tokens, "token", title) as progress:
         for batch in windows.batches(rows, width, model.config):
             length = np.int32(batch.length)
-            h, _ = model.hidden(params, batch.inputs, positions=positions, length=length)
+            h, _ = model.hidden(params, batch.inputs, length=length)
             sums = jax.device_get(head_loss(runtime, params, h, batch.targets)[1])
             if not math.isfinite(sums.nll):
                 raise FloatingPointError(

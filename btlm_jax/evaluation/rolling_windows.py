@@ -23,6 +23,7 @@ from btlm_jax.config import BTLMConfig
 from btlm_jax.evaluation.documents import TokenizedDocument
 from btlm_jax.model import alibi
 from btlm_jax.model.chunked_loss import IGNORE
+from btlm_jax.model.positions import check_length
 
 logger = logging.getLogger(__name__)
 
@@ -132,17 +133,8 @@ def cut_rolling_windows(
         raise ValueError(f"the text: found {total} tokens, expected at least 2: give a longer one")
     if length is not None and length < 2:
         raise ValueError(f"length: found {length}, expected at least 2 tokens")
-    if length is not None and length > config.n_positions:
-        if not config.alibi:
-            raise ValueError(
-                f"length: found {length}, expected at most the model's {config.n_positions} "
-                "learned positions"
-            )
-        if config.alibi_scaling is None:
-            logger.warning(
-                "windows of %d tokens exceed the trained context of %d and alibi_scaling is not "
-                "set: quality degrades beyond it", length, config.n_positions,
-            )  # fmt: skip
+    if length is not None:
+        check_length(config, length, "length", "shorten the windows")
     longest = max(2, *(len(document.ids) for document in documents))
     # Not longer than the longest document: the rest would be padding.
     window_length = min(longest, config.n_positions if length is None else length)

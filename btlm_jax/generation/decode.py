@@ -24,6 +24,7 @@ from btlm_jax.generation.sampling import warp_scores
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.positions import count_positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,8 @@ def decode_logits(
     """
     model = spec.model
     token = jnp.take_along_axis(ids_RS, length_R[:, None] - 1, 1)
-    positions = None
-    if not model.config.alibi:
-        positions = (rows.num_valid + length_R - rows.prompt_length - 1)[:, None]
+    num_earlier = (rows.num_valid + length_R - rows.prompt_length - 1)[:, None]
+    positions = count_positions(model.config, jnp.ones_like(token), num_earlier)
     outputs: Any = model.hidden(params, token, positions=positions, cache=cache)
     h, cache = outputs
     return next_logits(model, params, h), cache

@@ -19,6 +19,7 @@ from btlm_jax.model import kv_cache, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.params import Params
+from btlm_jax.model.positions import count_positions
 
 
 class PromptState(NamedTuple):
@@ -71,16 +72,12 @@ def extend_prefill(
 
 
 def _prefill(
-    model: BTLM, params: Any, ids, mask, length, cache: KVCache, first_position
+    model: BTLM, params: Any, ids, mask, length, cache: KVCache, num_earlier
 ) -> PromptState:
     slot, lengths = jnp.arange(ids.shape[1]), jnp.broadcast_to(length, len(ids))
     ids = jnp.where(slot < lengths[:, None], ids, 0)
-    positions = None
-    if not model.config.alibi:
-        # Learned positions count valid tokens, as in transformers; ALiBi counts slots.
-        counted = jnp.ones_like(ids) if mask is None else mask
-        positions = jnp.maximum(first_position + jnp.cumsum(counted, 1) - 1, 0)
-        positions = jnp.minimum(positions, model.config.n_positions - 1)  # for the padding
+    counted = jnp.ones_like(ids) if mask is None else mask
+    positions = count_positions(model.config, counted, num_earlier)
     longest = lengths.max()
     outputs: Any = model.hidden(
         params, ids, attention_mask=mask, positions=positions, cache=cache, length=longest

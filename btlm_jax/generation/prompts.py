@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from btlm_jax.config import BTLMConfig
+from btlm_jax.model.positions import check_length
 
 logger = logging.getLogger(__name__)
 
@@ -169,20 +170,8 @@ def check_context_length(
             f"a prompt of {prompt} tokens and {new} new ones need {total} cache slots, found "
             f"cache_length={cache_length}: raise it, or shorten the prompt"
         )
-    if total <= config.n_positions:
-        return
-    if not config.alibi:
-        raise ValueError(
-            f"a prompt of {prompt} tokens and {new} new ones exceed the {config.n_positions} "
-            "learned positions: shorten the prompt or max_new_tokens"
-        )
-    if config.alibi_scaling is None:
-        logger.warning(
-            "%d tokens exceed the trained context of %d and alibi_scaling is not set: quality "
-            "degrades beyond it",
-            total,
-            config.n_positions,
-        )
+    sequence = f"a prompt of {prompt} tokens and {new} new ones"
+    check_length(config, total, sequence, "shorten the prompt or max_new_tokens")
 
 
 def row_seeds(seed: Seeds, rows: int) -> tuple[np.ndarray, np.ndarray]:

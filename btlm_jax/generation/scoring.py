@@ -15,6 +15,7 @@ from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.chunked_loss import token_predictions
 from btlm_jax.model.params import Params
+from btlm_jax.model.positions import count_positions
 
 # Widths above this are multiples of it.
 _TILE = 128
@@ -64,9 +65,7 @@ def score(
 def _score(model: BTLM, params: Params, ids, mask, length):
     runtime = model.runtime(params)
     with sharding.on_mesh(runtime.mesh):
-        positions = None
-        if not model.config.alibi:
-            positions = jnp.maximum(jnp.cumsum(mask, 1) - 1, 0)
+        positions = count_positions(model.config, mask)
         h, _ = model.hidden(params, ids, attention_mask=mask, positions=positions, length=length)
         targets = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
         nll = token_predictions(runtime, params, h, targets).nll

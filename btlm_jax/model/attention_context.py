@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.model import alibi
 from btlm_jax.model.kv_cache import CacheContext, KVCache, LayerKV
+from btlm_jax.model.positions import scaled_slopes
 from btlm_jax.model.runtime import Runtime
 
 
@@ -28,18 +28,6 @@ class AttentionContext(NamedTuple):
 AnyContext = AttentionContext | CacheContext
 
 
-def add_positions(
-    runtime: Runtime, inputs: Mapping[str, jax.Array], cache: KVCache | None
-) -> Mapping[str, jax.Array]:
-    """Adds the default of learned positions: the slots, counted from the end of the cache."""
-    if runtime.config.alibi or "positions" in inputs:
-        return inputs
-    B, T = inputs["input_ids"].shape
-    slots = jnp.atleast_1d(_first_slot(cache))[:, None] + jnp.arange(T)
-    slots = jnp.broadcast_to(slots, (B, T))
-    return {**inputs, "positions": runtime.shard(slots, "batch", "sequence")}
-
-
 def attention_context(
     runtime: Runtime, inputs: Mapping[str, jax.Array], cache: KVCache | None, num_valid: Any
 ) -> AnyContext:
@@ -48,7 +36,7 @@ def attention_context(
     Args:
       num_valid: the number of new tokens, without padding at the end.
     """
-    slopes = _scaled_slopes(runtime, cache, num_valid)
+    slopes = scaled_slopes(runtime, cache, num_valid)
     segments = _segments(runtime, inputs, cache)
     if cache is not None and not cache.fresh:
         return _cache_context(runtime, cache, slopes, segments)
@@ -95,22 +83,6 @@ def advanced_cache(
     last = runtime.shard(last, "batch")  # JAX drops the sharding of a size-1 batch here
     length, cursor = cache.length + num_valid, cache.cursor + num_valid
     return KVCache(layers, ids_BS, last, length, cursor, cache.prefix)
-
-
-def _first_slot(cache: KVCache | None) -> Any:
-    """Returns the slot of the first new token: int32 [B] if it may differ between rows."""
-    return 0 if cache is None or cache.fresh else cache.end
-
-
-def _scaled_slopes(runtime: Runtime, cache: KVCache | None, num_valid: Any) -> jax.Array | None:
-    """Returns ALiBi slopes divided by the scale, fp32 [H] or [B, H]; None without ALiBi."""
-    c = runtime.config
-    if not c.alibi:
-        return None
-    scale: Any = alibi.scale(c.alibi_scaling, _first_slot(cache) + num_valid)
-    slopes = jnp.asarray(alibi.model_slopes(c), jnp.float32)
-    slopes = slopes / (scale[:, None] if jnp.ndim(scale) else scale)
-    return runtime.shard(slopes, *("batch", "heads")[-slopes.ndim :])
 
 
 def _segments(

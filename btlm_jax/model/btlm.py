@@ -221,7 +221,7 @@ class BTLM:
         runtime = self.runtime(params)
         if cache is not None:  # a step of decoding is too short to split
             runtime = _without_context_parallel(runtime)
-        inputs = checked_inputs(runtime, arguments, cache)
+        inputs = checked_inputs(runtime, arguments, cache, length)
         if length is not None:
             length = jnp.asarray(length, jnp.int32)
         h, cache, _ = _forward(runtime, params, inputs, cache, length, capture=False)

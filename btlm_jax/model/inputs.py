@@ -9,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax.config import BTLMConfig
+from btlm_jax.config import BTLMConfig, Positions
 from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.runtime import Runtime
 
 
 def checked_inputs(
-    runtime: Runtime, arguments: Mapping[str, ArrayLike | None], cache: KVCache | None
+    runtime: Runtime,
+    arguments: Mapping[str, ArrayLike | None],
+    cache: KVCache | None,
+    length: ArrayLike | None = None,
 ) -> dict[str, jax.Array]:
     """Returns the given arguments as int32 arrays [B, T]; the attention mask becomes 0 and 1.
 
@@ -23,6 +26,7 @@ def checked_inputs(
       arguments: input_ids, attention_mask, segment_ids, positions and token_type_ids of
         `BTLM.apply`.
       cache: to continue, if any.
+      length: the number of valid tokens; default all of them.
 
     Raises:
       ValueError: shapes or dtypes that do not agree, or more tokens than the cache or the learned
@@ -33,13 +37,16 @@ def checked_inputs(
     B, T = arrays["input_ids"].shape
     runtime.check_batch(B, T)
     c = runtime.config
-    if not c.alibi and "segment_ids" in arrays and "positions" not in arrays:
+    learned = c.positions is Positions.LEARNED
+    if learned and "segment_ids" in arrays and "positions" not in arrays:
         raise ValueError(
             "segment_ids with learned positions: pass positions, counted within each segment"
         )
     if cache is not None:
         runtime.check_cache(cache, B)
-    _check_length(c, T, cache, "positions" in arrays)
+        _check_capacity(T, cache)
+    if "positions" not in arrays:
+        _check_positions(c, T if length is None else length, cache)
     if "attention_mask" in arrays:
         arrays["attention_mask"] = arrays["attention_mask"] != 0
     return {name: x.astype(jnp.int32) for name, x in arrays.items()}
@@ -67,22 +74,27 @@ def _check_arrays(arrays: Mapping[str, jax.Array]) -> None:
             raise ValueError(f"{name}: found dtype {x.dtype}, expected integers")
 
 
-def _check_length(c: BTLMConfig, T: int, cache: KVCache | None, has_positions: bool) -> None:
-    """Raises ValueError if T more tokens exceed the cache or the learned positions."""
-    used = 0 if cache is None else _used_slots(cache)
-    end = T if used is None else used + T
-    if cache is not None and end > cache.capacity:
+def _check_capacity(T: int, cache: KVCache) -> None:
+    """Raises ValueError if T more tokens exceed the cache."""
+    used = _known(cache.length.max()) or 0
+    if used + T > cache.capacity:
         raise ValueError(
-            f"the cache holds {cache.capacity} tokens, of which {used or 0} are used, and {T} more "
+            f"the cache holds {cache.capacity} tokens, of which {used} are used, and {T} more "
             "do not fit: make it larger (init_cache) or shorten the input"
         )
-    if not c.alibi and not has_positions and end > c.n_positions:
+
+
+def _check_positions(c: BTLMConfig, num_valid: ArrayLike, cache: KVCache | None) -> None:
+    """Raises ValueError if the valid tokens are known to exceed the learned positions."""
+    limit, num_valid = c.position_limit, _known(num_valid)
+    used = 0 if cache is None else _known(cache.length.max())
+    if limit is not None and (used or 0) + (num_valid or 0) > limit:
         raise ValueError(
-            f"{end} tokens exceed n_positions = {c.n_positions}, the number of learned positions: "
-            "shorten the input"
+            f"{(used or 0) + (num_valid or 0)} tokens exceed n_positions = {limit}, the number of "
+            "learned positions: shorten the input"
         )
 
 
-def _used_slots(cache: KVCache) -> int | None:
-    """Returns the largest number of used slots of any row, or None while tracing."""
-    return None if isinstance(cache.length, jax.core.Tracer) else int(cache.length.max())
+def _known(x: ArrayLike) -> int | None:
+    """Returns the value of an integer, or None while tracing."""
+    return None if isinstance(x, jax.core.Tracer) else int(x)

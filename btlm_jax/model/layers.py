@@ -22,11 +22,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from btlm_jax.config import Positions
 from btlm_jax.model import attention, attention_xla, context_parallel, kv_cache, packed, remat
 from btlm_jax.model.attention_context import (
     AnyContext,
     AttentionContext,
-    add_positions,
     advanced_cache,
     attention_context,
     overflow_to_nan,
@@ -35,6 +35,7 @@ from btlm_jax.model.einsum import einsum
 from btlm_jax.model.kv_cache import CacheContext, KVCache, LayerKV
 from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import is_unstacked
+from btlm_jax.model.positions import add_default_positions
 from btlm_jax.model.runtime import Runtime
 from btlm_jax.model.weights import Weight, weights_by_path
 
@@ -301,7 +302,7 @@ class Transformer(Layer):
         runtime = self.runtime
         T = inputs["input_ids"].shape[1]
         num_valid: Any = T if length is None else length
-        inputs = add_positions(runtime, inputs, cache)
+        inputs = add_default_positions(runtime, inputs, cache, num_valid)
         inputs = {
             name: runtime.reorder_sequence(x, context_parallel.to_balanced_order)
             for name, x in inputs.items()
@@ -324,7 +325,7 @@ class Transformer(Layer):
         if not isinstance(wte, PackedWeight):
             wte = self.weight("wte")
         h_BTD = _look_up(runtime, wte, inputs["input_ids"], c.vocab_size)
-        if not c.alibi:
+        if c.positions is Positions.LEARNED:
             wpe = self.weight("wpe")
             h_BTD = h_BTD + _look_up(runtime, wpe, inputs["positions"], c.n_positions)
         h_BTD = h_BTD * c.mup_embeddings_scale

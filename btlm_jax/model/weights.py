@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from btlm_jax.config import BTLMConfig
+from btlm_jax.config import BTLMConfig, Positions
 
 Path = tuple[str, ...]
 Role = Literal["embedding", "hidden", "vector"]
@@ -137,9 +137,10 @@ def weight_table(config: BTLMConfig) -> tuple[Weight, ...]:
         *(linear("mlp", "c_fc2", D, (D, F), ("embed", "mlp"), 1, hidden) if c.gated else []),
         *linear("mlp", "c_proj", F, (F, D), ("mlp", "embed"), 1, residual),
     ]
+    learned = c.positions is Positions.LEARNED
     weights = [
         embedding("wte", V, "vocab"),
-        *([] if c.alibi else [embedding("wpe", c.n_positions, "positions")]),
+        *([embedding("wpe", c.n_positions, "positions")] if learned else []),
         *block,
         *layer_norm(("ln_f",), "transformer.ln_f"),
     ]

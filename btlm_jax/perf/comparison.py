@@ -186,7 +186,7 @@ def shape_of_config(config: BTLMConfig, name: str) -> DecoderShape:
     return DecoderShape(
         name=name, vocab=c.vocab_size, width=c.n_embd, layers=c.n_layer, heads=c.n_head,
         kv_heads=c.n_head, inner=c.n_inner, gated=c.gated, tied=c.tie_word_embeddings, biases=True,
-        norms=2, norm_arrays=2, phases=BTLM_PHASES, positions=0 if c.alibi else c.n_positions,
+        norms=2, norm_arrays=2, phases=BTLM_PHASES, positions=c.position_limit or 0,
     )  # fmt: skip
 
 

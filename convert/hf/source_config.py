@@ -8,7 +8,7 @@ import logging
 import numpy as np
 
 from btlm_jax.checkpoint import zarr
-from btlm_jax.config import BTLMConfig
+from btlm_jax.config import BTLMConfig, Positions
 from btlm_jax.convert.hf.source import HFSource
 from btlm_jax.convert.hf.tensor_names import EMBEDDING, LM_HEAD, MASK_BUFFER, SLOPES
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
@@ -30,7 +30,7 @@ def read_source_config(hf: HFSource) -> BTLMConfig:
     except ValueError as e:
         raise ValueError(f"{hf.directory / 'config.json'}: {e}") from None
     _check_tensors(hf, config)
-    if config.alibi and SLOPES in hf.tensors:
+    if config.positions is Positions.ALIBI and SLOPES in hf.tensors:
         stored = hf.read_tensor(SLOPES).astype(np.float64).ravel()
         config = dataclasses.replace(config, alibi_slopes=tuple(float(s) for s in stored))
     if any(a.name in ("tokenizer.json", "vocab.json") for a in hf.assets):
@@ -50,7 +50,7 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
         )
     expected = {leaf.hf_name: leaf.weight.hf_shape for leaf in weights.disk_leaves(config)}
     optional: dict[str, tuple[int, ...]] = {}
-    if config.alibi:
+    if config.positions is Positions.ALIBI:
         optional[SLOPES] = (config.n_head, 1)
     if config.tie_word_embeddings:
         optional[LM_HEAD] = (config.vocab_size, config.n_embd)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import btlm_jax as btlm
 from btlm_jax import AlibiScaling, BTLMConfig
 from btlm_jax.checkpoint import metadata
+from btlm_jax.config import Positions
 from btlm_jax.convert import convert, export
 from btlm_jax.model import alibi, weights
 from btlm_jax.model.params import unflatten_tree
@@ -57,7 +58,7 @@ def write_flavor(path: Path, raw: dict) -> dict[str, np.ndarray]:
         leaf.hf_name: rng.standard_normal(leaf.weight.hf_shape, np.float32)
         for leaf in weights.disk_leaves(config)
     }
-    if config.alibi:
+    if config.positions is Positions.ALIBI:
         tensors[golden.SLOPES] = alibi.slopes(config.n_head).astype(np.float32)[:, None]
     path.mkdir()
     (path / "config.json").write_text(json.dumps(raw))

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import btlm_jax as btlm
 from btlm_jax.checkpoint import metadata
+from btlm_jax.config import Positions
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.model import weights
@@ -37,7 +38,7 @@ def test_exports_have_the_names_shapes_dtypes_and_bits_of_the_original(case, tmp
     assert set(written) == keys
     assert_same_bits(written, case.weights)
     assert ("lm_head.weight" in written) == (not case.config.tie_word_embeddings)
-    assert (golden.SLOPES in written) == case.config.alibi
+    assert (golden.SLOPES in written) == (case.config.positions is Positions.ALIBI)
     assert report.files == ("model.safetensors",) and report.tensors == len(keys)
     assert report.nbytes == sum(x.nbytes for x in written.values())
     assert sorted(os.listdir(tmp_path / "back")) == [

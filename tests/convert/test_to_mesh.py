@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 import btlm_jax as btlm
 from btlm_jax import make_mesh
+from btlm_jax.config import Positions
 from btlm_jax.convert import convert, load_hf
 from btlm_jax.convert.hf import source as hf_source
 from btlm_jax.model import sharding, weights
@@ -38,7 +39,8 @@ BIN = golden.GOLDEN / "btlm_bin"
 def random_tensors(config: btlm.BTLMConfig, dtype: Any = np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(3)
     shapes = {leaf.hf_name: leaf.weight.hf_shape for leaf in weights.disk_leaves(config)}
-    shapes |= {golden.SLOPES: (config.n_head, 1)} if config.alibi else {}
+    if config.positions is Positions.ALIBI:
+        shapes[golden.SLOPES] = (config.n_head, 1)
     return {n: rng.standard_normal(shape).astype(dtype) for n, shape in shapes.items()}
 
 

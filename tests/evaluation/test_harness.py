@@ -89,5 +89,5 @@ def test_bad_sizes_are_refused(of_bytes, named, expected):
     with pytest.raises(ValueError, match="eos_token_id: found none"):
         harness.RequestAnswerer(config, tokenizer, lambda: (model, params))
     config = dataclasses.replace(gpt2.ours()[0].config, eos_token_id=1)
-    with pytest.raises(ValueError, match="at most the 64 learned positions"):
+    with pytest.raises(ValueError, match="exceed the 64 learned positions"):
         harness.RequestAnswerer(config, tokenizer, lambda: (model, params), max_length=65)

@@ -85,7 +85,7 @@ def test_length_and_stride_have_defaults():
         (dict(length=1), "length: found 1, expected at least 2"),
         (dict(length=8, stride=9), "stride: found 9, expected from 1 to the length"),
         (dict(stride=0), "stride: found 0"),
-        (dict(length=999), "length: found 999, expected at most .* learned positions"),
+        (dict(length=999), "length: 999 tokens exceed the .* learned positions"),
     ],
 )
 def test_bad_lengths_and_strides_are_refused(options, message):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from btlm_jax import BTLM, BTLMConfig, fold_completep, make_mesh, next_token_loss
+from btlm_jax.config import Positions
 from btlm_jax.model import alibi, weights
 from btlm_jax.model.params import flatten_tree, unflatten_tree
 from support import golden, reference_numpy
@@ -129,7 +130,7 @@ def test_incremental_logits_and_cache_equal_the_original(case):
 def test_incremental_padded_batches_equal_the_original(case):
     mask = case["pad/attention_mask"]
     positions = None
-    if not case.config.alibi:
+    if case.config.positions is not Positions.ALIBI:
         # The golden case with learned positions was run with the position ids of `generate`.
         positions = np.where(mask == 1, mask.cumsum(1) - 1, 1)
     got, _ = incremental(
@@ -271,7 +272,7 @@ def test_logits_equal_float64(config, depth, seed, packed):
     extra = {}
     if packed:
         extra["segment_ids"] = np.sort(rng.integers(1, 4, ids.shape), 1)
-        if not c.alibi:
+        if c.positions is not Positions.ALIBI:
             extra["positions"] = rng.integers(0, 64, ids.shape)
     named = golden.by_hf_name(c, params)
     theirs = {k.replace("positions", "position_ids"): v for k, v in extra.items()}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from btlm_jax.config import BTLMConfig
+from btlm_jax.config import BTLMConfig, Positions
 from btlm_jax.model import alibi, weights
 from btlm_jax.model.params import flatten_tree
 from btlm_jax.train.bench.baseline import Baseline
@@ -42,7 +42,12 @@ def open_step_baselines(
       ValueError: the model is not BTLM, or eager PyTorch failed.
     """
     c = config
-    if not (c.alibi and c.gated and c.tie_word_embeddings and c.alibi_scaling is None):
+    if not (
+        c.positions is Positions.ALIBI
+        and c.gated
+        and c.tie_word_embeddings
+        and c.alibi_scaling is None
+    ):
         raise ValueError("PyTorch's step is written for BTLM: ALiBi, SwiGLU and a tied head")
     flat = flatten_tree(params)
     arrays = {"slopes": np.asarray(alibi.model_slopes(c), np.float32), "tokens": tokens}
