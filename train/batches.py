@@ -38,12 +38,28 @@ class Batch(NamedTuple):
 
     Attributes:
       tokens: int32 [rows, T + 1].
-      segment_ids: int32 [rows, T + 1], from 1, increasing by one after each EOS; None if attention
-        may cross documents.
+      segment_ids: `document_segments` of the tokens; None if attention may cross documents.
     """
 
     tokens: np.ndarray
     segment_ids: np.ndarray | None
+
+
+def document_segments(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """Returns the document that every token belongs to as an input: segment ids for attention.
+
+    Data have no BOS: the EOS that ends a document is predicted from that document, and then begins
+    the next one, whose first token is predicted from it alone. So every token is predicted, and a
+    document begins as a prompt of EOS does in generation, `eval perplexity` and lm-eval.
+
+    Args:
+      tokens: int [..., T].
+      eos_id: the token that ends documents.
+
+    Returns:
+      int32 [..., T], from 1, increasing by one at each EOS.
+    """
+    return 1 + np.cumsum(tokens == eos_id, axis=-1, dtype=np.int32)
 
 
 class Batches:
@@ -111,9 +127,7 @@ class Batches:
             self._tokens[s].read_into(first, row)
         if not self._mask:
             return Batch(tokens, None)
-        segments = np.ones_like(tokens)
-        segments[:, 1:] += np.cumsum(tokens[:, :-1] == self._eos, axis=1, dtype=np.int32)
-        return Batch(tokens, segments)
+        return Batch(tokens, document_segments(tokens, self._eos))
 
     def windows_at(
         self, step: int, rows: RowSelection | None = None

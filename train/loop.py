@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from btlm_jax.checkpoint import trained_documents
 from btlm_jax.data.tokenizer import load_tokenizer
 from btlm_jax.model import mup, weights
 from btlm_jax.model.btlm import BTLM
@@ -104,6 +105,9 @@ def train(
     identity = {
         "recipe": recipe_to_dict(recipe),
         "data": [source.tokens.fingerprint for source in data.sources],
+        **trained_documents.describe(
+            recipe.data.mask_documents, data.sources[0].tokens.metadata.eos_id
+        ),
     }
     claim_run_directory(directory, identity, data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from jax.sharding import Mesh
@@ -9,9 +10,11 @@ from jax.sharding import Mesh
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.data.tokenizer import load_tokenizer, tokenizers_match
-from btlm_jax.model import sharding
+from btlm_jax.model import alibi, sharding
 from btlm_jax.train.feed import TrainingData
 from btlm_jax.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def check_run(recipe: Recipe, config: BTLMConfig, mesh: Mesh, data: TrainingData) -> None:
@@ -21,6 +24,13 @@ def check_run(recipe: Recipe, config: BTLMConfig, mesh: Mesh, data: TrainingData
       ValueError: something does not fit; the message lists all problems.
     """
     problems = [*_batch_problems(recipe, config, mesh), *_token_problems(recipe, config, data)]
+    longest = max(phase.length for phase in recipe.phases)
+    if recipe.data.mask_documents and alibi.scale_varies(config.alibi_scaling, longest):
+        logger.warning(
+            "data.mask_documents: dynamic ALiBi scaling counts all %d tokens of a window, not "
+            "those of each document: shorter documents are trained with a larger scale than they "
+            "get alone, in evaluation and generation", longest,
+        )  # fmt: skip
     if problems:
         raise ValueError("the recipe cannot be run:\n  " + "\n  ".join(problems))
 
@@ -58,6 +68,8 @@ def _token_problems(recipe: Recipe, config: BTLMConfig, data: TrainingData) -> I
             )
     if len({tokens.metadata.tokenizer_sha256 for tokens in data.all_tokens}) > 1:
         yield "data: the directories were made with different tokenizers"
+    if len(eos_ids := {tokens.metadata.eos_id for tokens in data.all_tokens}) > 1:
+        yield f"data: the directories end documents with different tokens: {sorted(eos_ids)}"
     start = recipe.model.checkpoint
     tokenizer = auto.read_any_tokenizer(start) if start is not None else None
     directory = data.sources[0].tokens.directory

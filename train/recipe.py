@@ -48,7 +48,8 @@ class DataSettings:
       held_out: directory of held-out tokens, for evaluation.
       mixture: name of a mixture ("slimpajama") of the directories inside `train`.
       weights: directory inside `train` -> weight, instead of a named mixture.
-      mask_documents: whether attention stays within documents (false in the published run).
+      mask_documents: whether attention stays within documents (false in the published run), in
+        training and in held-out evaluation. The EOS before a document predicts its first token.
       shuffle: whether to read in a random order, drawn from `run.seed`.
       held_out_tokens: upper limit on the tokens of one evaluation.
     """

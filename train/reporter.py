@@ -113,10 +113,11 @@ class Reporter:
         if values:
             self._write(step, values)
             logger.info(
-                "step %d: held-out loss %.4f nats per token, %.4f bits per byte",
+                "step %d: held-out loss %.4f nats per token, %.4f bits per byte%s",
                 step,
                 values["held_out_loss"],
                 values["held_out_bits_per_byte"],
+                ", documents masked" if values["held_out_masked"] else "",
             )
 
     def _start_clock(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from btlm_jax.checkpoint import trained_documents
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.train.distributed import gather_text, raise_together
 from btlm_jax.train.feed import TrainingData
@@ -44,6 +45,13 @@ def claim_run_directory(directory: Path, identity: Mapping[str, Any], data: Trai
     with raise_together():
         if file.exists():
             existing = json.loads(file.read_text())
+            if not trained_documents.read_trained_documents(existing).first_tokens:
+                raise ValueError(
+                    f"{directory} was started by a btlm-jax that left the first token of each "
+                    "document out of the loss under data.mask_documents; now the EOS before it "
+                    "predicts it. Finish the run with that version, or name another directory and "
+                    f"start from this run's weights: --set model.checkpoint={directory}"
+                )
             changed = sorted(_differences(_unchangeable(existing), _unchangeable(identity)))
             if changed:
                 raise ValueError(

@@ -93,8 +93,8 @@ def make_step(
     Tokens are int32 [A, B, T + 1]: A microbatches of B sequences, of which the first T tokens are
     read and the last T predicted. The gradients are those of the mean over all predicted tokens of
     all microbatches: sums are accumulated in fp32 and divided once. With `segment_ids` (same shape)
-    attention and loss stay within segments. If the gradients are not finite, weights and optimizer
-    state stay unchanged and the step is counted as skipped.
+    attention stays within segments (`target_loss`). If the gradients are not finite, weights and
+    optimizer state stay unchanged and the step is counted as skipped.
 
     Args:
       model: the model.
@@ -171,11 +171,16 @@ def make_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(model: BTLM) -> Callable[[Params, jax.Array], LossSum]:
-    """Returns the jitted evaluation step: (params, tokens [B, T + 1]) -> sums of the loss."""
+def make_eval_step(model: BTLM) -> Callable[..., LossSum]:
+    """Returns the jitted evaluation step: (params, tokens, segment_ids=None) -> sums of the loss.
 
-    def evaluate(params: Params, tokens: jax.Array) -> LossSum:
+    Tokens and segments are int32 [B, T + 1], as in `target_loss`.
+    """
+
+    def evaluate(
+        params: Params, tokens: jax.Array, segment_ids: jax.Array | None = None
+    ) -> LossSum:
         with sharding.on_mesh(sharding.mesh_of(params["wte"])):
-            return target_loss(model, params, tokens)[1]
+            return target_loss(model, params, tokens, segment_ids)[1]
 
     return jax.jit(evaluate)

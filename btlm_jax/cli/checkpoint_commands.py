@@ -199,6 +199,7 @@ class Info:
 def _describe_checkpoint(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     """Returns the configuration of a checkpoint of either format, and rows on an Orbax one."""
     from btlm_jax.checkpoint import metadata
+    from btlm_jax.checkpoint.trained_documents import read_trained_documents
     from btlm_jax.config import BTLMConfig
     from btlm_jax.convert import auto
     from btlm_jax.convert.conversion_report import format_quantization_errors, weights_digest
@@ -217,6 +218,8 @@ def _describe_checkpoint(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]
         size = f"{format_bytes(meta.nbytes)}, {bits:.2f} bits a parameter"
         rows.append(("quantized", f"{meta.quantization}: {size}"))
         rows += [("", line) for line in format_quantization_errors(meta.errors)]
+    if reading := read_trained_documents(meta.origin).reading:
+        rows.append(("trained on", f"{reading} documents"))
     if meta.origin.get("source"):
         rows.append(("converted from", meta.origin["source"]))
     if meta.sha256:

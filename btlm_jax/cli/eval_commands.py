@@ -41,7 +41,7 @@ class _TextOptions:
     on_error: Literal["raise", "skip"] = "raise"
     """For a record that cannot be used: stop, or skip and count it."""
     eos: str | None = None
-    """The token that precedes documents; default the tokenizer's EOS."""
+    """The token that precedes documents; default that of training, or the tokenizer's EOS."""
 
     def _texts(self) -> TextInputs:
         from btlm_jax.evaluation.documents import TextInputs
@@ -65,6 +65,10 @@ class EvalPerplexity(_TextOptions):
     Texts are cut into windows like those of lm-evaluation-harness: every token is predicted once, a
     document's first one from the EOS token.
     """
+
+    documents: Literal["separate", "joined"] | None = None
+    """Read each document alone, as in training with data.mask_documents, or all as one stream;
+    default as in training, or separate if the checkpoint does not record it."""
 
     length: int | None = None
     """Tokens per window; default the trained context, or the longest document."""
@@ -91,6 +95,7 @@ class EvalPerplexity(_TextOptions):
         report = checkpoint_perplexity(
             self.checkpoint,
             self._texts(),
+            reading=self.documents,
             length=self.length,
             stride=self.stride,
             batch_size=self.batch_size,
@@ -124,9 +129,9 @@ class EvalLossByPosition(_TextOptions):
     windows_per_document: int = 4
     """Maximum number of windows of a document, from its beginning: more documents say more than
     more windows of one."""
-    concatenate: bool = False
-    """Read all documents as one stream, each after its EOS, as in training; without bands, because
-    its windows are not independent."""
+    documents: Literal["separate", "joined"] = "separate"
+    """Read each document alone, or all as one stream, each after its EOS, as in training without
+    data.mask_documents; then without bands, because its windows are not independent."""
     batch_size: int | None = None
     """Windows per batch, over all devices; default about 8192 tokens on each."""
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -152,7 +157,7 @@ class EvalLossByPosition(_TextOptions):
             kinds=self.scaling,
             max_windows=self.windows,
             max_per_document=self.windows_per_document,
-            concatenate=self.concatenate,
+            reading=self.documents,
             batch_size=self.batch_size,
             dtype=self.dtype,
             mesh=mesh_from_overrides(self.set, ("data", "fsdp", "tensor", "context")),

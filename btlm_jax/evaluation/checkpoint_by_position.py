@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint.trained_documents import Reading, read_trained_documents
 from btlm_jax.evaluation.batch_shapes import check_batch_size
 from btlm_jax.evaluation.by_position import check_window_length, loss_by_position
 from btlm_jax.evaluation.by_position_report import (
@@ -35,7 +36,7 @@ def checkpoint_loss_by_position(
     kinds: Sequence[ScalingKind],
     max_windows: int,
     max_per_document: int,
-    concatenate: bool,
+    reading: Reading,
     batch_size: int | None,
     dtype: str | None,
     mesh: Any,
@@ -50,7 +51,8 @@ def checkpoint_loss_by_position(
       length: tokens per window; None is four times the trained length.
       trained: trained length; None is the model's `n_positions`.
       kinds: kinds of scaling to compare; () compares all that the model supports.
-      max_windows, max_per_document, concatenate: as in `LongWindows`.
+      max_windows, max_per_document: as in `LongWindows`.
+      reading: how to read the documents.
       batch_size: as in `loss_by_position`.
       dtype, mesh: as in `load_for_evaluation`.
       plot: file for the plot, or None.
@@ -74,26 +76,30 @@ def checkpoint_loss_by_position(
         with_scaling_kind(model, kind, trained, length)  # raises if the model does not support it
     check_batch_size(batch_size, mesh)
     encoder = texts.encoder(path, meta.config.vocab_size)
+    trained_reading = read_trained_documents(meta.origin)
     windows = LongWindows(
         texts.documents(encoder),
-        encoder.eos_id,
+        texts.prefix(encoder, trained_reading),
         length,
         max_windows=max_windows,
         max_per_document=max_per_document,
-        concatenate=concatenate,
+        concatenate=reading == "joined",
     )
     model, params = load_for_evaluation(path, dtype, mesh)
     compute_dtype = str(model.runtime(params).dtype)
     report = loss_by_position(
         model, params, windows, trained=trained, kinds=kinds, batch_size=batch_size
     )
-    source = "one stream" if concatenate else f"{len(report.windows):,} documents"
+    source = "one stream" if reading == "joined" else f"{len(report.windows):,} documents"
     description = f"{report.count:,} windows of {length:,} tokens from {source}"
     show(f"{description}; {report.short_documents:,} shorter documents left out; computed in "
          f"{compute_dtype}")  # fmt: skip
+    show(trained_reading.describe(reading))
     for line in format_loss_by_position(report):
         show(line)
     if plot is not None:
         title = f"{Path(path).name}, trained on {trained:,} tokens: {description}"
         plot_loss_by_position(plot, report, title)
-    return {"checkpoint": path, "compute_dtype": compute_dtype} | loss_by_position_json(report)
+    header = {"checkpoint": path, "compute_dtype": compute_dtype, "read_documents": reading}
+    header["trained_documents"] = trained_reading.reading
+    return header | loss_by_position_json(report)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from btlm_jax.checkpoint import checkpoint, metadata, unstacked
+from btlm_jax.checkpoint.trained_documents import read_trained_documents
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from btlm_jax.evaluation import harness
 from btlm_jax.evaluation.tasks import load_tasks
@@ -65,15 +66,18 @@ def checkpoint_harness(
 
     key = {"checkpoint": result_journal.checkpoint_fingerprint(meta), "dtype": dtype, "seed": seed}
     key |= {"max_length": max_length, "compute_dtype": compute_dtype}
+    trained = read_trained_documents(meta.origin)
     limits: dict[str, Any] = dict(num_fewshot=num_fewshot, limit=limit)
     logging.getLogger("lm_eval").handlers = logging.getLogger("btlm_jax").handlers
     with result_journal.open_journal(json_file, key, overwrite=overwrite) as journal:
         tasks = load_tasks(names, include_path, **limits)
         lm = harness.make_language_model(
-            meta.config, tokenizer, load, max_length, batch_size, seed, journal
+            meta.config, tokenizer, load, max_length, batch_size, seed, journal, trained.eos_id
         )
         results = harness.run_tasks(lm, tasks, **limits)
         header = {"checkpoint": path, "tasks": list(names), **limits}
-        header["compute_dtype"] = compute_dtype
+        header |= {"read_documents": "separate", "trained_documents": trained.reading}
+        header |= {"prefix_token": lm.prefix_token_id, "compute_dtype": compute_dtype}
         result_journal.finish_journal(json_file, harness.encode_report(header, results))
+    show(trained.describe("separate"))
     show(harness.format_results(results))

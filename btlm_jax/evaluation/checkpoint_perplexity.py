@@ -7,6 +7,7 @@ from typing import Any
 
 from btlm_jax.checkpoint import metadata
 from btlm_jax.checkpoint.quantization import Quantization
+from btlm_jax.checkpoint.trained_documents import Reading, read_trained_documents
 from btlm_jax.evaluation.batch_shapes import check_batch_size
 from btlm_jax.evaluation.checkpoint_loading import load_for_evaluation
 from btlm_jax.evaluation.documents import TextInputs
@@ -23,6 +24,7 @@ def checkpoint_perplexity(
     path: str,
     texts: TextInputs,
     *,
+    reading: Reading | None,
     length: int | None,
     stride: int | None,
     batch_size: int | None,
@@ -36,6 +38,8 @@ def checkpoint_perplexity(
     Args:
       path: a checkpoint with a tokenizer.
       texts: the text files.
+      reading: how to read the documents; None is as in training, or separate if the checkpoint does
+        not record it.
       length, stride: as in `cut_rolling_windows`.
       batch_size: as in `cross_entropy`.
       quantizations: quantizations to compare with the original weights.
@@ -54,18 +58,23 @@ def checkpoint_perplexity(
     _check_quantizations(path, quantizations, meta.quantization, mesh)
     check_batch_size(batch_size, mesh)
     encoder = texts.encoder(path, meta.config.vocab_size)
+    trained = read_trained_documents(meta.origin)
+    reading = reading or trained.reading or "separate"
     documents = [*texts.documents(encoder)]
+    prefix = texts.prefix(encoder, trained)
     windows = cut_rolling_windows(
-        meta.config, documents, encoder.eos_id, length=length, stride=stride
+        meta.config, documents, prefix, length=length, stride=stride, joined=reading == "joined"
     )
     show(f"text: {len(documents):,} documents, {windows.tokens:,} tokens, {windows.text_bytes:,} "
          f"bytes; {len(windows):,} windows of {windows.length} tokens, stride "
          f"{windows.stride}")  # fmt: skip
+    show(trained.describe(reading))
     model, params = load_for_evaluation(path, dtype, mesh)
     compute_dtype = str(model.runtime(params).dtype)
     report: dict[str, Any] = {
         "checkpoint": path, "documents": len(documents), "tokens": windows.tokens,
         "text_bytes": windows.text_bytes, "length": windows.length, "stride": windows.stride,
+        "read_documents": reading, "trained_documents": trained.reading,
         "compute_dtype": compute_dtype,
     }  # fmt: skip
     table = []

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from btlm_jax.checkpoint.trained_documents import TrainedDocuments
 from btlm_jax.data.encoder import Encoder, encode_documents
 from btlm_jax.data.text_files import OnError, expand_inputs
 from btlm_jax.data.text_reader import TextReader
+
+logger = logging.getLogger(__name__)
 
 
 class TokenizedDocument(NamedTuple):
@@ -30,7 +34,8 @@ class TextInputs:
       jsonl: files or globs of JSON lines; each line is a document.
       field: field of the JSON objects that holds the text.
       on_error: "raise", or "skip" records that cannot be used.
-      eos: the token that precedes documents; None takes the tokenizer's EOS.
+      eos: the token that precedes documents; None takes the one that training used, or else the
+        tokenizer's EOS.
     """
 
     text: tuple[str, ...] = ()
@@ -46,6 +51,10 @@ class TextInputs:
           FileNotFoundError, ValueError: as in `Encoder`.
         """
         return Encoder(checkpoint, self.eos, vocab_size)
+
+    def prefix(self, encoder: Encoder, trained: TrainedDocuments) -> int:
+        """Returns the id of the token that precedes documents."""
+        return encoder.eos_id if self.eos or trained.eos_id is None else trained.eos_id
 
     def documents(self, encoder: Encoder) -> Iterator[TokenizedDocument]:
         """Returns an iterator over the documents of all files, texts first.
@@ -63,6 +72,13 @@ class TextInputs:
         ]
         if not files:
             raise ValueError("found neither --text nor --jsonl, expected files to evaluate on")
-        texts = TextReader(files, self.field, on_error=self.on_error).documents()
-        encoded = encode_documents(texts, encoder, os.cpu_count() or 1)
-        return (TokenizedDocument(ids[:-1], len(x.text.encode())) for x, ids in encoded)
+        return self._tokenize(TextReader(files, self.field, on_error=self.on_error), encoder)
+
+    def _tokenize(self, reader: TextReader, encoder: Encoder) -> Iterator[TokenizedDocument]:
+        for text, ids in encode_documents(reader.documents(), encoder, os.cpu_count() or 1):
+            yield TokenizedDocument(ids[:-1], len(text.text.encode()))
+        if (total := reader.total).empty + total.skipped:
+            logger.warning(
+                "left out %d documents without text and %d records that cannot be used",
+                total.empty, total.skipped,
+            )  # fmt: skip

@@ -14,9 +14,11 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 from tokenizers import Tokenizer
 
@@ -29,7 +31,7 @@ from btlm_jax.evaluation.generate_until import (
     until_rules,
 )
 from btlm_jax.evaluation.likelihood import ContinuationPair, group_by_inputs, score_rows
-from btlm_jax.evaluation.tasks import HarnessTasks, import_lm_eval
+from btlm_jax.evaluation.tasks import HarnessTasks, describe_error, import_lm_eval
 from btlm_jax.generation.prompts import resolve_eos_ids
 from btlm_jax.generation.result_journal import ResultJournal
 from btlm_jax.model.btlm import BTLM
@@ -62,14 +64,52 @@ def make_language_model(*args: Any, **named: Any) -> Any:
             RequestAnswerer.__init__(self, *args, **named)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            pairs = [self._encode_request(request) for request in requests]
+            return self._loglikelihood_tokens(pairs)
+
+        def _encode_request(self, request: Any) -> tuple[Any, list[int], list[int]]:
+            """Returns a pair as lm-eval encodes it, and refuses one that it would fail on."""
+            context, continuation = request.args
+            found = _request_problem(request)
+            if not continuation:
+                raise ValueError(
+                    f"{found}: the continuation is empty, expected at least one character: see its "
+                    "doc_to_choice and doc_to_target"
+                )
+            if context:
+                ids, continuation_ids = self._encode_pair(context, continuation)
+            else:  # as lm-eval: a continuation that begins with the prefix has no second one
+                ids = [self.prefix_token_id]
+                continuation_ids = self.tok_encode(continuation, add_special_tokens=False)
+                if continuation_ids[:1] == ids:
+                    continuation_ids = continuation_ids[1:]
+            if not ids:
+                raise ValueError(
+                    f"{found}: the context holds only spaces, which belong to the continuation: "
+                    "see its doc_to_text"
+                )
+            if not continuation_ids:
+                raise ValueError(
+                    f"{found}: no token is left of the continuation, because the tokenizer merges "
+                    "it with the end of the context: end the context where a word ends, or begin "
+                    "the continuation with a space (target_delimiter, doc_to_choice)"
+                )
+            if len(continuation_ids) > self._length:
+                raise ValueError(
+                    f"{found}: the continuation has {len(continuation_ids)} tokens, expected at "
+                    f"most the {self._length} that are read at once: raise --max-length, or use "
+                    "output_type: loglikelihood_rolling"
+                )
+            return (context, continuation), ids, continuation_ids
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
             for request in requests:
-                if not request.args[1]:
+                if not request.args[0]:
                     raise ValueError(
-                        f"task {request.task_name}: found an empty continuation after "
-                        f"{request.args[0][-60:]!r}, expected at least one character: see its "
-                        "doc_to_choice and doc_to_target"
+                        f"task {request.task_name}: document {request.doc_id} has an empty text: "
+                        "see its doc_to_target, or leave such documents out"
                     )
-            return super().loglikelihood(requests, disable_tqdm=True)
+            return RequestAnswerer.loglikelihood_rolling(self, requests)
 
     return LanguageModel()
 
@@ -87,6 +127,7 @@ class RequestAnswerer:
       batch_size: rows per batch; defaults as in `score_rows` and `generate_continuations`.
       seed: seed of requests that ask for sampling.
       journal: takes answers, and holds those of an interrupted run.
+      prefix: the token before a text without context, if training recorded it.
 
     Raises:
       ValueError: lengths or sizes out of range; a configuration without EOS.
@@ -99,6 +140,7 @@ class RequestAnswerer:
     batch_size: int | None = None
     seed: int = 0
     journal: ResultJournal = dataclasses.field(default_factory=ResultJournal)
+    prefix: int | None = None
 
     def __post_init__(self) -> None:
         c, length = self.config, self.max_length
@@ -123,7 +165,9 @@ class RequestAnswerer:
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without context: BOS, or EOS if the model has no BOS."""
+        """The token before a text without context: that of training, else BOS, else EOS."""
+        if self.prefix is not None:
+            return self.prefix
         bos, size = self.config.bos_token_id, self.config.vocab_size
         return self.eot_token_id if bos is None or not 0 <= bos < size else bos
 
@@ -175,6 +219,7 @@ class RequestAnswerer:
             if rows:
                 model, params = self._model_and_params
                 for pair, score in score_rows(model, params, rows, batch_size=self.batch_size):
+                    _check_number(score.logprob)
                     self.journal.add(numbers[pair], score._asdict())
                     progress.update(1)
         answers = {pair: known[number] for pair, number in numbers.items()}
@@ -258,7 +303,9 @@ def run_tasks(
       The results of `lm_eval.simple_evaluate`, without the documents.
 
     Raises:
-      ValueError: unknown options of generation; the message names the task.
+      ValueError: unknown options of generation, a request that cannot be answered, or an error of
+        lm-eval; the message names the task.
+      FloatingPointError: a log-likelihood is not finite.
     """
     for name, task in tasks.leaves.items():
         if task.OUTPUT_TYPE == "generate_until":
@@ -268,14 +315,25 @@ def run_tasks(
                 raise ValueError(f"task {name}: {e}") from None
     # Its bootstrap would fork, which a process with JAX's threads must not.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    return import_lm_eval("evaluator").simple_evaluate(
-        model=lm,
-        tasks=list(tasks.requested),
-        task_manager=tasks.manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        log_samples=False,
-    )
+    evaluator = import_lm_eval("evaluator")
+    # It would run git in the current directory, whose complaints users would read as ours.
+    with mock.patch.object(evaluator, "get_git_commit_hash", lambda: None):
+        try:
+            return evaluator.simple_evaluate(
+                model=lm,
+                tasks=list(tasks.requested),
+                task_manager=tasks.manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+            )
+        except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as e:
+            if isinstance(e, FloatingPointError):
+                raise
+            raise ValueError(
+                f"lm-eval failed on the tasks {', '.join(tasks.leaves)} ({describe_error(e)}): "
+                "check the metrics, filters and functions of their files"
+            ) from e
 
 
 def encode_report(header: Mapping[str, Any], results: Mapping[str, Any]) -> bytes:
@@ -298,6 +356,23 @@ def format_results(results: Mapping[str, Any]) -> str:
     make_table = import_lm_eval("utils").make_table
     groups = [make_table(results, "groups")] if results.get("groups") else []
     return "\n".join([make_table(results), *groups])
+
+
+def _request_problem(request: Any) -> str:
+    """Returns the beginning of a message about a request."""
+    context, continuation = (
+        text if len(text) <= 60 else f"{text[:28]} ... {text[-28:]}" for text in request.args[:2]
+    )
+    where = f"task {request.task_name}: document {request.doc_id}"
+    return f"{where}: found the context {context!r} with the continuation {continuation!r}"
+
+
+def _check_number(logprob: float) -> None:
+    if not math.isfinite(logprob):
+        raise FloatingPointError(
+            f"log-likelihood: found {logprob}, expected a finite number: check that the weights "
+            "are finite, and try --dtype float32 in case the computation overflows"
+        )
 
 
 def _request_number(kind: str, *request: Any) -> int:

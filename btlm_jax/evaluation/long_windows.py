@@ -68,7 +68,7 @@ class LongWindows:
         if first is None:
             fix = "give longer ones, or a shorter length"
             if not concatenate and self._tokens >= length:
-                fix += ", or concatenate them (--concatenate)"
+                fix += ", or join them (--documents joined)"
             raise ValueError(
                 f"length: found {length} tokens and documents of at most {self._longest}, "
                 f"{self._tokens} in all: {fix}"

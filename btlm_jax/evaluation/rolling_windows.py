@@ -7,6 +7,9 @@ is predicted too. The first window reads N tokens and predicts N. Every later wi
 ends with the document and still reads N. M = N is the harness's choice; M = N // 2 gives tokens
 more context, for twice the work, as in Hugging Face's guide to the perplexity of fixed-length
 models (which has no prefix, and leaves the first token out).
+
+Joined documents are cut as one long document, with the prefix token between them too. It gives
+context but is not predicted, so that both readings measure the same tokens.
 """
 
 from __future__ import annotations
@@ -48,16 +51,18 @@ class RollingWindows:
     """Documents and how to cut them; see `cut_rolling_windows`. Iterates over `RollingWindow`s.
 
     Attributes:
-      documents: the documents, in order.
+      documents: the documents, in order; a single one if they are joined.
       prefix: the token that precedes each document.
       length: maximum number of tokens that a window reads.
       stride: number of tokens that a window predicts, except the first window of a document.
+      joined: whether the prefix also stands between documents, and is not predicted there.
     """
 
     documents: tuple[TokenizedDocument, ...]
     prefix: int
     length: int
     stride: int
+    joined: bool = False
 
     def __iter__(self) -> Iterator[RollingWindow]:
         return itertools.chain.from_iterable(map(self._document_windows, self.documents))
@@ -68,7 +73,7 @@ class RollingWindows:
     @property
     def tokens(self) -> int:
         """Number of predicted tokens: all tokens of the documents."""
-        return sum(len(document.ids) for document in self.documents)
+        return sum(len(x.ids) - self._num_separators(x) for x in self.documents)
 
     @property
     def text_bytes(self) -> int:
@@ -90,6 +95,9 @@ class RollingWindows:
                     targets[i, : len(window.targets)] = window.targets
                 yield WindowBatch(inputs, targets, max(len(window.inputs) for window in windows))
 
+    def _num_separators(self, document: TokenizedDocument) -> int:
+        return int(np.sum(document.ids == self.prefix)) if self.joined else 0
+
     def _window_ends(self, document: TokenizedDocument) -> Sequence[int]:
         """Returns how many tokens of the document are predicted by the end of each window."""
         n = len(document.ids)
@@ -102,6 +110,8 @@ class RollingWindows:
             start = max(0, end - self.length)
             targets = tokens[start + 1 : end + 1].copy()
             targets[: predicted - start] = IGNORE
+            if self.joined:
+                targets[targets == self.prefix] = IGNORE
             yield RollingWindow(tokens[start:end], targets)
             predicted = end
 
@@ -113,6 +123,7 @@ def cut_rolling_windows(
     *,
     length: int | None = None,
     stride: int | None = None,
+    joined: bool = False,
 ) -> RollingWindows:
     """Cuts documents into windows for a model.
 
@@ -123,6 +134,8 @@ def cut_rolling_windows(
       length: tokens per window; default the trained context, or the longest document if that is
         shorter.
       stride: distance between the ends of windows, in tokens; default `length`.
+      joined: read the documents as one, each after the prefix, as in training without
+        `data.mask_documents`.
 
     Raises:
       ValueError: fewer than two tokens, length < 2, more than the learned positions, or a stride
@@ -131,6 +144,8 @@ def cut_rolling_windows(
     total = sum(len(document.ids) for document in documents)
     if total < 2:
         raise ValueError(f"the text: found {total} tokens, expected at least 2: give a longer one")
+    if joined:
+        documents = [_join(documents, prefix)]
     if length is not None and length < 2:
         raise ValueError(f"length: found {length}, expected at least 2 tokens")
     if length is not None:
@@ -145,4 +160,11 @@ def cut_rolling_windows(
             "larger stride would leave tokens out"
         )
     stride = min(stride or window_length, window_length)
-    return RollingWindows(tuple(documents), prefix, window_length, stride)
+    return RollingWindows(tuple(documents), prefix, window_length, stride, joined)
+
+
+def _join(documents: Sequence[TokenizedDocument], separator: int) -> TokenizedDocument:
+    """Returns one document: the texts, with the separator between them."""
+    first, *others = (np.asarray(document.ids, np.int32) for document in documents)
+    parts = [first, *(part for ids in others for part in (np.int32([separator]), ids))]
+    return TokenizedDocument(np.concatenate(parts), sum(x.text_bytes for x in documents))

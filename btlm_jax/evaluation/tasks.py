@@ -114,7 +114,9 @@ def _match_names(manager: Any, names: Sequence[str], include_path: Path | None) 
     """Returns the names that match, in order, without duplicates."""
     matches: dict[str, None] = {}
     for name in names:
-        if Path(name).suffix == ".yaml" and Path(name).is_file():
+        if Path(name).suffix == ".yaml":
+            if not Path(name).is_file():
+                raise FileNotFoundError(f"tasks: found no file {name}")
             matches[name] = None
             continue
         matched = manager.match_tasks([name])
@@ -149,7 +151,8 @@ def _build_task(manager: Any, name: str) -> Any:
     try:
         return manager.load([name])
     except FileNotFoundError as e:
-        raise FileNotFoundError(f"task {name}: {e}") from None
+        message = " ".join(str(e).split())[:300]
+        raise FileNotFoundError(f"task {name}: {message}") from None
     except ConnectionError as e:
         raise FileNotFoundError(
             f"task {name}: its data set is not available ({e}): connect to the network, run "
@@ -157,7 +160,7 @@ def _build_task(manager: Any, name: str) -> Any:
             "a task file over local data (--include-path)"
         ) from None
     except Exception as e:
-        raise ValueError(f"task {name}: {_describe(e)}") from None
+        raise ValueError(f"task {name}: {describe_error(e)}") from None
 
 
 def _check_fields(file: str, fields: Mapping[str, Any]) -> None:
@@ -198,8 +201,29 @@ def _check_fewshot(name: str, task: Any, num_fewshot: int | None) -> None:
 
 def _check_documents(name: str, task: Any, limit: int | float | None) -> None:
     max_documents = import_lm_eval("evaluator_utils").get_sample_size(task, limit)
+    count = without_answer = 0
     for number, doc in task.doc_iterator(limit=max_documents):
         _check_document(f"task {name}", task, number, doc, task.config)
+        count += 1
+        without_answer += not _has_answer(name, task, number, doc)
+    if not count:
+        raise ValueError(f"task {name}: found no documents in its data set: see test_split")
+    if without_answer:
+        logger.warning(
+            "task %s: doc_to_target of %d of %d documents is none of their choices: they count as "
+            "answered wrongly", name, without_answer, count,
+        )  # fmt: skip
+
+
+def _has_answer(name: str, task: Any, number: int, doc: Any) -> bool:
+    """Returns whether the target of a document is one of its choices; True without choices."""
+    if task.OUTPUT_TYPE != "multiple_choice" or getattr(task, "multiple_input", False):
+        return True
+    choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
+    if not choices:
+        raise ValueError(f"task {name}: document {number} has no choices: see its doc_to_choice")
+    targets = target if isinstance(target, list) else [target]
+    return all(0 <= t < len(choices) if isinstance(t, int) else t in choices for t in targets)
 
 
 def _check_document(context: str, task: Any, number: int, doc: Any, templates: Any) -> None:
@@ -215,10 +239,12 @@ def _check_document(context: str, task: Any, number: int, doc: Any, templates: A
             getattr(task, field)(doc, *([] if templates is task.config else [template]))
         except Exception as e:
             raise ValueError(
-                f"{context}: {field} does not fit document {number} ({_describe(e)}), which "
+                f"{context}: {field} does not fit document {number} ({describe_error(e)}), which "
                 f"has the fields {', '.join(map(str, doc))}"
             ) from None
 
 
-def _describe(e: Exception) -> str:
-    return f"{type(e).__name__}: {str(e) or 'no message'}"
+def describe_error(e: Exception) -> str:
+    """Returns the class and message of an error, cut to a few lines of text."""
+    message = " ".join(str(e).split()) or "no message"
+    return f"{type(e).__name__}: {message if len(message) <= 300 else message[:300] + ' ...'}"

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.chunked_loss import IGNORE, LossSum, head_loss
 from btlm_jax.model.params import Params
+from btlm_jax.model.positions import segment_positions
 
 
 def next_token_loss(
@@ -30,7 +31,9 @@ def next_token_loss(
       input_ids: int [B, T].
       labels: int [B, T], not shifted (this function shifts them by one, as transformers does). A
         label of -100 is excluded; any other outside the vocabulary makes the loss NaN. The default
-        is `input_ids` without padding and without the first token of every later segment.
+        is `input_ids` without padding and without the first token of every later segment, which
+        has no context. Where an EOS begins each segment, as in training with
+        `data.mask_documents`, pass `labels=input_ids`.
       attention_mask: as in `BTLM.apply`.
       segment_ids: as in `BTLM.apply`.
       positions: as in `BTLM.apply`.
@@ -74,8 +77,10 @@ def target_loss(
       model: the model.
       params: its weights.
       tokens: int32 [B, T + 1].
-      segment_ids: int32 [B, T + 1]; attention stays within segments, and the first token of a
-        segment is not predicted from the segment before.
+      segment_ids: int32 [B, T + 1], the document of every token as an input, from which the next
+        token is predicted: attention stays within equal ids. Every target counts, so the EOS that
+        ends a document must begin the segment of the next one, whose first token it predicts
+        (`btlm_jax.train.batches.document_segments`).
       weights: [B, T], the weight of every prediction; a constant to gradients.
       z_loss: coefficient of the square of log(sum(exp(logits))), which keeps the softmax normalized
         (PaLM, arXiv 2204.02311, section 5, uses 1e-4).
@@ -87,13 +92,13 @@ def target_loss(
     Raises:
       ValueError: the weights have another shape.
     """
-    targets, segments = tokens[:, 1:], None
+    targets, segments, positions = tokens[:, 1:], None, None
     if segment_ids is not None:
         segments = segment_ids[:, :-1]
-        targets = jnp.where(segment_ids[:, 1:] == segments, targets, IGNORE)
+        positions = segment_positions(model.config, segments)
     if weights is not None:
         weights = _as_weights(weights, targets.shape)
-    h, _ = model.hidden(params, tokens[:, :-1], segment_ids=segments)
+    h, _ = model.hidden(params, tokens[:, :-1], segment_ids=segments, positions=positions)
     return head_loss(model.runtime(params), params, h, targets, weights, z_loss)
 
 

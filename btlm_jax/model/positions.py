@@ -57,6 +57,23 @@ def count_positions(
     return jnp.clip(positions, 0, config.n_positions - 1)
 
 
+def segment_positions(config: BTLMConfig, segment_ids_BT: jax.Array) -> jax.Array | None:
+    """Counts tokens within each document of packed rows: their learned positions.
+
+    Args:
+      segment_ids_BT: the document of every token; a document's tokens are neighbors.
+
+    Returns:
+      int32 [B, T]; None if the model counts slots.
+    """
+    if config.positions is not Positions.LEARNED:
+        return None
+    index = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
+    begins = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    begins = jnp.concatenate([jnp.ones_like(begins[:, :1]), begins], 1)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+
 def scaled_slopes(runtime: Runtime, cache: KVCache | None, num_valid: Any) -> jax.Array | None:
     """Returns ALiBi slopes divided by the scale, fp32 [H] or [B, H]; None without ALiBi.
 

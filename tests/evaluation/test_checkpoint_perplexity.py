@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import cli, load_tokenizer, save
+from btlm_jax.checkpoint import trained_documents
 from btlm_jax.evaluation.documents import TokenizedDocument
 from btlm_jax.evaluation.perplexity import cross_entropy
 from btlm_jax.evaluation.rolling_windows import cut_rolling_windows
@@ -59,6 +60,35 @@ def test_json_lines_are_evaluated_on_a_mesh(capsys, trained, tmp_path):
     expected = cross_entropy(model, params, cut_rolling_windows(model.config, texts, 95))
     loss = json.loads(report.read_text())["nats_per_token"]
     assert loss == pytest.approx(expected.nats_per_token, rel=1e-5)
+
+
+def test_documents_are_read_as_in_training_unless_told_otherwise(capsys, trained, tmp_path):
+    """Also which token precedes them."""
+    folder, model, params, text, _ = trained
+    origin = trained_documents.describe(mask_documents=False, eos_id=3)
+    assets = [folder / "tokenizer.json"]
+    save(tmp_path / "run", model.config, params, assets=assets, origin=origin)
+    file, report = tmp_path / "d.jsonl", tmp_path / "r.json"
+    lines = [text[:100], text[100:350]]
+    file.write_text("\n".join(json.dumps({"text": x}) for x in lines))
+    encode = load_tokenizer(folder).encode
+    texts = [TokenizedDocument(np.array(encode(x).ids), len(x)) for x in lines]
+
+    def measure(path, *options):
+        run_perplexity(capsys, path, "--jsonl", file, "--json", report, *options)
+        numbers = json.loads(report.read_text())
+        expected = cut_rolling_windows(
+            model.config, texts, 3 if path == tmp_path / "run" else 95,
+            joined=numbers["read_documents"] == "joined",
+        )  # fmt: skip
+        loss = cross_entropy(model, params, expected).nats_per_token
+        assert numbers["nats_per_token"] == pytest.approx(loss, rel=1e-5)
+        return numbers["read_documents"], numbers["trained_documents"]
+
+    assert measure(tmp_path / "run") == ("joined", "joined")
+    assert measure(tmp_path / "run", "--documents", "separate") == ("separate", "joined")
+    assert measure(folder / "run") == ("separate", None)
+    assert measure(folder / "run", "--documents", "joined") == ("joined", None)
 
 
 def test_a_quantized_checkpoint_equals_quantization_in_memory(capsys, trained, tmp_path):

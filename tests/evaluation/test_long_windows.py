@@ -68,7 +68,7 @@ def test_documents_are_read_lazily():
         (dict(length=1), "length: found 1, expected at least 2"),
         (dict(length=5, max_windows=0), "windows: found 0, expected at least 1"),
         (dict(length=5, max_per_document=0), "windows per document: found 0"),
-        (dict(length=50), r"found 50 tokens and documents of at most 30, 60 in all.*concatenate"),
+        (dict(length=50), r"found 50 tokens and documents of at most 30, 60 in all.*or join them"),
         (dict(length=90), r"found 90 tokens and documents of at most 30, 60 in all: .*length$"),
     ],
 )

@@ -32,6 +32,18 @@ def test_windows_are_those_of_the_harness():
     assert windows[-1].targets.tolist() == [IGNORE] * 6 + [30, 31, 32, 33]
 
 
+def test_joined_documents_give_each_other_context_and_predict_the_same_tokens():
+    texts = [TokenizedDocument(np.array(ids), 2) for ids in ([1, 2], [3], [], [4, 5, 6])]
+    cut = cut_rolling_windows(ALIBI, texts, 9, length=5, joined=True)
+    assert (cut.tokens, cut.text_bytes) == (6, 8)
+    first, second = cut
+    assert first.inputs.tolist() == [9, 1, 2, 9, 3]
+    assert first.targets.tolist() == [1, 2, IGNORE, 3, IGNORE]
+    assert second.inputs.tolist() == [3, 9, 9, 4, 5]
+    assert second.targets.tolist() == [IGNORE, IGNORE, 4, 5, 6]
+    assert cut_rolling_windows(ALIBI, texts, 9, length=5).tokens == 6
+
+
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=4),
     st.integers(2, 20),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import btlm_jax as btlm
+from btlm_jax.evaluation.tasks import load_tasks
 from support.harness_tasks import run_harness
 
 
@@ -28,6 +29,7 @@ def edit_task(name: str, before: str, after: str):
     [
         (lambda _: "", {}, "tasks: found none"),
         (lambda _: "local_choise", {}, r"no task 'local_choise': did you mean local_choice"),
+        (lambda tasks: str(tasks / "none.yaml"), {}, "tasks: found no file .*none.yaml"),
         (lambda _: "local_text", dict(num_fewshot=-1), "num_fewshot: found -1, expected 0 or more"),
         (lambda _: "local_choice", dict(num_fewshot=7), "found 7, expected at most the 6 docu"),
         (lambda _: "local_text", dict(limit=0), "limit: found 0"),
@@ -89,6 +91,24 @@ def test_a_document_that_does_not_fit_a_template_is_named(
         ValueError, match=rf"{expected}_to_target does not fit document 4 .* answer"
     ):
         run_harness(bytes_checkpoint, tasks, tmp_path / "out.json", "local_choice", num_fewshot=1)
+
+
+def change_document(tasks: Path, **fields) -> None:
+    file = tasks / "test.jsonl"
+    first, *others = file.read_text().splitlines()
+    file.write_text("\n".join([json.dumps(json.loads(first) | fields), *others]) + "\n")
+
+
+def test_an_answer_that_is_none_of_the_choices_is_pointed_out(only_local_tasks, tasks, caplog):
+    change_document(tasks, answer=7)
+    load_tasks(["local_choice"], tasks)
+    assert "doc_to_target of 1 of 6 documents is none of their choices" in caplog.text
+
+
+def test_a_document_without_choices_is_refused(only_local_tasks, tasks):
+    change_document(tasks, choices=[])
+    with pytest.raises(ValueError, match="task local_choice: document 0 has no choices"):
+        load_tasks(["local_choice"], tasks)
 
 
 def test_files_without_a_task_are_named(only_local_tasks, bytes_checkpoint, tasks, tmp_path):

@@ -513,6 +513,25 @@ def test_decoding_continues_the_last_segment(tiny):
     assert max_error(got, expected[:, 6:]) < 1e-5
 
 
+def test_padding_is_masked_beside_segments_and_in_a_continued_cache(tiny):
+    """No valid token sees what the padding holds."""
+    model, params = tiny
+    ids = np.random.default_rng(5).integers(0, 512, (1, 9))
+    changed = ids.copy()
+    changed[0, [1, 6]] += 1
+    mask, segments = np.ones((1, 9), int), np.ones((1, 9), int)
+    mask[0, [1, 6]] = 0
+    _, cache = model.apply(params, ids[:, :6], cache=model.init_cache(params, 1, 9))
+    packed = dict(attention_mask=mask, segment_ids=segments)
+    continued = dict(attention_mask=mask[:, 6:], cache=cache)
+    a, b = (model.apply(params, x, **packed) for x in (ids, changed))
+    c, d = (model.apply(params, x[:, 6:], **continued)[0] for x in (ids, changed))
+    valid = mask[0] != 0
+    np.testing.assert_array_equal(a[:, valid], b[:, valid])
+    np.testing.assert_array_equal(c[:, 1:], d[:, 1:])
+    assert not np.array_equal(a, b) and not np.array_equal(c, d)
+
+
 def test_logits_are_fp32_in_64_bit_mode(tiny):
     model, params = tiny
     ids = np.random.default_rng(6).integers(0, 512, (1, 6))

@@ -15,6 +15,7 @@ from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss
 from btlm_jax.model import sharding
 from btlm_jax.model.chunked_loss import IGNORE, cross_entropy
 from btlm_jax.model.loss import target_loss
+from btlm_jax.train.batches import document_segments
 from btlm_jax.train.step import init_state, make_step
 from support import reference_numpy
 
@@ -39,6 +40,21 @@ def test_default_labels_skip_padding_and_segment_starts(tiny):
     assert float(next_token_loss(model, params, ids, segment_ids=segments).tokens) == 5
     none = next_token_loss(model, params, ids, labels=np.full_like(ids, IGNORE))
     assert float(none.tokens) == 0 and float(none.mean) == 0
+
+
+@pytest.mark.parametrize("positions", ["alibi", "learned"])
+def test_masked_documents_are_predicted_as_if_each_were_alone_after_eos(positions):
+    """Every token counts once, also the first of a document and the EOS that ends it."""
+    config = dataclasses.replace(BTLMConfig.preset("tiny"), position_embedding_type=positions)
+    model = BTLM(dataclasses.replace(config, n_layer=1, initializer_range=0.3))
+    params = model.init(jax.random.key(0))
+    alone = np.random.default_rng(8).integers(1, 512, (3, 8)).astype(np.int32)
+    alone[:, [0, -1]] = 0  # EOS, which a packed row holds once between two documents
+    packed = np.concatenate([alone[:1, :1], alone[:, 1:].reshape(1, -1)], 1)
+    got = target_loss(model, params, packed, document_segments(packed, 0))[1]
+    expected = target_loss(model, params, alone)[1]
+    assert float(got.tokens) == float(expected.tokens) == 21
+    assert float(got.nll) == pytest.approx(float(expected.nll), rel=1e-5)
 
 
 def test_padded_vocabulary_is_masked():

@@ -250,7 +250,7 @@ def test_errors_in_reading_threads_are_raised(sources):
 
 
 @given(st.lists(st.integers(0, 3), min_size=9, max_size=60), st.integers(0, 3))
-def test_segment_ids_increase_after_each_eos(tmp_path_factory, tokens, eos):
+def test_an_eos_begins_the_segment_of_the_next_document(tmp_path_factory, tokens, eos):
     path = write_tokens(tmp_path_factory.mktemp("t") / "t", tokens, eos_id=eos)
     run = Batches([Source(TokenShards(path))], [Phase(3, 2, 8)], seed=1, mask_documents=True)
     for step in range(3):
@@ -260,8 +260,8 @@ def test_segment_ids_increase_after_each_eos(tmp_path_factory, tokens, eos):
         for ids, segments in zip(batch.tokens, batch.segment_ids, strict=True):
             expected = 1
             for token, segment in zip(ids, segments, strict=True):
-                assert segment == expected  # EOS belongs to the document it ends
                 expected += token == eos
+                assert segment == expected
 
 
 # Bad arguments ----------------------------------------------------------------------------------

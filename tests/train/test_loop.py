@@ -14,10 +14,14 @@ import pytest
 import btlm_jax as btlm
 from btlm_jax import cli
 from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint.trained_documents import read_trained_documents
 from btlm_jax.convert import convert, export, verify
 from btlm_jax.convert.hf import source as hf_source
+from btlm_jax.data.token_shards import TokenShards
+from btlm_jax.model.loss import target_loss
 from btlm_jax.model.params import flatten_tree
 from btlm_jax.train import preemption, recipe_build
+from btlm_jax.train.batches import document_segments
 from btlm_jax.train.loop import train
 from btlm_jax.train.metrics import read_metrics
 from btlm_jax.train.recipe_file import load_recipe
@@ -154,9 +158,29 @@ def test_the_step_is_compiled_once_per_shape(load_tiny, reference, tmp_path, cap
     assert 0 < second.count <= first.count  # more steps compile nothing more
 
 
-def test_masking_documents_changes_the_loss(load_tiny, reference, tmp_path):
-    train(load_tiny("data.mask_documents=true"), tmp_path / "run")
-    assert losses(tmp_path / "run")[1] != losses(reference[0])[1]
+def test_masked_documents_are_evaluated_masked_and_recorded(load_tiny, reference, tmp_path):
+    """An older version's run, with another loss for the first tokens, is not resumed."""
+    recipe, run = load_tiny("data.mask_documents=true"), tmp_path / "run"
+    train(recipe, run)
+    assert losses(run)[1] != losses(reference[0])[1]
+    held = [x for x in read_metrics(run / "metrics.jsonl") if "held_out_loss" in x]
+    assert [x["held_out_masked"] for x in held] == [1, 1]
+    model, params = btlm.load(run)
+    tokens = TokenShards(Path(recipe.data.held_out))
+    windows = np.stack([tokens.read(start, 17) for start in range(0, 7 * 128, 16)])
+    masked, joined = (
+        float(target_loss(model, params, windows, segments)[1].mean)
+        for segments in (document_segments(windows, 0), None)
+    )
+    assert held[1]["held_out_loss"] == pytest.approx(masked, rel=1e-5)
+    assert abs(masked - joined) > 1e-4
+    record = read_trained_documents(metadata.read_metadata(run).origin)
+    assert record == ("separate", 0, True)
+    identity = json.loads((run / "recipe.json").read_text())
+    del identity["documents"]
+    (run / "recipe.json").write_text(json.dumps(identity))
+    with pytest.raises(ValueError, match=r"left the first token .* --set model\.checkpoint="):
+        train(recipe, run)
 
 
 def test_a_resumed_run_is_bitwise_the_same(load_tiny, reference, tmp_path, stop_after):
