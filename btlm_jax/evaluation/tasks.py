@@ -159,6 +159,11 @@ def _build_task(manager: Any, name: str) -> Any:
             "`datasets.load_dataset` on a machine with one and copy its cache (HF_HOME), or write "
             "a task file over local data (--include-path)"
         ) from None
+    except IndexError as e:  # lm-eval tries the templates on the first document
+        raise ValueError(
+            f"task {name}: {describe_error(e)}, on its first document: expected doc_to_choice to "
+            "give choices, and doc_to_target one of them"
+        ) from None
     except Exception as e:
         raise ValueError(f"task {name}: {describe_error(e)}") from None
 

@@ -93,21 +93,25 @@ def test_a_document_that_does_not_fit_a_template_is_named(
         run_harness(bytes_checkpoint, tasks, tmp_path / "out.json", "local_choice", num_fewshot=1)
 
 
-def change_document(tasks: Path, **fields) -> None:
+def change_document(tasks: Path, number: int, **fields) -> None:
     file = tasks / "test.jsonl"
-    first, *others = file.read_text().splitlines()
-    file.write_text("\n".join([json.dumps(json.loads(first) | fields), *others]) + "\n")
+    lines = file.read_text().splitlines()
+    lines[number] = json.dumps(json.loads(lines[number]) | fields)
+    file.write_text("\n".join(lines) + "\n")
 
 
 def test_an_answer_that_is_none_of_the_choices_is_pointed_out(only_local_tasks, tasks, caplog):
-    change_document(tasks, answer=7)
+    change_document(tasks, 4, answer=7)
     load_tasks(["local_choice"], tasks)
     assert "doc_to_target of 1 of 6 documents is none of their choices" in caplog.text
 
 
 def test_a_document_without_choices_is_refused(only_local_tasks, tasks):
-    change_document(tasks, choices=[])
-    with pytest.raises(ValueError, match="task local_choice: document 0 has no choices"):
+    change_document(tasks, 4, choices=[])
+    with pytest.raises(ValueError, match="task local_choice: document 4 has no choices"):
+        load_tasks(["local_choice"], tasks)
+    change_document(tasks, 0, choices=[])
+    with pytest.raises(ValueError, match="IndexError.*on its first document: expected doc_to_ch"):
         load_tasks(["local_choice"], tasks)
 
 
