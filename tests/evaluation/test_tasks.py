@@ -111,7 +111,7 @@ def test_a_document_without_choices_is_refused(only_local_tasks, tasks):
     with pytest.raises(ValueError, match="task local_choice: document 4 has no choices"):
         load_tasks(["local_choice"], tasks)
     change_document(tasks, 0, choices=[])
-    with pytest.raises(ValueError, match="IndexError.*on its first document: expected doc_to_ch"):
+    with pytest.raises(ValueError, match=r"IndexError.*on its first document: expected doc_to_ch"):
         load_tasks(["local_choice"], tasks)
 
 
