@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from btlm_jax.checkpoint import unstacked as unstacked_lib
 from btlm_jax.convert.hf.source import HFSource, open_hf
 from btlm_jax.convert.hf.source_config import read_source_config
+from btlm_jax.hf_generation_config import read_generation_config
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params, unflatten_tree
@@ -57,7 +58,11 @@ def load_hf(
     """
     unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
     hf = open_hf(source, revision=revision)
-    model = BTLM(read_source_config(hf), rules=rules or sharding.RULES)
+    model = BTLM(
+        read_source_config(hf),
+        rules=rules or sharding.RULES,
+        generation_config=read_generation_config(hf.directory),
+    )
     total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in weights.disk_leaves(model.config))
     with Progress(total, "B", "load") as progress:
         load = _load_unstacked if unstacked else _load_stacked

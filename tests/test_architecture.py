@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +27,8 @@ FOLDERS = [
     "train",
     "cli",
 ]
+# Methods of tokenizers that add special tokens unless they are told not to.
+ENCODERS = ("encode", "encode_batch", "encode_batch_fast")
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "matplotlib", "huggingface_hub"}
 
 
@@ -103,6 +107,32 @@ import btlm_jax; btlm_jax.generate, btlm_jax.BTLM, btlm_jax.save
 assert not set(sys.modules) & {HEAVY - {"huggingface_hub"}}, set(sys.modules) & {HEAVY}
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def encodes_bare(call: ast.Call) -> bool:
+    """Returns whether a call may encode text without a decision about special tokens.
+
+    `"text".encode()` and the like have no argument, or a constant or named one.
+    """
+    if not isinstance(call.func, ast.Attribute) or call.func.attr not in ENCODERS:
+        return False
+    is_text = all(isinstance(argument, ast.Constant) for argument in call.args)
+    return not is_text and "add_special_tokens" not in {k.arg for k in call.keywords}
+
+
+def test_special_tokens_are_decided_about_wherever_text_is_encoded():
+    """`encode_prompt` and `encode_fragment` decide; other code must name `add_special_tokens`."""
+    sources = {str(path): path.read_text() for _, path in modules()}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        sources[str(path)] = "\n".join(
+            re.sub(r"(?m)^([ \t]*)[%!].*$", r"\1pass", text) for text in code
+        )
+    for path, source in sources.items():
+        calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+        assert not (lines := [call.lineno for call in calls if encodes_bare(call)]), (path, lines)
+    assert encodes_bare(ast.parse("tokenizer.encode(text)", mode="eval").body)
 
 
 def undocumented(node: ast.AST, name: str):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from btlm_jax.checkpoint import trained_documents
-from btlm_jax.data.tokenizer import load_tokenizer
+from btlm_jax.data.tokenizer import encode_prompt, load_tokenizer
 from btlm_jax.model import mup, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
@@ -201,7 +201,7 @@ def _log_sample(recipe: Recipe, model: BTLM, params: Params, directory: Path, st
     from btlm_jax.generation.generate import generate
 
     tokenizer = load_tokenizer(directory)
-    ids = np.array([tokenizer.encode(recipe.run.prompt).ids])
+    ids = np.array([encode_prompt(tokenizer, recipe.run.prompt)])
     with jax.transfer_guard("allow"):
         out = generate(model, params, ids, max_new_tokens=32, do_sample=True, seed=step)
     if jax.process_index() == 0:

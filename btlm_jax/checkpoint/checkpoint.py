@@ -28,6 +28,8 @@ from btlm_jax.checkpoint import metadata, orbax_metadata, stacking, zarr
 from btlm_jax.checkpoint import unstacked as unstacked_lib
 from btlm_jax.checkpoint.quantization import Quantization, stored_leaves
 from btlm_jax.config import BTLMConfig
+from btlm_jax.data.tokenizer import tokenizer_directory
+from btlm_jax.hf_generation_config import read_generation_config
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params, check_params, flatten_tree, is_unstacked, unflatten_tree
@@ -247,7 +249,11 @@ def load(
     """
     unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
     meta = metadata.read_metadata(path)
-    model = BTLM(meta.config, rules=rules or sharding.RULES)
+    model = BTLM(
+        meta.config,
+        rules=rules or sharding.RULES,
+        generation_config=read_generation_config(tokenizer_directory(meta.path)),
+    )
     dtypes = {path: leaf.dtype for path, leaf in meta.leaves.items()}
     if unstacked or meta.quantization is not None:
         compute_dtype = unstacked_lib.decoding_dtype(meta, dtype, mesh)

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from btlm_jax.cli.arguments import translate_old_mesh_options
+from btlm_jax.cli.arguments import literal_text, translate_old_mesh_options
 from btlm_jax.utils import compile_cache
 
 # Group -> command -> the dataclass behind it, as module:class.
@@ -95,7 +95,8 @@ def parse_command(argv: list[str]) -> Any:
     command = _command_class(commands[name])
     if hasattr(command, "parse_arguments"):  # it parses its own arguments
         return command.parse_arguments(rest)
-    return tyro.cli(command, prog=f"btlm {name}", args=translate_old_mesh_options(rest))
+    arguments = translate_old_mesh_options(rest)
+    return tyro.cli(command, prog=f"btlm {name}", args=arguments, registry=literal_text())
 
 
 def help_text() -> str:

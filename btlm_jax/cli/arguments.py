@@ -7,12 +7,13 @@ import json
 import math
 import os
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from btlm_jax.utils.format import format_bytes, parse_bytes
 
@@ -52,6 +53,28 @@ Scheme = Annotated[str | None, arg(metavar="SCHEME")]
 Overrides = Annotated[tuple[str, ...], UseAppendAction, arg(metavar="SECTION.KEY=VALUE")]
 
 _MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+
+def literal_text() -> ConstructorRegistry:
+    """Returns rules for tyro by which the value None of an optional text or path is the word."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def optional_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        types = [t for t in typing.get_args(info.type) if t is not type(None)]
+        if len(types) != 1 or types == list(typing.get_args(info.type)):
+            return None
+        if types[0] not in (str, Path):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="TEXT" if types[0] is str else "PATH",
+            instance_from_str=lambda args: types[0](args[0]),
+            is_instance=lambda x: x is None or isinstance(x, types[0]),
+            str_from_instance=lambda x: [str(x)],
+        )
+
+    return registry
 
 
 def translate_old_mesh_options(argv: Sequence[str]) -> list[str]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from btlm_jax.cli.arguments import Checkpoint, Overrides, mesh_from_overrides
+from btlm_jax.cli.flag_messages import messages_with_flags
 
+logger = logging.getLogger(__name__)
+
+# Arguments of `generate` that have options of other names.
+_OTHER_NAMES = {"do_sample": "sample", "bad_words_ids": "bad_words"}
 # Fields that do not change what is generated, only where and how fast.
 _NOT_IN_KEY = (
     "checkpoint", "prompt", "input", "output", "batch_size", "overwrite", "stream", "set"
@@ -20,12 +26,15 @@ _NOT_IN_KEY = (
 class Generate:
     """Continue a prompt, or a file of prompts.
 
-    The options are those of transformers' `generate`. With --input, each line {"prompt": TEXT, ...}
-    or {"input_ids": [ID, ...], ...} is written to the output with "text" (the continuation),
-    "tokens" (their number) and "finish_reason" (eos, stop or length) added; also "token_ids" for
-    lines with input_ids, "logprobs" with --logprobs, and an "index" with --num-return-sequences,
-    which writes one line per continuation. Each prompt gets the same continuation as alone.
-    Finished results are kept in OUTPUT.partial; after an interruption, the same command resumes.
+    The options are those of transformers' `generate`. One that is not given has the value in the
+    checkpoint's generation_config.json, if there is one.
+
+    With --input, each line {"prompt": TEXT, ...} or {"input_ids": [ID, ...], ...} is written to the
+    output with "text" (the continuation), "tokens" (their number) and "finish_reason" (eos, stop or
+    length) added; also "token_ids" for lines with input_ids, "logprobs" with --logprobs, and an
+    "index" with --num-return-sequences, which writes one line per continuation. Each prompt gets
+    the same continuation as alone. Finished results are kept in OUTPUT.partial; after an
+    interruption, the same command resumes.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +54,8 @@ class Generate:
     """Print the text while it is generated; not with beams."""
     set: Overrides = ()
     """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N; -1 takes those left."""
+    model_defaults: bool = True
+    """Take options that are not given from the checkpoint's generation_config.json."""
     max_new_tokens: int | None = None
     """Maximum number of new tokens; default 50."""
     max_length: int | None = None
@@ -53,36 +64,39 @@ class Generate:
     """Do not end before this many new tokens."""
     min_length: int | None = None
     """Do not end before this many tokens, prompt included."""
-    sample: Annotated[bool, arg(aliases=["--do-sample"])] = False
+    sample: Annotated[FlagCreatePairsOff[bool], arg(aliases=["--do-sample"])] = False
     """Sample from the distribution instead of taking the most likely token."""
-    temperature: float = 1.0
+    greedy: FlagCreatePairsOff[bool] = False
+    """Take the most likely token, even if the checkpoint's generation_config.json samples."""
+    temperature: float | None = None
     """Divide the logits by this before sampling."""
-    top_k: int = 50
-    """Sample from the k most likely tokens; 0 for all."""
-    top_p: float = 1.0
+    top_k: int | None = None
+    """Sample from the k most likely tokens, default 50; 0 for all."""
+    top_p: float | None = None
     """Sample from the most likely tokens that together have this probability."""
     min_p: float | None = None
     """Sample from tokens at least this fraction as likely as the most likely one."""
-    typical_p: float = 1.0
+    typical_p: float | None = None
     """Sample from the most typical tokens that together have this probability."""
-    seed: int = 0
+    seed: int | None = None
     """Random seed. Each line of --input has its own stream, by its number; --prompt has that of the
     first line."""
-    num_beams: int = 1
+    num_beams: int | None = None
     """Beam search with this many beams; with --sample, beam sampling."""
-    num_return_sequences: int = 1
+    num_return_sequences: int | None = None
     """Continuations per prompt: at most --num-beams, or any number with --sample."""
-    early_stopping: Literal["true", "false", "never"] = "false"
+    early_stopping: Literal["true", "false", "never"] | None = None
     """End the search once --num-beams have ended (true), or when a better one is unlikely (false)
     or impossible (never)."""
-    length_penalty: float = 1.0
+    length_penalty: float | None = None
     """Compare finished beams by log-probability / length ** this."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Above 1, tokens that occurred before become less likely."""
-    no_repeat_ngram_size: int = 0
+    no_repeat_ngram_size: int | None = None
     """No n tokens in a row occur twice, prompt included; 0 is off."""
     bad_words: tuple[str, ...] = ()
-    """Texts that must not occur, as the tokenizer splits them (mind the leading space)."""
+    """Texts that must not occur, as the tokenizer splits them: " word" and "word" differ, and the
+    first is the form after a space."""
     stop_strings: tuple[str, ...] = ()
     """End once one of these texts occurs."""
     eos_token_id: tuple[int, ...] = ()
@@ -107,19 +121,25 @@ class Generate:
     def run(self) -> None:
         import btlm_jax as btlm
         from btlm_jax.checkpoint import metadata
-        from btlm_jax.data.tokenizer import check_vocabulary
+        from btlm_jax.data.tokenizer import check_vocabulary, tokenizer_directory
+        from btlm_jax.hf_generation_config import read_generation_config
 
-        self._check()
-        # The tokenizer is checked before the weights are loaded, which may be large.
-        meta = metadata.read_metadata(self.checkpoint)
-        tokenizer = btlm.load_tokenizer(self.checkpoint)
-        check_vocabulary(tokenizer, meta.config.vocab_size)
-        if self.input is not None:
-            self._continue_file(meta, tokenizer)
-        elif self.stream:
-            self._stream_prompt(tokenizer)
-        else:
-            self._continue_prompt(tokenizer)
+        with messages_with_flags([f.name for f in dataclasses.fields(self)], _OTHER_NAMES):
+            self._check()
+            # All that is small is checked before the weights are loaded.
+            meta = metadata.read_metadata(self.checkpoint)
+            tokenizer = btlm.load_tokenizer(self.checkpoint)
+            check_vocabulary(tokenizer, meta.config.vocab_size)
+            defaults = None
+            if self.model_defaults:
+                defaults = read_generation_config(tokenizer_directory(meta.path))
+            arguments = self._generate_arguments(tokenizer, defaults)
+            if self.input is not None:
+                self._continue_file(meta, tokenizer, arguments, defaults)
+            elif self.stream:
+                self._stream_prompt(tokenizer, arguments)
+            else:
+                self._continue_prompt(tokenizer, arguments)
 
     def _check(self) -> None:
         """Raises ValueError where arguments exclude or need each other."""
@@ -136,7 +156,9 @@ class Generate:
             raise ValueError("--input: found no --output, expected a file to write")
         elif self.stream:
             raise ValueError("--stream: found it with --input, expected it with --prompt only")
-        if self.stream and self.num_beams > 1:
+        if self.sample and self.greedy:
+            raise ValueError("--sample: found it with --greedy, expected one of them")
+        if self.stream and (self.num_beams or 1) > 1:
             raise ValueError("--stream: found it with --num-beams, expected one of them: the best "
                              "beam is known only at the end")  # fmt: skip
         if self.stream and self.logprobs:
@@ -148,24 +170,28 @@ class Generate:
         model, params = btlm.load(
             self.checkpoint, dtype=self.dtype, mesh=mesh_from_overrides(self.set), unstacked=True
         )
+        if not self.model_defaults:
+            model = dataclasses.replace(model, generation_config=None)
         if self.dtype:
             model = dataclasses.replace(model, compute_dtype=self.dtype)
         return model, params
 
     def _encode_prompt(self, tokenizer: Any) -> list[int]:
-        ids = tokenizer.encode(self.prompt).ids
-        if not ids:
-            raise ValueError("--prompt is empty: give at least one character")
-        return ids
+        from btlm_jax.data.tokenizer import encode_prompt
 
-    def _stream_prompt(self, tokenizer: Any) -> None:
+        assert self.prompt is not None
+        try:
+            return encode_prompt(tokenizer, self.prompt)
+        except ValueError as e:
+            raise ValueError(f"--prompt: {e}") from None
+
+    def _stream_prompt(self, tokenizer: Any, arguments: dict[str, Any]) -> None:
         """Continues --prompt and prints the text while it is generated."""
         import numpy as np
 
         import btlm_jax as btlm
 
         ids = self._encode_prompt(tokenizer)
-        arguments = self._generate_arguments(tokenizer) | {"tokenizer": tokenizer}
         model, params = self._load()
         pieces = btlm.stream(model, params, np.asarray(ids), **arguments)
         print(tokenizer.decode(ids), end="", flush=True)
@@ -175,16 +201,17 @@ class Generate:
         finally:
             print(flush=True)
 
-    def _continue_prompt(self, tokenizer: Any) -> None:
+    def _continue_prompt(self, tokenizer: Any, arguments: dict[str, Any]) -> None:
         """Continues --prompt."""
         import numpy as np
 
         import btlm_jax as btlm
 
         ids = self._encode_prompt(tokenizer)
-        arguments = self._generate_arguments(tokenizer) | {"return_dict_in_generate": True}
         model, params = self._load()
-        output = btlm.generate(model, params, np.array([ids]), **arguments)
+        output = btlm.generate(
+            model, params, np.array([ids]), return_dict_in_generate=True, **arguments
+        )
         for i, (row, logprobs) in enumerate(zip(output.sequences, output.logprobs, strict=True)):
             num_new = int((~np.isnan(logprobs)).sum())  # the rest of the row is padding
             if len(output.sequences) > 1:
@@ -193,21 +220,23 @@ class Generate:
             if self.logprobs:
                 _print_logprobs(tokenizer, row[len(ids) :][:num_new], logprobs)
 
-    def _continue_file(self, meta: Any, tokenizer: Any) -> None:
+    def _continue_file(
+        self, meta: Any, tokenizer: Any, arguments: dict[str, Any], defaults: Any
+    ) -> None:
         """Continues the prompts of --input."""
         import time
 
         import btlm_jax as btlm
         from btlm_jax.generation import continuous_batching, jsonl, result_journal
+        from btlm_jax.generation.call_arguments import resolve_arguments
         from btlm_jax.generation.request import make_request
         from btlm_jax.utils.progress import Progress
 
         assert self.input is not None and self.output is not None
-        n = self.num_return_sequences
+        model = btlm.BTLM(meta.config, compute_dtype=self.dtype, generation_config=defaults)
+        n = resolve_arguments(model, arguments).arguments.get("num_return_sequences", 1)
         names = jsonl.result_field_names(logprobs=self.logprobs, num_return_sequences=n)
         lines = jsonl.read_prompt_lines(self.input, tokenizer, meta.config.vocab_size, names)
-        model = btlm.BTLM(meta.config, compute_dtype=self.dtype)
-        arguments = self._generate_arguments(tokenizer)
         request = make_request(model, lines.ids, lines.names, **arguments)
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         key = {"input": lines.sha256, "checkpoint": result_journal.checkpoint_fingerprint(meta)}
@@ -228,30 +257,44 @@ class Generate:
             jsonl.write_results(self.output, lines, journal.results, n)
         print(f"{self.output}: {total} continuations")
 
-    def _generate_arguments(self, tokenizer: Any) -> dict[str, Any]:
-        """Returns the arguments of `generate`."""
+    def _generate_arguments(self, tokenizer: Any, defaults: Any) -> dict[str, Any]:
+        """Returns the arguments of `generate` that are given.
+
+        Args:
+          tokenizer: the tokenizer.
+          defaults: the checkpoint's `GenerationConfigFile`, or None.
+        """
         unchanged = (
-            "max_length", "min_new_tokens", "min_length", "temperature", "top_k", "top_p", "min_p",
-            "typical_p", "seed", "num_beams", "num_return_sequences", "length_penalty",
-            "repetition_penalty", "no_repeat_ngram_size", "forced_eos_token_id", "suppress_tokens",
-            "begin_suppress_tokens", "logit_bias", "cache_dtype",
+            "max_new_tokens", "max_length", "min_new_tokens", "min_length", "temperature", "top_k",
+            "top_p", "min_p", "typical_p", "seed", "num_beams", "num_return_sequences",
+            "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "stop_strings",
+            "eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
+            "logit_bias", "cache_dtype", "cache_length",
         )  # fmt: skip
-        arguments: dict[str, Any] = {name: getattr(self, name) for name in unchanged}
-        if self.max_new_tokens is not None or self.max_length is None:
-            arguments["max_new_tokens"] = 50 if self.max_new_tokens is None else self.max_new_tokens
-        # Streams and batches refuse `cache_length`, even None.
-        if self.cache_length is not None:
-            arguments["cache_length"] = self.cache_length
-        if self.eos_token_id:
-            arguments["eos_token_id"] = self.eos_token_id
-        if self.stop_strings:
-            arguments |= {"stop_strings": self.stop_strings, "tokenizer": tokenizer}
-        early_stopping: dict[str, Any] = {"true": True, "false": False, "never": "never"}
-        return arguments | {
-            "do_sample": self.sample,
-            "early_stopping": early_stopping[self.early_stopping],
-            "bad_words_ids": [tokenizer.encode(word).ids for word in self.bad_words],
-        }
+        values = {name: getattr(self, name) for name in unchanged}
+        values["do_sample"] = True if self.sample else False if self.greedy else None
+        arguments = {name: x for name, x in values.items() if x is not None and x != () and x != {}}
+        fields = {} if defaults is None else defaults.fields()
+        named = {name for name, x in fields.items() if x is not None} | arguments.keys()
+        if not {"max_new_tokens", "max_length"} & named:
+            arguments["max_new_tokens"] = 50
+        if self.early_stopping is not None:
+            rules: dict[str, Any] = {"true": True, "false": False, "never": "never"}
+            arguments["early_stopping"] = rules[self.early_stopping]
+        if self.bad_words:
+            arguments["bad_words_ids"] = [_encode_bad_word(tokenizer, x) for x in self.bad_words]
+        if self.seed is not None and not (self.sample or fields.get("do_sample")):
+            logger.warning("--seed %d does nothing without --sample", self.seed)
+        return arguments | {"tokenizer": tokenizer}
+
+
+def _encode_bad_word(tokenizer: Any, word: str) -> list[int]:
+    from btlm_jax.data.tokenizer import encode_fragment
+
+    try:
+        return encode_fragment(tokenizer, word)
+    except ValueError as e:
+        raise ValueError(f"--bad-words: {e}") from None
 
 
 def _print_logprobs(tokenizer: Any, tokens: Any, logprobs: Any) -> None:

@@ -1,16 +1,25 @@
-"""Byte-level BPE tokenizers, loaded from directories with Hugging Face's files."""
+"""Byte-level BPE tokenizers, loaded from directories with Hugging Face's files.
+
+`encode_prompt` and `encode_fragment` decide about special tokens; no other module encodes text
+without saying whether the tokenizer adds them.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from btlm_jax.utils import paths
+
+logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 # The files that `load_tokenizer` reads.
@@ -91,6 +100,90 @@ def _load_gpt2(vocab: epath.Path, merges: epath.Path) -> Tokenizer:
                     "vocab.json; use a tokenizer.json instead"
                 )
     return tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encodes a text that a model continues.
+
+    The tokenizer's special tokens before the text (BOS) are kept, unless the text begins with them
+    itself. Those after it (EOS) are left off with a warning: a model would continue them with
+    another text.
+
+    Args:
+      tokenizer: the tokenizer.
+      text: the prompt.
+
+    Returns:
+      At least one token id.
+
+    Raises:
+      ValueError: no text, or text that is not valid Unicode.
+    """
+    check_text(text)
+    encoding = tokenizer.encode(text, add_special_tokens=True)
+    ids, is_added = list(encoding.ids), list(encoding.special_tokens_mask)
+    end, start = len(ids), 0
+    while end > 0 and is_added[end - 1]:
+        end -= 1
+    while start < end and is_added[start]:
+        start += 1
+    if end < len(ids):
+        _warn_once(
+            f"the tokenizer adds {_token_texts(tokenizer, ids[end:])} after every text: left off "
+            "prompts, which would otherwise be continued with another text"
+        )
+    bos, ids = ids[:start], ids[start:end]
+    if bos and ids[: len(bos)] == bos:
+        _warn_once(
+            f"a prompt begins with {_token_texts(tokenizer, bos)}: not added a second time, "
+            "although the tokenizer adds it to every text"
+        )
+        bos = []
+    if not bos + ids:
+        raise ValueError(f"found {text!r}, which the tokenizer drops, expected other text")
+    return bos + ids
+
+
+def encode_fragment(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Encodes a part of a text, such as a forbidden word, without special tokens.
+
+    A leading space is part of the fragment: " word" and "word" have different tokens.
+
+    Raises:
+      ValueError: no text, text that is not valid Unicode, or text without any token.
+    """
+    check_text(text)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise ValueError(f"found {text!r}, which has no token, expected text that has one")
+    return list(ids)
+
+
+def check_text(text: Any) -> None:
+    """Raises ValueError for a value that is not a str, is empty, or is not valid Unicode."""
+    if not isinstance(text, str):
+        raise ValueError(f"found {text!r}, expected text (a str)")
+    if not text:
+        raise ValueError("found no text, expected at least one character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        code, before = ord(text[e.start]), text[max(e.start - 20, 0) : e.start]
+        # Bytes of the command line and of file names that are not UTF-8 arrive as these.
+        if 0xDC80 <= code <= 0xDCFF:
+            found, fix = f"the byte 0x{code - 0xDC00:02X}", "convert it, as with iconv -t utf-8"
+        else:
+            found, fix = f"the unpaired surrogate U+{code:04X}", "remove it, or add its pair"
+        raise ValueError(f"found {found} after {before!r}, expected UTF-8: {fix}") from None
+
+
+def _token_texts(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return " ".join(str(tokenizer.id_to_token(i)) for i in ids)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from btlm_jax.generation import continuous_batching, options
+from btlm_jax.generation.call_arguments import with_special_tokens_only
 from btlm_jax.generation.request import GenerationRequest, make_request
+from btlm_jax.generation.transformers_arguments import known_arguments
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 
@@ -76,6 +78,7 @@ def until_rules(
             "decoding or sampling (do_sample, temperature, top_k, top_p ...): leave it out"
         )
     try:
+        named = known_arguments(named, alibi=True)
         options.GenerationOptions.from_kwargs(named)
         options_json = json.dumps(named, sort_keys=True)
     except (ValueError, TypeError) as e:
@@ -106,6 +109,7 @@ def generate_continuations(
     Raises:
       ValueError: a bad batch size, or ids outside the vocabulary.
     """
+    model = with_special_tokens_only(model)  # a task names its own options
     groups: dict[UntilRules, list[Any]] = {}
     for key, prompt in prompts.items():
         groups.setdefault(prompt.rules, []).append(key)

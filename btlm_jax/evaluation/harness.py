@@ -23,6 +23,7 @@ from unittest import mock
 from tokenizers import Tokenizer
 
 from btlm_jax.config import BTLMConfig
+from btlm_jax.data.tokenizer import encode_prompt
 from btlm_jax.evaluation.batch_shapes import check_batch_size
 from btlm_jax.evaluation.generate_until import (
     UntilPrompt,
@@ -176,11 +177,14 @@ class RequestAnswerer:
     ) -> list[int]:
         """Returns token ids.
 
-        By default the tokenizer adds its special tokens, unless the text starts with the prefix.
+        By default the tokenizer adds its special tokens before the text (`encode_prompt`), unless
+        the text starts with the prefix.
         """
         if add_special_tokens is None:
             prefix = self._token_text(self.prefix_token_id)
-            add_special_tokens = not (prefix and string.startswith(prefix))
+            if string and not (prefix and string.startswith(prefix)):
+                return encode_prompt(self.encoder, string)
+            add_special_tokens = False
         return self.encoder.encode(string, add_special_tokens=add_special_tokens).ids
 
     def loglikelihood_rolling(

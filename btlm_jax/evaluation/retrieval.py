@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from btlm_jax.data.tokenizer import encode_prompt
 from btlm_jax.evaluation.context_extension import ScalingKind
 from btlm_jax.evaluation.retrieval_texts import (
     MAX_ENTRIES,
@@ -16,6 +17,7 @@ from btlm_jax.evaluation.retrieval_texts import (
     RetrievalTask,
     RetrievalText,
 )
+from btlm_jax.generation.call_arguments import with_special_tokens_only
 from btlm_jax.generation.continuous_batching import generate_batch
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
@@ -64,7 +66,7 @@ def fit_prompt(
 
     def prompt_of(size: int) -> RetrievalPrompt:
         text = record.text(size)
-        return RetrievalPrompt(text, tokenizer.encode(text.prompt).ids, size)
+        return RetrievalPrompt(text, encode_prompt(tokenizer, text.prompt), size)
 
     best = prompt_of(1)
     if tokenizer.decode(best.ids) != best.text.prompt:
@@ -144,7 +146,11 @@ def _normalize(text: str) -> str:
 def greedy_continuation(
     model: BTLM, params: Params, tokenizer: Tokenizer, *, new_tokens: int, batch_size: int
 ) -> ContinuePrompts:
-    """Returns a function that continues prompts greedily, in continuously filled batches."""
+    """Returns a function that continues prompts greedily, in continuously filled batches.
+
+    Of the checkpoint's generation_config.json, only its special tokens are used.
+    """
+    model = with_special_tokens_only(model)
 
     def continue_prompts(ids: Sequence[list[int]]) -> list[str]:
         results = generate_batch(

@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax.generation import beam_loop, decode, prompts, request, sample_loop, stop_automaton
+from btlm_jax.generation.call_arguments import takes_model_defaults
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import PromptState, prefill_padded
 from btlm_jax.generation.processors import Processor, as_processors
@@ -57,6 +58,7 @@ class GenerateOutput:
     logits: np.ndarray | None = None
 
 
+@takes_model_defaults
 def generate(
     model: BTLM,
     params: Params,
@@ -79,9 +81,13 @@ def generate(
     return_dict_in_generate: bool = False,
     output_scores: bool = False,
     output_logits: bool = False,
+    generation_config: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Continues prompts.
+
+    Arguments that are not given have the values of the checkpoint's `generation_config.json`, if
+    `load` found one (`model.generation_config`), with a notice of what it sets.
 
     Decoding runs inside jit. A program is compiled for every set of options and every bucket of
     lengths (`prompts.bucket_length`); seeds, and lengths within a bucket, change without compiling.
@@ -97,7 +103,8 @@ def generate(
       max_length: instead, the maximum number of tokens including the (padded) prompt.
       min_new_tokens: no EOS before this number of new tokens.
       min_length: no EOS before this number of tokens including the (padded) prompt.
-      eos_token_id: one id or several that end a row; "config" uses the model's, None never ends.
+      eos_token_id: one id or several that end a row; None never ends; default those of
+        `generation_config.json`, else "config", that of the model's configuration.
       pad_token_id: fills rows after their end; default the model's pad token, else the first EOS.
       seed: random seed: one per row, with which a row draws the same tokens alone and in any batch;
         or one for all, of which each row uses its own stream, by its index; or a (seed, stream)
@@ -117,6 +124,8 @@ def generate(
       return_dict_in_generate: return a `GenerateOutput`.
       output_scores: fill the (large) array of scores of the `GenerateOutput`.
       output_logits: fill the (large) array of logits of the `GenerateOutput`.
+      generation_config: a dict of arguments, or a `GenerationConfig` of transformers, for what the
+        other arguments and not the checkpoint should decide.
       **kwargs: see `options.GenerationOptions` for names and defaults.
 
     Returns:
@@ -127,6 +136,7 @@ def generate(
       ValueError: an unknown argument or a value out of range; an empty prompt, tokens outside the
         vocabulary, padding on the right; more tokens than the cache or the learned positions hold.
     """
+    assert generation_config is None  # resolved by the decorator
     c = model.config
     request.warn_if_stacked(params)
     known_names = inspect.signature(generate).parameters

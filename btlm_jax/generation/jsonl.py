@@ -7,6 +7,7 @@ and `finish_reason` (and `token_ids`, `logprobs` and `index` where they apply).
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from btlm_jax.data.tokenizer import encode_prompt
 from btlm_jax.generation.continuous_batching import GenerationResult
 from btlm_jax.generation.detokenize import detokenize_continuation
 from btlm_jax.generation.result_journal import encode_line, finish_journal
@@ -59,6 +61,8 @@ def read_prompt_lines(
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file, expected a file of JSON lines")
     data = source.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{source}: found UTF-16, expected UTF-8: convert it, as with iconv")
     lines, objects, prompt_ids, errors = data.splitlines(), [], [], []
     names = [f"{source}:{n}" for n in range(1, len(lines) + 1)]
     for name, line in zip(names, lines, strict=True):
@@ -105,10 +109,10 @@ def _encode_prompt(fields: Mapping[str, Any], tokenizer: Tokenizer, vocab_size: 
         prompt = fields["prompt"]
         if not isinstance(prompt, str):
             raise ValueError(f"prompt: found {_shortened(prompt)}, expected a string")
-        ids = tokenizer.encode(prompt).ids
-        if not ids:
-            raise ValueError("prompt: found no text, expected at least one character")
-        return ids
+        try:
+            return encode_prompt(tokenizer, prompt)
+        except ValueError as e:
+            raise ValueError(f"prompt: {e}") from None
     ids = fields["input_ids"]
     valid = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
     if not valid or not ids:

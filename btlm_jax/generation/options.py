@@ -18,10 +18,10 @@ import numpy as np
 TokenBias = tuple[tuple[tuple[int, ...], float], ...]
 
 # Without effect unless tokens are sampled, or beams are searched.
-_SAMPLING_ONLY = (
+SAMPLING_ONLY = (
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"
 )  # fmt: skip
-_BEAMS_ONLY = ("early_stopping", "length_penalty")
+BEAMS_ONLY = ("early_stopping", "length_penalty")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +105,9 @@ class GenerationOptions:
         is_rule = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
         _expect("early_stopping", self.early_stopping, is_rule, 'True, False or "never"')
         _expect_number("length_penalty", self.length_penalty, math.isfinite, "a finite number")
-        _expect_number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "> 0")
+        _expect_number(
+            "repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "> 0"
+        )
         if self.do_sample:
             self._check_sampling()
         self._check_num_return_sequences()
@@ -180,8 +182,8 @@ class GenerationOptions:
     @property
     def unused(self) -> list[str]:
         """One message for each option that is set but has no effect, with the option it needs."""
-        needed = {} if self.do_sample else dict.fromkeys(_SAMPLING_ONLY, "do_sample=True")
-        needed |= {} if self.num_beams > 1 else dict.fromkeys(_BEAMS_ONLY, "num_beams > 1")
+        needed = {} if self.do_sample else dict.fromkeys(SAMPLING_ONLY, "do_sample=True")
+        needed |= {} if self.num_beams > 1 else dict.fromkeys(BEAMS_ONLY, "num_beams > 1")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return [
             f"{name}={getattr(self, name)} does nothing without {requirement}"

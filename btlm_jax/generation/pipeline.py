@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from btlm_jax.checkpoint import checkpoint, metadata
-from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
+from btlm_jax.data.tokenizer import check_vocabulary, encode_prompt, load_tokenizer
 from btlm_jax.generation.continuous_batching import generate_batch
 from btlm_jax.generation.detokenize import detokenize_continuation
 from btlm_jax.model.btlm import BTLM
@@ -54,10 +54,13 @@ class TextGeneration:
           ValueError: an empty prompt, an unknown argument or a value out of range.
         """
         is_single = isinstance(text_inputs, str)
+        if not is_single and not isinstance(text_inputs, Iterable):
+            raise ValueError(f"text_inputs: found {text_inputs!r}, expected text, or texts")
         texts: list[str] = [text_inputs] if is_single else list(text_inputs)
-        if invalid := [x for x in texts if not isinstance(x, str) or not x]:
-            raise ValueError(f"text_inputs: found {invalid[0]!r}, expected text that is not empty")
-        ids = [self.tokenizer.encode(text).ids for text in texts]
+        try:
+            ids = [encode_prompt(self.tokenizer, text) for text in texts]
+        except ValueError as e:
+            raise ValueError(f"text_inputs: {e}") from None
         arguments["tokenizer"] = self.tokenizer
         results = generate_batch(self.model, self.params, ids, batch_size=batch_size, **arguments)
         num_return_sequences = len(results) // max(len(texts), 1)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
@@ -28,6 +28,32 @@ def bucket_length(length: int) -> int:
     return max(_SMALLEST_BUCKET, -(-length // step) * step)
 
 
+def as_id_array(input_ids: Any) -> np.ndarray:
+    """Returns token ids as an array; other shapes and dtypes are not checked.
+
+    Raises:
+      ValueError: text, a dict, or rows of different lengths.
+    """
+    if isinstance(input_ids, Mapping) or hasattr(input_ids, "keys"):
+        raise ValueError(
+            f"input_ids: found {type(input_ids).__name__} with {list(input_ids.keys())}, expected "
+            'ids: pass input_ids=x["input_ids"], attention_mask=x["attention_mask"]'
+        )
+    try:
+        ids = np.asarray(input_ids)
+    except ValueError:
+        raise ValueError(
+            "input_ids: found prompts of different lengths, expected [B, T]: pad them on the left, "
+            "with an attention_mask, or use generate_batch"
+        ) from None
+    if ids.dtype.kind in "US":
+        raise ValueError(
+            "input_ids: found text, expected ids: encode it with the tokenizer of the model "
+            "(btlm.load_tokenizer), or use btlm.pipeline"
+        )
+    return ids
+
+
 def check_prompts(
     input_ids: ArrayLike,
     attention_mask: ArrayLike | None,
@@ -47,7 +73,7 @@ def check_prompts(
       ValueError: an empty prompt, tokens outside the vocabulary, padding on the right, or shapes
         that do not agree.
     """
-    ids = np.asarray(input_ids)
+    ids = as_id_array(input_ids)
     if ids.ndim != 2 or ids.shape[1] == 0 or ids.shape[0] == 0:
         raise ValueError(f"input_ids: found shape {ids.shape}, expected [B, T] with T >= 1 (no "
                          "empty prompt; a lone EOS token can stand for one)")  # fmt: skip
@@ -83,7 +109,10 @@ def resolve_eos_ids(eos_token_id: EosIds, config: BTLMConfig) -> tuple[int, ...]
     if from_config and eos_token_id != "config":
         raise ValueError(f"eos_token_id: found {eos_token_id!r}, expected ids, None or 'config'")
     value = config.eos_token_id if from_config else eos_token_id
-    ids = () if value is None else tuple(int(t) for t in np.atleast_1d(value))
+    array = np.atleast_1d([] if value is None else np.asarray(value))
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"eos_token_id: found {value!r}, expected token ids")
+    ids = tuple(int(t) for t in array)
     unknown = [t for t in ids if not 0 <= t < config.vocab_size]
     if unknown and not from_config:
         raise ValueError(

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.generation import decode, prompts, sample_loop, stop_automaton
+from btlm_jax.generation.call_arguments import resolve_arguments
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import prefill
 from btlm_jax.generation.processors import Processor, as_processors
@@ -134,20 +135,27 @@ def make_request(
       model: the model.
       input_ids: prompts, int [T] each, of any lengths, without padding.
       names: names of the prompts for messages.
-      **arguments: those of `generate` except `_GENERATE_ONLY`. `pad_token_id` has no effect,
-        because rows are not padded.
+      **arguments: those of `generate` except `_GENERATE_ONLY`, with the model's defaults.
+        `pad_token_id` has no effect, because rows are not padded.
 
     Raises:
       ValueError: as `generate`; the message names the prompt.
     """
+    call = resolve_arguments(model, arguments)
     for name in _GENERATE_ONLY:
-        if name in arguments:
+        value = call.arguments.pop(name, None)
+        if name == "attention_mask" and value is not None and np.asarray(value).all():
+            continue  # no padding
+        if value is not None and value is not False:
             raise ValueError(
                 f"{name}: found it in a stream or batch, where every row has its own length; only "
                 "generate accepts it: leave it out"
             )
     names = names or [f"prompt {i}" for i in range(len(input_ids))]
-    return _make_request(model, input_ids, names, arguments, **arguments)
+    # The defaults must not be applied a second time.
+    model = dataclasses.replace(model, generation_config=None)
+    with call.explain_errors():
+        return _make_request(model, input_ids, names, call.arguments, **call.arguments)
 
 
 def _make_request(

@@ -8,11 +8,13 @@ ends within the new token, wherever it begins, also in the prompt (as transforme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+from btlm_jax.data.tokenizer import check_text, encode_fragment
 
 
 def build_stop_table(
@@ -31,11 +33,15 @@ def build_stop_table(
     Raises:
       ValueError: no strings, an empty string, or no tokenizer.
     """
-    strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-    if not strings or not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(
-            f"stop_strings: found {stop_strings!r}, expected strings that are not empty"
-        )
+    is_one = isinstance(stop_strings, str) or not isinstance(stop_strings, Iterable)
+    strings = [stop_strings] if is_one else list(stop_strings)
+    if not strings:
+        raise ValueError("stop_strings: found none, expected at least one")
+    for string in strings:
+        try:
+            check_text(string)
+        except ValueError as e:
+            raise ValueError(f"stop_strings: {e}") from None
     if tokenizer is None:
         raise ValueError("stop_strings: found no tokenizer: pass tokenizer=load_tokenizer(...)")
     transitions, completes = _build_automaton([s.encode() for s in strings])
@@ -111,7 +117,7 @@ def _token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
             for token, i in vocab.items()
         }
     # Decoded after another token, because some decoders drop a leading space of the text.
-    prefix = tokenizer.encode("a", add_special_tokens=False).ids
+    prefix = encode_fragment(tokenizer, "a")
     prefix_length = len(tokenizer.decode(prefix, skip_special_tokens=False))
     texts = (tokenizer.decode([*prefix, i], skip_special_tokens=False) for i in vocab.values())
     return {i: t[prefix_length:].encode() for i, t in zip(vocab.values(), texts, strict=True)}

@@ -58,7 +58,7 @@ def stream(
       ValueError: as `generate`, before the first token; beams, whose result is only known at the
         end; several rows.
     """
-    ids = np.asarray(input_ids)
+    ids = prompts.as_id_array(input_ids)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.ndim != 1:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax.config import BTLMConfig
+from btlm_jax.hf_generation_config import GenerationConfigFile
 from btlm_jax.model import attention, sharding
 from btlm_jax.model.head import project_logits
 from btlm_jax.model.inputs import checked_inputs
@@ -64,6 +65,8 @@ class BTLM:
       remat: what the forward pass saves for the backward pass (`remat.SAVED_NAMES`): "none"
         recomputes nothing, "dots" saves matrix products and attention, "attention" only the
         latter, "full" only the input of every block.
+      generation_config: defaults of `generate`, which `load` reads from the checkpoint. Models that
+        differ in them only are equal, and share compiled programs.
     """
 
     config: BTLMConfig
@@ -71,6 +74,9 @@ class BTLM:
     rules: sharding.Rules = sharding.RULES
     attention_implementation: attention.Implementation | None = None
     remat: Remat = "dots"
+    generation_config: GenerationConfigFile | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if self.remat not in SAVED_NAMES:

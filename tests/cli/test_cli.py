@@ -157,7 +157,7 @@ def test_generate_takes_the_options_of_the_library(capsys, checkpoint_dir):
 
 def test_options_without_effect_are_warned_about(capsys, checkpoint_dir):
     code, _, err = run(capsys, "generate", checkpoint_dir, "--prompt", "a", "--top-k", "5")
-    assert code == 0 and "top_k=5 does nothing without do_sample=True" in err
+    assert code == 0 and "--top-k 5 does nothing without --sample" in err
 
 
 def bad_inputs(tmp_path):
@@ -196,15 +196,21 @@ def test_bad_input_is_one_message_and_writes_nothing(capsys, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--prompt", ""), "--prompt is empty"),
-        (("--prompt", "Hello", "--cache-length", "3"), "found cache_length=3"),
+        (("--prompt", ""), "--prompt: found no text, expected at least one character"),
+        (("--prompt", "Hello", "--cache-length", "3"), "found --cache-length 3"),
         (("--prompt", "Hello", "--sample", "--temperature", "0"), "temperature: found 0.0"),
         (
             ("--prompt", "Hello", "--max-length", "5"),
-            "max_length: found 5, expected more",
+            "--max-length: found 5, expected more",
         ),
-        (("--prompt", "Hello", "--num-return-sequences", "2"), "greedy decoding has one result"),
-        (("--prompt", "Hello", "--bad-words", ""), "bad_words_ids: found"),
+        (
+            ("--prompt", "Hello", "--num-return-sequences", "2"),
+            "greedy decoding has one result; set --sample or --num-beams",
+        ),
+        (
+            ("--prompt", "Hello", "--bad-words", ""),
+            "--bad-words: found no text, expected at least one",
+        ),
     ],
 )
 def test_bad_generation_options_are_refused(capsys, checkpoint_dir, options, message):

@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer, tokenizers_match
+from btlm_jax.data import tokenizer as tokenizer_lib
+from btlm_jax.data.tokenizer import (
+    check_vocabulary,
+    encode_fragment,
+    encode_prompt,
+    load_tokenizer,
+    tokenizers_match,
+)
 
 TEXT = "The quick brown fox, the lazy dog. Ünïcode 🙂\n\tand tabs"
 
@@ -88,3 +95,62 @@ def test_tokenizers_match_by_tokens_and_merges_and_not_by_file_format(bpe, tmp_p
     assert not tokenizers_match(Tokenizer.from_str(json.dumps(state)), bpe)
     files.add_tokens(["<|new|>"])
     assert not tokenizers_match(files, bpe)
+
+
+def with_special_tokens(bpe, template: str) -> Tokenizer:
+    """Returns the tokenizer with special tokens around every text ($A)."""
+    tokenizer = Tokenizer.from_str(bpe.to_str())
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokens = [
+        (token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>") if token in template
+    ]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=tokens)
+    return tokenizer
+
+
+def test_a_prompt_keeps_a_bos_and_loses_an_eos_that_the_tokenizer_adds(bpe, caplog):
+    tokenizer_lib._warn_once.cache_clear()
+    plain = bpe.encode("the fox").ids
+    assert encode_prompt(bpe, "the fox") == plain and not caplog.records
+    both = with_special_tokens(bpe, "<s> $A </s>")
+    bos, eos = (both.token_to_id(token) for token in ("<s>", "</s>"))
+    assert encode_prompt(both, "the fox") == [bos, *plain]
+    assert "the tokenizer adds </s> after every text: left off prompts" in caplog.text
+    assert encode_prompt(both, "<s>the fox</s>") == [bos, *plain, eos]  # those of the text stay
+    assert "a prompt begins with <s>: not added a second time" in caplog.text
+    assert encode_prompt(with_special_tokens(bpe, "$A </s>"), "the fox") == plain
+
+
+def test_a_fragment_has_no_special_tokens(bpe):
+    for template in ("$A", "<s> $A", "$A </s>", "<s> $A </s>"):
+        tokenizer = with_special_tokens(bpe, template)
+        for word in ("quick", " quick", "the lazy dog"):  # a leading space matters
+            assert encode_fragment(tokenizer, word) == bpe.encode(word).ids
+    assert encode_fragment(bpe, " quick") != encode_fragment(bpe, "quick")
+
+
+@pytest.mark.parametrize("encode", [encode_prompt, encode_fragment])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, r"found None, expected text \(a str\)"),
+        (["a"], r"found \['a'\], expected text"),
+        ("", "found no text, expected at least one character"),
+        ("caf\udce9", "found the byte 0xE9 after 'caf', expected UTF-8: convert it, as with iconv"),
+        ("\ud800", r"found the unpaired surrogate U\+D800 after '', expected UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_refused(bpe, encode, text, message):
+    with pytest.raises(ValueError, match=message):
+        encode(bpe, text)
+
+
+def test_text_that_a_tokenizer_drops_is_refused(bpe):
+    from tokenizers import normalizers
+
+    stripping = Tokenizer.from_str(bpe.to_str())
+    stripping.normalizer = normalizers.Strip()
+    with pytest.raises(ValueError, match="found ' ', which has no token"):
+        encode_fragment(stripping, " ")
+    with pytest.raises(ValueError, match="found ' ', which the tokenizer drops"):
+        encode_prompt(stripping, " ")

@@ -215,7 +215,7 @@ def test_no_prompts_give_no_results(of_bytes):
         ([[1]], dict(batch_size=0), "batch_size: found 0"),
         ([[1]], dict(seed=[1, 2]), "found 2 seeds"),
         ([[1]], dict(seed=[(0, 2**31)]), "or pairs of one and a stream"),
-        ([[1]], dict(attention_mask=[[1]]), "attention_mask: found it in a stream or batch"),
+        ([[1]], dict(attention_mask=[[0]]), "attention_mask: found it in a stream or batch"),
         ([[1]], dict(batchsize=3), "generate has no argument 'batchsize'"),
     ],
 )

@@ -110,7 +110,7 @@ def test_an_interrupted_run_is_not_mixed_with_another(
     assert code == 130 and f"2 results are kept in {target}.partial; the same command" in err
     assert not target.exists()
     code, _, err = run(capsys, *command, "--temperature", "0.5")
-    assert code == 2 and "2 results of another run (temperature: found 1.0, expected 0.5)" in err
+    assert code == 2 and "2 results of another run (temperature: found None, expected 0.5)" in err
     write_lines(source, LINES[:4])
     code, _, err = run(capsys, *command)
     assert code == 2 and "another run (input: found " in err
@@ -206,13 +206,19 @@ def test_bad_lines_are_named_before_the_weights_are_loaded(
         (("--input", "in.jsonl", "--output", "."), "exists"),
         (("--input", "in.jsonl", "--output", "o", "--prompt", "a"), "found both"),
         (("--input", "in.jsonl", "--output", "o", "--stream"), "--stream: found it with --input"),
-        (("--input", "in.jsonl", "--output", "o", "--batch-size", "0"), "batch_size: found 0"),
+        (("--input", "in.jsonl", "--output", "o", "--batch-size", "0"), "--batch-size: found 0"),
         (
             ("--input", "in.jsonl", "--output", "o", "--set", "mesh.data=9"),
             "needs 9 devices, found 8",
         ),
-        (("--input", "in.jsonl", "--output", "o", "--max-length", "9"), "in.jsonl:1: max_length"),
-        (("--input", "in.jsonl", "--output", "o", "--cache-length", "9"), "cache_length: found it"),
+        (
+            ("--input", "in.jsonl", "--output", "o", "--max-length", "9"),
+            "in.jsonl:1: --max-length: found 9",
+        ),
+        (
+            ("--input", "in.jsonl", "--output", "o", "--cache-length", "9"),
+            "--cache-length: found it",
+        ),
         ((), "--prompt and --input: found neither"),
         (("--prompt", "a", "--output", "o"), "--output: it needs --input"),
         (("--prompt", "a", "--batch-size", "2"), "--batch-size: it needs --input"),

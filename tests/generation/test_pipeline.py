@@ -63,7 +63,7 @@ def test_dtype_is_the_compute_dtype(bytes_checkpoint):
 @pytest.mark.parametrize(
     "text_inputs, options, message",
     [
-        ("", {}, "text_inputs: found '', expected text that is not empty"),
+        ("", {}, "text_inputs: found no text, expected at least one character"),
         (["a", 3], {}, "text_inputs: found 3"),
         ("a", dict(max_lenght=3), "did you mean max_length"),
         ("a", dict(max_length=1), "prompt 0: max_length: found 1"),

@@ -109,7 +109,7 @@ def test_closing_a_stream_frees_it(of_bytes):
         (np.array([[1, 2], [3, 4]]), {}, r"input_ids: found shape \(2, 2\).* generate_batch"),
         (PROMPT, dict(chunk=0), "chunk: found 0"),
         (PROMPT, dict(num_beam=2), "did you mean num_beams"),
-        (PROMPT, dict(prompt_cache=None), "prompt_cache: found it in a stream"),
+        (PROMPT, dict(prompt_cache=3), "prompt_cache: found it in a stream"),
         (PROMPT[:0], {}, "prompt 0: .*no empty prompt"),
         (PROMPT, dict(max_length=3), "prompt 0: max_length: found 3"),
     ],

@@ -24,7 +24,7 @@ from btlm_jax.convert import convert, export, verify
 from btlm_jax.data import sample_text
 from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare_tokens
 from btlm_jax.data.token_shards import TokenShards
-from btlm_jax.data.tokenizer import load_tokenizer
+from btlm_jax.data.tokenizer import encode_prompt, load_tokenizer
 from btlm_jax.generation.generate import generate
 from btlm_jax.model import sharding, weights
 from btlm_jax.train.loop import train
@@ -172,7 +172,7 @@ def _print_samples(path: Path, mesh: Mesh) -> None:
     tokenizer = load_tokenizer(path)
     model, params = checkpoint.load(path, mesh=mesh)
     for prompt in PROMPTS:
-        ids = np.array([tokenizer.encode(prompt).ids])
+        ids = np.array([encode_prompt(tokenizer, prompt)])
         for name, sample in (("greedy", False), ("sampled", True)):
             temperature = 0.7 if sample else 1.0
             out = generate(
