@@ -27,7 +27,7 @@ FOLDERS = [
     "train",
     "cli",
 ]
-# Methods of tokenizers that add special tokens unless they are told not to.
+# Methods of tokenizers that add special tokens by default.
 ENCODERS = ("encode", "encode_batch", "encode_batch_fast")
 HEAVY = {"torch", "transformers", "datasets", "lm_eval", "matplotlib", "huggingface_hub"}
 

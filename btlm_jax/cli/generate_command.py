@@ -16,6 +16,11 @@ logger = logging.getLogger(__name__)
 
 # Arguments of `generate` that have options of other names.
 _OTHER_NAMES = {"do_sample": "sample", "bad_words_ids": "bad_words"}
+# Fields that no function has as an argument, but messages as an ordinary word.
+_NOT_ARGUMENTS = (
+    "checkpoint", "prompt", "input", "output", "overwrite", "stream", "set", "sample", "greedy",
+    "logprobs", "model_defaults",
+)  # fmt: skip
 # Fields that do not change what is generated, only where and how fast.
 _NOT_IN_KEY = (
     "checkpoint", "prompt", "input", "output", "batch_size", "overwrite", "stream", "set"
@@ -124,7 +129,8 @@ class Generate:
         from btlm_jax.data.tokenizer import check_vocabulary, tokenizer_directory
         from btlm_jax.hf_generation_config import read_generation_config
 
-        with messages_with_flags([f.name for f in dataclasses.fields(self)], _OTHER_NAMES):
+        names = {f.name for f in dataclasses.fields(self)} - {*_NOT_ARGUMENTS}
+        with messages_with_flags(sorted(names), _OTHER_NAMES):
             self._check()
             # All that is small is checked before the weights are loaded.
             meta = metadata.read_metadata(self.checkpoint)

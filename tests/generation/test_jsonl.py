@@ -110,7 +110,7 @@ def test_an_interrupted_run_is_not_mixed_with_another(
     assert code == 130 and f"2 results are kept in {target}.partial; the same command" in err
     assert not target.exists()
     code, _, err = run(capsys, *command, "--temperature", "0.5")
-    assert code == 2 and "2 results of another run (temperature: found None, expected 0.5)" in err
+    assert code == 2 and "2 results of another run (--temperature: found None, expected 0.5)" in err
     write_lines(source, LINES[:4])
     code, _, err = run(capsys, *command)
     assert code == 2 and "another run (input: found " in err
