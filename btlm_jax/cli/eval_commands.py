@@ -126,9 +126,9 @@ class EvalLossByPosition(_TextOptions):
     all."""
     windows: int = 100
     """Maximum number of windows, in the order of the documents."""
-    windows_per_document: int = 4
-    """Maximum number of windows of a document, from its beginning: more documents say more than
-    more windows of one."""
+    windows_per_document: int | None = None
+    """Maximum number of windows of a separate document, from its beginning: more documents say more
+    than more windows of one. Default 4."""
     documents: Literal["separate", "joined"] = "separate"
     """Read each document alone, or all as one stream, each after its EOS, as in training without
     data.mask_documents; then without bands, because its windows are not independent."""

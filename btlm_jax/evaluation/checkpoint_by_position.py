@@ -35,7 +35,7 @@ def checkpoint_loss_by_position(
     trained: int | None,
     kinds: Sequence[ScalingKind],
     max_windows: int,
-    max_per_document: int,
+    max_per_document: int | None,
     reading: Reading,
     batch_size: int | None,
     dtype: str | None,
@@ -51,7 +51,8 @@ def checkpoint_loss_by_position(
       length: tokens per window; None is four times the trained length.
       trained: trained length; None is the model's `n_positions`.
       kinds: kinds of scaling to compare; () compares all that the model supports.
-      max_windows, max_per_document: as in `LongWindows`.
+      max_windows: as in `LongWindows`.
+      max_per_document: as in `LongWindows`, for separate documents; None is 4.
       reading: how to read the documents.
       batch_size: as in `loss_by_position`.
       dtype, mesh: as in `load_for_evaluation`.
@@ -66,6 +67,11 @@ def checkpoint_loss_by_position(
         are read.
       FloatingPointError: the loss is not finite.
     """
+    if reading == "joined" and max_per_document is not None:
+        raise ValueError(
+            "--windows-per-document: documents that are joined have no windows of their own: leave "
+            "it out, or --documents joined"
+        )
     meta = metadata.read_metadata(path)
     model = BTLM(meta.config, compute_dtype=dtype)
     trained = trained_length(model, trained)
@@ -82,7 +88,7 @@ def checkpoint_loss_by_position(
         texts.prefix(encoder, trained_reading),
         length,
         max_windows=max_windows,
-        max_per_document=max_per_document,
+        max_per_document=4 if max_per_document is None else max_per_document,
         concatenate=reading == "joined",
     )
     model, params = load_for_evaluation(path, dtype, mesh)

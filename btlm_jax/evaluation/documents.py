@@ -72,6 +72,11 @@ class TextInputs:
         ]
         if not files:
             raise ValueError("found neither --text nor --jsonl, expected files to evaluate on")
+        if self.field != "text" and not self.jsonl:
+            raise ValueError(
+                f"--field: found {self.field!r} without --jsonl, whose objects have fields: leave "
+                "it out, or name JSON lines"
+            )
         return self._tokenize(TextReader(files, self.field, on_error=self.on_error), encoder)
 
     def _tokenize(self, reader: TextReader, encoder: Encoder) -> Iterator[TokenizedDocument]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
+import jax
 from tokenizers import Tokenizer
 
 from btlm_jax.config import BTLMConfig
@@ -331,8 +332,10 @@ def run_tasks(
                 limit=limit,
                 log_samples=False,
             )
-        except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as e:
-            if isinstance(e, FloatingPointError):
+        except (FloatingPointError, MemoryError, OSError, ValueError):
+            raise
+        except Exception as e:  # of lm-eval, Jinja or a function of a task file
+            if isinstance(e, jax.errors.JaxRuntimeError):
                 raise
             raise ValueError(
                 f"lm-eval failed on the tasks {', '.join(tasks.leaves)} ({describe_error(e)}): "

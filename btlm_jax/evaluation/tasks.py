@@ -19,6 +19,8 @@ _REQUIRED_FIELDS = (
     ("doc_to_text", "use_prompt"),
     ("doc_to_target", "use_prompt"),
 )
+_SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
+_NO_DOCUMENTS = "found no documents in its data set: see test_split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,12 @@ def _build_task(manager: Any, name: str) -> Any:
     entry = manager.task_index.get(name)
     if entry is not None and entry.kind.name == "TASK":
         _check_fields(f"{entry.yaml_path}", entry.cfg)
+        _check_metrics(f"{entry.yaml_path}", entry.cfg)
+    if entry is not None and entry.kind.name == "GROUP":
+        members = (entry.cfg or {}).get("task") or ()
+        missing = [x for x in members if isinstance(x, str) and x not in manager.task_index]
+        if missing:
+            raise ValueError(f"{entry.yaml_path}: task: found no task {missing[0]!r} for {name}")
     try:
         return manager.load([name])
     except FileNotFoundError as e:
@@ -158,6 +166,15 @@ def _build_task(manager: Any, name: str) -> Any:
             f"task {name}: its data set is not available ({e}): connect to the network, run "
             "`datasets.load_dataset` on a machine with one and copy its cache (HF_HOME), or write "
             "a task file over local data (--include-path)"
+        ) from None
+    except StopIteration:  # lm-eval tries the templates on the first document
+        raise ValueError(f"task {name}: {_NO_DOCUMENTS}") from None
+    except KeyError as e:
+        splits = [field for field in _SPLITS if entry and entry.cfg.get(field) in e.args]
+        if not splits:
+            raise ValueError(f"task {name}: {describe_error(e)}") from None
+        raise ValueError(
+            f"task {name}: {splits[0]}: found {e.args[0]!r}, which its data set does not have"
         ) from None
     except IndexError as e:  # lm-eval tries the templates on the first document
         raise ValueError(
@@ -180,6 +197,23 @@ def _check_fields(file: str, fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{file}: found no field {' or '.join(names)}, which a task needs")
     if fields.get("output_type") == "multiple_choice" and fields.get("doc_to_choice") is None:
         raise ValueError(f"{file}: found no field doc_to_choice, which multiple_choice needs")
+
+
+def _check_metrics(file: str, fields: Mapping[str, Any]) -> None:
+    """Raises ValueError if a metric or an aggregation has a name that lm-eval does not know."""
+    registry = import_lm_eval("api.registry")
+    import_lm_eval("api.metrics")  # registers them
+    known = {"metric": registry.METRIC_REGISTRY, "aggregation": registry.AGGREGATION_REGISTRY}
+    if fields.get("process_results"):  # it names metrics of its own
+        del known["metric"]
+    for metric in fields.get("metric_list") or ():
+        for field, names in known.items():
+            value = metric.get(field)
+            if not isinstance(value, str) or value in names or metric.get("hf_evaluate"):
+                continue
+            near = difflib.get_close_matches(value, list(names), 1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{file}: metric_list: {field}: lm-eval has no {value!r}{hint}")
 
 
 def _check_fewshot(name: str, task: Any, num_fewshot: int | None) -> None:
@@ -212,7 +246,7 @@ def _check_documents(name: str, task: Any, limit: int | float | None) -> None:
         count += 1
         without_answer += not _has_answer(name, task, number, doc)
     if not count:
-        raise ValueError(f"task {name}: found no documents in its data set: see test_split")
+        raise ValueError(f"task {name}: {_NO_DOCUMENTS}")
     if without_answer:
         logger.warning(
             "task %s: doc_to_target of %d of %d documents is none of their choices: they count as "
@@ -227,6 +261,11 @@ def _has_answer(name: str, task: Any, number: int, doc: Any) -> bool:
     choices, target = task.doc_to_choice(doc), task.doc_to_target(doc)
     if not choices:
         raise ValueError(f"task {name}: document {number} has no choices: see its doc_to_choice")
+    if not all(isinstance(choice, str) and choice for choice in choices):
+        raise ValueError(
+            f"task {name}: document {number} has an empty choice, which cannot be scored by its "
+            "length: see its doc_to_choice"
+        )
     targets = target if isinstance(target, list) else [target]
     return all(0 <= t < len(choices) if isinstance(t, int) else t in choices for t in targets)
 
@@ -250,6 +289,7 @@ def _check_document(context: str, task: Any, number: int, doc: Any, templates: A
 
 
 def describe_error(e: Exception) -> str:
-    """Returns the class and message of an error, cut to a few lines of text."""
+    """Returns the class and message of an error, or of its cause, cut to a few lines of text."""
+    e = e.__cause__ if isinstance(e.__cause__, Exception) else e
     message = " ".join(str(e).split()) or "no message"
     return f"{type(e).__name__}: {message if len(message) <= 300 else message[:300] + ' ...'}"

@@ -24,6 +24,16 @@ def edit_task(name: str, before: str, after: str):
     return change
 
 
+def empty_test_split(tasks: Path) -> str:
+    (tasks / "test.jsonl").write_text("")
+    return "local_text"
+
+
+def group_of_unknown_task(tasks: Path) -> str:
+    (tasks / "both.yaml").write_text("group: both\ntask: [local_text, nosuch]\n")
+    return "both"
+
+
 @pytest.mark.parametrize(
     "change, named, expected",
     [
@@ -54,7 +64,19 @@ def edit_task(name: str, before: str, after: str):
         (edit_task("local_text", "doc_to_text: ", "# "), {}, "no field doc_to_text"),
         (edit_task("local_text", "{{text}}", "{{txt}}"), {}, "'txt' is undefined"),
         (edit_task("local_text", "test.jsonl", "no.jsonl"), {}, r"Unable to find '.*no\.jsonl'"),
-        (edit_task("local_text", "test_split: test", "test_split: tset"), {}, "KeyError: 'tset'"),
+        (
+            edit_task("local_text", "test_split: test", "test_split: tset"),
+            {},
+            "test_split: found 'tset', which its data set does",
+        ),
+        (
+            edit_task("local_text", "word_perplexity, agg", "word_perplxity, agg"),
+            {},
+            "metric: lm-eval has no 'word_perplxity', did you mean word_perp",
+        ),
+        (edit_task("local_text", "weighted_perplexity", "mode"), {}, "aggregation: lm-eval has no"),
+        (empty_test_split, {}, "task local_text: found no documents"),
+        (group_of_unknown_task, {}, "found no task 'nosuch' for both"),
         (edit_task("local_continue", "do_sample: false", "num_beams: 3"), {}, "num_beams = 3"),
         (edit_task("local_continue", "do_sample: false", "topp: 3"), {}, "did you mean top_p"),
         (

@@ -42,18 +42,22 @@ def test_default_labels_skip_padding_and_segment_starts(tiny):
     assert float(none.tokens) == 0 and float(none.mean) == 0
 
 
-@pytest.mark.parametrize("positions", ["alibi", "learned"])
-def test_masked_documents_are_predicted_as_if_each_were_alone_after_eos(positions):
+@pytest.mark.parametrize(
+    "positions, sizes",
+    [("alibi", None), ("learned", None), ("learned", dict(fsdp=2, context=2, tensor=2))],
+)
+def test_masked_documents_are_predicted_as_if_each_were_alone_after_eos(positions, sizes):
     """Every token counts once, also the first of a document and the EOS that ends it."""
     config = dataclasses.replace(BTLMConfig.preset("tiny"), position_embedding_type=positions)
     model = BTLM(dataclasses.replace(config, n_layer=1, initializer_range=0.3))
-    params = model.init(jax.random.key(0))
-    alone = np.random.default_rng(8).integers(1, 512, (3, 8)).astype(np.int32)
+    alone = np.random.default_rng(8).integers(1, 512, (8, 8)).astype(np.int32)
     alone[:, [0, -1]] = 0  # EOS, which a packed row holds once between two documents
-    packed = np.concatenate([alone[:1, :1], alone[:, 1:].reshape(1, -1)], 1)
-    got = target_loss(model, params, packed, document_segments(packed, 0))[1]
-    expected = target_loss(model, params, alone)[1]
-    assert float(got.tokens) == float(expected.tokens) == 21
+    packed = np.concatenate([alone[::4, :1], alone[:, 1:].reshape(2, -1)], 1)
+    params = model.init(jax.random.key(0), mesh=make_mesh(**sizes) if sizes else None)
+    with sharding.on_mesh(sharding.mesh_of(params["wte"])):
+        got = target_loss(model, params, packed, document_segments(packed, 0))[1]
+    expected = target_loss(model, model.init(jax.random.key(0)), alone)[1]
+    assert float(got.tokens) == float(expected.tokens) == 56
     assert float(got.nll) == pytest.approx(float(expected.nll), rel=1e-5)
 
 
