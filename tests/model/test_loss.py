@@ -16,7 +16,7 @@ from btlm_jax.model import sharding
 from btlm_jax.model.chunked_loss import IGNORE, cross_entropy
 from btlm_jax.model.loss import target_loss
 from btlm_jax.train.batches import document_segments
-from btlm_jax.train.step import init_state, make_step
+from btlm_jax.train.step import init_state, make_eval_step, make_step
 from support import reference_numpy
 
 
@@ -53,9 +53,11 @@ def test_masked_documents_are_predicted_as_if_each_were_alone_after_eos(position
     alone = np.random.default_rng(8).integers(1, 512, (8, 8)).astype(np.int32)
     alone[:, [0, -1]] = 0  # EOS, which a packed row holds once between two documents
     packed = np.concatenate([alone[::4, :1], alone[:, 1:].reshape(2, -1)], 1)
-    params = model.init(jax.random.key(0), mesh=make_mesh(**sizes) if sizes else None)
-    with sharding.on_mesh(sharding.mesh_of(params["wte"])):
-        got = target_loss(model, params, packed, document_segments(packed, 0))[1]
+    mesh, batch = None, (packed, document_segments(packed, 0))
+    if sizes:
+        mesh, spec = make_mesh(**sizes), sharding.partition_spec(sharding.RULES, "batch", None)
+        batch = jax.device_put(batch, NamedSharding(mesh, spec))
+    got = make_eval_step(model)(model.init(jax.random.key(0), mesh=mesh), *batch)
     expected = target_loss(model, model.init(jax.random.key(0)), alone)[1]
     assert float(got.tokens) == float(expected.tokens) == 56
     assert float(got.nll) == pytest.approx(float(expected.nll), rel=1e-5)
