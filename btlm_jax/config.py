@@ -80,6 +80,8 @@ class BTLMConfig:
     `config.json` round-trips, but dropout is not implemented: inference never needs it, and
     training refuses a probability above zero (`require_no_dropout`).
 
+    `eos_token_id` may be a tuple of several ids, each of which ends a text.
+
     `alibi_slopes` are the H slopes stored in a checkpoint, exactly (the released one stores them
     rounded to bf16); None means the exact slopes of `alibi.slopes`.
 
@@ -114,7 +116,7 @@ class BTLMConfig:
     embd_pdrop: float = 0.1
     attn_pdrop: float = 0.1
     bos_token_id: int | None = 50256
-    eos_token_id: int | None = 50256
+    eos_token_id: int | tuple[int, ...] | None = 50256
     pad_token_id: int | None = None
     alibi_slopes: tuple[float, ...] | None = None
     completep_base_layers: int | None = None
@@ -265,7 +267,9 @@ def _invalid_fields(c: BTLMConfig) -> Iterator[str]:
             yield invalid(name, "true or false")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token = getattr(c, name)
-        if token is not None and not (is_int(token) and token >= 0):
+        several = name == "eos_token_id" and isinstance(token, tuple)
+        tokens = token if several else () if token is None else (token,)
+        if not all(is_int(t) and t >= 0 for t in tokens):
             yield invalid(name, "null or a token id >= 0")
     base = c.completep_base_layers
     if base is not None and not (is_int(base) and base > 0):

@@ -10,7 +10,8 @@ meaning, named as in the released model:
 | width scale | mup_width_scale | width_scale | 256 / n_embd |
 | factor on logits | mup_output_alpha * mup_width_scale | output_logits_scale | width_scale |
 
-Later Jais models and Cerebras-GPT have the released keys.
+Later Jais models and Cerebras-GPT with muP have the released keys; the Cerebras-GPT models with
+`model_type` "gpt2" have none.
 
 Absent keys leave their factors at 1, as in the original class.
 """
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from btlm_jax.config import AlibiScaling, BTLMConfig, is_int, is_number
+from btlm_jax.hf_config_values import ALIASES, normalize_values
 from btlm_jax.presets import MUP_BASE_WIDTH
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = ("btlm", "jais")
+# The public Cerebras-GPT models are GPT-2s: learned positions, GELU, muP off.
+MODEL_TYPES = ("btlm", "jais", "gpt2")
 # The original modelling code, which the config.json of an export refers to.
 _CODE = "cerebras/btlm-3b-8k-base--"
 # Fields of BTLMConfig that no config.json has a key for.
@@ -73,11 +76,10 @@ def config_from_hf(raw: Mapping[str, Any]) -> BTLMConfig:
     Raises:
       ValueError: a field is invalid or not supported.
     """
+    raw = normalize_values(raw)
     _check_supported(raw)
     names = [f.name for f in dataclasses.fields(BTLMConfig) if f.name not in _WITHOUT_KEY]
     values = {n: raw[n] for n in names if n in raw}
-    if values.get("n_inner") is None:
-        values["n_inner"] = 0
     values["alibi_scaling"] = alibi_scaling_from_hf(raw.get("alibi_scaling"))
     values.update(_mup_fields(raw))
     return BTLMConfig(**values)
@@ -128,8 +130,13 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
                 f"{name}: found {raw[name]!r}, expected no such key: the original code would "
                 "ignore it. Set it with dataclasses.replace, or in model.fields of a recipe"
             )
-    if raw.get("quantization_config"):
-        problems.append("quantization_config: quantized checkpoints are not supported as a source")
+    if quantized := raw.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        problems.append(
+            f"quantization_config: found {method or str(quantized)[:80]!r}, expected no such key: "
+            "quantized weights cannot be converted: use the original model, or call "
+            "model.dequantize() in transformers and save it in floats"
+        )
     if problems:
         raise ValueError("unsupported BTLM configuration:\n  " + "\n  ".join(problems))
 
@@ -258,6 +265,7 @@ def _with_changes(original: Mapping[str, Any], config: BTLMConfig) -> dict[str, 
     before, fields = config_from_hf(original), config_to_hf(config)
     names = [f.name for f in dataclasses.fields(config) if f.name in fields]
     changes = {n: fields[n] for n in names if getattr(before, n) != getattr(config, n)}
+    changes = {(ALIASES[n] if ALIASES.get(n) in original else n): v for n, v in changes.items()}
     if _OLD_KEYS & set(original) and any(name.startswith("mup_") for name in changes):
         changes = {n: v for n, v in changes.items() if not n.startswith("mup_")}
         changes |= {old: getattr(config, new) for old, new in _OLD_MUP_KEYS.items()}

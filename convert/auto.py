@@ -7,9 +7,11 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from btlm_jax.checkpoint import checkpoint, metadata
+from btlm_jax.checkpoint.orbax_metadata import MARKER_FILE
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert.hf.source import open_hf
-from btlm_jax.convert.hf.source_config import read_source_config
+from btlm_jax.convert.hf.source_config import open_model
+from btlm_jax.convert.hf.weight_files import WEIGHT_FORMS
 from btlm_jax.convert.to_mesh import load_hf
 from btlm_jax.data.tokenizer import load_tokenizer, tokenizer_directory
 from btlm_jax.model.btlm import BTLM
@@ -20,8 +22,9 @@ from btlm_jax.utils import paths
 def is_huggingface(source: metadata.PathLike) -> bool:
     """Returns whether to open a source as Hugging Face files rather than as an Orbax checkpoint.
 
-    True for a local directory with a config.json, and for a name that does not exist locally: it
-    may be a Hub id, and `open_hf` raises a helpful error if it is not.
+    True for a local directory with a config.json (beside an Orbax checkpoint only if it has
+    weights too, which `open_hf` refuses), for an adapter, and for a name that does not exist
+    locally: it may be a Hub id, and `open_hf` raises a helpful error if it is not.
 
     Raises:
       ValueError: a URL that `paths.location` refuses.
@@ -29,18 +32,21 @@ def is_huggingface(source: metadata.PathLike) -> bool:
     location = paths.location(source)
     if paths.is_remote(location):
         return False
-    return not location.exists() or (location / "config.json").is_file()
+    if not location.exists() or (location / "adapter_config.json").exists():
+        return True
+    if (location / MARKER_FILE).exists():
+        return any((location / form.main).exists() for form in WEIGHT_FORMS)
+    return (location / "config.json").exists()
 
 
 def read_any_config(source: metadata.PathLike) -> BTLMConfig:
     """Reads the configuration of a checkpoint of either format, with its stored ALiBi slopes.
 
     Raises:
-      FileNotFoundError, ConnectionError, ValueError: as `open_hf`, `read_source_config` and
-        `metadata.read_metadata`.
+      FileNotFoundError, ConnectionError, ValueError: as `open_model` and `metadata.read_metadata`.
     """
     if is_huggingface(source):
-        return read_source_config(open_hf(source))
+        return open_model(source)[1]
     return metadata.read_metadata(source).config
 
 

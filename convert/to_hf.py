@@ -89,6 +89,7 @@ def export(
             f"{source} is quantized ({meta.quantization}), which the original code cannot read: "
             "export the checkpoint it was made from"
         )
+    check_assets(meta)
     config = _config_json(meta)
     threads = num_threads(max_memory, meta.largest_block)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
@@ -147,6 +148,25 @@ def export(
     )
 
 
+def check_assets(meta: metadata.CheckpointMetadata) -> None:
+    """Checks the files that a checkpoint carries against its record, before they are copied.
+
+    Raises:
+      ValueError: a file is missing or has changed.
+    """
+    present = {file.name: file for file in asset_files(meta.path)}
+    for name, recorded in meta.asset_sha256.items():
+        if name not in present:
+            raise ValueError(
+                f"{meta.path}: tokenizer/{name} is missing, which the checkpoint records: copy it "
+                "there again from the source of the checkpoint, or convert again"
+            )
+        if hashlib.sha256(present[name].read_bytes()).hexdigest() != recorded:
+            raise metadata.damaged_error(meta.path, f"{name} does not match the recorded SHA-256")
+    if not {"tokenizer.json", "vocab.json"} & set(present):
+        logger.warning("%s has no tokenizer files: its copy will have none either", meta.path)
+
+
 def is_our_export(path: metadata.PathLike) -> bool:
     """Returns whether `export` wrote a directory, as the header of every weight file states."""
     files = list(Path(path).glob("*.safetensors"))
@@ -194,13 +214,7 @@ def _write_small_files(
     _write_json(content / "config.json", config)
     _write_json(content / "generation_config.json", hf_config.generation_config_json(meta.config))
     for file in asset_files(meta.path):
-        data = file.read_bytes()
-        recorded = meta.asset_sha256.get(file.name)
-        if recorded is not None and hashlib.sha256(data).hexdigest() != recorded:
-            raise metadata.damaged_error(
-                meta.path, f"{file.name} does not match the recorded SHA-256"
-            )
-        atomic.write_bytes(content / file.name, data)
+        atomic.write_bytes(content / file.name, file.read_bytes())
     _log_missing_code(content)
     if len(shards) > 1:
         weight_map = {t.name: name for name, shard in shards.items() for t in shard}

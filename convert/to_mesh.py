@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from btlm_jax.checkpoint import unstacked as unstacked_lib
-from btlm_jax.convert.hf.source import HFSource, open_hf
-from btlm_jax.convert.hf.source_config import read_source_config
+from btlm_jax.convert.hf.source import HFSource
+from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.hf_generation_config import read_generation_config
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.btlm import BTLM
@@ -57,9 +57,9 @@ def load_hf(
       FileNotFoundError, ConnectionError, ValueError: as `convert`.
     """
     unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
-    hf = open_hf(source, revision=revision)
+    hf, config = open_model(source, revision=revision)
     model = BTLM(
-        read_source_config(hf),
+        config,
         rules=rules or sharding.RULES,
         generation_config=read_generation_config(hf.directory),
     )

@@ -12,8 +12,8 @@ from typing import Any
 from btlm_jax import __version__
 from btlm_jax.checkpoint import checkpoint, metadata, zarr
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
-from btlm_jax.convert.hf.source import HFSource, open_hf
-from btlm_jax.convert.hf.source_config import read_source_config
+from btlm_jax.convert.hf.source import HFSource
+from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.model import weights
@@ -61,8 +61,7 @@ def convert(
     began = time.monotonic()
     atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_btlm_checkpoint)
     threads = num_threads(max_memory)
-    hf = open_hf(source, revision=revision)
-    config = read_source_config(hf)
+    hf, config = open_model(source, revision=revision)
     leaves = list(weights.disk_leaves(config))
     with checkpoint.open_writer(
         target,
@@ -145,7 +144,12 @@ def check_finite(source: str, records: Mapping[str, Any], allowed: bool) -> None
     nonfinite = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r["nonfinite"]]
     if not nonfinite:
         return
-    message = f"{source} holds NaN or Inf in {len(nonfinite)} tensors:\n  " + "\n  ".join(nonfinite)
+    more = "" if len(nonfinite) <= 8 else f"\n  and {len(nonfinite) - 8} more"
+    message = (
+        f"{source} holds NaN or Inf in {len(nonfinite)} tensors:\n  "
+        + "\n  ".join(nonfinite[:8])
+        + more
+    )
     if not allowed:
         raise ValueError(f"{message}\nPass --allow-nonfinite to convert them unchanged")
     logger.warning("%s", message)

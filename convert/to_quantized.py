@@ -22,9 +22,9 @@ from btlm_jax.checkpoint.quantize_arrays import QuantizationErrors
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
-from btlm_jax.convert.hf.source import open_hf
-from btlm_jax.convert.hf.source_config import read_source_config
+from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.convert.threads import for_each_in_threads, num_threads_holding
+from btlm_jax.convert.to_hf import check_assets
 from btlm_jax.convert.to_orbax import check_finite, source_origin, source_resume_key
 from btlm_jax.model import weights
 from btlm_jax.utils import atomic
@@ -140,8 +140,7 @@ def quantize(
 def _open_floats(source: str | os.PathLike[str], revision: str | None) -> FloatCheckpoint:
     """Opens the source of a quantization, whichever format it has."""
     if auto.is_huggingface(source):
-        hf = open_hf(source, revision=revision)
-        config = read_source_config(hf)
+        hf, config = open_model(source, revision=revision)
         names = {leaf.path: leaf.hf_name for leaf in weights.disk_leaves(config)}
 
         def from_hf(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
@@ -166,6 +165,7 @@ def _open_floats(source: str | os.PathLike[str], revision: str | None) -> FloatC
             f"{source} is quantized already ({meta.quantization}): quantize the checkpoint it was "
             "made from"
         )
+    check_assets(meta)
 
     def from_orbax(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
         digest = zarr.Digest()

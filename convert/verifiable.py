@@ -18,8 +18,8 @@ from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert import auto
 from btlm_jax.convert.hf.safetensors_writer import SHA256_KEY
-from btlm_jax.convert.hf.source import HFSource, open_hf
-from btlm_jax.convert.hf.source_config import read_source_config
+from btlm_jax.convert.hf.source import HFSource
+from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.model import weights
 
@@ -76,7 +76,7 @@ def open_for_verification(source: metadata.PathLike) -> VerifiableCheckpoint:
     """
     name = os.fspath(source)
     if auto.is_huggingface(source):
-        return _open_huggingface(name, open_hf(source))
+        return _open_huggingface(name, *open_model(source))
     meta = metadata.read_metadata(source)
     leaves = {leaf.hf_name: leaf for leaf in meta.disk_leaves}
 
@@ -97,7 +97,7 @@ def open_for_verification(source: metadata.PathLike) -> VerifiableCheckpoint:
     )
 
 
-def _open_huggingface(name: str, hf: HFSource) -> VerifiableCheckpoint:
+def _open_huggingface(name: str, hf: HFSource, config: BTLMConfig) -> VerifiableCheckpoint:
     def blocks(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
         return hf.blocks(leaf.hf_name, zarr.block_size(leaf.weight.shape, width))
 
@@ -112,7 +112,7 @@ def _open_huggingface(name: str, hf: HFSource) -> VerifiableCheckpoint:
 
     return VerifiableCheckpoint(
         name=name,
-        config=read_source_config(hf),
+        config=config,
         quantized=None,
         dtypes={n: info.dtype for n, info in hf.tensors.items()},
         blocks=blocks,

@@ -86,7 +86,7 @@ def test_class_defaults_are_the_originals():
         ({"mup_width_scale": float("nan")}, "mup_width_scale: found nan"),
         ({"mup_scale_qk_dot_by_d": 1}, "mup_scale_qk_dot_by_d: found 1, expected true or false"),
         ({"resid_pdrop": 1.0}, "resid_pdrop: found 1.0"),
-        ({"eos_token_id": -1}, "eos_token_id: found -1"),
+        ({"eos_token_id": -2}, "eos_token_id: found -2"),
         ({"embeddings_scale": 14.6}, "mixes two key flavors"),
         ({"width_scale": 0.1}, "mixes two key flavors"),
         ({"alibi_scaling": {"type": "linear"}}, "alibi_scaling"),
@@ -175,3 +175,31 @@ def test_generation_config_has_the_special_tokens_that_are_set():
     config = dataclasses.replace(BTLMConfig.preset("tiny"), pad_token_id=3, bos_token_id=None)
     expected = {"_from_model_config": True, "eos_token_id": 0, "pad_token_id": 3}
     assert hf_config.generation_config_json(config) == expected
+
+
+def test_the_public_cerebras_gpt_models_are_gpt2s():
+    raw = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2Model"],
+        "activation_function": "gelu",
+        "n_positions": 2048,
+    }
+    sizes = {"n_embd": 768, "n_head": 12, "n_inner": 3072, "n_layer": 10, "vocab_size": 50257}
+    c = BTLMConfig.from_hf(raw | sizes)
+    assert (c.activation_function, c.position_embedding_type) == ("gelu", "learned")
+    assert c.logits_scale == c.mup_embeddings_scale == 1.0 and c.tie_word_embeddings
+
+
+def test_values_are_read_as_other_tools_write_them():
+    plain = BTLMConfig.from_hf(released())
+    written = released(n_embd=2560.0, tie_word_embeddings="true", pad_token_id=-1, n_inner=6826.0)
+    assert BTLMConfig.from_hf(written | {"dtype": "bfloat16", "rope_parameters": None}) == plain
+    renamed = {k: v for k, v in released().items() if k != "n_layer"}
+    assert BTLMConfig.from_hf(renamed | {"num_hidden_layers": 32}) == plain
+    assert BTLMConfig.from_hf({"model_type": "llava", "text_config": released()}) == plain
+    with pytest.raises(ValueError, match="n_layer = 32 and num_hidden_layers = 3"):
+        BTLMConfig.from_hf(released(num_hidden_layers=3))
+    several = BTLMConfig.from_hf(released(eos_token_id=[50256, 5, 50256]))
+    assert several.eos_token_id == (50256, 5)
+    assert BTLMConfig.from_hf(json.loads(json.dumps(several.to_hf()))) == several
+    assert BTLMConfig.from_hf(released(eos_token_id=[50256])) == plain

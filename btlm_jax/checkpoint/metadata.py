@@ -264,6 +264,8 @@ def _decode_config(fields: Mapping[str, Any]) -> BTLMConfig:
         values["alibi_scaling"] = AlibiScaling(**values["alibi_scaling"])
     if values.get("alibi_slopes") is not None:
         values["alibi_slopes"] = tuple(values["alibi_slopes"])
+    if isinstance(values.get("eos_token_id"), list):
+        values["eos_token_id"] = tuple(values["eos_token_id"])
     return BTLMConfig(**values)
 
 

@@ -191,11 +191,17 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
     A model may have more rows than the tokenizer has tokens, because rows are rounded up.
     """
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    largest = max(ids.values(), default=-1)
     if largest >= vocab_size:
+        beyond = sorted((i, token) for token, i in ids.items() if i >= vocab_size)
+        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:4])
+        more = f" and {len(beyond) - 4} more" if len(beyond) > 4 else ""
         raise ValueError(
             f"vocabulary mismatch: the tokenizer has ids up to {largest}, the model's vocab_size "
-            f"is {vocab_size}; use the tokenizer the model was trained with"
+            f"is {vocab_size}: there is no embedding for {named}{more}. Use the tokenizer the "
+            "model was trained with; remove these tokens from added_tokens of tokenizer.json if "
+            "no text needs them; or resize the model in transformers (resize_token_embeddings)"
         )
 
 

@@ -119,13 +119,13 @@ def resolve_eos_ids(eos_token_id: EosIds, config: BTLMConfig) -> tuple[int, ...]
             f"eos_token_id: found {unknown}, expected ids from 0 to {config.vocab_size - 1}"
         )
     if unknown:
+        ids = tuple(t for t in ids if t not in unknown)
         logger.warning(
-            "the configuration's eos_token_id %s is outside its vocabulary of %d: no row will end "
-            "early; pass eos_token_id",
+            "the configuration's eos_token_id %s is outside its vocabulary of %d: %s",
             unknown[0],
             config.vocab_size,
+            "it will not end a row" if ids else "no row will end early; pass eos_token_id",
         )
-        return ()
     return tuple(dict.fromkeys(ids))
 
 

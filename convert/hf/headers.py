@@ -1,10 +1,9 @@
-"""Headers of weight files and the index over shards, read and checked without tensor data."""
+"""Headers of weight files, read and checked against the index without tensor data."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD, join_first
+from btlm_jax.convert.hf.advice import REDOWNLOAD, UNQUANTIZED, join_first
+from btlm_jax.convert.hf.foreign_files import describe_foreign_weights
+from btlm_jax.convert.hf.json_objects import parse_json_object
 from btlm_jax.convert.hf.torch_pickle import TorchFile
 
 SAFETENSORS_DTYPES = {
@@ -64,80 +65,6 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Builds a JSON object; raises if a key occurs twice, which would hide one of two tensors."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        duplicates = sorted(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"occurs twice in one JSON object: {join_first(duplicates)}")
-    return result
-
-
-def read_json_object(file: Path) -> dict:
-    """Reads a JSON file that holds an object.
-
-    Raises:
-      ValueError: the file holds no JSON object, or one in which a key occurs twice; the message
-        names the file and the position.
-    """
-    return _parse_json(file.read_bytes(), str(file))
-
-
-def _parse_json(data: bytes, file: str) -> dict:
-    try:
-        value = json.loads(data, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file}: invalid JSON at line {error.lineno}, column {error.colno}: {error.msg}. "
-            f"{REDOWNLOAD}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text at byte {error.start}. {REDOWNLOAD}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: {error}. {REDOWNLOAD}") from None
-    if not isinstance(value, dict):
-        raise ValueError(
-            f"{file}: holds a JSON {type(value).__name__}, expected an object. {REDOWNLOAD}"
-        )
-    return value
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Reads the index over shards. Returns tensor name -> file name of the shard.
-
-    Raises:
-      ValueError: the index is damaged, or names files outside its directory.
-      FileNotFoundError: shards are missing; the message lists all of them.
-    """
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"{index}: 'weight_map' is {type(weight_map).__name__}, expected a non-empty object "
-            f"of tensor name -> file name. {REDOWNLOAD}"
-        )
-    invalid = [repr(v) for v in weight_map.values() if not _is_plain_name(v)]
-    if invalid:
-        raise ValueError(
-            f"{index}: weight_map leads to {join_first(sorted(set(invalid)))}, expected plain "
-            "names of files beside the index. Fix: download it again, or do not use it."
-        )
-    missing = [n for n in sorted(set(weight_map.values())) if not (index.parent / n).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{index.parent} lacks {len(missing)} shard(s) that {index.name} names: "
-            f"{', '.join(missing)}. Fix: download them into that directory."
-        )
-    return weight_map
-
-
-def _is_plain_name(value: object) -> bool:
-    if not isinstance(value, str) or value in ("", ".", ".."):
-        return False
-    # 255 bytes is the longest name of common file systems.
-    return len(value.encode(errors="replace")) <= 255 and not any(c in value for c in "/\\:\0")
-
-
 def check_index(
     index: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Mapping[str, TensorInfo]]
 ) -> None:
@@ -149,7 +76,7 @@ def check_index(
       headers: the header of every shard, by file.
 
     Raises:
-      ValueError: they disagree; the message lists every tensor concerned.
+      ValueError: they disagree; the message lists the first tensors concerned.
     """
     shards_of: dict[str, list[str]] = {}
     for file, header in headers.items():
@@ -172,7 +99,7 @@ def check_index(
     ]
     if problems:
         raise ValueError(
-            f"{index}: index and shards disagree: {'; '.join(problems)}. "
+            f"{index}: index and shards disagree: {join_first(problems)}. "
             "Fix: download the index and all its shards again, from one revision."
         )
 
@@ -185,8 +112,11 @@ def read_torch_header(file: TorchFile) -> dict[str, TensorInfo]:
     }
 
 
-def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
-    """Reads the header of a safetensors file. Returns its tensors by name.
+def read_safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Reads the header of a safetensors file.
+
+    Returns:
+      Its tensors by name, and its free text by key.
 
     Raises:
       ValueError: the file is damaged, names a tensor twice, or has an unsupported dtype.
@@ -201,8 +131,8 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         # The library would silently keep the last of two tensors with one name; this raises.
-        entries = _parse_json(opened.read(size), f"{file} (header)")
-    entries.pop("__metadata__", None)
+        entries = parse_json_object(opened.read(size), f"{file} (header)")
+    free_text = entries.pop("__metadata__", None) or {}
     # The library accepts entries that are lists and shapes that no NumPy array can have.
     unusable = [repr(name) for name, entry in entries.items() if not _is_plain_entry(entry)]
     if unusable:
@@ -215,9 +145,9 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
     if unsupported:
         raise ValueError(
             f"{file}: unsupported dtypes {join_first(unsupported)}; expected one of "
-            f"{', '.join(SAFETENSORS_DTYPES)}. Fix: use an unquantized checkpoint."
+            f"{', '.join(SAFETENSORS_DTYPES)}. {UNQUANTIZED}"
         )
-    return {
+    tensors = {
         name: TensorInfo(
             name,
             tuple(entry["shape"]),
@@ -227,6 +157,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
         )
         for name, entry in entries.items()
     }
+    return tensors, free_text
 
 
 def _is_plain_entry(entry: object) -> bool:
@@ -238,8 +169,8 @@ def _is_plain_entry(entry: object) -> bool:
 
 
 def _explain_damage(file: Path, error: str) -> str:
-    with file.open("rb") as opened:
-        head = opened.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        return f"{file}: a Git LFS pointer, not the weights. Fix: run `git lfs pull`."
+    if wrong := describe_foreign_weights(file):
+        return f"{file} {wrong}"
+    if unknown := re.search(r"unknown variant `(\w+)`", error):
+        return f"{file}: unsupported dtype {unknown[1]}. {UNQUANTIZED}"
     return f"{file}: truncated or corrupt safetensors file ({error}). {REDOWNLOAD}"

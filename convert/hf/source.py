@@ -15,44 +15,32 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 
 from btlm_jax.checkpoint import zarr
 from btlm_jax.checkpoint.assets import ASSET_NAMES
-from btlm_jax.convert.hf.advice import REDOWNLOAD, join_first
+from btlm_jax.checkpoint.orbax_metadata import MARKER_FILE
+from btlm_jax.convert.hf.advice import REDOWNLOAD
 from btlm_jax.convert.hf.byte_ranges import contiguous_runs, file_identity, read_into
+from btlm_jax.convert.hf.foreign_files import (
+    describe_content,
+    describe_foreign_bytes,
+    describe_foreign_files,
+)
 from btlm_jax.convert.hf.headers import (
     TensorInfo,
     check_index,
-    read_json_object,
     read_safetensors_header,
     read_torch_header,
-    read_weight_map,
 )
 from btlm_jax.convert.hf.hub import fetch_from_hub, is_hub_id
+from btlm_jax.convert.hf.json_objects import read_json_object
 from btlm_jax.convert.hf.torch_pickle import TorchFile
+from btlm_jax.convert.hf.weight_files import WEIGHT_FORMS, check_file, find_weight_files
 from btlm_jax.utils import paths
 
 logger = logging.getLogger(__name__)
-
-
-class WeightForm(NamedTuple):
-    """A file layout of the weights, recognized by the name of its main file."""
-
-    main: str
-    sharded: bool
-    kind: str
-
-
-# In order of preference: safetensors needs no pickle, and an index lists all shards.
-WEIGHT_FORMS = (
-    WeightForm("model.safetensors.index.json", True, "safetensors"),
-    WeightForm("model.safetensors", False, "safetensors"),
-    WeightForm("pytorch_model.bin.index.json", True, "torch .bin"),
-    WeightForm("pytorch_model.bin", False, "torch .bin"),
-)
 
 
 @dataclass(frozen=True)
@@ -62,10 +50,12 @@ class HFSource:
     Attributes:
       directory: the directory of the files.
       config: the content of `config.json`.
-      tensors: name -> `TensorInfo`, from the headers of the files.
+      tensors: name -> `TensorInfo`, from the headers of the files. After `open_model` the name
+        may differ from `TensorInfo.name`, which stays the one in the file.
       assets: those of `ASSET_NAMES` (tokenizer and generation files) that are present.
       description: the form of the weights for logs, such as "safetensors, 2 shards".
       identities: size and modification time of every weight file when it was opened.
+      aliases: names that safetensors' `save_model` left out -> name of the tensor that they shared.
       revision: the commit on the Hub that was fetched; None for a directory.
     """
 
@@ -75,6 +65,7 @@ class HFSource:
     assets: tuple[Path, ...]
     description: str
     identities: Mapping[Path, tuple[int, int]]
+    aliases: Mapping[str, str] = MappingProxyType({})
     revision: str | None = None
     _torch_files: Mapping[Path, TorchFile] = field(default_factory=dict, repr=False, compare=False)
 
@@ -89,7 +80,7 @@ class HFSource:
         info = self._info(name)
         if info.offset is None:
             with self._open(info):  # checks that the file is unchanged
-                flat = self._torch_files[info.file].read_tensor(name).reshape(-1)
+                flat = self._torch_files[info.file].read_tensor(info.name).reshape(-1)
             yield from zarr.split_blocks(flat, size)
             return
         crc32, itemsize = 0, info.dtype.itemsize
@@ -170,6 +161,7 @@ def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> H
     Raises:
       FileNotFoundError: the directory or model does not exist, or a file is missing.
       ConnectionError: the Hub cannot be reached and its cache has no copy.
+      PermissionError: a file may not be read.
       ValueError: a file is damaged, contradicts another, or uses an unsupported dtype; or
         `revision` is given for a local directory.
     """
@@ -183,9 +175,14 @@ def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> H
             )
         return _open_directory(path)
     if path.exists():
+        wrong = describe_foreign_bytes(_first_bytes(path))
         raise FileNotFoundError(
-            f"{path} is a file, expected a checkpoint directory. Fix: pass {path.parent}"
+            f"{path} {wrong}"
+            if wrong
+            else f"{path} is a file, expected a checkpoint directory. Fix: pass {path.parent}"
         )
+    if path.is_symlink():
+        check_file(path)
     if isinstance(source, str) and is_hub_id(source):
         names = ("config.json", *ASSET_NAMES)
         snapshot = fetch_from_hub(source, revision, names, [f.main for f in WEIGHT_FORMS])
@@ -197,29 +194,49 @@ def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> H
     )
 
 
+def _first_bytes(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(512)
+
+
 def _open_directory(directory: Path) -> HFSource:
+    try:
+        return _open_files(directory)
+    except PermissionError as error:
+        raise PermissionError(
+            f"no permission to read {error.filename or directory}. Fix: chmod or chown it, or run "
+            "as a user who may read it."
+        ) from None
+
+
+def _open_files(directory: Path) -> HFSource:
+    names = {p.name for p in directory.iterdir()}
     config_file = directory / "config.json"
-    if not config_file.is_file():
+    if config_file.name not in names:
+        if foreign := describe_foreign_files(directory):
+            raise FileNotFoundError(f"{directory} {foreign}")
         raise FileNotFoundError(
-            f"{config_file} is missing; {_describe_content(directory)}. Fix: pass the directory of "
+            f"{config_file} is missing; {describe_content(directory)}. Fix: pass the directory of "
             "a Hugging Face checkpoint, which has config.json next to the weights."
         )
+    check_file(config_file)
     config = read_json_object(config_file)
-    form = next((f for f in WEIGHT_FORMS if (directory / f.main).is_file()), None)
-    if form is None:
-        raise FileNotFoundError(
-            f"{directory} has no weights; {_describe_content(directory)}. Expected one of "
-            f"{', '.join(f.main for f in WEIGHT_FORMS)}. Fix: download the weights as well."
+    form, main, files, weight_map = find_weight_files(directory, config)
+    if MARKER_FILE in names:
+        raise ValueError(
+            f"{directory} holds both an Orbax checkpoint ({MARKER_FILE}) and Hugging Face weights "
+            f"({main.name}). Fix: move one of them to a directory of its own."
         )
-    main = directory / form.main
-    weight_map = read_weight_map(main) if form.sharded else None
-    files = [directory / n for n in sorted(set(weight_map.values()))] if weight_map else [main]
     identities = {f: file_identity(f) for f in files}
     torch_files = {f: TorchFile(f) for f in files} if form.kind == "torch .bin" else {}
-    headers = {
-        f: read_torch_header(torch_files[f]) if f in torch_files else read_safetensors_header(f)
-        for f in files
-    }
+    headers: dict[Path, dict[str, TensorInfo]] = {}
+    free_text: dict[str, str] = {}
+    for file in files:
+        if file in torch_files:
+            headers[file] = read_torch_header(torch_files[file])
+        else:
+            headers[file], text = read_safetensors_header(file)
+            free_text |= text
     if weight_map is not None:
         check_index(main, weight_map, headers)
     tensors = {name: info for header in headers.values() for name, info in header.items()}
@@ -230,16 +247,19 @@ def _open_directory(directory: Path) -> HFSource:
         directory=directory,
         config=config,
         tensors=MappingProxyType(tensors),
-        assets=tuple(directory / n for n in ASSET_NAMES if (directory / n).is_file()),
+        assets=tuple(directory / n for n in ASSET_NAMES if n in names),
         description=form.kind + shards,
         identities=MappingProxyType(identities),
+        aliases=MappingProxyType(
+            {n: kept for n, kept in free_text.items() if kept in tensors and n not in tensors}
+        ),
         _torch_files=MappingProxyType(torch_files),
     )
+    for asset in source.assets:
+        check_file(asset)
+        if wrong := describe_foreign_bytes(_first_bytes(asset)):
+            raise ValueError(f"{asset} {wrong}")
+        if asset.suffix == ".json" and asset.name not in ("tokenizer.json", "vocab.json"):
+            read_json_object(asset)
     logger.info("opened %s: %s, %d tensors", directory, source.description, len(tensors))
     return source
-
-
-def _describe_content(directory: Path) -> str:
-    """Returns the names of the files in a directory, for error messages."""
-    names = sorted(p.name for p in directory.iterdir())
-    return f"it holds {join_first(names)}" if names else "it is empty"

@@ -4,31 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+from types import MappingProxyType
 
 import numpy as np
 
 from btlm_jax.checkpoint import zarr
 from btlm_jax.config import BTLMConfig, Positions
-from btlm_jax.convert.hf.source import HFSource
-from btlm_jax.convert.hf.tensor_names import EMBEDDING, LM_HEAD, MASK_BUFFER, SLOPES
+from btlm_jax.convert.hf.advice import UNQUANTIZED, join_first
+from btlm_jax.convert.hf.source import HFSource, open_hf
+from btlm_jax.convert.hf.tensor_names import (
+    EMBEDDING,
+    LM_HEAD,
+    MASK_BUFFER,
+    SLOPES,
+    model_names,
+)
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
+from btlm_jax.hf_config_values import language_model_config
 from btlm_jax.model import weights
 
 logger = logging.getLogger(__name__)
 
 
-def read_source_config(hf: HFSource) -> BTLMConfig:
-    """Returns the configuration, with the stored ALiBi slopes, after checking the tensors.
+def open_model(
+    source: str | os.PathLike[str], *, revision: str | None = None
+) -> tuple[HFSource, BTLMConfig]:
+    """Opens a checkpoint and reads its configuration, with the stored ALiBi slopes.
+
+    Names that a wrapper of the model has changed are restored, with a warning.
+
+    Args:
+      source, revision: as for `open_hf`.
+
+    Returns:
+      The checkpoint, whose tensors have the names of the model; and its configuration.
 
     Raises:
-      ValueError: an unsupported configuration; tensors that are missing, unexpected or of the wrong
-        shape or dtype (all listed); a tied head that differs from the embedding; or a tokenizer
-        whose ids exceed the vocabulary.
+      FileNotFoundError, ConnectionError, PermissionError: as `open_hf`.
+      ValueError: as `open_hf`; or an unsupported configuration; tensors that are missing,
+        unexpected or of the wrong shape or dtype; a tied head that differs from the embedding; or a
+        tokenizer of another vocabulary.
     """
+    hf = open_hf(source, revision=revision)
+    hf = dataclasses.replace(hf, config=dict(language_model_config(hf.config)))
     try:
         config = BTLMConfig.from_hf(hf.config)
     except ValueError as e:
         raise ValueError(f"{hf.directory / 'config.json'}: {e}") from None
+    hf = _with_model_names(hf, config)
     _check_tensors(hf, config)
     if config.positions is Positions.ALIBI and SLOPES in hf.tensors:
         stored = hf.read_tensor(SLOPES).astype(np.float64).ravel()
@@ -37,11 +61,28 @@ def read_source_config(hf: HFSource) -> BTLMConfig:
         check_vocabulary(load_tokenizer(hf.directory), config.vocab_size)
     else:
         logger.warning("%s has no tokenizer files: `btlm generate` will need them", hf.directory)
-    return config
+    return hf, config
+
+
+def _with_model_names(hf: HFSource, config: BTLMConfig) -> HFSource:
+    """Returns the checkpoint with the names that the model itself gives to its tensors."""
+    try:
+        names, notice = model_names(hf.tensors)
+    except ValueError as e:
+        raise ValueError(f"{hf.directory} {e}") from None
+    if notice:
+        logger.warning("%s: the names of tensors are %s", hf.directory, notice)
+    tensors = {names[stored]: info for stored, info in hf.tensors.items()}
+    # safetensors' `save_model` keeps one of two tied tensors, the first in alphabetical order.
+    aliases = {*hf.aliases.values()} & {n for n, name in names.items() if name == LM_HEAD}
+    if EMBEDDING not in tensors and LM_HEAD in tensors and (config.tie_word_embeddings or aliases):
+        tensors[EMBEDDING] = tensors[LM_HEAD]
+        logger.info("%s: the embedding is stored as %s, to which it is tied", hf.directory, LM_HEAD)
+    return dataclasses.replace(hf, tensors=MappingProxyType(tensors))
 
 
 def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
-    """Raises ValueError with all differences between the tensors and the table of weights."""
+    """Raises ValueError with the differences between the tensors and the table of weights."""
     # First, because a wild n_layer would make the list of missing tensors endless.
     if config.n_layer > len(hf.tensors):
         raise ValueError(
@@ -56,19 +97,32 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
         optional[LM_HEAD] = (config.vocab_size, config.n_embd)
     ignored = sorted(n for n in hf.tensors if n not in expected and MASK_BUFFER.fullmatch(n))
     if ignored:
-        logger.info("ignored mask buffers: %s", ", ".join(ignored))
+        logger.info("ignored mask buffers: %s", join_first(ignored))
     known = expected | optional
-    problems = [f"missing: {n}" for n in expected if n not in hf.tensors]
-    problems += [f"unexpected: {n}" for n in hf.tensors if n not in known and n not in ignored]
+    missing = [n for n in expected if n not in hf.tensors]
+    unexpected = [n for n in hf.tensors if n not in known and n not in ignored]
+    shapes, dtypes = [], []
     for name, shape in known.items():
         info = hf.tensors.get(name)
         if info is None:
             continue
         if info.shape != shape:
-            problems.append(f"{name}: found shape {info.shape}, expected {shape}")
+            shapes.append(f"{name}: found shape {info.shape}, expected {shape}")
         if str(info.dtype) not in weights.STORED_DTYPES:
             expected_dtypes = " or ".join(weights.STORED_DTYPES)
-            problems.append(f"{name}: found dtype {info.dtype}, expected {expected_dtypes}")
+            dtypes.append(f"{name}: found dtype {info.dtype}, expected {expected_dtypes}")
+    problems = [
+        *_first_lines([f"missing: {n}" for n in missing]),
+        *_first_lines([f"unexpected: {n}" for n in unexpected]),
+        *_first_lines(shapes),
+        *_first_lines(dtypes),
+    ]
+    if dtypes:
+        problems.append(UNQUANTIZED)
+    if missing == [LM_HEAD]:
+        problems.append(
+            "Fix: set tie_word_embeddings to true in config.json if the head is the embedding"
+        )
     if problems:
         raise ValueError(
             f"{hf.directory}: the weights do not match config.json:\n  " + "\n  ".join(problems)
@@ -78,6 +132,12 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
             f"{hf.directory}: tie_word_embeddings is true, but {LM_HEAD} differs from {EMBEDDING}; "
             "set tie_word_embeddings to false in config.json if the head is untied intentionally"
         )
+
+
+def _first_lines(lines: list[str]) -> list[str]:
+    """Returns the first lines, and a line with the number of the others."""
+    limit = 4
+    return lines[:limit] + [f"and {len(lines) - limit} more"] * (len(lines) > limit)
 
 
 def _same_bits(hf: HFSource, a: str, b: str) -> bool:

@@ -10,6 +10,7 @@ memo index, so that five bytes can allocate tens of GB).
 from __future__ import annotations
 
 import pickletools
+import re
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -29,10 +30,43 @@ _STORAGES = {
     "torch ByteStorage": np.dtype(np.uint8),
     "torch BoolStorage": np.dtype(np.bool_),
 }
+# Dtypes that weights cannot have here: storages of their own, or dtypes beside bytes (torch 2.3).
+_UNSUPPORTED_STORAGES = {
+    "torch ComplexFloatStorage": "complex64",
+    "torch ComplexDoubleStorage": "complex128",
+    "torch QInt8Storage": "qint8",
+    "torch QUInt8Storage": "quint8",
+    "torch QInt32Storage": "qint32",
+    "torch QUInt4x2Storage": "quint4x2",
+    "torch QUInt2x4Storage": "quint2x4",
+    "torch.storage UntypedStorage": "bytes",
+}
+_DTYPE = re.compile(
+    r"torch ((?:float|bfloat|u?int|complex|bits|q?u?int)\w*|float4_\w+|float8_\w+|bool|half|double)"
+)
 _ORDERED_DICT = "collections OrderedDict"
 _REBUILD_TENSOR = "torch._utils _rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
-_GLOBALS = frozenset({_ORDERED_DICT, _REBUILD_TENSOR, _REBUILD_PARAMETER, *_STORAGES})
+# Functions that rebuild tensors of other kinds; never called, their tensors are named in an error.
+_UNSUPPORTED_TENSORS = {
+    "torch._utils _rebuild_tensor_v3": "of a dtype without a storage of its own",
+    "torch._utils _rebuild_qtensor": "quantized",
+    "torch._utils _rebuild_sparse_tensor": "sparse",
+    "torch._utils _rebuild_sparse_csr_tensor": "sparse",
+    "torch._utils _rebuild_nested_tensor": "nested",
+    "torch._utils _rebuild_meta_tensor_no_storage": "on the meta device, without values",
+    "torch._utils _rebuild_parameter_with_state": "with Python attributes",
+}
+_GLOBALS = frozenset(
+    {
+        _ORDERED_DICT,
+        _REBUILD_TENSOR,
+        _REBUILD_PARAMETER,
+        *_STORAGES,
+        *_UNSUPPORTED_STORAGES,
+        *_UNSUPPORTED_TENSORS,
+    }
+)
 
 _MAX_NDIM = 32
 
@@ -49,6 +83,12 @@ class Storage(NamedTuple):
     dtype: np.dtype
     key: str
     numel: int
+
+
+class UnsupportedTensor(NamedTuple):
+    """A tensor or storage whose values cannot be read; `dtype` describes it."""
+
+    dtype: str
 
 
 class TensorView(NamedTuple):
@@ -179,7 +219,7 @@ def _append(target: object, items: list[object]) -> None:
 
 
 def _global(name: str) -> _Global:
-    if name not in _GLOBALS:
+    if name not in _GLOBALS and not _DTYPE.fullmatch(name):
         raise ValueError(
             f"refused: data.pkl names {name.replace(' ', '.')[:80]!r}, which is not part of a "
             f"plain state_dict of supported dtypes; loading it would run code. {RESAVE}"
@@ -187,13 +227,15 @@ def _global(name: str) -> _Global:
     return _Global(name)
 
 
-def _storage(pid: Any) -> Storage:
+def _storage(pid: Any) -> Storage | UnsupportedTensor:
     """Returns the storage of a persistent id `('storage', class, key, device, numel)`."""
     match pid:
         case ("storage", _Global(name), str(key), str(), int(numel)) if (
             name in _STORAGES and key.isdecimal() and key.isascii() and _is_count(numel)
         ):
             return Storage(_STORAGES[name], key, numel)
+        case ("storage", _Global(name), str(), str(), int()) if name in _UNSUPPORTED_STORAGES:
+            return UnsupportedTensor(_UNSUPPORTED_STORAGES[name])
     raise ValueError(
         "data.pkl is corrupt: a persistent id is not ('storage', storage class, decimal key, "
         f"device, element count). {REDOWNLOAD}"
@@ -205,6 +247,10 @@ def _reduce(function: Any, args: Any) -> object:
     match function, args:
         case _Global(name), () if name == _ORDERED_DICT:
             return {}
+        case _Global(name), (UnsupportedTensor() as tensor, *_):
+            return _unsupported(name, tensor, args)
+        case _Global(name), tuple() if name in _UNSUPPORTED_TENSORS:
+            return UnsupportedTensor(_UNSUPPORTED_TENSORS[name])
         case _Global(name), (TensorView() as tensor, bool(), hooks) if name == _REBUILD_PARAMETER:
             if hooks == {}:
                 return tensor
@@ -219,6 +265,15 @@ def _reduce(function: Any, args: Any) -> object:
         f"refused: data.pkl calls {name} with arguments that torch.save does not write for a "
         f"plain tensor. {RESAVE}"
     )
+
+
+def _unsupported(name: str, tensor: UnsupportedTensor, args: tuple) -> UnsupportedTensor:
+    """Returns the description of a tensor over an unsupported storage, with its dtype if named."""
+    dtypes = [d for x in args if isinstance(x, _Global) and (d := _DTYPE.fullmatch(x.name))]
+    if dtypes:
+        return UnsupportedTensor(dtypes[0][1])
+    known = tensor.dtype != _UNSUPPORTED_STORAGES["torch.storage UntypedStorage"]
+    return tensor if known else UnsupportedTensor(_UNSUPPORTED_TENSORS.get(name, tensor.dtype))
 
 
 def _tensor(storage: object, offset: Any, shape: Any, strides: Any) -> TensorView:
@@ -244,7 +299,7 @@ def describe(value: object) -> str:
     """Returns a short name of a value for messages; no repr of containers, which may be cyclic."""
     if isinstance(value, str):
         return repr(value[:80])
-    if isinstance(value, TensorView):
+    if isinstance(value, TensorView | UnsupportedTensor):
         return "tensor"
     if isinstance(value, _Global):
         return value.name.replace(" ", ".")

@@ -14,8 +14,13 @@ from types import MappingProxyType
 
 import numpy as np
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE, join_first
-from btlm_jax.convert.hf.torch_opcodes import TensorView, describe, evaluate_pickle
+from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE, UNQUANTIZED, join_first
+from btlm_jax.convert.hf.torch_opcodes import (
+    TensorView,
+    UnsupportedTensor,
+    describe,
+    evaluate_pickle,
+)
 from btlm_jax.convert.hf.torch_zip import (
     Member,
     find_member,
@@ -124,6 +129,14 @@ def _check_state_dict(value: object) -> dict[str, TensorView]:
             f"holds dicts inside the dict, under {join_first(nested)}; expected name -> tensor. "
             "Fix: save only the state_dict of the model, for example "
             "torch.save(checkpoint['state_dict'], path)."
+        )
+    unsupported = [
+        f"{describe(k)}: {v.dtype}" for k, v in value.items() if isinstance(v, UnsupportedTensor)
+    ]
+    if unsupported:
+        raise ValueError(
+            f"holds tensors that are not plain float weights: {join_first(unsupported)}. "
+            f"{UNQUANTIZED}"
         )
     others = [
         f"{describe(k)}: {describe(v)}"

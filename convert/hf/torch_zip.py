@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE
+from btlm_jax.convert.hf.foreign_files import describe_foreign_weights
 
 # About 300 bytes describe one tensor: this allows 50,000 tensors, and a scan of a few seconds.
 _MAX_PICKLE_BYTES = 16 << 20
@@ -49,7 +50,7 @@ def list_zip_members(file: BufferedReader) -> tuple[str, dict[str, zipfile.ZipIn
     """
     head = file.read(512)
     if not head.startswith(b"PK\x03\x04"):
-        raise ValueError(_explain_not_zip(head))
+        raise ValueError(_explain_not_zip(Path(file.name), head))
     try:
         with zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
@@ -75,9 +76,9 @@ def list_zip_members(file: BufferedReader) -> tuple[str, dict[str, zipfile.ZipIn
     return prefixes[0], infos
 
 
-def _explain_not_zip(head: bytes) -> str:
-    if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the weights. Fix: run `git lfs pull`."
+def _explain_not_zip(path: Path, head: bytes) -> str:
+    if wrong := describe_foreign_weights(path):
+        return wrong
     if head.startswith(b"\x80") or head[257:262] == b"ustar":
         return f"torch's format from before 1.6 (not a zip archive) is not supported. {RESAVE}"
     return f"not a torch.save zip archive (starts with {head[:8]!r}). {REDOWNLOAD}"

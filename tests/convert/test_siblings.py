@@ -268,7 +268,6 @@ def test_slopes_with_learned_positions_are_refused(tmp_path):
         ({"rotary_dim": 8}, r"rotary positions \(Crystal\) are not supported"),
         ({"position_embedding_type": "rotary"}, r"rotary positions \(Crystal\) are not supported"),
         ({"model_type": "crystalcoder"}, "model_type: found 'crystalcoder'"),
-        ({"model_type": "gpt2"}, "model_type: found 'gpt2'"),
     ],
 )
 def test_crystal_is_refused(changes, said, tmp_path):

@@ -183,6 +183,10 @@ def test_a_flipped_bit_in_the_tokenizer_stops_the_export(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json does not match the recorded SHA-256"):
         export(tmp_path / "c", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+    (tmp_path / "c/tokenizer/tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer/tokenizer\.json is missing, which the"):
+        export(tmp_path / "c", tmp_path / "back")
+    assert not (tmp_path / ".back.partial").exists()
     (tmp_path / "c/tokenizer/tokenizer.json").write_bytes(original)
     export(tmp_path / "c", tmp_path / "back")
     assert verify(tmp_path / "back", tmp_path / "hf")

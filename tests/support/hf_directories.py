@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from btlm_jax.convert.hf.source import WEIGHT_FORMS, open_hf
+from btlm_jax.convert.hf.source import open_hf
+from btlm_jax.convert.hf.weight_files import WEIGHT_FORMS
 
 MAIN_FILES = [form.main for form in WEIGHT_FORMS]
 

@@ -73,17 +73,79 @@ def test_symlinks_as_in_the_hub_cache_are_followed(tmp_path):
     np.testing.assert_array_equal(open_hf(snapshot).read_tensor("ln.bias"), TENSORS["ln.bias"])
 
 
-def test_safetensors_and_indices_are_preferred(tmp_path):
+def test_the_files_that_transformers_prefers_are_read_and_the_others_are_named(
+    tmp_path, package_log
+):
     write_config(tmp_path)
-    shutil.copy(TORCH_BIN / "state_dict.bin", tmp_path / "pytorch_model.bin")
-    assert open_hf(tmp_path).description == "torch .bin"
     for file in (TORCH_BIN / "sharded").iterdir():
         shutil.copy(file, tmp_path)
     assert open_hf(tmp_path).description == "torch .bin, 2 shards"
-    write_single(tmp_path)
-    assert open_hf(tmp_path).description == "safetensors"
+    assert "ignores" not in package_log.text
+    shutil.copy(TORCH_BIN / "state_dict.bin", tmp_path / "pytorch_model.bin")
+    assert open_hf(tmp_path).description == "torch .bin"
+    assert "ignores pytorch_model-00001-of-00002.bin" in package_log.text
     write_sharded(tmp_path)
     assert open_hf(tmp_path).description == "safetensors, 2 shards"
+    write_single(tmp_path)
+    assert open_hf(tmp_path).description == "safetensors"
+    # The shards of an older generation are gone, and only their index is left.
+    for file in tmp_path.glob("model-*"):
+        file.unlink()
+    package_log.clear()
+    assert open_hf(tmp_path).description == "safetensors"
+    assert "ignores model.safetensors.index.json" in package_log.text
+
+
+def test_weights_that_transformers_would_not_find_are_named_with_the_fix(tmp_path):
+    write_sharded(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert "not its index model.safetensors.index.json" in open_error(FileNotFoundError, tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    message = open_error(FileNotFoundError, tmp_path)
+    assert "nor model-00001-of-00002.safetensors" in message
+    (tmp_path / "model-00002-of-00002.safetensors").rename(tmp_path / "model.fp16.safetensors")
+    assert "a variant of the weights only" in open_error(FileNotFoundError, tmp_path)
+    (tmp_path / "model.safetensors").symlink_to("../blobs/0")
+    message = open_error(FileNotFoundError, tmp_path)
+    assert "is a link to ../blobs/0, which does not exist" in message
+
+
+def test_a_directory_with_both_formats_is_refused(tmp_path):
+    write_single(tmp_path)
+    (tmp_path / "_CHECKPOINT_METADATA").write_text("{}")
+    message = open_error(ValueError, tmp_path)
+    assert "both an Orbax checkpoint" in message and "model.safetensors" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "message_part"),
+    [
+        ("adapter_config.json", "a PEFT adapter of org/base, not a model. Fix: merge it first"),
+        ("global_step10", "DeepSpeed ZeRO"),
+        ("__0_0.distcp", "FSDP"),
+        ("x.Q4_K_M.gguf", "GGUF"),
+        ("consolidated.00.pth", "Meta's"),
+        ("flax_model.msgpack", "Flax"),
+        ("tf_model.h5", "TensorFlow"),
+        ("model.onnx", "ONNX"),
+        ("_CHECKPOINT_METADATA", "an Orbax checkpoint"),
+        ("epoch=1.ckpt", "PyTorch checkpoint under a name"),
+    ],
+)
+def test_checkpoints_of_other_programs_are_recognized(tmp_path, name, message_part):
+    (tmp_path / name).write_text('{"base_model_name_or_path": "org/base"}')
+    assert message_part in open_error(FileNotFoundError, tmp_path)
+    assert message_part in open_error(FileNotFoundError, write_config(tmp_path))
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    file = write_single(tmp_path) / "model.safetensors"
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr("btlm_jax.convert.hf.source.read_safetensors_header", refuse)
+    assert f"no permission to read {file}" in open_error(PermissionError, tmp_path)
 
 
 def test_assets_are_the_known_files_that_exist(tmp_path):
