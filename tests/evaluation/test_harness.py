@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 from btlm_jax.evaluation import harness
 from btlm_jax.evaluation.tasks import HarnessTasks
@@ -61,6 +61,19 @@ def test_an_interrupted_run_resumes_with_the_remaining_requests(of_bytes, tmp_pa
         check_answers(unused._loglikelihood_tokens(requests))
         result_journal.finish_journal(target, b"done\n")
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_the_eos_that_a_tokenizer_adds_is_not_between_context_and_continuation(of_bytes):
+    model, params, tokenizer = of_bytes
+    special = [("<|endoftext|>", 256)]
+    both = Tokenizer.from_str(tokenizer.to_str())
+    both.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|endoftext|>", special_tokens=special
+    )
+    answerer = harness.RequestAnswerer(model.config, both, lambda: (model, params))
+    assert answerer.tok_encode("ab") == [256, *tokenizer.encode("ab").ids]
+    assert answerer.tok_encode("") == []
+    assert answerer.tok_encode("ab", add_special_tokens=False) == tokenizer.encode("ab").ids
 
 
 def test_texts_start_after_bos_or_eos(of_bytes):
