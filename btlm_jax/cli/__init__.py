@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
       The exit code: 0; 1 if a check fails (`verify`, `coord-check`, `transfer`); 2 on a bad
-      argument or input; 130 on Ctrl-C; 141 when the reader of the output has closed it.
+      argument or input; 3 if `coord-check` or `transfer` cannot tell; 130 on Ctrl-C; 141 when the
+      reader of the output has closed it.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug, caching = "--debug" in argv, "--no-compilation-cache" not in argv

@@ -69,7 +69,8 @@ def _table(runs: list[TrainingRun], found: CollapseReport) -> list[str]:
         rows.append((
             run.name, f"{run.parameters:,}", f"{run.tokens_per_parameter:.3g}",
             "none" if run.timescale is None else f"{run.timescale:.3g}", run.schedule,
-            f"{run.curve.done[-1]:.0%}", _final(judged), _first_half(judged), _verdict(judged),
+            f"{run.curve.done[-1]:.0%}", _final(judged), _first_half(judged),
+            _verdict(judged, found.family.runs),
         ))  # fmt: skip
     return align_columns(rows, "<")
 
@@ -88,14 +89,19 @@ def _first_half(judged: JudgedRun) -> str:
     return f"{judged.predicted.loss:.4f} ({off:+.2%})"
 
 
-def _verdict(judged: JudgedRun) -> str:
+def _verdict(judged: JudgedRun, family_runs: int) -> str:
+    """Returns the verdict in words; a run against one other run is not at fault, but differs."""
     v = judged.verdict
+    others = family_runs - (judged.finished and judged.member)
     if v is None:
         return "the only finished run" if judged.finished else "too early to say"
     if v.left_at is None:
         return "in family"
+    where = f"at {v.left_at:.0%}, noticed at {v.noticed_at:.0%}, now {v.excess:+.1%}"
+    if others == 1:
+        return f"undecided: differs from the only {'other ' * judged.finished}finished run {where}"
     out = "left" if judged.member or not judged.finished else "not of the family: left"
-    return f"{out} at {v.left_at:.0%}, noticed at {v.noticed_at:.0%}, now {v.excess:+.1%}"
+    return f"{out} {where}"
 
 
 def _summary(found: CollapseReport) -> list[str]:
@@ -111,6 +117,9 @@ def _summary(found: CollapseReport) -> list[str]:
     left = [j for j in found.runs.values() if j.finished and j.verdict and j.verdict.left_at]
     if left and found.family.runs == 2 and all(j.member for j in left):
         lines.append("note: two finished runs that differ do not show which one is at fault")
+    running = [j for j in found.runs.values() if not j.finished and j.verdict]
+    if found.family.runs == 1 and any(j.verdict and j.verdict.left_at for j in running):
+        lines.append("note: one finished run does not show how much runs of this family differ")
     return lines
 
 

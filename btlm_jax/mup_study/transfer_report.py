@@ -9,11 +9,11 @@ from typing import Any
 
 from etils import epath
 
+from btlm_jax.mup_study.slope_test import ERROR_RATE, SlopeFit
 from btlm_jax.mup_study.transfer_result import (
     COMPARED,
-    MUP_OCTAVES,
     MUP_REGRET,
-    SP_OCTAVES,
+    OCTAVES,
     SP_REGRET,
     SP_WIDTH,
     Transfer,
@@ -32,46 +32,52 @@ def transfer_table(sweep: Transfer) -> Iterator[str]:
         yield f"{'  best loss':<16}" + "".join(f"{x:>10.3f}" for x in best)
         yield f"{'  regret':<16}" + "".join(f"{x:>10.3f}" for x in regrets)
     yield ""
-    yield from (line for _, line in transfer_verdicts(sweep))
+    yield from transfer_verdicts(sweep)
 
 
-def transfer_verdicts(sweep: Transfer) -> Iterator[tuple[bool, str]]:
-    """Yields (whether the sweep succeeds, a line that says so) for muP and SP.
+def transfer_verdicts(sweep: Transfer) -> Iterator[str]:
+    """Yields a line with the verdict on muP, one on SP, and what to do if nothing is decided.
 
     The learning rate must transfer under muP and must not transfer under SP.
     """
-    wide = sweep.widths[1:]
-    octaves, regret = sweep.octaves("muP"), max(sweep.regret("muP", w) for w in wide)
-    good = abs(octaves) <= MUP_OCTAVES and regret <= MUP_REGRET
-    verdict = "transfers" if good else "DOES NOT TRANSFER"
-    line = (
-        f"muP {verdict}: the optimum moves by {octaves:+.2f} octaves per doubling (at most "
-        f"{MUP_OCTAVES}), the base's costs {regret:.3f} nats (at most {MUP_REGRET})"
+    wide, base = sweep.widths[1:], sweep.widths[0]
+    regret = max(sweep.regret("muP", w) for w in wide)
+    said = {
+        "passes": "transfers", "fails": "DOES NOT TRANSFER", "undecided": "is UNDECIDED",
+    }[sweep.verdict()]  # fmt: skip
+    yield (
+        f"muP {said}: the optimum moves by {_octaves(sweep.octaves('muP'))} octaves per doubling "
+        f"(at most {OCTAVES}), the base's costs {regret:.3f} nats (at most {MUP_REGRET})"
     )
-    yield good, line
-    octaves, base = sweep.octaves("SP"), sweep.widths[0]
-    far = next((w for w in wide if w >= SP_WIDTH * base), None)
-    if far is None:
+    differs = sweep.sp_differs()
+    if differs is None:
+        yield f"SP: not judged, which needs {SP_WIDTH} times the base width ({SP_WIDTH * base})"
+    else:
+        far = next(w for w in wide if w >= SP_WIDTH * base)
+        said = "does not transfer, as expected" if differs else "IS TOO CLOSE TO MUP to distinguish"
         yield (
-            True,
-            f"SP: not judged, which needs {SP_WIDTH} times the base width ({SP_WIDTH * base})",
+            f"SP {said}: {_octaves(sweep.octaves('SP'))} octaves per doubling (more than {OCTAVES} "
+            f"downwards), {sweep.regret('SP', far):.3f} nats at {far / base:.3g} times the width "
+            f"(at least {SP_REGRET})"
         )
-        return
-    regret = sweep.regret("SP", far)
-    good = octaves <= -SP_OCTAVES and regret >= SP_REGRET
-    verdict = "does not transfer, as expected" if good else "IS TOO CLOSE TO MUP to distinguish"
-    line = (
-        f"SP {verdict}: {octaves:+.2f} octaves per doubling (at least {SP_OCTAVES} downwards), "
-        f"{regret:.3f} nats at {far / base:.3g} times the width (at least {SP_REGRET})"
-    )
-    yield good, line
+    if sweep.outcome() == "undecided":
+        yield (
+            "undecided: the noise is too large, or SP does not differ. In a new directory, measure "
+            f"more: --seeds {2 * len(sweep.seeds)} or more, further --widths, more --steps"
+        )
+
+
+def _octaves(fit: SlopeFit) -> str:
+    margin = f"± {fit.margin(ERROR_RATE):.2f}" if fit.degrees else "(one measurement)"
+    return f"{fit.slope:+.2f} {margin}"
 
 
 def transfer_numbers(sweep: Transfer) -> dict[str, Any]:
     """Returns the results as values that JSON can hold."""
     return {
         name: {
-            "octaves_per_doubling": sweep.octaves(name),
+            "octaves_per_doubling": sweep.octaves(name).slope,
+            "standard_error": sweep.octaves(name).error,
             "widths": {
                 str(w): {
                     "log2_optimum": sweep.optimum(name, w)[0],
@@ -88,7 +94,9 @@ def transfer_numbers(sweep: Transfer) -> dict[str, Any]:
 
 def write_transfer(directory: Path, settings: dict[str, Any], sweep: Transfer) -> None:
     """Writes `transfer.json` and `transfer.png` into the directory of a sweep."""
-    report = finite_json({"settings": settings, **transfer_numbers(sweep)})
+    report = finite_json(
+        {"settings": settings, "outcome": sweep.outcome(), **transfer_numbers(sweep)}
+    )
     atomic.write_text(epath.Path(directory / "transfer.json"), json.dumps(report, indent=2) + "\n")
     draw_transfer(directory / "transfer.png", sweep)
 
@@ -116,7 +124,7 @@ def draw_transfer(path: Path, sweep: Transfer) -> None:
     axes = panels[0][2]
     for name in COMPARED:
         optima = [2.0 ** sweep.optimum(name, w)[0] for w in sweep.widths]
-        label = f"{name}: {sweep.octaves(name):+.2f} octaves per doubling"
+        label = f"{name}: {sweep.octaves(name).slope:+.2f} octaves per doubling"
         axes.plot(sweep.widths, optima, "o-", label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

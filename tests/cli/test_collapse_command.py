@@ -93,6 +93,18 @@ def test_collapse_reports_predictions_and_faults(capsys, tmp_path, runs):
     assert found[str(leaving)]["verdict"]["left_at"] == pytest.approx(0.6, abs=0.1)
 
 
+def test_one_other_run_does_not_show_which_is_at_fault(capsys, tmp_path, runs):
+    leaving = run_directory(tmp_path / "leaving", seed=5, until=0.95, drift=0.03)
+    drifted = run_directory(tmp_path / "drifted", seed=6, drift=0.03)
+    for other, note in (
+        (leaving, "one finished run does not show how much runs of this family differ"),
+        (drifted, "two finished runs that differ do not show which one is at fault"),
+    ):
+        _, out, _ = run(capsys, "collapse", runs[0], other, "--png", tmp_path / "c.png")
+        assert out.count("undecided: differs from the only ") == (1 if other == leaving else 2)
+        assert f"note: {note}" in out and "left at" not in out
+
+
 @pytest.mark.parametrize(
     "overrides, said",
     [
