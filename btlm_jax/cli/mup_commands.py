@@ -70,7 +70,7 @@ class CoordCheckModels(Models):
     """Sequences in the batch of a seed."""
     length: int = 16
     """Tokens per sequence; few tokens are best."""
-    seeds: int = 8
+    seeds: int = 16
     """Number of seeds, each with its own weights and batch. More of them find smaller faults."""
 
 

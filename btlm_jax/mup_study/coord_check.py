@@ -50,7 +50,7 @@ FAULTS = tuple(name for name in ALL if name != "muP")
 # About the optimum of `transfer` for the default family.
 LEARNING_RATE = 2**-6.25
 STEPS = 4
-SEEDS, BATCH_SIZE, LENGTH = 8, 1, 16
+SEEDS, BATCH_SIZE, LENGTH = 16, 1, 16
 
 CURVES = ("embedding", "attention logits", "attention", "MLP", "residual stream", "logits")
 # The slopes that theory predicts for wide models. At the start, attention logits and logits are
