@@ -253,6 +253,15 @@ def small_configs(draw):
     }
 
 
+def random_weights(config, rng):
+    """Returns weights around their means, also of biases, without compiling `init`."""
+    draws = {
+        w.path: w.mean + 0.1 * rng.normal(size=weights.stacked_shape(w, config))
+        for w in weights.weight_table(config)
+    }
+    return unflatten_tree({path: x.astype(np.float32) for path, x in draws.items()})
+
+
 COMPLETEP = [{}, {"completep_base_layers": 2}, dict(completep_base_layers=5, completep_alpha=0.75)]
 
 
@@ -266,8 +275,7 @@ COMPLETEP = [{}, {"completep_base_layers": 2}, dict(completep_base_layers=5, com
 def test_logits_equal_float64(config, depth, seed, packed):
     rng = np.random.default_rng(seed)
     c = dataclasses.replace(BTLMConfig.from_hf(config), **depth)
-    params = BTLM(c).init(jax.random.key(seed))
-    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
+    params = random_weights(c, rng)
     ids = rng.integers(0, c.vocab_size, (2, 12))
     extra = {}
     if packed:
@@ -286,11 +294,7 @@ def completep_model(**changes):
     """Returns (config, random weights, ids); the factor (2/3)**0.75 is exact in no dtype."""
     config = dict(n_layer=3, completep_base_layers=2, completep_alpha=0.75) | changes
     c, rng = dataclasses.replace(BTLMConfig.preset("tiny"), **config), np.random.default_rng(0)
-    params = {
-        w.path: (w.mean + 0.1 * rng.normal(size=weights.stacked_shape(w, c))).astype(np.float32)
-        for w in weights.weight_table(c)
-    }
-    return c, unflatten_tree(params), rng.integers(0, c.vocab_size, (2, 12))
+    return c, random_weights(c, rng), rng.integers(0, c.vocab_size, (2, 12))
 
 
 def test_completep_logits_and_gradients_equal_float64():
@@ -414,6 +418,31 @@ def test_left_padded_equals_unpadded(name):
     assert max_error(got, case.model.apply(case.params, ids)) < 1e-5
 
 
+# Every mesh pads it: 509 tokens, 170 units.
+PADDED = BTLM(dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=509))
+PADDED_IDS = np.random.default_rng(0).integers(0, 509, (8, 32))
+
+
+@jax.jit
+def logits_and_gradients(params):
+    """Returns both from one program, which is cheaper to compile than two."""
+
+    def loss(p):
+        return next_token_loss(PADDED, p, PADDED_IDS).mean
+
+    return PADDED.apply(params, PADDED_IDS), jax.grad(loss)(params)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return logits_and_gradients(PADDED.init(jax.random.key(0)))
+
+
+def padded_params(**sizes):
+    devices = jax.devices()[: np.prod([*sizes.values()])]
+    return PADDED.init(jax.random.key(0), mesh=make_mesh(**{"fsdp": 1, **sizes}, devices=devices))
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -421,23 +450,13 @@ def test_left_padded_equals_unpadded(name):
         dict(fsdp=4, context=2), dict(data=2, context=2, tensor=2), dict(context=8),
     ],
 )  # fmt: skip
-def test_meshes_equal_one_device(sizes):
-    """Logits, gradients and cache on meshes that force padding (V 509, F 170)."""
-    config = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=509)
-    model = BTLM(config)
-    ids = np.random.default_rng(0).integers(0, 509, (8, 32))
-    n = np.prod([*sizes.values()])
-    mesh = make_mesh(**{"fsdp": 1, **sizes}, devices=jax.devices()[:n])
-    one, many = model.init(jax.random.key(0)), model.init(jax.random.key(0), mesh=mesh)
-
-    def grads(params):
-        return jax.jit(jax.grad(lambda p: next_token_loss(model, p, ids).mean))(params)
-
-    expected = model.apply(one, ids)
-    got = model.apply(many, ids)
+def test_meshes_equal_one_device(on_one_device, sizes):
+    """Logits and gradients on meshes that force padding."""
+    many, (expected, expected_grads) = padded_params(**sizes), on_one_device
+    got, got_grads = logits_and_gradients(many)
     assert got.shape == expected.shape
     assert max_error(got, expected) < 1e-5
-    expected_grads, got_grads = (flatten_tree(grads(p)) for p in (one, many))
+    expected_grads, got_grads = flatten_tree(expected_grads), flatten_tree(got_grads)
     shardings = flatten_tree(jax.tree.map(lambda x: x.sharding, many))
     for path, e in expected_grads.items():
         g = got_grads[path]
@@ -447,33 +466,38 @@ def test_meshes_equal_one_device(sizes):
         assert max_error(padded[inner], e) < 1e-5 * max(1e-3, float(np.abs(e).max()))
         padded[inner] = 0
         assert not padded.any()  # padding gets no gradient
-    cache = model.init_cache(many, 8, 32)
-    _, cache = model.apply(many, ids[:, :28], cache=cache)
-    step, _ = model.apply(many, ids[:, 28:], cache=cache)
-    assert max_error(step, expected[:, 28:]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, context=2, tensor=2)]
+)
+def test_caches_on_meshes_equal_one_device(on_one_device, sizes):
+    many = padded_params(**sizes)
+    cache = PADDED.init_cache(many, 8, 32)
+    _, cache = PADDED.apply(many, PADDED_IDS[:, :28], cache=cache)
+    step, _ = PADDED.apply(many, PADDED_IDS[:, 28:], cache=cache)
+    assert max_error(step, on_one_device[0][:, 28:]) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["e_alibi_dynamic16", "f_learned_gelu_mup"])
 def test_split_sequences_equal_one_device(name):
     """With all that depends on the position: segments, scaling, positions, query chunks."""
     case = golden.load(name)
-    model = BTLM(dataclasses.replace(case.config, n_positions=2048))
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, case.config.vocab_size, (2, 2048))
+    rng, length = np.random.default_rng(0), 1024  # four chunks of queries
+    model = BTLM(dataclasses.replace(case.config, n_positions=length))
+    ids = rng.integers(0, case.config.vocab_size, (2, length))
     segments = np.sort(rng.integers(1, 5, ids.shape), 1)
-    positions = np.arange(2048)[None] - np.argmax(segments[:, :, None] == segments[:, None], 2)
-    mask = np.arange(2048)[None] >= np.array([[0], [700]])
+    positions = np.arange(length)[None] - np.argmax(segments[:, :, None] == segments[:, None], 2)
+    mask = np.arange(length)[None] >= np.array([[0], [350]])
     mesh = make_mesh(data=2, fsdp=1, context=2, devices=jax.devices()[:4])
     one, many = (model.init(jax.random.key(0), mesh=m) for m in (None, mesh))
-    for options in (
-        {}, dict(attention_mask=mask), dict(segment_ids=segments, positions=positions),
-    ):  # fmt: skip
+    for options in ({}, dict(attention_mask=mask, segment_ids=segments, positions=positions)):
         expected = model.apply(one, ids, **options)
         got = model.apply(many, ids, **options)
         assert got.sharding.spec[1] == "context"
         assert max_error(got, expected) < 1e-5, options
-    with pytest.raises(ValueError, match=r"length 2047 does not divide over .*context.*, 4 parts"):
-        model.apply(many, ids[:, :2047])
+    with pytest.raises(ValueError, match=r"length 1023 does not divide over .*context.*, 4 parts"):
+        model.apply(many, ids[:, :1023])
 
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=1), dict(fsdp=1, tensor=2)])
