@@ -56,25 +56,13 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
-# Each compiled program takes some hundred memory mappings, of which Linux gives a process 65,530;
-# XLA crashes when they run out.
-_MOST_MAPPINGS = 25_000
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Frees compiled programs after a file if they take many memory mappings.
+    """Frees compiled programs after every file.
 
-    Until then, the files that follow use them again.
+    Each takes some hundred memory mappings, of which Linux gives a process 65,530; XLA crashes
+    when they run out.
     """
     yield
-    if "jax" in sys.modules and _count_mappings() > _MOST_MAPPINGS:
+    if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
-
-
-def _count_mappings() -> float:
-    try:
-        with open("/proc/self/maps", "rb") as maps:
-            return sum(1 for _ in maps)
-    except FileNotFoundError:  # not Linux: unknown, so that programs are always freed
-        return float("inf")

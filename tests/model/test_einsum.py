@@ -87,8 +87,10 @@ def test_gradients_are_sharded_like_the_operands(sequence):
         np.testing.assert_allclose(got, expected, atol=1e-5)  # fp32 sums of up to 24 products
 
 
-@pytest.mark.parametrize("length", [24, 256])
-@pytest.mark.parametrize("mesh", [None, dict(fsdp=2, context=2, tensor=2)])
+SHARDED = dict(fsdp=2, context=2, tensor=2)
+
+
+@pytest.mark.parametrize("length, mesh", [(24, None), (24, SHARDED), (256, SHARDED)])
 def test_bf16_steps_learn_like_fp32_steps(length, mesh):
     """Losses agree up to bf16 rounding."""
     config = BTLMConfig.preset("tiny")

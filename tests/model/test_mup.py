@@ -91,7 +91,11 @@ def test_muon_groups_leave_the_head_to_adam():
     assert rates["lm_head.weight"] == pytest.approx(0.001)
 
 
+@pytest.mark.parametrize(
+    "case", ["a2_btlm_mup_h32", "b_sp_alibi", "f_learned_gelu_mup", "i_untied"], indirect=True
+)
 def test_three_steps_equal_those_of_the_original(case):
+    """On the cases that differ in their weights; `test_btlm` has the gradients of all."""
     golden = json.loads(str(case["groups_json"]))
     b1, b2 = golden["betas"]
     tx = mup.adamw(
@@ -670,10 +674,10 @@ def movement(n_layer, base_layers):
 def test_depth_coordinate_check(base_layers, lowest, highest):
     """The slope of log2 movement over log2 depth: about 1 for muP, 0 for CompleteP.
 
-    After 1 and 10 steps, measured 0.87 and 1.20, -0.08 and -0.12. Three more seeds gave 0.79 to
-    1.12 and -0.17 to -0.01.
+    After 1 and 10 steps, measured 0.88 and 1.23, -0.08 and -0.12. Three more seeds gave 0.70 to
+    1.06 and -0.20 to -0.07.
     """
-    depths = (2, 4, 8, 16)
+    depths = (2, 16)
     moved = np.log2([movement(depth, base_layers) for depth in depths])
     slopes = np.polyfit(np.log2(depths), moved, 1)[0]
     assert all(lowest <= slope <= highest for slope in slopes), slopes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9)).astype(np.int32)
 ONES = Rules(*np.ones(5, np.float32))
 
 
+@functools.cache
 def params(model=MODEL):
     """With biases and scales that are not 0 and 1, so that a factor on them shows."""
     drawn = model.init(jax.random.key(0))
@@ -42,7 +44,7 @@ def loss_and_gradient(model, rules=ONES):
     def loss(p):
         return target_loss(model, reparametrize(model, p, rules), TOKENS)[0]
 
-    return jax.value_and_grad(loss)(params(model))
+    return jax.jit(jax.value_and_grad(loss))(params(model))
 
 
 def assert_close(a, b, tolerance=1e-5):

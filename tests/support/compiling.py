@@ -53,3 +53,10 @@ def remove_cache(directory: str | None) -> None:
 def one_device() -> dict[str, str]:
     """Returns the environment of a subprocess with one CPU device that compiles quickly."""
     return os.environ | {"XLA_FLAGS": QUICK_TO_COMPILE}
+
+
+def default_devices() -> dict[str, str]:
+    """Returns the environment of a subprocess that sees as many CPU devices as at a user's."""
+    flags = os.environ["XLA_FLAGS"].split()
+    kept = [flag for flag in flags if "host_platform_device_count" not in flag]
+    return os.environ | {"XLA_FLAGS": " ".join(kept)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from support.kill_and_resume import KillAndResume
 from support.runs import (
     assert_close_losses,
     assert_same_run,
+    copy_run,
     final_weights,
     losses,
     same_bits,
@@ -86,25 +88,36 @@ def test_a_run_can_be_exported(reference, tmp_path):
     assert same_bits(flatten_tree(params), final_weights(run))
 
 
+@pytest.fixture
+def phase_two(reference, tmp_path):
+    """A copy of the reference as it was after step 9 of 12, in its second phase."""
+    run = copy_run(reference[0], tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/12")
+    return run
+
+
+# Up to fp32 rounding, which training amplifies: after 12 steps at this rate, to 3e-6.
+ROUNDING = 1e-4
+
+
+def test_losses_are_the_same_on_another_mesh(load_tiny, reference, tmp_path):
+    train(load_tiny("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"), tmp_path / "run")
+    assert_close_losses(tmp_path / "run", reference[0], ROUNDING)
+
+
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        dict(fsdp=1, data=8),
-        dict(fsdp=4, tensor=2),
-        dict(data=2, fsdp=2, tensor=2),
-        dict(fsdp=4, context=2),
-    ],
+    "mesh", [dict(fsdp=1, data=8), dict(fsdp=4, tensor=2), dict(fsdp=4, context=2)]
 )
-def test_losses_are_the_same_on_every_mesh(load_tiny, reference, mesh, tmp_path):
-    """Up to fp32 rounding, which training amplifies: after 12 steps at this rate, to 3e-6."""
-    train(load_tiny(*(f"mesh.{k}={v}" for k, v in mesh.items())), tmp_path / "run")
-    assert_close_losses(tmp_path / "run", reference[0], 1e-4)
+def test_a_run_can_be_resumed_on_another_mesh(load_tiny, reference, phase_two, mesh):
+    result = train(load_tiny(*(f"mesh.{k}={v}" for k, v in mesh.items())), phase_two)
+    assert result.held_out == pytest.approx(reference[1].held_out, abs=ROUNDING)
+    assert_close_losses(phase_two, reference[0], ROUNDING)
 
 
 def test_microbatches_add_up_to_a_step(load_tiny, reference, tmp_path):
     """Sums are divided once, so that a step in two parts is the same step up to rounding."""
     train(load_tiny("phases.1.microbatch=16"), tmp_path / "run")
-    assert_close_losses(tmp_path / "run", reference[0], 1e-4)
+    assert_close_losses(tmp_path / "run", reference[0], ROUNDING)
 
 
 def test_z_loss_reaches_the_step(load_tiny, tmp_path, monkeypatch):
@@ -120,9 +133,9 @@ def test_z_loss_reaches_the_step(load_tiny, tmp_path, monkeypatch):
 
 
 def test_offloaded_optimizer_state_changes_no_bit_and_stays_on_the_host(
-    load_tiny, reference, tmp_path, monkeypatch, stop_after
+    load_tiny, reference, phase_two, monkeypatch, stop_after
 ):
-    """Even when the run is stopped and resumed."""
+    """Even when the run is stopped and resumed, and was begun without."""
     memory_kinds = set()
     make_step = recipe_build.make_step
 
@@ -138,12 +151,12 @@ def test_offloaded_optimizer_state_changes_no_bit_and_stays_on_the_host(
 
     monkeypatch.setattr(recipe_build, "make_step", spying)
     recipe = load_tiny("run.offload_optimizer=true")
-    stop_after(5)
-    train(recipe, tmp_path / "run")
+    stop_after(10)
+    train(recipe, phase_two)
     stop_after(None)
-    assert train(recipe, tmp_path / "run").finished
+    assert train(recipe, phase_two).finished
     assert memory_kinds == {"pinned_host"}
-    assert_same_run(tmp_path / "run", reference[0])
+    assert_same_run(phase_two, reference[0])
 
 
 def test_the_step_is_compiled_once_per_shape(load_tiny, reference, tmp_path, caplog):
@@ -197,19 +210,11 @@ def test_a_resumed_run_is_bitwise_the_same(load_tiny, reference, tmp_path, stop_
     assert again.held_out == reference[1].held_out
 
 
-def test_a_run_can_be_resumed_on_another_mesh(load_tiny, reference, tmp_path, stop_after):
-    stop_after(7)
-    train(load_tiny(), tmp_path / "run")
-    stop_after(None)
-    train(load_tiny("mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2"), tmp_path / "run")
-    assert_close_losses(tmp_path / "run", reference[0], 1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_signal", [signal.SIGTERM, signal.SIGKILL])
 def test_a_run_killed_at_random_moments_is_bitwise_the_same(tiny_recipe, tmp_path, kill_signal):
-    """Real processes, ten kills each."""
-    overrides = ("phases.0.steps=300", "run.checkpoint_every=7", "run.eval_every=0")
+    """Real processes, five kills each."""
+    overrides = ("phases.0.steps=150", "run.checkpoint_every=7", "run.eval_every=0")
     options = [x for o in overrides for x in ("--set", o)]
 
     def resumption(run: Path, kills: int) -> KillAndResume:
@@ -228,12 +233,12 @@ def test_a_run_killed_at_random_moments_is_bitwise_the_same(tiny_recipe, tmp_pat
 
     resumption(tmp_path / "uninterrupted", kills=0).run()
     run, outputs = tmp_path / "run", []
-    _, ended_by_signal = resumption(run, kills=10).run(outputs.append)
+    _, ended_by_signal = resumption(run, kills=5).run(outputs.append)
     if kill_signal == signal.SIGTERM:  # a run either ends by the signal or says how to resume
         hints = ("resume with: ", "next: btlm generate")
         assert sum(not any(h in o for h in hints) for o in outputs) == ended_by_signal
     else:
-        assert ended_by_signal >= 5
+        assert ended_by_signal >= 3
     assert_same_run(run, tmp_path / "uninterrupted")
     assert all(p.name.isdigit() for p in (run / "checkpoints").iterdir())
 

@@ -39,7 +39,7 @@ RECIPE = (
     TINY_MODEL
     + """
 [[phases]]
-steps = 60
+steps = 24
 batch_size = 16
 length = 16
 microbatch = 8
@@ -53,9 +53,9 @@ held_out = "{held}"
 held_out_tokens = 1024
 [run]
 log_every = 1
-checkpoint_every = 15
+checkpoint_every = 6
 keep_last = 9
-eval_every = 30
+eval_every = 12
 prompt = "3"
 """
 )
@@ -151,7 +151,7 @@ def both(recipe, tmp_path_factory) -> tuple[Path, Pair]:
     """The same run by two processes with four devices each."""
     root = tmp_path_factory.mktemp("both")
     with starting(recipe, root) as start:
-        pair = start(root / "run", "run.sample_every=30")
+        pair = start(root / "run", "run.sample_every=24")
         assert pair.codes() == [0, 0], pair.output()
     return root / "run", pair
 
@@ -166,8 +166,8 @@ def copy_until(run: Path, step: int, target: Path) -> Path:
 
 
 def assert_equivalent(run: Path, reference: Path) -> None:
-    """Asserts that all 60 steps have the same losses, and the weights the same end."""
-    assert list(losses(run)) == list(range(1, 61))
+    """Asserts that all 24 steps have the same losses, and the weights the same end."""
+    assert list(losses(run)) == list(range(1, 25))
     assert_close_losses(run, reference, 1e-5)
     a, b = final_weights(run), final_weights(reference)
     assert max(np.abs(a[k] - b[k]).max() for k in a) < 1e-3
@@ -180,39 +180,39 @@ def test_two_processes_train_like_one(one, both):
     held = [
         {x["step"]: x["held_out_loss"] for x in of_run if "held_out_loss" in x} for of_run in lines
     ]
-    assert held[0] == pytest.approx(held[1], abs=1e-5) and set(held[0]) == {30, 60}
+    assert held[0] == pytest.approx(held[1], abs=1e-5) and set(held[0]) == {12, 24}
 
 
 def test_only_process_0_reports(both):
     run, pair = both
     steps = [(x["step"], len(x)) for x in read_metrics(run / "metrics.jsonl")]
-    assert len(steps) == len(set(steps)) == 62  # 60 steps, 2 evaluations
+    assert len(steps) == len(set(steps)) == 26  # 24 steps, 2 evaluations
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     first, second = (log.read_text() for log in pair.logs)
-    for said in ("train: 60 step/60 step", "held-out loss", "btlm: step 30: 3", "next: btlm gen"):
+    for said in ("train: 24 step/24 step", "held-out loss", "btlm: step 24: 3", "next: btlm gen"):
         assert said in first
     joining = "btlm: process 1 waits for the others"
     assert [x for x in second.splitlines() if "btlm" in x and not x.startswith(joining)] == []
 
 
 def test_one_process_resumes_a_run_of_two(recipe, one, both, tmp_path):
-    run = copy_until(both[0], 30, tmp_path / "run")
+    run = copy_until(both[0], 12, tmp_path / "run")
     assert train(recipe_file.load_recipe(recipe), run).finished
-    assert {s: x for s, x in losses(run).items() if s <= 30} == {
-        s: x for s, x in losses(both[0]).items() if s <= 30
+    assert {s: x for s, x in losses(run).items() if s <= 12} == {
+        s: x for s, x in losses(both[0]).items() if s <= 12
     }
     assert_equivalent(run, one)
 
 
 def test_two_processes_resume_after_a_signal_and_a_kill(one, two, tmp_path):
     """They resume a run of one; first one of them gets SIGTERM, then one is killed."""
-    run = copy_until(one, 15, tmp_path / "run")
+    run = copy_until(one, 6, tmp_path / "run")
     pair = two(run, *SLOWLY)
-    pair.until(lambda: 17 <= last_step(run) < 60)
+    pair.until(lambda: 8 <= last_step(run) < 24)
     pair.processes[1].send_signal(signal.SIGTERM)
     stopped = both_stopped(pair, run)
-    assert "btlm: resuming from step 15\n" in pair.logs[0].read_text()
+    assert "btlm: resuming from step 6\n" in pair.logs[0].read_text()
 
     pair = two(run, *SLOWLY, f"run.checkpoint_every={stopped + 2}")
     pair.until((run / f"checkpoints/{stopped + 2}").exists)
@@ -237,7 +237,7 @@ def both_stopped(pair: Pair, run: Path) -> int:
         (line,) = [x for x in log.read_text().splitlines() if x.startswith("resume with: btlm tr")]
         assert f" {run} " in line and line.endswith(f"--process {number}")
     stopped = max(int(p.name) for p in (run / "checkpoints").iterdir())
-    assert last_step(run) == stopped < 60
+    assert last_step(run) == stopped < 24
     return stopped
 
 
@@ -245,9 +245,9 @@ def both_stopped(pair: Pair, run: Path) -> int:
 @pytest.mark.parametrize("signals", [{0: signal.SIGTERM, 1: signal.SIGTERM}, {0: signal.SIGINT}])
 def test_signals_stop_both_processes_after_the_same_step(one, two, tmp_path, signals):
     """A scheduler signals every process; a user presses Ctrl-C at one of them."""
-    run = copy_until(one, 15, tmp_path / "run")
+    run = copy_until(one, 6, tmp_path / "run")
     pair = two(run, *SLOWLY)
-    pair.until(lambda: 17 <= last_step(run) < 60)
+    pair.until(lambda: 8 <= last_step(run) < 24)
     for process, number in signals.items():
         pair.processes[process].send_signal(number)
     both_stopped(pair, run)
@@ -257,9 +257,9 @@ def test_signals_stop_both_processes_after_the_same_step(one, two, tmp_path, sig
 
 @pytest.mark.slow
 def test_the_run_resumes_after_process_0_was_killed(one, two, tmp_path):
-    run = copy_until(one, 15, tmp_path / "run")
+    run = copy_until(one, 6, tmp_path / "run")
     pair = two(run, *SLOWLY)
-    pair.until(lambda: 17 <= last_step(run) < 60)
+    pair.until(lambda: 8 <= last_step(run) < 24)
     pair.processes[0].kill()
     assert pair.codes()[1] != 0, pair.output()
     assert two(run).codes() == [0, 0]
@@ -327,7 +327,7 @@ def test_all_processes_refuse_what_one_refuses(recipe, tmp_path):
         assert first[name] == second[name]
     assert first["recipe"].startswith(
         "ValueError: process 1 was started differently from process 0: "
-        "recipe.optimizer.peak_lr (0.01 -> 0.02), recipe.run.eval_every (30 -> 7); start"
+        "recipe.optimizer.peak_lr (0.01 -> 0.02), recipe.run.eval_every (12 -> 7); start"
     )
     assert "process 0: held_out (" in first["data"]
     assert "found 8" in first["mesh"]

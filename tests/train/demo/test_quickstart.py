@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -59,10 +58,9 @@ quickstart.run_quickstart(Path(sys.argv[1]), steps=12, seed=3, overrides=overrid
 
 def test_a_small_run_works_end_to_end(tmp_path, capsys):
     """In a separate process, with the virtual devices of the command."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL, str(tmp_path / "q")], capture_output=True, text=True, env=env
-    )
+    command = [sys.executable, "-c", SMALL, str(tmp_path / "q")]
+    env = compiling.default_devices()
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     for text in (
         "mesh of 4 cpu devices (fsdp 2, tensor 2)",
