@@ -31,8 +31,10 @@ _LONG_FILES = (
     "mup_study/test_coord_check.py",
     "train/test_loop.py",
     "test_notebooks.py",
-    "model/test_btlm.py",
+    "generation/test_generate.py",
+    "generation/test_continuous_batching.py",
     "model/test_mup.py",
+    "model/test_btlm_original.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""The muP optimizers against the original's groups and steps, optax.partition and NumPy."""
+"""The muP optimizers against the original's steps, `optax.partition` and NumPy."""
 
 from __future__ import annotations
 
@@ -13,89 +13,32 @@ import optax
 import pytest
 from optax.contrib import schedule_free
 
-from btlm_jax import BTLM, BTLMConfig, make_mesh, next_token_loss
+from btlm_jax import next_token_loss
 from btlm_jax.model import mup, weights
-from btlm_jax.model.params import check_params, flatten_tree, unflatten_tree
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 from support import golden as golden_lib
-from support import reference_numpy
-
-B3 = BTLMConfig.preset("btlm-3b-8k")
-# One of every kind of weight, and awkward sizes; m = 10.
-SMALL = dataclasses.replace(
-    BTLMConfig.preset("tiny"),
-    vocab_size=31,
-    n_embd=24,
-    n_head=2,
-    n_inner=38,
-    mup_width_scale=0.1,
-    tie_word_embeddings=False,
+from support.optimizer_steps import (
+    MAKES,
+    SMALL,
+    assert_equal,
+    descend,
+    is_matrix,
+    partition,
+    run,
+    start,
 )
+
 M1 = dataclasses.replace(SMALL, mup_width_scale=1.0)
+
+
 DECAYS = ("original", "coupled", "independent")
-MAKES = (mup.adamw, mup.lion, mup.muon)
-
-
-# The groups ---------------------------------------------------------------------------------------
-
-
-def test_released_model_has_160_scaled_layer_weights():
-    scales = flatten_tree(mup.multipliers(B3))
-    per_layer = [scales[leaf.weight.path] for leaf in weights.disk_leaves(B3)]
-    assert per_layer.count(0.1) == 160
-    assert per_layer.count(1.0) == len(per_layer) - 160
-
-
-@pytest.mark.parametrize(
-    "optimizer, expected", [("adam", 0.1), ("lion", 0.1), ("muon", 1.0), ("muon_rms", 0.1**0.5)]
-)
-def test_multipliers_by_optimizer(optimizer, expected):
-    """Matrices get 1/m, 1 or 1/sqrt(m), as the coordinate checks require; the rest is Adam's."""
-    scales = flatten_tree(mup.multipliers(SMALL, optimizer))
-    for w in weights.weight_table(SMALL):
-        target = 1.0 if w.role != "hidden" else expected if w.stacked else 0.1
-        assert scales[w.path] == target, w.name
-
-
-@pytest.mark.parametrize(
-    "decay, variant", [("original", "decoupled_wd_true"), ("coupled", "decoupled_wd_false")]
-)
-def test_groups_are_those_of_the_original(case, decay, variant):
-    """Names, learning rates and decays equal those that `get_mup_param_groups` printed."""
-    golden = json.loads(str(case["groups_json"]))
-    groups = mup.param_groups(case.config, golden["lr"], golden["weight_decay"], decay)
-    assert len(groups) == len(golden[variant]) == 3
-    for ours, theirs in zip(groups, golden[variant], strict=True):
-        assert sorted(ours.params) == sorted(theirs["params"])
-        assert ours.lr == pytest.approx(theirs["lr"], rel=1e-12)
-        assert ours.weight_decay == pytest.approx(theirs["weight_decay"], rel=1e-12)
-    assert sum(g.count for g in groups) == weights.count_parameters(case.config)
-
-
-def test_groups_are_formatted_as_a_table():
-    original = mup.format_groups(mup.param_groups(B3, 0.012, 0.1)).splitlines()
-    assert original == [
-        "group      arrays     parameters          lr  weight decay   per step",
-        "hidden        160  2,516,418,560      0.0012           0.1    0.00012",
-        "embedding       1    128,657,920       0.012           0.1     0.0012",
-        "vector        290      1,179,264       0.012             0          0",
-    ]
-    coupled = mup.format_groups(mup.param_groups(B3, 0.012, 0.1, "coupled")).splitlines()
-    assert coupled[1].split() == ["hidden", "160", "2,516,418,560", "0.0012", "1", "0.0012"]
-
-
-def test_muon_groups_leave_the_head_to_adam():
-    """Matrices keep their learning rate at every width; an untied head has Adam's."""
-    groups = mup.param_groups(SMALL, 0.01, 0.1, optimizer="muon")
-    rates = {name: g.lr for g in groups for name in g.params}
-    assert rates["transformer.h.1.mlp.c_fc.weight"] == 0.01
-    assert rates["lm_head.weight"] == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize(
     "case", ["a2_btlm_mup_h32", "b_sp_alibi", "f_learned_gelu_mup", "i_untied"], indirect=True
 )
 def test_three_steps_equal_those_of_the_original(case):
-    """On the cases that differ in their weights; `test_btlm` has the gradients of all."""
+    """On the cases that differ in their weights; `test_btlm_original` has the gradients of all."""
     golden = json.loads(str(case["groups_json"]))
     b1, b2 = golden["betas"]
     tx = mup.adamw(
@@ -134,59 +77,6 @@ def test_three_steps_equal_those_of_the_original(case):
     assert compared > 1000
 
 
-# Against optax ------------------------------------------------------------------------------------
-
-
-@functools.cache
-def start(config):
-    return BTLM(config).init(jax.random.key(0))
-
-
-def descend(params, i):
-    """Returns gradients towards zero, with a disturbance that differs per entry and step."""
-
-    def leaf(p):
-        entry = jnp.arange(p.size, dtype=jnp.float32).reshape(p.shape)
-        return p + 0.1 * jnp.cos(0.7 * entry + 1.3 * i)
-
-    return jax.tree.map(leaf, params)
-
-
-def shrink(params, i):
-    """Returns gradients proportional to the weights, so that zeros have none."""
-    return jax.tree.map(lambda p: p * (1.5 + jnp.cos(1.3 * i)), params)
-
-
-def run(tx, params, steps, grads=descend):
-    """Returns the weights after `steps` steps, and the optimizer's state."""
-
-    def step(i, carry):
-        params, state = carry
-        updates, state = tx.update(grads(params, i), state, params)
-        return optax.apply_updates(params, updates), state
-
-    return jax.jit(lambda p: jax.lax.fori_loop(0, steps, step, (p, tx.init(p))))(params)
-
-
-def assert_equal(a, b, tolerance=0.0):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if tolerance:
-            assert golden_lib.max_error(x, y) < tolerance
-        else:
-            np.testing.assert_array_equal(x, y)
-
-
-def partition(config, make, kind=lambda w: w.role):
-    """Returns a reference: optax.partition with the optimizer make(kind) for each kind."""
-    kinds = {w.path: kind(w) for w in weights.weight_table(config)}
-    return optax.partition({k: make(k) for k in set(kinds.values())}, unflatten_tree(kinds))
-
-
-def is_matrix(w):
-    """Returns whether Muon updates the weight."""
-    return w.role == "hidden" and w.stacked
-
-
 SCHEDULE = optax.linear_schedule(1e-2, 1e-3, 50)
 
 
@@ -195,6 +85,8 @@ def slower(factor):
 
 
 RATE = {"hidden": slower(0.1), "embedding": SCHEDULE, "vector": SCHEDULE}
+
+
 DECAYED = {
     "original": {"hidden": 0.1, "embedding": 0.1, "vector": 0.0},
     "coupled": {"hidden": 1.0, "embedding": 0.1, "vector": 0.0},
@@ -379,9 +271,6 @@ def test_first_moments_have_the_requested_dtype(make):
     assert all(d == jnp.float32 for d in dtypes if d != jnp.bfloat16)
 
 
-# Inside other transformations ---------------------------------------------------------------------
-
-
 @functools.cache
 def plain(make):
     """Returns the weights after 4 steps."""
@@ -457,311 +346,3 @@ def test_schedule_free_around_adamw_equals_a_partition():
     assert golden_lib.max_error(*kernel) > 5e-3
     with pytest.raises(ValueError, match="after schedule_free, expected"):
         mup.check(state)
-
-
-# Misuse -------------------------------------------------------------------------------------------
-
-MUP = mup.scale_by_mup(SMALL)
-SGD = optax.scale_by_learning_rate(1e-2)
-
-
-def test_scale_by_mup_before_adam_has_no_effect():
-    """The documented mistake, so that the documentation stays true."""
-    wrong, _ = run(optax.chain(MUP, optax.scale_by_adam(), SGD), start(SMALL), 3)
-    without, _ = run(optax.chain(optax.scale_by_adam(), SGD), start(SMALL), 3)
-    # In the right order, hidden matrices would differ by 0.9 * 3 * 1e-2 (eps leaves 2e-4).
-    assert_equal(wrong, without, 1e-3)
-
-
-WRONG = {
-    "before adam": ([MUP, optax.scale_by_adam(), SGD], "before the normalization"),
-    "before adamw": ([MUP, optax.adamw(1e-2)], "before the normalization"),
-    "before lion, nested": ([optax.chain(MUP, optax.lion(1e-2))], "before the normalization"),
-    "before adafactor": ([optax.chain(MUP), optax.adafactor(1e-2)], "before the normalization"),
-    "before muon": ([MUP, mup.muon(1e-2, SMALL)], "found twice"),
-    "after ours": ([mup.adamw(1e-2, SMALL), MUP], "found twice"),
-    "before a wrapped adam": (
-        [MUP, optax.MultiSteps(optax.adam(1e-2), 2)],
-        "before the normalization",
-    ),
-    "around schedule_free": (
-        [schedule_free(optax.adamw(1e-2), 1e-2), MUP],
-        "after schedule_free, expected",
-    ),
-    "around our schedule_free": (
-        [schedule_free(mup.adamw(1e-2, SMALL), 1e-2), MUP],
-        "found twice",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_orders_are_refused(name):
-    transforms, message = WRONG[name]
-    with pytest.raises(ValueError, match=message):
-        jax.eval_shape(mup.chain(*transforms).init, start(SMALL))
-    # `check` also sees through optax.chain and wrappers.
-    wrapped = optax.apply_if_finite(optax.chain(*transforms), 3)
-    state = jax.eval_shape(wrapped.init, start(SMALL))
-    with pytest.raises(ValueError, match=message):
-        mup.check(state)
-
-
-RIGHT = {
-    "as documented": [
-        optax.scale_by_adam(),
-        optax.add_decayed_weights(0.1, mask=mup.decay_mask(SMALL)),
-        MUP,
-        SGD,
-    ],
-    "independent decay": [optax.scale_by_adam(), MUP, optax.add_decayed_weights(0.1), SGD],
-    "momentum after": [optax.scale_by_rms(), MUP, optax.trace(0.9), SGD],
-    "a schedule after": [optax.scale_by_lion(), MUP, optax.scale_by_learning_rate(SCHEDULE)],
-    "none": [optax.adamw(1e-2)],
-    "our schedule_free": [schedule_free(mup.adamw(1e-2, SMALL, b1=0.0), 1e-2)],
-}
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_right_orders_are_accepted(name):
-    jax.eval_shape(mup.chain(*RIGHT[name]).init, start(SMALL))
-
-
-def test_weights_of_another_configuration_are_refused():
-    tx = mup.adamw(1e-2, SMALL)
-    tied = {k: v for k, v in start(SMALL).items() if k != "lm_head"}
-    with pytest.raises(ValueError, match="lm_head"):
-        tx.update(tied, tx.init(tied), tied)
-    with pytest.raises(ValueError, match=r"do not match the configuration at \['lm_head'\]"):
-        MUP.update(tied, MUP.init(tied))
-    with pytest.raises(ValueError, match="do not match the configuration at"):
-        MUP.update({"wte": jnp.zeros(3)}, MUP.init(None))
-    with pytest.raises(ValueError, match=r"do not match the configuration at \['lm_head'\]"):
-        mup.group_norms(tied, SMALL)
-
-
-def test_invalid_arguments_are_refused():
-    names = r"decay: found 'decoupled', expected one of \('original', 'coupled', 'independent'\)"
-    for make in MAKES:
-        with pytest.raises(ValueError, match=names):
-            make(1e-2, SMALL, decay="decoupled")
-    with pytest.raises(ValueError, match=names):
-        mup.param_groups(SMALL, 1e-2, 0.1, "decoupled")
-    with pytest.raises(
-        ValueError, match=r"optimizer: found 'sgd', expected one of \('adam', 'lion'"
-    ):
-        mup.scale_by_mup(SMALL, "sgd")
-    deep = dataclasses.replace(SMALL, completep_base_layers=2)
-    for make in MAKES:
-        with pytest.raises(ValueError, match='"original" with CompleteP, expected "coupled", its'):
-            make(1e-2, deep)
-
-
-# Depth --------------------------------------------------------------------------------------------
-
-
-# Four times the base depth, where the vectors of the layers learn half as fast.
-DEEP = dataclasses.replace(SMALL, n_layer=4, completep_base_layers=1, completep_alpha=0.5)
-
-
-def test_completep_equals_a_partition():
-    """With a large eps: 0.01 / (m * 4 ** alpha)."""
-    scaled = {"hidden": 0.1 * 0.5, "layer vector": 0.5, "head": 0.1}
-
-    def kind(w):
-        if w.role == "hidden":
-            return "hidden" if w.stacked else "head"
-        return "layer vector" if w.role == "vector" and w.stacked else w.role
-
-    def reference(kind):
-        decay = {"hidden": 1.0, "head": 1.0, "embedding": 0.1}.get(kind, 0.0)
-        rate = 1e-2 * scaled.get(kind, 1.0)
-        return optax.adamw(rate, 0.9, 0.95, 0.01 * 0.1 * 0.5, weight_decay=decay)
-
-    tx = mup.adamw(1e-2, DEEP, eps=0.01, decay="coupled", clip_norm=None)
-    ours, _ = run(tx, start(DEEP), 10)
-    assert_equal(ours, run(partition(DEEP, reference, kind), start(DEEP), 10)[0], 1e-6)
-
-    groups = mup.param_groups(DEEP, 1e-2, 0.1, "coupled")
-    assert sum(g.count for g in groups) == weights.count_parameters(DEEP)
-    rates = {name: g.lr for g in groups for name in g.params}
-    assert rates["transformer.h.3.ln_2.weight"] == pytest.approx(1e-2 * 0.5)
-    assert rates["transformer.ln_f.weight"] == rates["transformer.wte.weight"] == 1e-2
-    # "independent" undoes the depth as well.
-    independent = mup.param_groups(DEEP, 1e-2, 0.1, "independent")
-    assert independent[0].lr * independent[0].weight_decay == pytest.approx(1e-3)
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_completep_slows_the_weights_of_layers(make):
-    """First steps are 4 ** (alpha - 1) times those at alpha = 1, under every optimizer."""
-    options = dict(weight_decay=0.0, decay="coupled", clip_norm=None)
-    slow, full = (
-        make(1e-2, dataclasses.replace(DEEP, completep_alpha=alpha), **options)
-        for alpha in (0.5, 1.0)
-    )
-
-    @jax.jit
-    def updates(params):
-        grads = descend(params, 0)
-        return [tx.update(grads, tx.init(params), params)[0] for tx in (slow, full)]
-
-    a, b = (flatten_tree(x) for x in updates(start(DEEP)))
-    for w in weights.weight_table(DEEP):
-        # Updates of about the learning rate; eps, which differs too, is 1e-8 of gradients of 0.1.
-        assert golden_lib.max_error(a[w.path], (0.5 if w.stacked else 1.0) * b[w.path]) < 1e-7, (
-            w.name
-        )
-
-
-def test_completep_at_alpha_one_keeps_the_learning_rates():
-    deep = dataclasses.replace(B3, completep_base_layers=2)
-    assert mup.multipliers(deep) == mup.multipliers(B3)
-    groups = mup.param_groups(deep, 0.012, 0.1, "coupled")
-    assert groups == mup.param_groups(B3, 0.012, 0.1, "coupled")
-
-
-def movement(n_layer, base_layers):
-    """Returns how far 1 and 10 steps of AdamW move the residual stream, averaged over entries.
-
-    The stream after the last layer is computed in float64 by the NumPy reference.
-    """
-    config = dataclasses.replace(
-        BTLMConfig.preset("tiny"),
-        vocab_size=64,
-        n_layer=n_layer,
-        mup_width_scale=1.0,
-        initializer_range=0.1,
-        mup_embeddings_scale=10.0,
-        mup_output_alpha=1.0,
-        completep_base_layers=base_layers,
-    )
-    model, ids = BTLM(config), np.random.default_rng(0).integers(64, size=(4, 32))
-    tx = mup.adamw(2.0**-5, config, decay="coupled")
-
-    @jax.jit
-    def after(params, steps):
-        def step(_, carry):
-            params, state = carry
-            grads = jax.grad(lambda p: next_token_loss(model, p, ids).mean)(params)
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        return jax.lax.fori_loop(0, steps, step, (params, tx.init(params)))[0]
-
-    def stream(params):
-        named = golden_lib.by_hf_name(config, params)
-        return reference_numpy.forward(named, golden_lib.reference_config(config), ids)["streams"][
-            -1
-        ]
-
-    # Drawn from the table without compiling `init`.
-    rng = np.random.default_rng(1)
-    draws = {
-        w.path: (w.mean + w.std * rng.normal(size=weights.stacked_shape(w, config))).astype("f4")
-        for w in weights.weight_table(config)
-    }
-    params = unflatten_tree(draws)
-    before = stream(params)
-    return [np.abs(stream(after(params, steps)) - before).mean() for steps in (1, 10)]
-
-
-@pytest.mark.parametrize(
-    "base_layers, lowest, highest",
-    [(None, 0.6, 1.4), (2, -0.25, 0.25)],
-    ids=["muP", "CompleteP"],
-)
-def test_depth_coordinate_check(base_layers, lowest, highest):
-    """The slope of log2 movement over log2 depth: about 1 for muP, 0 for CompleteP.
-
-    After 1 and 10 steps, measured 0.88 and 1.23, -0.08 and -0.12. Three more seeds gave 0.70 to
-    1.06 and -0.20 to -0.07.
-    """
-    depths = (2, 16)
-    moved = np.log2([movement(depth, base_layers) for depth in depths])
-    slopes = np.polyfit(np.log2(depths), moved, 1)[0]
-    assert all(lowest <= slope <= highest for slope in slopes), slopes
-
-
-# On a mesh ----------------------------------------------------------------------------------------
-
-# Padded by the mesh below from 509 to 512 tokens and from 170 to 172 units.
-PADDED = dataclasses.replace(BTLMConfig.preset("tiny"), vocab_size=509)
-
-
-@functools.cache
-def on_mesh():
-    """Returns a mesh, weights on it, and a function that returns the gradients of a loss."""
-    mesh = make_mesh(fsdp=2, tensor=4)
-    model = BTLM(PADDED, compute_dtype=jnp.float32)
-    ids = jax.random.randint(jax.random.key(1), (4, 16), 0, 509)
-    grads = jax.jit(jax.grad(lambda params: next_token_loss(model, params, ids).mean))
-    return mesh, model.init(jax.random.key(0), mesh=mesh), grads
-
-
-def split(tree):
-    """Yields (true entries, padding) for every array of a padded tree."""
-    for w in weights.weight_table(PADDED):
-        x = np.array(flatten_tree(tree)[w.path])
-        true = tuple(slice(n) for n in weights.stacked_shape(w, PADDED))
-        inside = x[true].copy()
-        x[true] = 0.0
-        yield inside, x
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_padding_stays_zero(make):
-    mesh, params, grads = on_mesh()
-    assert check_params(params, PADDED) == {"vocab": 512, "mlp": 172}
-    tx = make(1e-2, PADDED)
-
-    @jax.jit
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    with jax.set_mesh(mesh):
-        after, state = params, jax.jit(tx.init)(params)
-        for _ in range(2):
-            after, state = step(after, state, grads(after))
-    for (inside, padding), (before, _) in zip(split(after), split(params), strict=True):
-        assert not padding.any()
-        assert np.abs(inside - before).mean() > 1e-4
-
-
-@pytest.mark.parametrize("make", MAKES)
-def test_sharded_steps_equal_those_of_a_single_device(make):
-    mesh, params, _ = on_mesh()
-    tx = make(1e-2, PADDED)
-    with jax.set_mesh(mesh):
-        sharded, _ = run(tx, params, 3, shrink)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, sharded, params))
-    single, _ = run(tx, start(PADDED), 3, shrink)
-    for w, (inside, padding) in zip(weights.weight_table(PADDED), split(sharded), strict=True):
-        assert golden_lib.max_error(inside, flatten_tree(single)[w.path]) < 1e-6, w.name
-        assert not padding.any()
-
-
-def test_group_norms_leave_out_padding_and_masked_weights():
-    mesh, params, grads = on_mesh()
-    norms = jax.jit(lambda tree: mup.group_norms(tree, PADDED))
-    with jax.set_mesh(mesh):
-        tree = grads(params)
-        got = norms(tree)
-    squares = dict.fromkeys(("hidden", "embedding", "vector"), 0.0)
-    for w, (inside, _) in zip(weights.weight_table(PADDED), split(tree), strict=True):
-        squares[w.role] += np.square(inside.astype(np.float64)).sum()
-    assert set(got) == set(squares)
-    for role, norm in got.items():
-        assert norm.dtype == jnp.float32 and norm.sharding.is_fully_replicated
-        assert float(norm) == pytest.approx(np.sqrt(squares[role]), rel=1e-5)
-    whole = np.sqrt(sum(float(n) ** 2 for n in got.values()))
-    assert whole == pytest.approx(float(optax.tree.norm(jax.device_get(tree))), rel=1e-5)
-
-    # bf16 gradients are summed in fp32; masked weights are left out.
-    half = jax.tree.map(lambda x: np.ones(x.shape, jnp.bfloat16), start(SMALL))
-    half["wte"] = optax.MaskedNode()
-    got = mup.group_norms(half, SMALL)
-    assert float(got["embedding"]) == 0.0
-    hidden = sum(g.count for g in mup.param_groups(SMALL, 1.0, 0.1) if g.name == "hidden")
-    assert float(got["hidden"]) == pytest.approx(np.sqrt(hidden), rel=1e-6)

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 from btlm_jax import BTLM, BTLMConfig
@@ -88,6 +89,20 @@ def load(name: str) -> Case:
         else:
             flat[w.path] = jnp.asarray(arrays[f"weights/{w.hf_name}"].reshape(w.shape))
     return Case(name, arrays, hf_config, config, unflatten_tree(flat))
+
+
+def on_cases(*names: str):
+    """Runs a test on some golden cases, as its argument `case`."""
+    return pytest.mark.parametrize("case", names, indirect=True)
+
+
+def random_weights(config: BTLMConfig, rng: np.random.Generator) -> Params:
+    """Returns weights around their means, also of biases, without compiling `init`."""
+    draws = {
+        w.path: w.mean + 0.1 * rng.normal(size=weights.stacked_shape(w, config))
+        for w in weights.weight_table(config)
+    }
+    return unflatten_tree({path: x.astype(np.float32) for path, x in draws.items()})
 
 
 def by_hf_name(config: BTLMConfig, params: Params) -> dict[str, np.ndarray]:
