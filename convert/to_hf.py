@@ -30,6 +30,7 @@ from btlm_jax.convert.hf.safetensors_writer import (
 )
 from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
+from btlm_jax.convert.to_orbax import check_finite
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils import atomic, paths
 from btlm_jax.utils.format import DEFAULT_MEMORY
@@ -48,6 +49,7 @@ def export(
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     max_memory: int = DEFAULT_MEMORY,
+    allow_nonfinite: bool = False,
     overwrite: bool = False,
 ) -> ConversionReport:
     """Exports an Orbax checkpoint to a Hugging Face directory, without loss.
@@ -65,12 +67,14 @@ def export(
       target: a local directory that does not exist yet.
       max_shard_bytes: largest size of one safetensors file, in bytes.
       max_memory: budget for weights in flight, in bytes.
+      allow_nonfinite: export weights with NaN or Inf too, with a warning.
       overwrite: replace an existing export.
 
     Raises:
       FileNotFoundError: the source does not exist.
       FileExistsError: the target exists.
-      ValueError: the source is not a checkpoint, damaged or quantized; the target is in an object
+      ValueError: the source is not a checkpoint, damaged or quantized, or holds NaN or Inf; the
+        target is in an object
         store; the budget is too small for one block; or the model uses CompleteP, which the
         original code cannot compute (call `fold_completep` first).
       OSError: the disk is full or fails.
@@ -90,6 +94,9 @@ def export(
             "export the checkpoint it was made from"
         )
     check_assets(meta)
+    if meta.nonfinite and not allow_nonfinite:  # before anything is written
+        records = {name: {"nonfinite": n} for name, n in meta.nonfinite.items()}
+        check_finite(os.fspath(source), records, "export", allow_nonfinite)
     config = _config_json(meta)
     threads = num_threads(max_memory, meta.largest_block)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
@@ -123,15 +130,17 @@ def export(
                         yield block
                         progress.update(block.nbytes)
 
-                sha256 = file_by_tensor[name].write(name, blocks()).sha256
+                digest = file_by_tensor[name].write(name, blocks())
+                sha256 = digest.sha256
                 recorded = meta.sha256.get(leaves[name].path) if name in leaves else None
                 if recorded is not None and sha256 != recorded:
                     raise metadata.damaged_error(
                         meta.path, f"{name}: its bytes do not match the recorded SHA-256"
                     )
-                stage.record(name, {"sha256": sha256})
+                stage.record(name, {"sha256": sha256, "nonfinite": digest.nonfinite})
 
             for_each_in_threads(unfinished, export_tensor, threads)
+        check_finite(os.fspath(source), stage.finished, "export", allow_nonfinite)
         sha256 = {t.name: stage.finished[t.name]["sha256"] for t in tensors}
         for file in files.values():
             file.finish(sha256)

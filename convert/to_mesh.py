@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from btlm_jax.checkpoint import checkpoint
 from btlm_jax.checkpoint import unstacked as unstacked_lib
 from btlm_jax.convert.hf.source import HFSource
 from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.hf_generation_config import read_generation_config
-from btlm_jax.model import sharding, weights
+from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params, unflatten_tree
 from btlm_jax.utils.progress import Progress
@@ -33,6 +34,7 @@ def load_hf(
     revision: str | None = None,
     unstacked: bool = False,
     by_layer: bool | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[BTLM, Params]:
     """Loads a Hugging Face checkpoint onto a device or a mesh.
 
@@ -48,6 +50,7 @@ def load_hf(
       revision: branch, tag or commit on the Hub.
       unstacked: return the weights unstacked, for decoding.
       by_layer: the old name of `unstacked`; deprecated.
+      allow_nonfinite: load weights with NaN or Inf too, to inspect them.
 
     Returns:
       The model and its weights as `btlm_jax.load` returns them: stacked and padded for the mesh,
@@ -66,7 +69,10 @@ def load_hf(
     total = sum(hf.tensors[leaf.hf_name].nbytes for leaf in weights.disk_leaves(model.config))
     with Progress(total, "B", "load") as progress:
         load = _load_unstacked if unstacked else _load_stacked
-        return model, load(hf, model, mesh, dtype, progress)
+        params = load(hf, model, mesh, dtype, progress)
+    if not allow_nonfinite and (counts := finite.count_nonfinite(params)):
+        raise checkpoint.nonfinite_error(hf.directory, counts)
+    return model, params
 
 
 def _load_unstacked(

@@ -90,7 +90,7 @@ def convert(
 
             for_each_in_threads(unfinished, convert_tensor, threads)
         records = {leaf.hf_name: writer.finished(leaf) or {} for leaf in leaves}
-        check_finite(str(hf.directory), records, allow_nonfinite)
+        check_finite(str(hf.directory), records, "convert", allow_nonfinite)
     return ConversionReport(
         tensors=len(leaves),
         resumed=len(leaves) - len(unfinished),
@@ -130,18 +130,19 @@ def source_resume_key(hf: HFSource) -> dict[str, Any]:
     }
 
 
-def check_finite(source: str, records: Mapping[str, Any], allowed: bool) -> None:
+def check_finite(source: str, records: Mapping[str, Any], verb: str, allowed: bool | None) -> None:
     """Checks that the arrays that were written hold no NaN or Inf.
 
     Args:
       source: the source as the user named it.
       records: the record of every array, by name, from `checkpoint.CheckpointWriter`.
-      allowed: log a warning instead of raising.
+      verb: what is being done.
+      allowed: log a warning instead of raising; None where that is impossible.
 
     Raises:
       ValueError: some do; the message lists them with their counts.
     """
-    nonfinite = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r["nonfinite"]]
+    nonfinite = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r.get("nonfinite")]
     if not nonfinite:
         return
     more = "" if len(nonfinite) <= 8 else f"\n  and {len(nonfinite) - 8} more"
@@ -151,5 +152,8 @@ def check_finite(source: str, records: Mapping[str, Any], allowed: bool) -> None
         + more
     )
     if not allowed:
-        raise ValueError(f"{message}\nPass --allow-nonfinite to convert them unchanged")
+        advice = f"Pass allow_nonfinite=True to {verb} them unchanged"
+        if allowed is None:
+            advice = f"They cannot be used to {verb}: take an earlier checkpoint, or the original"
+        raise ValueError(f"{message}\n{advice}")
     logger.warning("%s", message)

@@ -122,7 +122,7 @@ def quantize(
                 threads,
             )
         records = {x.hf_name: writer.finished(x) or {} for x in stored}
-        check_finite(os.fspath(source), records, False)
+        check_finite(os.fspath(source), records, "quantize", None)
     errors = metadata.read_metadata(target).errors
     return ConversionReport(
         tensors=len(stored),
@@ -166,6 +166,10 @@ def _open_floats(source: str | os.PathLike[str], revision: str | None) -> FloatC
             "made from"
         )
     check_assets(meta)
+
+    if meta.nonfinite:  # before anything is written
+        records = {name: {"nonfinite": n} for name, n in meta.nonfinite.items()}
+        check_finite(os.fspath(source), records, "quantize", None)
 
     def from_orbax(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
         digest = zarr.Digest()

@@ -9,10 +9,11 @@ determines the position in the data and every random draw.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from orbax.checkpoint import v1 as ocp
 
 from btlm_jax.checkpoint import checkpoint, metadata, stacking
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import sharding, weights
+from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import flatten_tree, unflatten_tree
 from btlm_jax.train.distributed import any_process, barrier
 from btlm_jax.train.optimizer_tree import OptimizerArrays, join_opt_state, split_opt_state
 from btlm_jax.train.step import TrainState, abstract_state
-from btlm_jax.utils import atomic
+from btlm_jax.utils import atomic, side_output
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Checkpoints:
         any_policy: Any = policies.AnyPreservationPolicy(kept)
         self.directory = directory
         self._keep_last, self._keep_every = keep_last, keep_every
+        self._failed = False
         self._writer = ocp.training.Checkpointer(
             os.fspath(directory),
             preservation_policy=any_policy,
@@ -65,16 +67,28 @@ class Checkpoints:
     def save(self, config: BTLMConfig, state: TrainState, step: int, origin: Mapping[str, Any]):
         """Starts to write a checkpoint; returns once the arrays are copied.
 
-        It first waits for a save that is still being written, and raises the error of a failed one.
+        It first waits for a save that is still being written.
+
+        Raises:
+          FloatingPointError: the state is not finite; nothing is saved, and no checkpoint removed.
+          OSError: the save before this one failed, or this one cannot be started.
         """
+        if counts := nonfinite_in_state(state):
+            newest = self.describe_newest(step)
+            raise FloatingPointError(
+                f"step {step}: not saved, because the state holds "
+                f"{finite.describe_nonfinite(counts)}; {newest}"
+            )
         items: dict[str, Any] = {
             metadata.ITEM: unflatten_tree(
                 stacking.unstack_layers(config, flatten_tree(state.params))
             ),
             _OPTIMIZER: _optimizer_item(config, state),
         }
-        custom: Any = metadata.custom_metadata(config, {**origin, "step": step}, {}, {}, None)
-        self._writer.save_checkpointables_async(step, items, force=True, custom_metadata=custom)
+        origin = {**origin, "step": step}
+        custom: Any = metadata.custom_metadata(config, origin, {}, {}, None, nonfinite={})
+        with self._explain_failure():
+            self._writer.save_checkpointables_async(step, items, force=True, custom_metadata=custom)
 
     def require_space(self, state: TrainState, steps: Iterable[int]) -> None:
         """Raises OSError if the disk lacks room for the checkpoints of `steps`, to be saved.
@@ -96,29 +110,64 @@ class Checkpoints:
         """Returns the directory of a step."""
         return self.directory / str(step)
 
-    def describe_newest(self) -> str:
-        """Returns a clause that names the newest checkpoint, after waiting for pending saves."""
+    def describe_newest(self, last_good: int) -> str:
+        """Returns a clause that names the newest checkpoint, after waiting for pending saves.
+
+        Args:
+          last_good: the last step whose loss was finite. It is the loss of the weights before that
+            step, so that a checkpoint of the step itself holds weights that no finite loss proves.
+        """
         self.wait()
-        steps = self.steps()
-        return (
-            f"the last checkpoint is {self.path(steps[-1])}" if steps else "there is no checkpoint"
-        )
+        proven = [step for step in self.steps() if step < last_good]
+        doubtful = [step for step in self.steps() if step >= last_good]
+        text = "there is no checkpoint from before"
+        if proven:
+            text = f"the newest checkpoint from before is {self.path(proven[-1])}"
+        if doubtful:
+            names = ", ".join(str(self.path(step)) for step in doubtful)
+            text += f" ({names} may hold the cause: delete it to resume from before)"
+        return text
 
     def wait(self) -> None:
-        """Returns once everything is on disk; raises the error of a failed save."""
-        self._writer.wait()
+        """Returns once everything is on disk.
+
+        Raises:
+          OSError: a save failed.
+        """
+        with self._explain_failure():
+            self._writer.wait()
 
     def close(self) -> None:
         """Waits as `wait` does, and ends the threads."""
-        self._writer.close()
+        with self._explain_failure():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _explain_failure(self) -> Iterator[None]:
+        """Turns the error of a failed save into one that says where and how to go on."""
+        try:
+            yield
+        except metadata.NOT_DAMAGE:
+            raise
+        except Exception as e:  # Orbax and TensorStore raise many kinds, often without the path
+            if self._failed:  # it was raised before, and is raised again when the writer closes
+                return
+            self._failed = True
+            steps = self.steps()
+            newest = f"the newest complete one is {self.path(steps[-1])}" if steps else "none is"
+            raise OSError(
+                f"a checkpoint could not be written to {self.directory} "
+                f"({side_output.describe_error(e)}); {newest}. Free space or mend the disk, then "
+                "run the same command again: it resumes from there"
+            ) from e
 
     def restore_newest(
         self, model: BTLM, tx: optax.GradientTransformation, mesh: Mesh | None
     ) -> TrainState | None:
         """Returns the state of the newest readable checkpoint; None if there is no checkpoint.
 
-        A damaged checkpoint is reported, and the previous one is read. Only when that succeeds is
-        the damaged one renamed (not deleted), so that its step can be written again.
+        A checkpoint that is damaged or not finite is reported, and the previous one is read. Only
+        when that succeeds is it renamed (not deleted), so that its step can be written again.
 
         Raises:
           ValueError: there are checkpoints but none can be read, or a readable one belongs to
@@ -130,6 +179,8 @@ class Checkpoints:
             state, reason = None, None
             try:
                 state = restore_train_state(self.path(step), model, tx, mesh)
+                if counts := nonfinite_in_state(state):
+                    reason = f"it holds {finite.describe_nonfinite(counts)}"
             except (metadata.DamagedCheckpoint, FileNotFoundError) as e:
                 reason = str(e)
             # Each process reads its own shards, so that only some of them may notice damage.
@@ -141,7 +192,7 @@ class Checkpoints:
             unusable.append(step)
         if steps:
             raise ValueError(
-                f"{self.directory}: none of its checkpoints {steps} can be read (see the warnings "
+                f"{self.directory}: none of its checkpoints {steps} can be used (see the warnings "
                 "above); restore one that can from a backup, or name another directory to start "
                 "from scratch"
             )
@@ -161,6 +212,19 @@ class Checkpoints:
                 logger.warning("%s is kept as %s", path, renamed)
         barrier("damaged checkpoints are renamed")
         self._writer.reload()
+
+
+def nonfinite_in_state(state: TrainState) -> dict[str, int]:
+    """Returns the number of NaN and Inf of the arrays of a state that hold any, by name.
+
+    An optimizer state that lives in the host's memory is not read: finite gradients keep it finite.
+    """
+    on_device = [
+        x for x in jax.tree.leaves(state.opt_state) if x.sharding.memory_kind != "pinned_host"
+    ]
+    whole = len(on_device) == len(jax.tree.leaves(state.opt_state))
+    checked = {"weights": state.params, "optimizer": state.opt_state if whole else on_device}
+    return finite.count_nonfinite(checked)
 
 
 def restore_train_state(

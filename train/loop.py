@@ -1,7 +1,8 @@
 """A training run, from its recipe to its last checkpoint.
 
 A run directory holds `recipe.json` (as resolved), `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
-`loss.png` and `tokenizer/`. Calling `train` on it again resumes from the newest checkpoint.
+`loss.png`, `tokenizer/` and `run.lock`. Calling `train` on it again resumes from the newest
+checkpoint.
 """
 
 from __future__ import annotations
@@ -14,13 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from btlm_jax.checkpoint import trained_documents
-from btlm_jax.data.tokenizer import encode_prompt, load_tokenizer
 from btlm_jax.model import mup, weights
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.params import Params
 from btlm_jax.train.batches import Batches
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.distributed import raise_together
@@ -33,7 +31,7 @@ from btlm_jax.train.metrics import (
     require_wandb,
 )
 from btlm_jax.train.preemption import StopSignal
-from btlm_jax.train.preflight import check_run
+from btlm_jax.train.preflight import check_run, unused_settings
 from btlm_jax.train.profiling import StepProfiler
 from btlm_jax.train.recipe import Recipe
 from btlm_jax.train.recipe_build import (
@@ -47,7 +45,8 @@ from btlm_jax.train.recipe_build import (
 )
 from btlm_jax.train.recipe_file import recipe_to_dict
 from btlm_jax.train.reporter import Reporter
-from btlm_jax.train.run_directory import claim_run_directory
+from btlm_jax.train.run_directory import RunDirectory
+from btlm_jax.train.samples import Samples
 from btlm_jax.train.step import init_state, move_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -84,9 +83,15 @@ def train(
     Raises:
       ValueError: recipe, data, mesh, checkpoint and run directory do not fit together.
       FileNotFoundError: data or checkpoint do not exist.
-      FloatingPointError: the gradients of `run.max_bad_steps` steps in a row were not finite.
-      OSError: the disk is full or fails.
+      FloatingPointError: `run.max_bad_steps` steps in a row were not finite, or the last one.
+      FileExistsError: the directory is not a run's, or another process is training in it.
+      OSError: the disk is full or fails, so that no checkpoint can be written.
     """
+    if "://" in os.fspath(directory):
+        raise ValueError(
+            f"{directory}: found a URL, expected a local directory: mount the bucket (gcsfuse, "
+            "s3fs) and name its folder"
+        )
     directory = Path(directory).absolute()
     run = recipe.run
 
@@ -97,9 +102,11 @@ def train(
         mesh = build_mesh(recipe)
         data = open_training_data(recipe)
         model = build_model(recipe)
+        unused = list(unused_settings(recipe))
         recipe = with_microbatches(recipe, mesh)
-        check_run(recipe, model.config, mesh, data)
         tx = build_optimizer(recipe, model.config)
+        check_run(recipe, model, tx, mesh, data)
+        step_fn = build_step(recipe, model, tx)
         batches = open_batches(recipe, data)
         evaluate = HeldOutEvaluation(recipe, model, mesh, data.held_out)
     identity = {
@@ -109,9 +116,11 @@ def train(
             recipe.data.mask_documents, data.sources[0].tokens.metadata.eos_id
         ),
     }
-    claim_run_directory(directory, identity, data)
+    for sentence in unused if jax.process_index() == 0 else ():
+        logger.warning("%s", sentence)
 
     with contextlib.ExitStack() as stack:
+        run_directory = stack.enter_context(RunDirectory(directory, identity, data))
         # Closing the checkpoints waits until the last one is on the disk.
         checkpoints = Checkpoints(
             directory / "checkpoints", keep_last=run.keep_last, keep_every=run.keep_every
@@ -132,9 +141,11 @@ def train(
         with raise_together():
             checkpoints.require_space(state, _checkpoint_steps(recipe, first))
             profiler = StepProfiler(directory, profile, first)
+            sample = Samples(recipe, model, data)
+        run_directory.claim()
+        with raise_together():
             reporter = Reporter(recipe, model.config, directory, first, checkpoints.describe_newest)
         _log_run(recipe, model, batches)
-        step_fn = build_step(recipe, model, tx)
         feed = prefetch(batches_on_mesh(recipe, batches, mesh, first))
         # Closing the feed ends the threads that read ahead.
         stack.enter_context(reporter)
@@ -156,17 +167,25 @@ def train(
                     reporter.log_held_out(step, evaluate(state.params))
             if _is_due(step, run.sample_every):
                 with reporter.pause():
-                    _log_sample(recipe, model, state.params, directory, step)
+                    sample(state.params, step)
             stopping = stop.requested(step)
             if last or stopping or _is_due(step, run.checkpoint_every):
                 with reporter.pause():
-                    origin = {**identity, "run": str(directory)}
-                    checkpoints.save(model.config, state, step, origin)
+                    # Weights after a step that was not finite may be the cause of it. A checkpoint
+                    # of them would be the newest, and have an older, good one removed.
+                    if not reporter.bad_in_a_row:
+                        origin = {**identity, "run": str(directory)}
+                        checkpoints.save(model.config, state, step, origin)
+                    elif last:
+                        raise reporter.not_finite(step)
+                    else:
+                        logger.warning("step %d: no checkpoint, because it was not finite", step)
             if stopping:
                 break
-
-    if jax.process_index() == 0:
-        draw_loss_curves(directory)
+        checkpoints.wait()
+        if jax.process_index() == 0:
+            reporter.close()
+            draw_loss_curves(directory)
     return _result(step, recipe, reporter.latest)
 
 
@@ -194,15 +213,3 @@ def _log_run(recipe: Recipe, model: BTLM, batches: Batches) -> None:
         )
         for name, epochs in batches.epochs.items():
             logger.info("data: %.3g epochs of %s", epochs, name)
-
-
-def _log_sample(recipe: Recipe, model: BTLM, params: Params, directory: Path, step: int) -> None:
-    """Logs text that the model generates after the prompt of the recipe."""
-    from btlm_jax.generation.generate import generate
-
-    tokenizer = load_tokenizer(directory)
-    ids = np.array([encode_prompt(tokenizer, recipe.run.prompt)])
-    with jax.transfer_guard("allow"):
-        out = generate(model, params, ids, max_new_tokens=32, do_sample=True, seed=step)
-    if jax.process_index() == 0:
-        logger.info("step %d: %s", step, tokenizer.decode(np.asarray(out)[0].tolist()))

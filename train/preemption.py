@@ -48,9 +48,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received = True
+        self._restore_handlers()  # first, so that a second signal ends even a log that blocks
         name = signal.Signals(number).name
         logger.warning("%s: saving after this step, then exiting; repeat to exit at once", name)
-        self._restore_handlers()
         if self._joined:
             signal.raise_signal(signal.SIGTERM)
 

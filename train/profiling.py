@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from btlm_jax.utils import side_output
+
 logger = logging.getLogger(__name__)
+
+_SECONDS = 120.0  # within which a trace must be written
 
 
 class StepProfiler:
@@ -34,8 +39,8 @@ class StepProfiler:
     def before_step(self, step: int) -> None:
         """Starts the trace if `step` is the first to trace."""
         if step == self._first:
-            jax.profiler.start_trace(str(self._directory))
             self._tracing = True
+            self._attempt(lambda: jax.profiler.start_trace(str(self._directory)))
 
     def after_step(self, step: int, results: Any) -> None:
         """Ends the trace if `step` is the last to trace, once its results are computed."""
@@ -46,6 +51,13 @@ class StepProfiler:
     def close(self) -> None:
         """Writes the trace, if one is running."""
         if self._tracing:
-            jax.profiler.stop_trace()
+            self._attempt(jax.profiler.stop_trace)
+            if self._tracing:
+                logger.info("trace: tensorboard --logdir %s", self._directory)
             self._tracing = False
-            logger.info("trace: tensorboard --logdir %s", self._directory)
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        """Calls the profiler; its failure ends the trace, not the run."""
+        name = f"the trace in {self._directory}"
+        cost = "training goes on without a trace"
+        self._tracing = side_output.attempt(name, cost, call, _SECONDS)

@@ -205,6 +205,17 @@ def build_optimizer(recipe: Recipe, config: BTLMConfig) -> optax.GradientTransfo
         raise ValueError(f"optimizer.{e}") from None
 
 
+def dropout_problems(config: BTLMConfig) -> list[str]:
+    """Returns a sentence for every dropout probability that is not zero."""
+    return [
+        f"model.fields.{name}: found {rate}, expected 0.0, because training with dropout is not "
+        f"implemented (BTLM was trained without): set model.fields.{name} = 0.0 "
+        f"(--set model.fields.{name}=0.0)"
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+        if (rate := getattr(config, name))
+    ]
+
+
 def build_step(
     recipe: Recipe, model: BTLM, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
@@ -213,6 +224,8 @@ def build_step(
     Raises:
       ValueError: the model's configuration asks for dropout, which is not implemented.
     """
+    if problems := dropout_problems(model.config):
+        raise ValueError("\n".join(problems))
     return make_step(
         model,
         tx,

@@ -45,10 +45,13 @@ class Reporter:
       config: configuration of the model.
       directory: the run directory.
       first_step: steps that the run has already taken.
-      describe_newest: describes the newest checkpoint, for the error about non-finite gradients.
+      describe_newest: describes the newest checkpoint from before a step, for the error about steps
+        that were not finite.
 
     Attributes:
       latest: the newest value of every metric.
+      bad_in_a_row: number of steps, up to the last reported one, whose loss, gradients or update
+        were not finite.
     """
 
     def __init__(
@@ -57,9 +60,10 @@ class Reporter:
         config: BTLMConfig,
         directory: Path,
         first_step: int,
-        describe_newest: Callable[[], str],
+        describe_newest: Callable[[int], str],
     ) -> None:
         self.latest: dict[str, float] = {}
+        self.bad_in_a_row = 0
         self._recipe, self._config, self._describe_newest = recipe, config, describe_newest
         self._schedule = build_schedule(recipe)
         project = recipe.run.wandb_project
@@ -77,13 +81,17 @@ class Reporter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Completes the metrics and the progress bar."""
         self._exit.close()
 
     def record(self, step: int, phase: Phase, metrics: StepMetrics) -> None:
         """Takes the metrics of a step just dispatched, and reports those of the step before.
 
         Raises:
-          FloatingPointError: too many steps in a row had non-finite gradients.
+          FloatingPointError: too many steps in a row were not finite.
         """
         if self._compiled.count > self._compiled_before.count:
             seconds = self._compiled.seconds - self._compiled_before.seconds
@@ -143,12 +151,17 @@ class Reporter:
         if metrics["skipped"]:
             note += f", {metrics['skipped']:.0f} skipped"
         self._bar.update(1, note)
-        bad = int(metrics["bad_in_a_row"])
-        if bad >= self._recipe.run.max_bad_steps:
-            raise FloatingPointError(
-                f"step {step}: the gradients of {bad} steps in a row were not finite; "
-                f"{self._describe_newest()}. Lower optimizer.peak_lr, or inspect the data"
-            )
+        self.bad_in_a_row = int(metrics["bad_in_a_row"])
+        if self.bad_in_a_row >= self._recipe.run.max_bad_steps:
+            raise self.not_finite(step)
+
+    def not_finite(self, step: int) -> FloatingPointError:
+        """Returns the error for a run whose last steps, up to `step`, were not finite."""
+        bad = self.bad_in_a_row
+        return FloatingPointError(
+            f"step {step}: the loss, gradients or updates of {bad} steps in a row were not finite; "
+            f"{self._describe_newest(step - bad)}. Lower optimizer.peak_lr, or inspect the data"
+        )
 
     def _learning_rate(self, step: int, metrics: Mapping[str, float]) -> float:
         """Returns the learning rate of a step's update.

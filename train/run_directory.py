@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
+import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +20,24 @@ from btlm_jax.checkpoint import trained_documents
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.train.distributed import gather_text, raise_together
 from btlm_jax.train.feed import TrainingData
+from btlm_jax.train.metrics import METRICS_FILE, read_metrics
 from btlm_jax.utils import atomic
 
+logger = logging.getLogger(__name__)
+
 RECIPE_FILE = "recipe.json"
+LOCK_FILE = "run.lock"
 
 _PATH_KEYS = ("train", "held_out")  # of section `data`; their contents are compared by fingerprint
 _VISIBLE_WITHIN = 60.0  # seconds for which network file systems cache that a file does not exist
 
 
-def claim_run_directory(directory: Path, identity: Mapping[str, Any], data: TrainingData) -> None:
-    """Creates the run directory, or checks that it belongs to the same run.
+class RunDirectory:
+    """The directory of a run, held against other runs while the `with` block is open.
 
-    Every process calls this.
+    Entering it creates the directory and locks it; nothing else is written before `claim`. If the
+    run is refused before that, a directory that did not exist is removed again. A killed process
+    leaves no lock. Every process of the run calls every method; process 0 holds the lock.
 
     Args:
       directory: the run directory.
@@ -36,39 +47,141 @@ def claim_run_directory(directory: Path, identity: Mapping[str, Any], data: Trai
     Raises:
       ValueError: the directory belongs to another run, or another process was started with another
         recipe or other data, or does not see the same directory.
-      FileExistsError: the directory exists and is not a run directory.
+      FileExistsError: the directory exists and is not a run directory, or a run is using it.
       OSError: the directory cannot be written.
     """
-    held_out = None if data.held_out is None else data.held_out.fingerprint
-    _require_same_identity({**identity, "held_out": held_out})
-    file = directory / RECIPE_FILE
-    with raise_together():
-        if file.exists():
-            existing = json.loads(file.read_text())
-            if not trained_documents.read_trained_documents(existing).first_tokens:
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any], data: TrainingData) -> None:
+        self.path, self._identity, self._data = directory, identity, data
+        self._recipe = directory / RECIPE_FILE
+        self._exit = contextlib.ExitStack()
+        held_out = None if data.held_out is None else data.held_out.fingerprint
+        _require_same_identity({**identity, "held_out": held_out})
+        with raise_together():
+            self._require_free()
+
+    def __enter__(self) -> RunDirectory:
+        owner = ""
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._exit.close)
+            with raise_together():
+                if jax.process_index() == 0:
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    owner = self._lock()
+                    self._exit.callback(self._remove_if_unclaimed)  # while the lock is held
+                    self._require_free()  # another run may have come first
+            _require_shared(self.path / LOCK_FILE, owner)
+            undo.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._exit.close()
+
+    def claim(self) -> None:
+        """Writes the recipe and the tokenizer: the directory belongs to this run from now on."""
+        with raise_together():
+            if jax.process_index() == 0:
+                if self._recipe.exists() and self._changes():
+                    logger.warning("%s: its run took no step, and is replaced", self.path)
+                text = json.dumps(self._identity, indent=2)
+                atomic.write_text(epath.Path(self._recipe), text)
+                folder = self.path / "tokenizer"
+                folder.mkdir(exist_ok=True)
+                for asset in asset_files(self._data.sources[0].tokens.directory):
+                    atomic.write_bytes(epath.Path(folder / asset.name), asset.read_bytes())
+
+    def _require_free(self) -> None:
+        """Raises an error if the directory belongs to something else."""
+        if self._recipe.exists():
+            begun, changes = _has_begun(self.path), self._changes()
+            if begun and not self._trains_first_tokens():
                 raise ValueError(
-                    f"{directory} was started by a btlm-jax that left the first token of each "
+                    f"{self.path} was started by a btlm-jax that left the first token of each "
                     "document out of the loss under data.mask_documents; now the EOS before it "
                     "predicts it. Finish the run with that version, or name another directory and "
-                    f"start from this run's weights: --set model.checkpoint={directory}"
+                    f"start from this run's weights: --set model.checkpoint={self.path}"
                 )
-            changed = sorted(_differences(_unchangeable(existing), _unchangeable(identity)))
-            if changed:
+            if begun and changes:
                 raise ValueError(
-                    f"{directory} belongs to a run that differs in {', '.join(changed)}; name "
+                    f"{self.path} belongs to a run that differs in {', '.join(changes)}; name "
                     "another directory (model.checkpoint can start from this run's weights)"
                 )
-        elif directory.exists() and any(directory.iterdir()):
-            raise FileExistsError(f"{directory} exists and is not a run: name another directory")
-    with raise_together():
-        if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            atomic.write_text(epath.Path(file), json.dumps(identity, indent=2))
-            folder = directory / "tokenizer"
-            folder.mkdir(exist_ok=True)
-            for asset in asset_files(data.sources[0].tokens.directory):
-                atomic.write_bytes(epath.Path(folder / asset.name), asset.read_bytes())
-    _require_shared(file)
+        elif self.path.exists():
+            if not self.path.is_dir():
+                raise FileExistsError(f"{self.path} is a file: name another directory")
+            # A run that was killed before its first step leaves no more than these.
+            names = {p.name for p in self.path.iterdir()} - {LOCK_FILE, "checkpoints"}
+            if names or _has_begun(self.path):
+                raise FileExistsError(
+                    f"{self.path} exists and is not a run: name another directory"
+                )
+
+    def _trains_first_tokens(self) -> bool:
+        """Returns whether the run of the directory counts the first tokens of documents."""
+        existing = json.loads(self._recipe.read_text())
+        return trained_documents.read_trained_documents(existing).first_tokens
+
+    def _changes(self) -> list[str]:
+        """Returns the differences from the recipe and data that the directory belongs to."""
+        try:
+            existing = _unchangeable(json.loads(self._recipe.read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{self._recipe} is damaged: restore it from a backup, or name another directory "
+                "(model.checkpoint can start from this run's weights)"
+            ) from None
+        return sorted(_differences(existing, _unchangeable(self._identity)))
+
+    def _lock(self) -> str:
+        """Locks the directory; returns what was written to the lock file."""
+        path = self.path / LOCK_FILE
+        file = self._exit.enter_context(path.open("a+", encoding="utf-8"))
+        try:
+            atomic.lock_file(file, self.path)
+        except FileExistsError:
+            file.seek(0)
+            raise FileExistsError(
+                f"{self.path} is in use by {_describe_owner(file.read())}: wait for its end, stop "
+                "it, or name another directory"
+            ) from None
+        owner = json.dumps(
+            {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+                "id": uuid.uuid4().hex,
+            }
+        )
+        file.truncate(0)
+        file.write(owner)
+        file.flush()
+        return owner
+
+    def _remove_if_unclaimed(self) -> None:
+        """Removes what `__enter__` created, unless the directory belongs to a run by now."""
+        if self._recipe.exists():
+            return
+        with contextlib.suppress(OSError):  # it is not empty: others have written to it
+            (self.path / LOCK_FILE).unlink(missing_ok=True)
+            if (self.path / "checkpoints").exists():
+                (self.path / "checkpoints").rmdir()
+            self.path.rmdir()
+
+
+def _has_begun(directory: Path) -> bool:
+    """Returns whether the run of a directory has taken a step."""
+    folder = directory / "checkpoints"
+    saved = folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+    return saved or bool(read_metrics(directory / METRICS_FILE))
+
+
+def _describe_owner(text: str) -> str:
+    """Returns who holds a lock, from what they wrote to it."""
+    try:
+        owner = json.loads(text)
+        return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+    except (ValueError, KeyError, TypeError):
+        return "another run"
 
 
 def _require_same_identity(identity: Mapping[str, Any]) -> None:
@@ -85,16 +198,12 @@ def _require_same_identity(identity: Mapping[str, Any]) -> None:
             )
 
 
-def _require_shared(file: Path) -> None:
-    """Raises ValueError in every process if one does not see the file that process 0 wrote."""
-
-    def modification_time() -> int:
-        return int(file.stat().st_mtime) if file.exists() else 0
-
-    expected = int(gather_text(str(modification_time()))[0])
+def _require_shared(file: Path, written: str) -> None:
+    """Raises ValueError in every process if one does not see what process 0 wrote to the file."""
+    expected = gather_text(written)[0]
     with raise_together():
         deadline = time.monotonic() + _VISIBLE_WITHIN
-        while modification_time() != expected:
+        while not file.exists() or file.read_text() != expected:
             if time.monotonic() > deadline:
                 raise ValueError(
                     f"{file.parent} is not the directory that process 0 created; all processes "

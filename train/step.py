@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     step: jax.Array  # int32, steps taken, including skipped ones
-    skipped: jax.Array  # int32, all steps whose gradients were not finite
+    skipped: jax.Array  # int32, all steps whose loss, gradients or update were not finite
     bad_in_a_row: jax.Array  # int32, consecutive steps of that kind, up to the newest
 
 
@@ -93,8 +93,9 @@ def make_step(
     Tokens are int32 [A, B, T + 1]: A microbatches of B sequences, of which the first T tokens are
     read and the last T predicted. The gradients are those of the mean over all predicted tokens of
     all microbatches: sums are accumulated in fp32 and divided once. With `segment_ids` (same shape)
-    attention stays within segments (`target_loss`). If the gradients are not finite, weights and
-    optimizer state stay unchanged and the step is counted as skipped.
+    attention stays within segments (`target_loss`). If the loss, the gradients or the update are
+    not finite, weights and optimizer state stay unchanged and the step is counted as skipped:
+    finite ones stay finite.
 
     Args:
       model: the model.
@@ -133,13 +134,17 @@ def make_step(
             loss, sums = gradients(state.params, tokens, segment_ids)
             grads = jax.tree.map(lambda g: g / jnp.maximum(loss.tokens, 1.0), sums)
             norm = optax.tree.norm(grads)
-            good = jnp.isfinite(norm)
             old_opt_state = state.opt_state
             if offload_optimizer:
                 old_opt_state = move_optimizer_state(old_opt_state, jax.memory.Space.Device)
             changes, opt_state = tx.update(grads, old_opt_state, state.params)
             updates: Any = changes
             params: Any = optax.apply_updates(state.params, changes)
+            grad_norms = mup.group_norms(grads, model.config)
+            update_norms = mup.group_norms(updates, model.config)
+            # Norms of updates are computed anyway, so that this check reads no array again.
+            checked = [loss.mean, norm, *update_norms.values()]
+            good = jnp.isfinite(jnp.stack(checked)).all()
 
             def keep(new, old):
                 return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
@@ -155,8 +160,6 @@ def make_step(
                 skipped=state.skipped + bad,
                 bad_in_a_row=(state.bad_in_a_row + bad) * bad,
             )
-            grad_norms = mup.group_norms(grads, model.config)
-            update_norms = mup.group_norms(updates, model.config)
             metrics = {
                 "loss": loss.mean,
                 "grad_norm": norm,

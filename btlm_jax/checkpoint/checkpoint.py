@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -30,10 +31,12 @@ from btlm_jax.checkpoint.quantization import Quantization, stored_leaves
 from btlm_jax.config import BTLMConfig
 from btlm_jax.data.tokenizer import tokenizer_directory
 from btlm_jax.hf_generation_config import read_generation_config
-from btlm_jax.model import sharding, weights
+from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params, check_params, flatten_tree, is_unstacked, unflatten_tree
 from btlm_jax.utils import atomic, paths
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -89,6 +92,8 @@ def save(
 ) -> None:
     """Writes a checkpoint that is complete under its name or absent.
 
+    Weights with NaN or Inf are saved too, with a warning.
+
     Args:
       path: a directory that does not exist yet, or a gs:// URL.
       config: the model.
@@ -120,10 +125,18 @@ def save(
             f"dtypes to store: found {unsupported}, expected one of "
             f"{', '.join(weights.STORED_DTYPES)}"
         )
+    nonfinite: dict[str, int] = {}
     with open_writer(path, config, assets=assets, origin=origin, overwrite=overwrite) as writer:
         for leaf in weights.disk_leaves(config):
             array = np.asarray(stacking.unstack_layer(flat[leaf.weight.path], leaf))
-            writer.write(leaf, array.dtype, zarr.split_blocks(array))
+            record = writer.write(leaf, array.dtype, zarr.split_blocks(array))
+            if record["nonfinite"]:
+                nonfinite["/".join(leaf.path)] = record["nonfinite"]
+    if nonfinite:
+        logger.warning(
+            "%s was saved with %s: it can be loaded with allow_nonfinite=True only",
+            path, finite.describe_nonfinite(nonfinite),
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -189,6 +202,7 @@ def _commit(
         metadata.structure_sha256(stage.content, names.values()),
         quantized,
         {path[:-1]: r["errors"] for path, r in records.items() if "errors" in r},
+        {"/".join(path): r["nonfinite"] for path, r in records.items() if r["nonfinite"]},
     )
     commit_marker = orbax_metadata.commit_marker(custom)
     if paths.is_remote(stage.content):  # Orbax looks for this file in object stores
@@ -225,6 +239,7 @@ def load(
     rules: sharding.Rules | None = None,
     unstacked: bool = False,
     by_layer: bool | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[BTLM, Params]:
     """Reads a checkpoint straight onto a device or a mesh.
 
@@ -238,6 +253,7 @@ def load(
         stacking them first. Quantized weights are always unstacked. On a CPU without a mesh the
         model then computes in the dtype of its weights (bfloat16 for quantized ones).
       by_layer: the old name of `unstacked`; deprecated.
+      allow_nonfinite: load weights with NaN or Inf too, to inspect them.
 
     Returns:
       The model and its weights: stacked and padded for the mesh, or unstacked.
@@ -245,10 +261,12 @@ def load(
     Raises:
       FileNotFoundError: there is no checkpoint.
       ValueError: not a checkpoint of this package, an unknown format, or arrays that are missing,
-        unexpected or of the wrong shape; all are listed.
+        unexpected or of the wrong shape; all are listed. Or the weights hold NaN or Inf.
     """
     unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
     meta = metadata.read_metadata(path)
+    if meta.nonfinite and not allow_nonfinite:
+        raise nonfinite_error(meta.path, meta.nonfinite)
     model = BTLM(
         meta.config,
         rules=rules or sharding.RULES,
@@ -266,6 +284,7 @@ def load(
             mesh=mesh,
             rules=model.rules,
         )
+        _check_finite(meta, params, allow_nonfinite)
         return dataclasses.replace(model, compute_dtype=compute_dtype), params
     padding, shardings = sharding.param_layout(meta.config, mesh, model.rules)
     if dtype is not None:
@@ -276,7 +295,29 @@ def load(
         params = stacking.stack_layers(meta.config, flatten_tree(arrays), shardings)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    _check_finite(meta, params, allow_nonfinite)
     return model, unflatten_tree(params)
+
+
+def _check_finite(meta: metadata.CheckpointMetadata, params: Any, allowed: bool) -> None:
+    """Checks weights whose checkpoint does not record whether they are finite."""
+    unknown = meta.nonfinite is None and not allowed
+    if unknown and (counts := finite.count_nonfinite(params)):
+        raise nonfinite_error(meta.path, counts)
+
+
+def nonfinite_error(path: metadata.PathLike, counts: Mapping[str, int]) -> ValueError:
+    """Returns the error for a checkpoint whose weights are not finite.
+
+    Args:
+      path: the checkpoint.
+      counts: as from `finite.count_nonfinite`.
+    """
+    return ValueError(
+        f"{path} holds {finite.describe_nonfinite(counts)}, from which nothing can be computed: "
+        "take an earlier checkpoint, or the original (btlm_jax.load(…, allow_nonfinite=True) "
+        "loads it all the same)"
+    )
 
 
 def restore_targets(

@@ -50,6 +50,7 @@ class CheckpointMetadata:
       quantization: how the weights are quantized; None for floats.
       errors: for every quantized weight, by path, its relative RMS error and that of Q4_0's rule
         (`QuantizationErrors.relative`).
+      nonfinite: number of NaN and Inf of the arrays that hold any, by name; None if not recorded.
     """
 
     path: epath.Path
@@ -62,6 +63,7 @@ class CheckpointMetadata:
     ocdbt: bool
     quantization: Quantization | None
     errors: Mapping[weights.Path, Mapping[str, float]]
+    nonfinite: Mapping[str, int] | None
 
     @property
     def disk_leaves(self) -> list[weights.DiskLeaf]:
@@ -170,6 +172,10 @@ def read_metadata(path: PathLike) -> CheckpointMetadata:
                 f"{directory} is a Hugging Face directory, expected an Orbax checkpoint: convert "
                 f"it with `btlm convert {directory} DST`"
             )
+        if (directory / "recipe.json").exists():
+            raise FileNotFoundError(
+                f"{directory} is a training run that has no checkpoint: train until it has one"
+            )
         if remains and paths.is_remote(directory):
             raise ValueError(
                 f"{directory} is unfinished: run the command that was writing it again"
@@ -228,6 +234,7 @@ def read_committed(directory: epath.Path) -> CheckpointMetadata:
         ocdbt=ocdbt,
         quantization=quantization,
         errors=errors,
+        nonfinite=custom.get("nonfinite"),
     )
 
 
@@ -290,13 +297,14 @@ def custom_metadata(
     structure_sha256: str | None,
     quantization: Quantization | None = None,
     errors: Mapping[weights.Path, Mapping[str, float]] | None = None,
+    nonfinite: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Returns the custom metadata of a checkpoint, with its checksum.
 
     JSON keeps float64 exactly, and so the slopes.
 
     Args:
-      config, origin, sha256, asset_sha256, structure_sha256, quantization, errors: see
+      config, origin, sha256, asset_sha256, structure_sha256, quantization, errors, nonfinite: see
         `CheckpointMetadata`.
     """
     values = {
@@ -309,6 +317,8 @@ def custom_metadata(
         "asset_sha256": dict(asset_sha256),
         "structure_sha256": structure_sha256,
     }
+    if nonfinite is not None:
+        values["nonfinite"] = dict(nonfinite)
     if quantization is not None:
         by_name = {".".join(path): dict(value) for path, value in (errors or {}).items()}
         values["quantization"] = dataclasses.asdict(quantization) | {"errors": by_name}

@@ -5,18 +5,22 @@ Modules that a command needs are imported when it runs, so that `btlm --help` is
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
 import logging
 import os
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from btlm_jax.cli.arguments import literal_text, translate_old_mesh_options
 from btlm_jax.utils import compile_cache
+from btlm_jax.utils.side_output import SideOutput, attempt
 
 # Group -> command -> the dataclass behind it, as module:class.
 COMMANDS = {
@@ -44,6 +48,7 @@ COMMANDS = {
     },
 }
 _EVERYWHERE = ("--debug", "--no-compilation-cache")
+_CLOSE_SECONDS = 5.0  # within which standard error must take the last notices
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug, caching = "--debug" in argv, "--no-compilation-cache" not in argv
     argv = [a for a in argv if a not in _EVERYWHERE]
+    _replace_closed_streams()
+    log = command = None
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(help_text())
@@ -64,21 +71,61 @@ def main(argv: list[str] | None = None) -> int:
         command = parse_command(argv)
         if caching:
             compile_cache.enable_persistent_cache()
-        _log_to_stderr()
+        log = _log_to_stderr()
         code = command.run()
         sys.stdout.flush()
+        return code or 0
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 141
     except (ValueError, OSError, FloatingPointError) as e:
         if debug:
             raise
-        print(f"btlm: error: {e}", file=sys.stderr)
+        message = _stdout_failure(e) or with_options(str(e), command)
+        _print_last(log, f"btlm: error: {message}")
         return 2
     except KeyboardInterrupt:
-        print("btlm: interrupted", file=sys.stderr)
+        _print_last(log, "btlm: interrupted")
         return 130
-    return code or 0
+    finally:
+        if log is not None:
+            log.finish()
+
+
+def _replace_closed_streams() -> None:
+    """Gives a process that was started with closed streams (`>&-`) ones that discard."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+
+
+def _stdout_failure(error: Exception) -> str | None:
+    """Returns what is wrong with standard output, if that is the cause of an error."""
+    if not isinstance(error, OSError) or error.filename is not None or error.errno is None:
+        return None
+    try:
+        print(flush=True)  # it fails again
+    except OSError as e:
+        _discard_stdout()
+        return f"standard output cannot be written: {e.strerror}"
+    return None
+
+
+def _discard_stdout() -> None:
+    """Discards what is left of standard output, which Python would try to write at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _print_last(log: _ToStderr | None, text: str) -> None:
+    """Prints to standard error, after the notices that still wait, if it can be written."""
+    if log is not None:
+        log.finish()
+    attempt(
+        "standard error",
+        "a message is missing",
+        lambda: print(text, file=sys.stderr),
+        _CLOSE_SECONDS,
+    )
 
 
 def parse_command(argv: list[str]) -> Any:
@@ -98,6 +145,27 @@ def parse_command(argv: list[str]) -> Any:
         return command.parse_arguments(rest)
     arguments = translate_old_mesh_options(rest)
     return tyro.cli(command, prog=f"btlm {name}", args=arguments, registry=literal_text())
+
+
+def with_options(message: str, command: Any) -> str:
+    """Returns an error of the library with its advice for the command line.
+
+    "pass overwrite=True" becomes "pass --overwrite" where the command has that option, and "top_p:
+    found" at the beginning "--top-p: found".
+    """
+    command = getattr(command, "command", command)  # of a command with subcommands
+    known = {f.name for f in dataclasses.fields(command)} if command is not None else set()
+
+    def option(match: re.Match[str]) -> str:
+        verb, name, value = match.groups()
+        if name not in known:
+            return match[0]
+        value = "" if value in (None, "True") else f" {value.strip(chr(39))}"
+        return f"{verb} --{name.replace('_', '-')}{value}"
+
+    message = re.sub(r"\b([Pp]ass) (\w+)=(True\b|'[^']*')?", option, message)
+    name = message.partition(": found ")[0]
+    return f"--{name.replace('_', '-')}{message[len(name) :]}" if name in known else message
 
 
 def help_text() -> str:
@@ -125,20 +193,55 @@ def _command_class(home: str) -> type:
 
 
 class _ToStderr(logging.StreamHandler):
-    """Writes to the current standard error, which callers of `main` may replace."""
+    """Writes to the current standard error, which callers of `main` may replace.
+
+    While `main` runs, a thread writes, so that a pipe that nobody reads does not stop the work.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._output: SideOutput | None = SideOutput("standard error", "notices are missing there")
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
+        if self._output is None:
+            self._write(sys.stderr, self.format(record))
+        elif not self._output.given_up:
+            self._output.put(self._write, sys.stderr, self.format(record))
+
+    def finish(self) -> None:
+        """Writes the notices that wait; those that follow are written at once.
+
+        If standard error takes no more, they are dropped: this process is about to end.
+        """
+        if self._output is not None:
+            self._output.close(_CLOSE_SECONDS)
+            if not self._output.given_up:
+                self._output = None
+
+    @staticmethod
+    def _write(stream: Any, line: str) -> None:
+        stream.write(line + "\n")
+        stream.flush()
 
 
-def _log_to_stderr() -> None:
+def _report_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Prints the traceback of an exception that nothing has caught.
+
+    TensorStore's threads raise one when a write fails after Orbax has given up and reported it.
+    """
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _log_to_stderr() -> _ToStderr:
     """Sends this package's notices to standard error, and of libraries only warnings."""
-    handler: logging.Handler = _ToStderr()
+    handler = _ToStderr()
     handler.setFormatter(logging.Formatter("btlm: %(message)s"))
     logging.getLogger().addHandler(logging.NullHandler())  # or a library would print them twice
     package = logging.getLogger("btlm_jax")
     package.handlers, package.propagate = [handler], False
     package.setLevel(logging.INFO)
+    sys.excepthook = _report_exception
     for noisy in ("absl", "asyncio"):  # Orbax logs at length, and tracebacks of what it raises
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    return handler

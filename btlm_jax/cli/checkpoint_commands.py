@@ -92,6 +92,8 @@ class Export:
     """Size limit of a safetensors file, such as 5GB."""
     max_memory: Bytes = DEFAULT_MEMORY
     """Memory for weights that are being processed, such as 512MiB."""
+    allow_nonfinite: bool = False
+    """Export weights with NaN or Inf too, with a warning."""
     overwrite: bool = False
     """Replace an existing export."""
 
@@ -103,6 +105,7 @@ class Export:
             self.target,
             max_shard_bytes=self.max_shard_size,
             max_memory=self.max_memory,
+            allow_nonfinite=self.allow_nonfinite,
             overwrite=self.overwrite,
         )
         print(f"{self.target}: {report}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from btlm_jax.cli.arguments import Directory, Number, Overrides, RecipeName, RunDirectory, Text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Quickstart:
         from btlm_jax.train.demo import quickstart
 
         if self.hf is not None:
+            for name, default in (("steps", None), ("seed", 0)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"--{name}: found it with --hf, which trains nothing: omit it")
             quickstart.run_quickstart_from_hf(self.directory, self.hf)
         else:
             quickstart.run_quickstart(self.directory, steps=self.steps, seed=self.seed)
@@ -141,6 +147,10 @@ class Tokenize:
     def run(self) -> None:
         from btlm_jax.data.prepare import prepare_tokens
 
+        if self.stdin_format != "jsonl" and "-" not in self.inputs:
+            logger.warning("--stdin-format does nothing without - (standard input)")
+        if self.field != "text" and all(_is_plain_text(name) for name in self.inputs):
+            logger.warning("--field does nothing with .txt files")
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         made = prepare_tokens(options.pop("inputs"), options.pop("target"), **options)
         for directory, report in made.items():
@@ -151,3 +161,7 @@ class Tokenize:
         else:
             data = f"--set data.train={shlex.quote(self.target)}"
         print(f"next: btlm train RECIPE RUN_DIR {data}")
+
+
+def _is_plain_text(name: str) -> bool:
+    return name.removesuffix(".gz").removesuffix(".zst").endswith(".txt")

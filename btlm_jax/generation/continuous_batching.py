@@ -204,6 +204,7 @@ def _run_group(
             used[slot] = end - T - 1
             if done[slot]:
                 tokens = ids[slot, T:end].copy()
+                decode.check_logprobs(request.spec.options, logprobs[slot, T:end])
                 reason = request.finish_reason(row, tokens)
                 row_of_slot[slot] = None
                 yield i, GenerationResult(tokens, logprobs[slot, T:end].copy(), reason)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from btlm_jax.generation import stop_automaton
 from btlm_jax.generation.options import GenerationOptions
@@ -154,3 +155,18 @@ def record_scores(buffers: dict[str, jax.Array], step, **values: jax.Array) -> d
         name: jax.lax.dynamic_update_index_in_dim(buffer, values[name], step, 0)
         for name, buffer in buffers.items()
     }
+
+
+def check_logprobs(options: GenerationOptions, logprobs: np.ndarray) -> None:
+    """Checks the log-probabilities of tokens that have just been chosen.
+
+    Raises:
+      FloatingPointError: one is NaN, so that the tokens mean nothing; not if
+        `remove_invalid_values` asks to go on.
+    """
+    if np.isnan(logprobs).any() and not options.remove_invalid_values:
+        raise FloatingPointError(
+            "logits: found NaN, expected numbers: the weights are too large for the dtype of the "
+            "computation, or were ruined in training; compute in float32, or take an earlier "
+            "checkpoint"
+        )

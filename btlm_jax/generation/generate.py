@@ -267,6 +267,8 @@ def _cut_output(
         return np.asarray(x)[:num_rows, prompt_length:end]
 
     logprobs = new_tokens(result.logprobs)
+    lengths = np.asarray(result.lengths)[:num_rows, None]
+    decode.check_logprobs(options, logprobs[np.arange(prompt_length, end) < lengths])
     row_ended = np.isnan(logprobs.T)[..., None]
 
     def steps(name):

@@ -60,7 +60,7 @@ def open_journal(
       ValueError: TARGET.partial holds the results of a run with another key, or is not a journal.
     """
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists: choose another name, or pass --overwrite")
+        raise FileExistsError(f"{target} exists: choose another name, or pass overwrite=True")
     if target.is_dir():
         raise FileExistsError(f"{target} is a directory: choose another name")
     if not target.parent.is_dir():
@@ -131,7 +131,7 @@ def _resume(
     )
     raise ValueError(
         f"{partial} holds {len(results)} results of another run ({differences}): run that one to "
-        "its end, choose another name, or pass --overwrite to drop them"
+        "its end, choose another name, or pass overwrite=True to drop them"
     )
 
 

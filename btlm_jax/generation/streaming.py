@@ -106,7 +106,8 @@ def _stream_tokens(request: GenerationRequest, params: Params, chunk: int) -> It
         used += steps
         computed = _copy_tokens(s, np.int32(length), chunk)
         # The device works on the step above while these tokens are fetched.
-        tokens, end, done = jax.device_get(pending)
+        tokens, logprobs, end, done = jax.device_get(pending)
+        decode.check_logprobs(request.spec.options, logprobs[: end - start])
         yield tokens[: end - start].tolist()
         if done:
             return
@@ -114,9 +115,10 @@ def _stream_tokens(request: GenerationRequest, params: Params, chunk: int) -> It
 
 @functools.partial(jax.jit, static_argnames="size")
 def _copy_tokens(s: SampleState, start, size: int):
-    """Returns the first row's `size` tokens from `start` on, its length, and whether it is done.
+    """Returns the first row's `size` tokens from `start` on, their log-probabilities, its length
+    and whether it is done.
 
     They are copies, because the next step donates the state.
     """
     slots = jnp.minimum(start + jnp.arange(size), s.ids.shape[1] - 1)
-    return s.ids[0][slots], s.length[0], s.done[0]
+    return s.ids[0][slots], s.logprobs[0][slots], s.length[0], s.done[0]

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
@@ -99,7 +100,9 @@ def new_directory(
                 _rename(content, target, backup=target.parent / f".{target.name}.replaced")
             complete = True
         finally:
-            if complete or key is None:
+            # A ValueError before the first finished piece refuses the input.
+            refused = isinstance(sys.exception(), ValueError) and not stage.finished
+            if complete or key is None or refused:
                 if not complete and remote:
                     _remove(target)
                 _remove(work)
@@ -137,11 +140,11 @@ def refuse_existing(
         return
     if not overwrite:
         remains = ", ".join(map(str, leftovers(target)))
-        hint = f" (a killed run left {remains}, which --overwrite removes)" if remains else ""
-        raise FileExistsError(f"{target} exists: choose another name, or pass --overwrite{hint}")
+        hint = f" (a killed run left {remains}, which that removes)" if remains else ""
+        raise FileExistsError(f"{target} exists: choose another name, or pass overwrite=True{hint}")
     if not ours(target):
         raise FileExistsError(
-            f"{target} exists and was not written by this command, so --overwrite does not replace "
+            f"{target} exists and was not written by this command, so overwriting does not replace "
             "it: choose another name"
         )
 
@@ -200,7 +203,9 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
 
 
 def lock_file(file: IO[Any], target: Any) -> None:
-    """Locks an open file against other processes until it is closed.
+    """Locks an open file against other processes until it is closed or its process ends.
+
+    On a file system without locks it only warns.
 
     Args:
       file: the lock.
@@ -217,6 +222,13 @@ def lock_file(file: IO[Any], target: Any) -> None:
         raise FileExistsError(
             f"{target} is being written by another process: wait for it, or choose another name"
         ) from None
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        logger.warning(
+            "%s: its file system has no locks (%s), so that a second process that writes there "
+            "would not be refused: start only one", target, e.strerror,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

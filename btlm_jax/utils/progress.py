@@ -11,6 +11,7 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from btlm_jax.utils.format import format_bytes
+from btlm_jax.utils.side_output import SideOutput
 
 logger = logging.getLogger(__name__)
 
@@ -44,24 +45,21 @@ class Progress:
         self._start = self._last = clock()
         self._initial = self._done = done
         self._lock = threading.Lock()
-        self._bar = None
-        if shown and sys.stderr.isatty():
-            is_bytes = unit == "B"
-            self._bar = tqdm(
-                total=total,
-                initial=done,
-                unit=unit,
-                desc=title,
-                unit_scale=is_bytes,
-                unit_divisor=1024 if is_bytes else 1000,
+        self._bar: tqdm | None = None
+        self._output: SideOutput | None = None
+        if shown and sys.stderr is not None and sys.stderr.isatty():
+            # A terminal may be closed, or stopped with Ctrl-S; the work goes on.
+            self._output = SideOutput(
+                "the progress bar", "it is no longer shown", self._close_bar, patience=1.0
             )
+            self._output.put(self._open_bar)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._output is not None:
+            self._output.close(5.0)
 
     def update(self, n: float, note: str = "") -> None:
         """Counts `n` more units; thread-safe.
@@ -72,9 +70,8 @@ class Progress:
         """
         with self._lock:
             self._done += n
-            if self._bar is not None:
-                self._bar.set_postfix_str(note, refresh=False)
-                self._bar.update(n)
+            if self._output is not None:
+                self._output.put(self._update_bar, n, note)
                 return
             now = self._clock()
             complete = self.total is not None and self._done >= self.total
@@ -86,8 +83,30 @@ class Progress:
         """Adds `n` units to the total."""
         with self._lock:
             self.total = (self.total or 0) + n
-            if self._bar is not None:
-                self._bar.total = self.total
+            if self._output is not None:
+                self._output.put(self._update_bar, 0, "")
+
+    def _open_bar(self) -> None:
+        is_bytes = self.unit == "B"
+        self._bar = tqdm(
+            total=self.total,
+            initial=self._initial,
+            unit=self.unit,
+            desc=self.title,
+            unit_scale=is_bytes,
+            unit_divisor=1024 if is_bytes else 1000,
+        )
+
+    def _update_bar(self, n: float, note: str) -> None:
+        assert self._bar is not None
+        self._bar.total = self.total
+        if note:
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(n)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def line(self, now: float, note: str = "") -> str:
         """Returns the log line: done/total, percentage, rate and time left.

@@ -104,7 +104,7 @@ def test_numpy_weights_assets_and_origin_are_saved(tmp_path, params):
 
 def test_an_existing_checkpoint_is_replaced_only_with_overwrite(saved, params):
     before = {p: p.stat().st_mtime_ns for p in saved.rglob("*")}
-    with pytest.raises(FileExistsError, match="pass --overwrite"):
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
         btlm.save(saved, CONFIG, params)
     assert before == {p: p.stat().st_mtime_ns for p in saved.rglob("*")}
     changed = jax.tree.map(lambda x: x + 1, params)
@@ -236,3 +236,17 @@ def test_weights_of_another_configuration_are_refused(tmp_path, params):
     with pytest.raises(ValueError, match="do not match"):
         btlm.save(tmp_path / "c", dataclasses.replace(CONFIG, n_layer=3), params)
     assert not os.listdir(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_saved_with_a_warning_and_loaded_on_demand(
+    tmp_path, params, caplog
+):
+    bad = jax.tree.map(lambda x: x, params)
+    bad["wte"] = bad["wte"].at[3, 4].set(jnp.nan)
+    btlm.save(tmp_path / "bad", CONFIG, bad)
+    assert "bad was saved with NaN or Inf in 1 array (wte: 1)" in caplog.text
+    for options in ({}, {"unstacked": True}):
+        with pytest.raises(ValueError, match=r"holds NaN or Inf in 1 array \(wte: 1\), from which"):
+            btlm.load(tmp_path / "bad", **options)
+    _, loaded = btlm.load(tmp_path / "bad", allow_nonfinite=True)
+    assert np.isnan(loaded["wte"][3, 4])

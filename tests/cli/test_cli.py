@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -251,3 +253,70 @@ def test_the_console_script_reports_errors(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("btlm: error:") and "Traceback" not in done.stderr
+
+
+def test_closed_and_full_streams_end_without_a_traceback():
+    """Standard output and error that were closed, or whose disk is full."""
+    script = """
+    btlm() { %s -m btlm_jax.cli info tiny; }
+    btlm >&- 2>/dev/null; echo $?; btlm >&- 2>&-; echo $?; btlm 2>&1 >/dev/full; echo $?
+    """
+    done = subprocess.run(["bash", "-c", script % sys.executable], capture_output=True, text=True)
+    message = "btlm: error: standard output cannot be written: No space left on device"
+    assert done.stdout.splitlines() == ["0", "0", message, "2"] and done.stderr == ""
+
+
+def test_a_pipe_that_nobody_reads_does_not_stop_the_work(monkeypatch):
+    """Notices go through a thread; those that a full pipe holds back are given up at the end."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(cli, "_CLOSE_SECONDS", 0.2)
+        handler = cli._log_to_stderr()
+        os.set_blocking(writer, True)
+        for _ in range(100):
+            logging.getLogger("btlm_jax").warning("x" * 4000)
+        began = time.monotonic()
+        handler.finish()
+        assert time.monotonic() - began < 5
+        os.set_blocking(reader, False)
+        while True:  # lets the thread end
+            try:
+                os.read(reader, 1 << 20)
+                time.sleep(0.01)
+            except BlockingIOError:
+                break
+    os.close(reader)
+
+
+def test_quickstart_names_options_that_do_nothing_with_hf(capsys, tmp_path):
+    code, _, err = run(capsys, "quickstart", tmp_path / "q", "--hf", "x", "--steps", "3")
+    assert code == 2 and "--steps: found it with --hf, which trains nothing" in err
+
+
+def test_advice_of_the_library_names_the_options_of_the_command():
+    """And stays as it is where the command has no such option."""
+    convert = cli.parse_command(["convert", "a", "b"])
+    advice = "c exists: pass overwrite=True. Pass allow_nonfinite=True, or pass on_error='skip'"
+    assert cli.with_options(advice, convert) == (
+        "c exists: pass --overwrite. Pass --allow-nonfinite, or pass on_error='skip'"
+    )
+    perplexity = cli.parse_command(["eval", "perplexity", "c", "--text", "t"])
+    assert cli.with_options("pass on_error='skip', or pass dtype=", perplexity) == (
+        "pass --on-error skip, or pass --dtype"
+    )
+    assert cli.with_options("max_memory: found 1 B", convert) == "--max-memory: found 1 B"
+    assert cli.with_options("max_size: found 1 B", convert) == "max_size: found 1 B"
+    assert cli.with_options(advice, None) == advice
+
+
+def test_a_refused_tokenization_leaves_nothing_and_names_options_without_effect(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("only one document")
+    target = tmp_path / "tokens"
+    argv = ("tokenize", tmp_path / "a.txt", "--target", target, "--new-tokenizer", "257")
+    extra = ("--held-out", "0.00001", "--field", "body", "--stdin-format", "txt")
+    code, _, err = run(capsys, *argv, *extra)
+    assert code == 2 and "nothing of 1 document(s) is held out" in err
+    assert "--field does nothing with .txt files" in err
+    assert "--stdin-format does nothing without -" in err
+    assert os.listdir(tmp_path) == ["a.txt"]

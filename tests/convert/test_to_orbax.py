@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 import btlm_jax as btlm
 from btlm_jax import make_mesh
 from btlm_jax.checkpoint import metadata
-from btlm_jax.convert import convert, export, verify
+from btlm_jax.checkpoint.quantization import Quantization
+from btlm_jax.convert import convert, export, load_hf, quantize, verify
 from btlm_jax.convert.hf.safetensors_writer import TensorSpec
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.model import alibi
@@ -316,7 +317,7 @@ def test_nan_and_inf_are_refused_or_kept_bit_for_bit(dtype, nan, inf, tmp_path, 
         convert(source, tmp_path / "c")
     lines = [line.strip() for line in str(error.value).splitlines()]
     assert sorted(lines[1:-1]) == [f"{name}: {count}" for name, (_, count) in counts.items()]
-    assert "--allow-nonfinite" in lines[-1]
+    assert "allow_nonfinite=True" in lines[-1]
     assert not (tmp_path / "c").exists()
     caplog.clear()
     report = convert(source, tmp_path / "c", allow_nonfinite=True)
@@ -325,7 +326,16 @@ def test_nan_and_inf_are_refused_or_kept_bit_for_bit(dtype, nan, inf, tmp_path, 
     assert all(f"{name}: {count}" in warned for name, (_, count) in counts.items())
     convert(source, tmp_path / "uninterrupted", allow_nonfinite=True)
     assert_complete(tmp_path / "c", tmp_path / "uninterrupted")
-    export(tmp_path / "c", tmp_path / "back")
+    with pytest.raises(ValueError, match=r"Pass allow_nonfinite=True to export them unchanged"):
+        export(tmp_path / "c", tmp_path / "back")
+    assert not list(tmp_path.glob("*back*"))
+    with pytest.raises(ValueError, match=r"NaN or Inf in 2 arrays .* take an earlier checkpoint"):
+        btlm.load(tmp_path / "c")
+    with pytest.raises(ValueError, match="NaN or Inf in 2 arrays"):
+        load_hf(source)
+    with pytest.raises(ValueError, match="cannot be used to quantize: take an earlier checkpoint"):
+        quantize(tmp_path / "c", tmp_path / "q", Quantization.parse("int8"))
+    export(tmp_path / "c", tmp_path / "back", allow_nonfinite=True)
     original, back = open_hf(source), open_hf(tmp_path / "back")
     assert set(original.tensors) == set(back.tensors)
     for name in original.tensors:

@@ -242,7 +242,7 @@ def test_only_directories_of_the_same_kind_are_overwritten(ascii_bpe, tmp_path):
     with pytest.raises(FileExistsError, match="was not written by this command"):
         prepare_tokens(*arguments, **options, overwrite=True)
     prepare_tokens(tmp_path / "a.jsonl", tmp_path / "u", **options)
-    with pytest.raises(FileExistsError, match="pass --overwrite"):
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
         prepare_tokens(tmp_path / "a.jsonl", tmp_path / "u", **options)
     before = file_contents(tmp_path / "u")
     prepare_tokens(

@@ -105,6 +105,6 @@ def test_only_token_directories_are_overwritten(ascii_bpe, tmp_path):
         tokenize(tmp_path / "a.jsonl", tmp_path / "t", ascii_bpe, overwrite=True)
     (tmp_path / "t").rmdir()
     tokenize(tmp_path / "a.jsonl", tmp_path / "t", ascii_bpe)
-    with pytest.raises(FileExistsError, match="pass --overwrite"):
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
         tokenize(tmp_path / "a.jsonl", tmp_path / "t", ascii_bpe)
     tokenize(tmp_path / "a.jsonl", tmp_path / "t", ascii_bpe, overwrite=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from btlm_jax import generate, load_tokenizer, score
+from btlm_jax import generate, generate_batch, load_tokenizer, score, stream
 from btlm_jax.generation import prompts
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden, gpt2
@@ -201,3 +202,20 @@ def test_padding_is_inferred_unless_it_is_eos(tiny):
     assert (masked[0] != plain[0]).all()
     np.testing.assert_array_equal(logprobs(None, None), masked)
     np.testing.assert_array_equal(logprobs(None, 9), plain)
+
+
+def test_logits_that_are_nan_are_an_error_and_not_a_text():
+    """Finite weights can overflow; every way to generate says so."""
+    c = golden.load("a2_btlm_mup_h32")
+    params = jax.tree.map(lambda x: x * 1e30, c.params)
+    ids = c["gen/prompt"]
+    ways = {
+        "greedy": lambda: generate(c.model, params, ids, max_new_tokens=20),
+        "stream": lambda: list(stream(c.model, params, ids, max_new_tokens=20)),
+        "batch": lambda: generate_batch(c.model, params, [ids[0]], max_new_tokens=20),
+    }
+    for call in ways.values():
+        with pytest.raises(FloatingPointError, match="logits: found NaN"):
+            call()
+    ids = generate(c.model, params, ids, max_new_tokens=20, remove_invalid_values=True)
+    assert ids.shape[1] > 20

@@ -6,7 +6,9 @@ import shutil
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
 from btlm_jax.train.checkpoints import Checkpoints
@@ -45,7 +47,7 @@ def test_when_no_checkpoint_can_be_read_nothing_is_changed(load_tiny, reference,
         shutil.rmtree(run / f"checkpoints/{step}/optimizer")
     before = sorted(p.relative_to(run) for p in run.rglob("*"))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"none of its checkpoints \[9, 12\] can be read"):
+        with pytest.raises(ValueError, match=r"none of its checkpoints \[9, 12\] can be used"):
             train(load_tiny(), run)
         assert sorted(p.relative_to(run) for p in run.rglob("*")) == before
 
@@ -85,3 +87,46 @@ def test_multiples_of_keep_every_are_kept(tmp_path, load_tiny):
     checkpoints = Checkpoints(tmp_path / "run/checkpoints", keep_last=1, keep_every=4)
     assert checkpoints.steps() == [4, 8, 12]
     checkpoints.close()
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_a_state_that_is_not_finite_is_neither_saved_nor_resumed(
+    load_tiny, reference, tmp_path, monkeypatch, caplog, part
+):
+    """Finite weights with moments that are not, too; the older checkpoint stays and is read."""
+    recipe, run = load_tiny(), copy_run(reference[0], tmp_path / "run")
+    model = btlm.BTLM(build_config(recipe))
+    tx, mesh = build_optimizer(recipe, model.config), btlm.make_mesh()
+    checkpoints = Checkpoints(run / "checkpoints", keep_last=2, keep_every=0)
+    state = checkpoints.restore_newest(model, tx, mesh)
+    assert state is not None
+    bad = jax.tree.map(
+        lambda x: x * jnp.float32(jnp.nan) if x.ndim > 1 else x, getattr(state, part)
+    )
+    bad = state._replace(**{part: bad})
+    with pytest.raises(FloatingPointError, match=r"step 15: not saved, .*checkpoints/12"):
+        checkpoints.save(model.config, bad, 15, {})
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr("btlm_jax.train.checkpoints.nonfinite_in_state", lambda state: {})
+        checkpoints.save(model.config, bad, 15, {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [12, 15]
+    newest = checkpoints.restore_newest(model, tx, mesh)
+    checkpoints.close()
+    assert newest is not None and int(newest.step) == 12
+    assert "checkpoints/15 cannot be used: it holds NaN or Inf in" in caplog.text
+    assert (run / "checkpoints/damaged-15").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_path_and_fix(
+    load_tiny, tmp_path, monkeypatch
+):
+    def fail(self, *args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: write failed: No space left on device")
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", fail)
+    with pytest.raises(
+        OSError, match=r"could not be written to .*/run/checkpoints .*No space"
+    ) as e:
+        train(load_tiny(), tmp_path / "run")
+    assert "none is. Free space" in str(e.value) and "run the same command again" in str(e.value)

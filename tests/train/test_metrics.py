@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import struct
 import sys
 import types
 
@@ -35,22 +38,84 @@ def test_lines_after_the_checkpoint_are_removed(tmp_path, caplog):
     assert read_metrics(tmp_path / "none") == []
 
 
-def test_tensorboard_shows_every_metric(tmp_path, monkeypatch):
-    added = []
+def read_board(folder):
+    """Returns the events of TensorBoard's files: (length, checksum, event, checksum) each."""
+    from tensorboardX.proto.event_pb2 import Event
 
-    class Board:
-        def __init__(self, folder, purge_step):
-            assert folder == str(tmp_path / "tensorboard") and purge_step == 7
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            (size,) = struct.unpack("Q", data[:8])
+            yield Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
 
-        def add_scalar(self, *point):
-            added.append(point)
 
-        def close(self):
-            added.append("closed")
-
-    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=Board))
+def test_tensorboard_shows_every_metric_and_drops_the_points_of_a_lost_run(tmp_path):
     write(tmp_path, 7, [(8, {"loss": 2.0, "grad_norm/hidden": 0.5})])
-    assert added == [("loss", 2.0, 8), ("grad_norm/hidden", 0.5, 8), "closed"]
+    version, start, *points = read_board(tmp_path / "tensorboard")
+    assert version.file_version == "brain.Event:2"
+    assert start.step == 7 and start.session_log.status == start.session_log.START
+    values = [(p.step, p.summary.value[0].tag, p.summary.value[0].simple_value) for p in points]
+    assert values == [(8, "loss", 2.0), (8, "grad_norm/hidden", 0.5)]
+
+
+@pytest.mark.parametrize("method", ["open", "write", "close"])
+def test_a_full_disk_under_tensorboard_costs_only_its_curves(tmp_path, monkeypatch, caplog, method):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(metrics._Board, method, fail)
+    write(tmp_path, 0, [(step, {"loss": 2.0}) for step in range(1, 9)])
+    assert len(read_metrics(tmp_path / METRICS_FILE)) == 8
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert f"TensorBoard's files in {tmp_path}/tensorboard: [Errno 28] No space left" in message
+    assert message.endswith("training goes on, and metrics.jsonl has every value")
+
+
+def test_lines_wait_for_room_on_a_full_disk_and_none_is_lost(tmp_path, monkeypatch, caplog):
+    """The disk first takes a part of a line, then nothing, then everything."""
+    real, full = os.write, [5, 0, 0]
+
+    def write_some(file, data):
+        if not full:
+            return real(file, data)
+        if (room := full.pop(0)) == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data[:room])
+
+    lines = metrics._LinesFile(tmp_path / METRICS_FILE)
+    monkeypatch.setattr(os, "write", write_some)
+    with caplog.at_level("INFO"):
+        for step in range(1, 5):
+            lines.write(step, {"loss": 2.0})
+    full.append(0)
+    lines.write(5, {"loss": 2.0})
+    full.append(0)
+    with pytest.raises(OSError, match="its last 1 lines are lost"):
+        lines.close()
+    assert [x["step"] for x in read_metrics(tmp_path / METRICS_FILE)] == [1, 2, 3, 4]
+    texts = [r.getMessage() for r in caplog.records]
+    assert [("lines wait in memory" in t, "without a gap" in t) for t in texts] == [
+        (True, False), (False, True), (True, False),
+    ]  # fmt: skip
+
+
+def test_lines_that_a_full_disk_damaged_are_dropped(tmp_path, caplog):
+    good = '{"step": 1, "loss": 2.0}'
+    data = f"{good}\n[3]\n7\n{{}}\n".encode() + b"\x00\x00\xff\n"
+    (tmp_path / METRICS_FILE).write_bytes(data)
+    assert read_metrics(tmp_path / METRICS_FILE) == [json.loads(good)]
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, caplog):
+    write(tmp_path, 0, [(1, {"loss": 2.0})])
+
+    def fail(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(metrics.plots, "draw_loss_curve", fail)
+    metrics.draw_loss_curves(tmp_path)
+    assert "loss.png: [Errno 30] Read-only file system; the picture is missing" in caplog.text
 
 
 def test_without_tensorboard_the_file_is_written(tmp_path, monkeypatch, caplog):
@@ -61,7 +126,7 @@ def test_without_tensorboard_the_file_is_written(tmp_path, monkeypatch, caplog):
     assert "pip install" in caplog.text
 
 
-def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path, monkeypatch):
+def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path, monkeypatch, caplog):
     started, logged = [], []
     run = types.SimpleNamespace(
         define_metric=lambda name, step_metric: logged.append((name, step_metric)),
@@ -78,6 +143,7 @@ def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path, monkeypatch):
         log = MetricsLog(tmp_path / "..", 0, {"run": {"seed": 1}}, "btlm")
         log.write(3, {"loss": 1.0})
         log.close()
+    assert not caplog.records
     assert logged[:3] == [("*", "step"), {"step": 3, "loss": 1.0}, "finished"]
     first, second = started
     assert first == second and first["id"] and first["resume"] == "allow"
@@ -88,6 +154,12 @@ def test_a_missing_wandb_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"run\.wandb_project .* pip install wandb"):
         require_wandb()
+    api = types.SimpleNamespace(api_key=None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(api=api))
+    with pytest.raises(ValueError, match=r"nobody is logged in .*`wandb login`"):
+        require_wandb()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert require_wandb().api is api
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

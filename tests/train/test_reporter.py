@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -22,21 +24,29 @@ def metrics(skipped: int = 0, bad: int = 0) -> dict:
     }
 
 
-def lines_of(directory) -> list[dict]:
-    return read_metrics(directory / "metrics.jsonl")
+def steps_of(directory, expected: list[int]) -> list[dict]:
+    """Waits until the thread that writes the metrics has written these steps; returns the lines."""
+    deadline = time.monotonic() + 10
+    while True:
+        lines = read_metrics(directory / "metrics.jsonl")
+        if [x["step"] for x in lines] == expected:
+            return lines
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.01)
 
 
 def test_a_step_is_reported_after_the_next_one_or_before_a_pause(load_tiny, tmp_path):
     recipe = load_tiny()
     with Reporter(recipe, build_config(recipe), tmp_path, 0, lambda: "none") as reporter:
         reporter.record(1, recipe.phases[0], metrics())
-        assert lines_of(tmp_path) == []
+        steps_of(tmp_path, [])
         reporter.record(2, recipe.phases[0], metrics())
-        assert [x["step"] for x in lines_of(tmp_path)] == [1]
+        steps_of(tmp_path, [1])
         with reporter.pause():
-            assert [x["step"] for x in lines_of(tmp_path)] == [1, 2]
+            steps_of(tmp_path, [1, 2])
         reporter.record(3, recipe.phases[0], metrics())
-        assert [x["step"] for x in lines_of(tmp_path)] == [1, 2]
+        time.sleep(0.05)
+        steps_of(tmp_path, [1, 2])
 
 
 @pytest.mark.parametrize("skipped, bad, updates", [(0, 0, 5), (2, 0, 3), (2, 1, 4), (2, 2, 4)])
@@ -48,14 +58,25 @@ def test_the_logged_learning_rate_is_that_of_the_update(load_tiny, tmp_path, ski
     ):
         reporter.record(6, recipe.phases[0], metrics(skipped, bad))
         with reporter.pause():
-            (line,) = lines_of(tmp_path)
+            (line,) = steps_of(tmp_path, [6])
     assert line["learning_rate"] == pytest.approx(float(build_schedule(recipe)(updates)))
 
 
-def test_too_many_steps_with_gradients_that_are_not_finite_end_the_run(load_tiny, tmp_path):
+@pytest.mark.parametrize("rate", ["1e30", "1e15"])
+def test_steps_that_are_not_finite_are_never_saved_and_end_the_run(
+    load_tiny, tmp_path, caplog, rate
+):
+    """At 1e30 the first update is too large; at 1e15 it is finite, and the next loss is not."""
     recipe = load_tiny(
-        "run.max_bad_steps=2", "run.checkpoint_every=0", "optimizer.peak_lr=1e30",
-        "optimizer.warmup_tokens=0",
+        "run.max_bad_steps=4", "run.checkpoint_every=1", f"optimizer.peak_lr={rate}",
+        "optimizer.warmup_tokens=0", "run.eval_every=0",
     )  # fmt: skip
-    with pytest.raises(FloatingPointError, match=r"2 steps in a row .* there is no checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"of 4 steps in a row were not finite; ") as e:
         train(recipe, tmp_path / "run")
+    assert "there is no checkpoint from before" in str(e.value)
+    saved = [p.name for p in (tmp_path / "run/checkpoints").iterdir()]
+    if rate == "1e30":
+        assert saved == []
+    else:
+        assert saved == ["1"] and "checkpoints/1 may hold the cause: delete it" in str(e.value)
+    assert "no checkpoint, because it was not finite" in caplog.text

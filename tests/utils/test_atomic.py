@@ -149,7 +149,7 @@ def test_records_without_content_are_ignored(c):
 
 def test_an_existing_directory_is_replaced_only_with_overwrite(c):
     write_mine(c, "old")
-    with pytest.raises(FileExistsError, match="pass --overwrite"):
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
         write_mine(c, "new")
     assert (c / "mine").read_text() == "old"
     write_mine(c, "new", overwrite=True)

@@ -83,7 +83,7 @@ def test_the_command_line_refuses_other_texts_without_traceback(capsys, command)
 
 def test_a_budget_below_one_block_is_refused_with_the_minimum(capsys, checkpoint_dir):
     code = cli.main(["verify", str(checkpoint_dir), "--max-memory", "1kB"])
-    assert code == 2 and "max_memory: found 1000 B, expected at least" in capsys.readouterr().err
+    assert code == 2 and "--max-memory: found 1000 B, expected at least" in capsys.readouterr().err
     assert cli.main(["verify", str(checkpoint_dir), "--max-memory", "80MiB"]) == 0
 
 

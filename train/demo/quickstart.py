@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from btlm_jax.checkpoint import checkpoint, metadata
 from btlm_jax.config import BTLMConfig
-from btlm_jax.convert import convert, export, verify
+from btlm_jax.convert import auto, convert, export, verify
 from btlm_jax.data import sample_text
 from btlm_jax.data.prepare import HELD_OUT, TRAIN, prepare_tokens
 from btlm_jax.data.token_shards import TokenShards
@@ -133,6 +133,11 @@ def run_quickstart_from_hf(directory: Path, source: str) -> None:
     _use_virtual_devices()
     directory = Path(directory)
     atomic.refuse_existing(directory, overwrite=False, ours=metadata.is_btlm_checkpoint)
+    if auto.read_any_tokenizer(source) is None:
+        raise FileNotFoundError(
+            f"{source}: no tokenizer.json, nor vocab.json with merges.txt, which generation needs: "
+            "copy them from the model's repository"
+        )
     report = convert(source, directory / "checkpoint")
     config = metadata.read_metadata(directory / "checkpoint").config
     print(f"converted {weights.count_parameters(config):,} parameters: {report}")
