@@ -18,7 +18,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from btlm_jax import __version__, hf_config
-from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint import damage, metadata
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.config import Positions
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
@@ -134,7 +134,7 @@ def export(
                 sha256 = digest.sha256
                 recorded = meta.sha256.get(leaves[name].path) if name in leaves else None
                 if recorded is not None and sha256 != recorded:
-                    raise metadata.damaged_error(
+                    raise damage.damaged_error(
                         meta.path, f"{name}: its bytes do not match the recorded SHA-256"
                     )
                 stage.record(name, {"sha256": sha256, "nonfinite": digest.nonfinite})

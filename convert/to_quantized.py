@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from btlm_jax import __version__
-from btlm_jax.checkpoint import checkpoint, metadata, zarr
+from btlm_jax.checkpoint import checkpoint, damage, metadata, zarr
 from btlm_jax.checkpoint import quantization as q
 from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.checkpoint.quantize_arrays import QuantizationErrors
@@ -176,7 +176,7 @@ def _open_floats(source: str | os.PathLike[str], revision: str | None) -> FloatC
         yield from digest.watch(meta.blocks(leaf, width))
         if digest.sha256 != meta.sha256.get(leaf.path, digest.sha256):
             reason = f"{'/'.join(leaf.path)}: its bytes do not match the recorded SHA-256"
-            raise metadata.damaged_error(meta.path, reason)
+            raise damage.damaged_error(meta.path, reason)
 
     mark = (meta.path / metadata.MARKER_FILE).read_bytes()
     return FloatCheckpoint(

@@ -23,7 +23,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax.checkpoint import checkpoint, metadata, stacking
+from btlm_jax.checkpoint import checkpoint, damage, metadata, stacking
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.btlm import BTLM
@@ -181,7 +181,7 @@ class Checkpoints:
                 state = restore_train_state(self.path(step), model, tx, mesh)
                 if counts := nonfinite_in_state(state):
                     reason = f"it holds {finite.describe_nonfinite(counts)}"
-            except (metadata.DamagedCheckpoint, FileNotFoundError) as e:
+            except (damage.DamagedCheckpoint, FileNotFoundError) as e:
                 reason = str(e)
             # Each process reads its own shards, so that only some of them may notice damage.
             if not any_process(reason is not None):
@@ -293,14 +293,12 @@ def _check_optimizer(path: Path, targets: Mapping[str, Any]) -> None:
     """Raises ValueError if the stored optimizer state differs in structure from `targets`."""
     try:
         stored: Any = ocp.checkpointables_metadata(os.fspath(path)).metadata[_OPTIMIZER]
-    except metadata.NOT_DAMAGE:
+    except damage.NOT_DAMAGE:
         raise
     except Exception as e:
-        raise metadata.damaged_error(
-            epath.Path(path), f"its optimizer state cannot be read: {e}"
-        ) from e
+        raise damage.reading_error(epath.Path(path), e, _OPTIMIZER) from e
     if stored is None:
-        raise metadata.DamagedCheckpoint(
+        raise damage.DamagedCheckpoint(
             f"{path} holds no optimizer state: start from it with model.checkpoint"
         )
     differing = sorted(set(flatten_tree(stored)) ^ set(flatten_tree(targets)))

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax.checkpoint import metadata, orbax_metadata, stacking, zarr
+from btlm_jax.checkpoint import damage, metadata, orbax_metadata, stacking, zarr
 from btlm_jax.checkpoint import unstacked as unstacked_lib
 from btlm_jax.checkpoint.quantization import Quantization, stored_leaves
 from btlm_jax.config import BTLMConfig
@@ -35,6 +35,7 @@ from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params, check_params, flatten_tree, is_unstacked, unflatten_tree
 from btlm_jax.utils import atomic, paths
+from btlm_jax.utils.format import join_first
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _commit(
     """Writes all files besides the arrays; the marker of a complete checkpoint is the last one."""
     names = {".".join(x.path): x.path for x in stored_leaves(config, quantized)}
     if missing := [name for name in names if name not in stage.finished]:
-        raise ValueError(f"{stage.content}: not written: {', '.join(missing)}")
+        raise ValueError(f"{stage.content}: not written: {join_first(missing)}")
     asset_sha256 = _write_assets(stage.content, assets)
     records = {path: stage.finished[name] for name, path in names.items()}
     item = stage.content / metadata.ITEM
@@ -361,15 +362,15 @@ def restore_items(path: epath.Path, targets: Mapping[str, Params]) -> dict[str, 
     try:
         with context:
             items: Any = ocp.load_checkpointables(os.fspath(path), dict(targets))
-    except metadata.NOT_DAMAGE:
+    except damage.NOT_DAMAGE:
         raise
     except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
-        raise metadata.damaged_error(path, e) from e
+        raise damage.reading_error(path, e) from e
     for item, tree in targets.items():
         arrays = flatten_tree(items[item])
         # Orbax returns the target itself for an array that is missing on disk.
         missing = [p for p in flatten_tree(tree) if not isinstance(arrays.get(p), jax.Array)]
         if missing:
-            names = ", ".join("/".join(p) for p in missing)
-            raise metadata.damaged_error(path, f"not restored: {names}")
+            names = join_first("/".join(p) for p in missing)
+            raise damage.damaged_error(path, f"not restored: {names}")
     return items

@@ -14,16 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from btlm_jax import __version__
-from btlm_jax.checkpoint import zarr
-from btlm_jax.checkpoint.orbax_metadata import ITEM, MARKER_FILE
+from btlm_jax.checkpoint import damage, zarr
+from btlm_jax.checkpoint.orbax_metadata import ITEM, MARKER_FILE, require_arrays
 from btlm_jax.checkpoint.quantization import Quantization, stored_leaves
 from btlm_jax.config import AlibiScaling, BTLMConfig
 from btlm_jax.model import weights
-from btlm_jax.model.params import flatten_tree
-from btlm_jax.utils import atomic, paths
+from btlm_jax.utils import json_files, paths
+from btlm_jax.utils.format import join_first, list_first
 
 FORMAT = 2
 _KEY = "btlm_jax"  # of our metadata among Orbax's custom metadata
@@ -115,10 +114,7 @@ class CheckpointMetadata:
 
     def _kvstore(self, leaf: weights.DiskLeaf) -> Any:
         """Returns TensorStore's key-value store of an array."""
-        item, name = self.path / ITEM, ".".join(leaf.path)
-        if self.ocdbt:
-            return {"driver": "ocdbt", "base": paths.kvstore(item), "path": f"{name}/"}
-        return paths.kvstore(item / name)
+        return _kvstore(self.path / ITEM, ".".join(leaf.path), self.ocdbt)
 
     @contextlib.contextmanager
     def _explain_damage(self, leaf: weights.DiskLeaf) -> Iterator[None]:
@@ -127,7 +123,7 @@ class CheckpointMetadata:
         except MemoryError:
             raise
         except Exception as e:  # TensorStore raises ValueError and others for damaged files
-            raise damaged_error(self.path, f"{'/'.join(leaf.path)}: {e}") from e
+            raise damage.reading_error(self.path, e, "/".join(leaf.path)) from e
 
 
 def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
@@ -135,19 +131,6 @@ def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 # Reading ------------------------------------------------------------------------------------------
-
-# Running out of memory on the host or a device must not be mistaken for a damaged file.
-NOT_DAMAGE = (MemoryError, jax.errors.JaxRuntimeError)
-
-
-class DamagedCheckpoint(ValueError):
-    """The files are not a complete checkpoint of this package; an older checkpoint may be."""
-
-
-def damaged_error(path: epath.Path, reason: object) -> DamagedCheckpoint:
-    """Returns the error for a checkpoint whose files cannot be read."""
-    first_line = (str(reason).splitlines() or [""])[0][:300]
-    return DamagedCheckpoint(f"{path}: damaged checkpoint ({first_line}); copy or convert it again")
 
 
 def read_metadata(path: PathLike) -> CheckpointMetadata:
@@ -162,67 +145,45 @@ def read_metadata(path: PathLike) -> CheckpointMetadata:
     directory = paths.location(path)
     paths.forget_listings(directory)
     directory = _newest(directory)
-    remains = ", ".join(map(str, atomic.leftovers(directory)))
     if not directory.exists():
-        hint = f"; an interrupted run left {remains}: the same command continues it"
-        raise FileNotFoundError(f"{directory}: no such checkpoint{hint if remains else ''}")
+        raise damage.missing_error(path, directory)
+    damage.require_finished_name(directory)
     if not (directory / MARKER_FILE).exists():  # ocp.is_orbax_checkpoint accepts any directory
-        if (directory / "config.json").exists():
-            raise ValueError(
-                f"{directory} is a Hugging Face directory, expected an Orbax checkpoint: convert "
-                f"it with `btlm convert {directory} DST`"
-            )
-        if (directory / "recipe.json").exists():
-            raise FileNotFoundError(
-                f"{directory} is a training run that has no checkpoint: train until it has one"
-            )
-        if remains and paths.is_remote(directory):
-            raise ValueError(
-                f"{directory} is unfinished: run the command that was writing it again"
-            )
-        raise DamagedCheckpoint(
-            f"{directory} is not an Orbax checkpoint; expected one made by btlm"
-        )
+        raise damage.other_directory_error(directory)
     return read_committed(directory)
 
 
 def read_committed(directory: epath.Path) -> CheckpointMetadata:
     """`read_metadata` of a directory that is known to be a checkpoint."""
     paths.forget_listings(directory)
-    try:
-        ocdbt = json.loads((directory / ITEM / "_METADATA").read_text())["use_ocdbt"]
-        orbax: Any = ocp.metadata(os.fspath(directory))
-    except NOT_DAMAGE:
-        raise
-    except Exception as e:  # Orbax and TensorStore raise bare ones for damaged files
-        raise damaged_error(directory, e) from e
-    if orbax.metadata is None:
-        raise damaged_error(directory, "the list of its arrays cannot be read")
-    custom = (orbax.custom_metadata or {}).get(_KEY)
+    marker = _read_json(directory, MARKER_FILE)
+    notes = marker.get("custom_metadata")
+    custom = notes.get(_KEY) if isinstance(notes, Mapping) else None
     if not isinstance(custom, Mapping):
-        raise DamagedCheckpoint(
-            f"{directory}: an Orbax checkpoint without BTLM metadata; expected one made by btlm"
-        )
+        raise damage.foreign_checkpoint_error(directory, marker)
     if custom.get("format") != FORMAT:
         raise ValueError(
             f"{directory}: checkpoint format {custom.get('format')!r}, this version reads "
             f"{FORMAT}; it was written by {custom.get('created_by')}: install a matching btlm-jax"
         )
     if custom.get(_CHECKSUM) != _checksum({k: v for k, v in custom.items() if k != _CHECKSUM}):
-        raise damaged_error(directory, "its metadata does not match its checksum")
+        raise damage.damaged_error(directory, f"{MARKER_FILE} does not match its checksum")
     required = {"config", "origin", "sha256", "asset_sha256", "structure_sha256"}
     if missing := required - set(custom):
-        raise damaged_error(directory, f"its metadata lacks {', '.join(sorted(missing))}")
+        raise damage.damaged_error(directory, f"{MARKER_FILE} lacks {', '.join(sorted(missing))}")
     config = _decode_config(custom["config"])
-    leaves = {
-        p: jax.ShapeDtypeStruct(tuple(x.shape), x.dtype)
-        for p, x in flatten_tree(orbax.metadata).items()
-    }
     quantization, errors = _decode_quantization(custom.get("quantization"))
+    leaves, ocdbt = _read_arrays(directory)
     if problems := list(_mismatches(leaves, stored_leaves(config, quantization))):
-        raise DamagedCheckpoint(
-            f"{directory} does not match its configuration:\n  " + "\n  ".join(problems)
+        raise damage.DamagedCheckpoint(
+            f"{directory} does not match its configuration:{list_first(problems)}"
         )
+    try:
+        require_arrays(directory, leaves)
+    except damage.NOT_DAMAGE:
+        raise
+    except Exception as e:  # Orbax raises bare ones
+        raise damage.reading_error(directory, e) from e
     return CheckpointMetadata(
         path=directory,
         config=config,
@@ -238,10 +199,61 @@ def read_committed(directory: epath.Path) -> CheckpointMetadata:
     )
 
 
+def _read_json(directory: epath.Path, name: str) -> dict[str, Any]:
+    """Returns a JSON object of a checkpoint."""
+    try:
+        data = (directory / name).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise damage.damaged_error(directory, f"{name} is missing") from None
+    except IsADirectoryError:
+        raise damage.damaged_error(directory, f"{name} is a directory") from None
+    try:
+        return json_files.parse_object(data, name, "")
+    except ValueError as e:
+        raise damage.damaged_error(directory, str(e).removesuffix(": ")) from None
+
+
+def _read_arrays(
+    directory: epath.Path,
+) -> tuple[dict[weights.Path, jax.ShapeDtypeStruct], bool]:
+    """Returns shape and dtype of every array by path, and whether they are in OCDBT's database."""
+    listed = _read_json(directory, f"{ITEM}/_METADATA")
+    try:
+        ocdbt, tree = bool(listed["use_ocdbt"]), listed["tree_metadata"]
+        found = [tuple(str(k["key"]) for k in x["key_metadata"]) for x in tree.values()]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise damage.damaged_error(
+            directory, f"{ITEM}/_METADATA is no list of arrays: {type(e).__name__} {e}"
+        ) from None
+    names = {path: f"{'.'.join(path)}/zarr.json" for path in found}
+    try:
+        headers = paths.read_files(_kvstore(directory / ITEM, "", ocdbt), names.values())
+    except MemoryError:
+        raise
+    except Exception as e:  # TensorStore raises ValueError and others for a damaged database
+        raise damage.reading_error(directory, e) from e
+    leaves, problems = {}, []
+    for path, name in names.items():
+        try:
+            leaves[path] = jax.ShapeDtypeStruct(*zarr.parse_header(headers[name]))
+        except ValueError as e:
+            problems.append(f"{ITEM}/{name} {e}")
+    if problems:
+        raise damage.damaged_error(directory, join_first(problems, 2))
+    return leaves, ocdbt
+
+
+def _kvstore(item: epath.Path, name: str, ocdbt: bool) -> Any:
+    """Returns TensorStore's key-value store of an array, or of all arrays for an empty name."""
+    if ocdbt:
+        return {"driver": "ocdbt", "base": paths.kvstore(item), "path": f"{name}/" if name else ""}
+    return paths.kvstore(item / name if name else item)
+
+
 def _newest(directory: epath.Path) -> epath.Path:
     """Returns the newest checkpoint of a run directory; any other directory is returned as is."""
     folder = directory / "checkpoints"
-    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    steps = [p for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
     return max(steps, key=lambda p: int(p.name)) if steps else directory
 
 
@@ -250,16 +262,19 @@ def _mismatches(
 ) -> Iterator[str]:
     """Yields a description of every difference between stored and expected arrays."""
     known = {leaf.path: leaf for leaf in expected}
-    yield from (f"missing: {'/'.join(p)}" for p in known if p not in leaves)
-    yield from (f"unexpected: {'/'.join(p)}" for p in leaves if p not in known)
+    if missing := ["/".join(p) for p in known if p not in leaves]:
+        yield f"missing: {join_first(missing, 3)}"
+    if unexpected := ["/".join(p) for p in leaves if p not in known]:
+        yield f"unexpected: {join_first(unexpected, 3)}"
     for path, leaf in known.items():
         if path not in leaves:
             continue
         shape, dtype = leaves[path].shape, str(leaves[path].dtype)
         if shape != leaf.shape:
             yield f"{'/'.join(path)}: found shape {shape}, expected {leaf.shape}"
-        if leaf.dtype not in (None, dtype):
-            yield f"{'/'.join(path)}: found dtype {dtype}, expected {leaf.dtype}"
+        expected_dtypes = weights.STORED_DTYPES if leaf.dtype is None else (leaf.dtype,)
+        if dtype not in expected_dtypes:
+            yield f"{'/'.join(path)}: found dtype {dtype}, expected {' or '.join(expected_dtypes)}"
 
 
 def _decode_config(fields: Mapping[str, Any]) -> BTLMConfig:

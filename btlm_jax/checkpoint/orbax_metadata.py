@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from orbax.checkpoint import __version__ as orbax_version
 from orbax.checkpoint import v1 as ocp
 
 from btlm_jax.model import weights
-from btlm_jax.model.params import unflatten_tree
+from btlm_jax.model.params import flatten_tree, unflatten_tree
 
 ITEM = "state"  # Orbax's name for the item that `ocp.load(path)` reads: the weights
 MARKER_FILE = "_CHECKPOINT_METADATA"  # Orbax writes it into every finished checkpoint
@@ -33,6 +34,13 @@ def commit_marker(custom: dict[str, Any]) -> str:
     """Returns Orbax's `_CHECKPOINT_METADATA` with custom metadata and without clock readings."""
     values = json.loads(_scalar_checkpoint([("x",)], custom)[1])
     return json.dumps(values | {"init_timestamp_nsecs": None, "commit_timestamp_nsecs": None})
+
+
+def require_arrays(directory: epath.Path, leaves: Iterable[weights.Path]) -> None:
+    """Raises an error, its own or one of Orbax, if the installed Orbax does not find the arrays."""
+    found: Any = ocp.metadata(os.fspath(directory)).metadata
+    if found is None or set(flatten_tree(found)) != set(leaves):
+        raise ValueError(f"orbax-checkpoint {orbax_version} does not find the arrays")
 
 
 def _scalar_checkpoint(

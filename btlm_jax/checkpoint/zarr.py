@@ -15,6 +15,7 @@ import errno
 import functools
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Iterable, Iterator
 
@@ -239,6 +240,27 @@ def read_slice(store: str | dict, index: tuple[slice, ...]) -> np.ndarray:
       ValueError: the files are damaged or missing (TensorStore's own message).
     """
     return _open_array(store)[index].read().result()
+
+
+def parse_header(data: bytes | None) -> tuple[tuple[int, ...], np.dtype]:
+    """Returns shape and dtype of an array from its `zarr.json`; None stands for a missing file.
+
+    Raises:
+      ValueError: the file is missing or damaged, in words that follow its name.
+    """
+    if data is None:
+        raise ValueError("is missing")
+    if not data.strip(b"\0 \n"):
+        raise ValueError("is empty" if not data else "holds nothing but zero bytes")
+    try:
+        values = json.loads(data)
+        shape, name = tuple(map(int, values["shape"])), values["data_type"]
+    except (ValueError, TypeError, KeyError):
+        raise ValueError("is damaged: no JSON object with shape and data_type") from None
+    try:
+        return shape, BF16 if name == "bfloat16" else np.dtype(name)
+    except TypeError:
+        raise ValueError(f"is damaged: unknown data_type {name!r}") from None
 
 
 def _open_array(store: str | dict) -> ts.TensorStore:

@@ -1,10 +1,10 @@
-"""Text formats: amounts of bytes, aligned columns, and values that JSON can hold."""
+"""Text formats: amounts of bytes, lists, aligned columns, and values that JSON can hold."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # The default of every `max_memory` argument: bytes of weights in flight during a conversion. It is
@@ -40,6 +40,21 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.1f} {prefix}B" if prefix else f"{nbytes:.0f} B"
         nbytes /= 1024
     return f"{nbytes:.1f} TiB"
+
+
+def join_first(items: Iterable[object], most: int = 5) -> str:
+    """Joins the first items, and adds the number of the others: "a, b, c and 901 more"."""
+    texts = [str(item) for item in items]
+    omitted = len(texts) - most
+    return ", ".join(texts[:most]) + (f" and {omitted:,} more" if omitted > 0 else "")
+
+
+def list_first(problems: Iterable[object], most: int = 5) -> str:
+    """Returns the first problems and the number of the others, each on an indented new line."""
+    texts = [str(problem) for problem in problems]
+    omitted = len(texts) - most
+    lines = texts[:most] + ([f"and {omitted:,} more"] if omitted > 0 else [])
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def align_columns(rows: Sequence[Sequence[str]], align: str = "<>") -> list[str]:

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterable
-from urllib.parse import unquote
+from typing import Any
 
 import tensorstore as ts
 from etils import epath
 from etils.epath.backend import fsspec_backend
+
+from btlm_jax.utils.local_paths import split_url
 
 
 def location(path: str | os.PathLike[str]) -> epath.Path:
     """Returns the location that a path or URL names; local paths become absolute.
 
     Args:
-      path: a local path, `file:///absolute/path`, or `gs://bucket/path`.
+      path: a local path (~ is the home directory), `file:///absolute/path`, or `gs://bucket/path`.
 
     Raises:
-      ValueError: another scheme, a file URL of another host, or gs:// without its driver.
+      ValueError: another scheme, gs:// without its driver, or what `split_url` refuses.
     """
+    scheme, rest = split_url(path)
+    if scheme is None:
+        return epath.Path(os.path.abspath(rest))
     text = os.fspath(path)
-    match = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", text)
-    if match is None:
-        return epath.Path(os.path.abspath(text))
-    scheme = match[1].lower()
-    if scheme == "file":
-        host, slash, rest = text[len("file://") :].partition("/")
-        if host not in ("", "localhost") or not slash:
-            raise ValueError(f"{text}: expected file:///absolute/path")
-        return epath.Path(os.path.abspath(f"/{unquote(rest)}"))
     if scheme == "s3":
         raise ValueError(
             f"{text}: Orbax cannot read or write arrays in s3://; use a mounted bucket (s3fs, "
@@ -87,9 +82,17 @@ def remove_files(folder: epath.Path) -> None:
     forget_listings(folder)
 
 
-def read_files(folder: epath.Path, names: Iterable[str]) -> dict[str, bytes | None]:
-    """Returns the contents of small files, fetched concurrently; None for missing files."""
-    store = ts.KvStore.open(kvstore(folder)).result()
+def read_files(
+    folder: epath.Path | dict[str, Any], names: Iterable[str]
+) -> dict[str, bytes | None]:
+    """Returns the contents of small files, fetched concurrently; None for missing files.
+
+    Args:
+      folder: the directory of the files, or a TensorStore key-value store.
+      names: their names in it.
+    """
+    spec = folder if isinstance(folder, dict) else kvstore(folder)
+    store = ts.KvStore.open(spec).result()
     futures = {name: store.read(name) for name in names}
     results = {name: future.result() for name, future in futures.items()}
     return {name: r.value if r.state == "value" else None for name, r in results.items()}

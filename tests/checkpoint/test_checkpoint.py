@@ -211,7 +211,7 @@ def test_arrays_that_do_not_match_the_configuration_are_listed(saved):
     edit_metadata(saved, lambda custom: custom["config"].update(n_layer=3, n_inner=171))
     with pytest.raises(ValueError) as error:
         btlm.load(saved)
-    assert "missing: blocks/2/attn/c_attn/kernel" in str(error.value)
+    assert "missing: blocks/2/" in str(error.value) and "and 11 more" in str(error.value)
     assert "blocks/0/mlp/c_fc/kernel: found shape (64, 170), expected (64, 171)" in str(error.value)
 
 

@@ -112,7 +112,7 @@ EDITS = {
 def test_an_edit_is_detected_by_the_checksum(converted, change):
     with edited(converted, update_checksum=False) as apply:
         apply(change)
-        with pytest.raises(ValueError, match="its metadata does not match its checksum"):
+        with pytest.raises(ValueError, match="_CHECKPOINT_METADATA does not match its checksum"):
             metadata.read_metadata(converted)
     metadata.read_metadata(converted)
 

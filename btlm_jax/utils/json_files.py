@@ -1,0 +1,45 @@
+"""JSON files that this package wrote, read back: whatever is wrong with one, the error names it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_object(file: str | os.PathLike[str], fix: str) -> dict[str, Any]:
+    """Reads a JSON object from a local file.
+
+    Args:
+      file: the file.
+      fix: what to do about a damaged one, for the error: "copy the run directory again".
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is empty, truncated, or holds something else.
+    """
+    return parse_object(Path(file).read_bytes(), file, fix)
+
+
+def parse_object(data: bytes | str, file: str | os.PathLike[str], fix: str) -> dict[str, Any]:
+    """Parses the contents of a JSON file.
+
+    Args:
+      data: the contents.
+      file, fix: as for `read_object`.
+
+    Raises:
+      ValueError: as `read_object`.
+    """
+    name = os.fspath(file)
+    if not data.strip(b" \t\r\n\0" if isinstance(data, bytes) else " \t\r\n\0"):
+        found = "is empty" if not data else "holds nothing but blanks or zero bytes"
+        raise ValueError(f"{name} {found}: {fix}")
+    try:
+        value = json.loads(data.decode() if isinstance(data, bytes) else data)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{name} is damaged, not JSON ({e}): {fix}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds no JSON object: {fix}")
+    return value
