@@ -145,7 +145,7 @@ def test_a_missing_checkpoint_that_looks_like_a_hub_id_is_to_be_converted(tmp_pa
 def test_storage_that_fails_is_not_reported_as_damage(bytes_checkpoint, monkeypatch):
     """Otherwise a run would set a whole checkpoint aside."""
     path = epath.Path(os.fspath(bytes_checkpoint))
-    denied = 'PERMISSION_DENIED: Error opening local file "/a/b": [OS error 13: EACCES Permission denied]'
+    denied = 'PERMISSION_DENIED: opening local file "/a/b": [OS error 13: EACCES Permission denied]'
     error = damage.reading_error(path, ValueError(denied))
     assert isinstance(error, PermissionError) and error.filename == "/a/b"
     error = damage.reading_error(path, ValueError("UNAVAILABLE: Connection reset"))
