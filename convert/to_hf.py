@@ -171,7 +171,7 @@ def check_assets(meta: metadata.CheckpointMetadata) -> None:
                 "there again from the source of the checkpoint, or convert again"
             )
         if hashlib.sha256(present[name].read_bytes()).hexdigest() != recorded:
-            raise metadata.damaged_error(meta.path, f"{name} does not match the recorded SHA-256")
+            raise damage.damaged_error(meta.path, f"{name} does not match the recorded SHA-256")
     if not {"tokenizer.json", "vocab.json"} & set(present):
         logger.warning("%s has no tokenizer files: its copy will have none either", meta.path)
 

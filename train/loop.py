@@ -87,12 +87,7 @@ def train(
       FileExistsError: the directory is not a run's, or another process is training in it.
       OSError: the disk is full or fails, so that no checkpoint can be written.
     """
-    if "://" in os.fspath(directory):
-        raise ValueError(
-            f"{directory}: found a URL, expected a local directory: mount the bucket (gcsfuse, "
-            "s3fs) and name its folder"
-        )
-    directory = Path(directory).absolute()
+    directory = local_path(directory).absolute()
     run = recipe.run
 
     # Whatever may be refused is built and checked before the run directory is claimed.

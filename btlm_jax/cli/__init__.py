@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import importlib
 import inspect
+import io
 import logging
 import os
 import re
@@ -47,6 +49,16 @@ COMMANDS = {
         "collapse": "collapse_command:Collapse",
     },
 }
+# What to do about an error of the operating system.
+_ADVICE = {
+    errno.EACCES: ": change its permissions, or run as its owner",
+    errno.EPERM: ": change its permissions, or run as its owner",
+    errno.EROFS: ": choose a place that can be written",
+    errno.ENOSPC: ": free space, or choose another disk",
+    errno.EDQUOT: ": free space, or choose another disk",
+    errno.EMFILE: ": allow more open files with `ulimit -n`",
+    errno.ENAMETOOLONG: ": choose a shorter name",
+}
 _EVERYWHERE = ("--debug", "--no-compilation-cache")
 _CLOSE_SECONDS = 5.0  # within which standard error must take the last notices
 
@@ -63,8 +75,10 @@ def main(argv: list[str] | None = None) -> int:
     debug, caching = "--debug" in argv, "--no-compilation-cache" not in argv
     argv = [a for a in argv if a not in _EVERYWHERE]
     _replace_closed_streams()
+    _escape_what_terminals_cannot_show()
     log = command = None
     try:
+        require_utf8(argv)
         if not argv or argv[0] in ("-h", "--help"):
             print(help_text())
             return 0 if argv else 2
@@ -81,8 +95,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as e:
         if debug:
             raise
-        message = _stdout_failure(e) or with_options(str(e), command)
+        message = _stdout_failure(e) or with_options(_describe(e), command)
         _print_last(log, f"btlm: error: {message}")
+        return 2
+    except MemoryError as e:
+        if debug:
+            raise
+        _print_last(log, f"btlm: error: out of memory on the host ({e})")
         return 2
     except KeyboardInterrupt:
         _print_last(log, "btlm: interrupted")
@@ -190,6 +209,21 @@ def help_text() -> str:
 def _command_class(home: str) -> type:
     module, _, name = home.partition(":")
     return getattr(importlib.import_module(f"btlm_jax.cli.{module}"), name)
+
+
+def _describe(error: BaseException) -> str:
+    """Returns the message of an error; one of the operating system begins with the file."""
+    if isinstance(error, OSError) and error.filename and str(error).startswith("[Errno"):
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return f"{name}: {error.strerror}{_ADVICE.get(error.errno or 0, '')}"
+    return str(error)
+
+
+def _escape_what_terminals_cannot_show() -> None:
+    """Makes output in ASCII or Latin-1 escape other characters instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _ToStderr(logging.StreamHandler):

@@ -24,6 +24,7 @@ from btlm_jax.data.token_shards_metadata import (
     is_token_metadata,
 )
 from btlm_jax.utils import atomic
+from btlm_jax.utils.local_paths import local_path
 
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -49,7 +50,7 @@ class TokenShards:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, vocab_size: int | None = None) -> None:
-        self.directory = Path(directory)
+        self.directory = local_path(directory)
         self.metadata, data = _read_shards_metadata(self.directory)
         self.fingerprint = hashlib.sha256(data).hexdigest()
         if vocab_size is not None and self.metadata.max_id >= vocab_size:
