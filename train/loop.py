@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -48,6 +47,7 @@ from btlm_jax.train.reporter import Reporter
 from btlm_jax.train.run_directory import RunDirectory
 from btlm_jax.train.samples import Samples
 from btlm_jax.train.step import init_state, move_optimizer_state
+from btlm_jax.utils.local_paths import local_path
 
 logger = logging.getLogger(__name__)
 

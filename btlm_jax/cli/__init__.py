@@ -78,7 +78,6 @@ def main(argv: list[str] | None = None) -> int:
     _escape_what_terminals_cannot_show()
     log = command = None
     try:
-        require_utf8(argv)
         if not argv or argv[0] in ("-h", "--help"):
             print(help_text())
             return 0 if argv else 2
