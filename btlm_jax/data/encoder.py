@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from btlm_jax.data.text_reader import TextDocument
+from btlm_jax.data.text_cutter import PIECE_CHARACTERS, TextCutter
+from btlm_jax.data.text_reader import TextPiece
 from btlm_jax.data.token_shards_metadata import token_dtype, tokenizer_fingerprint
 from btlm_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -28,9 +29,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-# Characters per call of the tokenizer: enough to hide the overhead of a call; the result takes some
-# 150 bytes per token.
-_BATCH_CHARACTERS = 256 << 10
+# Bytes that are being encoded at a time: encoding takes up to 150 bytes of memory for each.
+_BYTES_IN_FLIGHT = 6 << 20
 
 
 class Encoder:
@@ -48,6 +48,7 @@ class Encoder:
       files: contents of the tokenizer's files, by name.
       sha256: `tokenizer_fingerprint` of the files.
       dtype: dtype of the ids.
+      cutter: cuts long texts for it.
 
     Raises:
       FileNotFoundError: no tokenizer there.
@@ -76,12 +77,35 @@ class Encoder:
         self.eos_id = ids[eos]
         self.sha256 = tokenizer_fingerprint(self.files)
         self.dtype = token_dtype(self.vocab_size)
+        self.cutter = TextCutter(tokenizer)
 
-    def encode(self, documents: list[TextDocument]) -> list[np.ndarray]:
-        """Returns the ids of each document, EOS last."""
-        texts = [document.text for document in documents]
+    def encode(self, pieces: list[TextPiece]) -> list[np.ndarray]:
+        """Returns the ids of each piece, and EOS where a document ends.
+
+        Raises:
+          ValueError: the ids at the end of a piece depend on text far from there.
+        """
+        texts = [piece.text + piece.context for piece in pieces]
+        texts += [piece.context for piece in pieces if piece.context]
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*x.ids, self.eos_id], self.dtype) for x in encodings]
+        contexts = iter(encodings[len(pieces) :])
+        return [
+            self._piece_ids(piece, encoding.ids, next(contexts).ids if piece.context else [])
+            for piece, encoding in zip(pieces, encodings, strict=False)
+        ]
+
+    def _piece_ids(self, piece: TextPiece, ids: list[int], context: list[int]) -> np.ndarray:
+        """Returns the ids of a piece from its ids together with those of the context."""
+        if piece.ends:
+            ids.append(self.eos_id)
+        length = len(ids) - len(context)
+        if ids[length:] != context and piece.context:
+            raise ValueError(
+                f"the tokens at {piece.text[-20:] + piece.context[:20]!r} depend on text far "
+                "before it, so that this tokenizer cannot encode the document piece by piece: put "
+                "spaces or line ends into it, or divide it into documents"
+            )
+        return np.array(ids[:length], self.dtype)
 
 
 def _configured_eos(files: dict[str, bytes]) -> str | None:
@@ -98,34 +122,42 @@ def _configured_eos(files: dict[str, bytes]) -> str | None:
 
 
 def encode_documents(
-    documents: Iterable[TextDocument], encoder: Encoder, threads: int
-) -> Iterator[tuple[TextDocument, np.ndarray]]:
-    """Yields documents with their ids, in order; reads and tokenizes a few batches ahead.
+    pieces: Iterable[TextPiece], encoder: Encoder, threads: int
+) -> Iterator[tuple[TextPiece, np.ndarray]]:
+    """Yields documents in pieces with their ids, in order; reads and encodes a few batches ahead.
 
     Uses threads because the tokenizer releases the GIL for 97 % of its time.
     """
-    pending: deque[tuple[list[TextDocument], Future[list[np.ndarray]]]] = deque()
-    pool = ThreadPoolExecutor(threads)
+    pending: deque[tuple[list[TextPiece], int, Future[list[np.ndarray]]]] = deque()
+    pool, in_flight = ThreadPoolExecutor(threads), 0
     try:
-        for batch in _batches(documents):
-            pending.append((batch, pool.submit(encoder.encode, batch)))
-            if len(pending) > threads + 1:
-                first, ids = pending.popleft()
+        for batch, nbytes in _batches(pieces):
+            while pending and (
+                len(pending) > threads or in_flight + nbytes > max(nbytes, _BYTES_IN_FLIGHT)
+            ):
+                first, done, ids = pending.popleft()
                 yield from zip(first, ids.result(), strict=True)
-        for batch, ids in pending:
+                in_flight -= done
+            pending.append((batch, nbytes, pool.submit(encoder.encode, batch)))
+            in_flight += nbytes
+        while pending:
+            batch, _, ids = pending.popleft()
             yield from zip(batch, ids.result(), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _batches(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
-    batch: list[TextDocument] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
+def _batches(pieces: Iterable[TextPiece]) -> Iterator[tuple[list[TextPiece], int]]:
+    """Yields batches, enough to hide the overhead of a call, and the bytes of their text."""
+    batch: list[TextPiece] = []
+    size = nbytes = 0
+    for piece in pieces:
+        text = piece.text
+        batch.append(piece)
+        size += len(text)
+        nbytes += len(text) if text.isascii() else len(text.encode())
+        if size >= PIECE_CHARACTERS // 2:
+            yield batch, nbytes
+            batch, size, nbytes = [], 0, 0
     if batch:
-        yield batch
+        yield batch, nbytes

@@ -26,11 +26,19 @@ class SplitPart(NamedTuple):
     def select(self, text: str) -> str:
         """Returns the portion of a document that belongs to this part, "" if there is none."""
         if self.one_document:
-            start = len(text) - round(len(text) * self.fraction)
-            return text[start:] if self.held_out else text[:start]
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        is_held_out = int.from_bytes(digest, "big") < self.fraction * 2**64
-        return text if is_held_out == self.held_out else ""
+            return text[self.portion(len(text))]
+        digest = new_document_hash(text.encode())
+        return text if self.has_document(digest) else ""
+
+    def portion(self, characters: int) -> slice:
+        """Returns the portion of a document of that many characters, for `one_document`."""
+        start = characters - round(characters * self.fraction)
+        return slice(start, characters) if self.held_out else slice(0, start)
+
+    def has_document(self, digest: hashlib.blake2b) -> bool:
+        """Returns whether a document belongs to this part, from the `new_document_hash` of it."""
+        is_held_out = int.from_bytes(digest.digest(), "big") < self.fraction * 2**64
+        return is_held_out == self.held_out
 
     def empty_message(self, documents: int) -> str:
         """Returns the error message for a part that contains none of the input's documents.
@@ -48,6 +56,11 @@ class SplitPart(NamedTuple):
             f"{'held out' if self.held_out else 'left to train on'}; pass another fraction, or "
             f"{fix}"
         )
+
+
+def new_document_hash(data: bytes = b"") -> hashlib.blake2b:
+    """Returns the hash that assigns documents to parts: of their text in UTF-8."""
+    return hashlib.blake2b(data, digest_size=8)
 
 
 def check_fraction(fraction: float) -> None:

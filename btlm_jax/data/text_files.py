@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import glob
 import gzip
 import importlib
+import lzma
 import os
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 STDIN = "-"
 KINDS = (".jsonl", ".txt", ".parquet")
-COMPRESSIONS = (".gz", ".zst")
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 OnError = Literal["raise", "skip"]
 
 READ_BYTES = 1 << 20
@@ -36,6 +39,17 @@ class TextFile(NamedTuple):
         """The facts that change when the file changes."""
         return self.name, self.kind, self.size, self.mtime_ns
 
+    def check_unchanged(self) -> None:
+        """Raises ValueError if the file has changed since it was found."""
+        if self.path is None:
+            return
+        status = self.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise ValueError(
+                f"{self.name}: it changed while it was read ({self.size:,} bytes, now "
+                f"{status.st_size:,}): run the command again when it is complete"
+            )
+
 
 def expand_inputs(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -54,11 +68,13 @@ def expand_inputs(
 
     Raises:
       FileNotFoundError: a missing file, or a glob without matches.
-      ValueError: no inputs, a directory, an unknown kind, an empty file, or a file given twice.
+      PermissionError: a file that may not be read.
+      ValueError: no inputs, a directory or a pipe, an unknown kind, an empty file, or a file given
+        twice.
     """
     patterns = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     names: list[str] = []
-    for name in [os.fspath(pattern) for pattern in patterns]:
+    for name in [os.path.expanduser(os.fspath(pattern)) for pattern in patterns]:
         if name == STDIN or os.path.exists(name):
             names.append(name)
             continue
@@ -79,7 +95,9 @@ def expand_inputs(
             raise ValueError(f"{file.name} is given twice, which would duplicate its text")
         seen.add(real)
         if file.path is not None and not file.size and on_error == "raise":
-            raise ValueError(f"{file.name} is empty: remove it, or pass on_error='skip'")
+            raise ValueError(
+                f"{file.name} is empty: remove it, or pass on_error='skip' (--on-error skip)"
+            )
     return files
 
 
@@ -99,9 +117,16 @@ def _describe(name: str, stdin_format: str, expected_kind: str | None) -> TextFi
     if kind not in KINDS or (kind == ".parquet" and compression):
         raise ValueError(
             f"{name}: found a file of kind {path.suffix or 'without suffix'!r}, expected "
-            f"{', '.join(KINDS)}; .jsonl and .txt also with {' or '.join(COMPRESSIONS)}"
+            f"{', '.join(KINDS)}; .jsonl and .txt also with {', '.join(COMPRESSIONS)}"
         )
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(
+            f"{name}: found a pipe or a device, expected a file: pass it as standard input, "
+            f"{STDIN!r}"
+        )
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{name}: no permission to read it: chmod +r gives it")
     return TextFile(name, path, kind, compression, status.st_size, status.st_mtime_ns)
 
 
@@ -121,6 +146,12 @@ def open_decompressed(file: TextFile) -> Iterator[tuple[BinaryIO, Callable[[], i
         if file.compression == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
             errors += (gzip.BadGzipFile, zlib.error)
+        elif file.compression == ".xz":
+            stream = lzma.LZMAFile(raw)  # noqa: SIM115 (closes with `raw`)
+            errors += (lzma.LZMAError,)
+        elif file.compression == ".bz2":
+            stream = bz2.BZ2File(raw)
+            errors += (OSError,)
         elif file.compression == ".zst":
             zstd = _zstd(file)
             # Windows as large as `zstd --long=31` makes.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import logging
 import os
 import time
@@ -22,7 +21,7 @@ from etils import epath
 from btlm_jax.data.encoder import Encoder, encode_documents
 from btlm_jax.data.split import SplitPart
 from btlm_jax.data.text_files import OnError, TextFile, expand_inputs
-from btlm_jax.data.text_reader import DocumentCounts, ReadPosition, TextDocument, TextReader
+from btlm_jax.data.text_reader import DocumentCounts, ReadPosition, TextPiece, TextReader
 from btlm_jax.data.token_shards import TOKENIZER_FOLDER, is_token_directory
 from btlm_jax.data.token_shards_metadata import (
     FORMAT,
@@ -91,14 +90,16 @@ def tokenize(
 ) -> TokenizeReport:
     """Tokenizes documents, EOS after each, into a directory that `TokenShards` reads.
 
-    Documents without text are left out. Special tokens in a text ("<|endoftext|>") are encoded as
+    Documents without text are left out. Long ones are read and encoded in pieces, cut where the
+    tokenizer begins a word, so that memory does not depend on their length and the ids are those of
+    the whole text. Special tokens in a text ("<|endoftext|>") are encoded as
     plain text: no document can fake its end. After a kill, the same call continues, with the same
     result, byte for byte; only standard input cannot be read twice.
 
     Args:
       inputs: files or globs of `.jsonl` (an object per line) and `.txt` (a document per file), both
-        also with `.gz` or `.zst`, and `.parquet`; "-" is standard input. Read in this order, the
-        files of a glob sorted by name.
+        also compressed (`.gz`, `.zst`, `.xz`, `.bz2`), and `.parquet`; "-" is standard input. Read
+        in this order, the files of a glob sorted by name.
       target: a local directory that does not exist yet.
       tokenizer: a directory with its files, or a checkpoint (local or URL).
       field: field of JSON objects, or column, that holds the text.
@@ -138,8 +139,10 @@ def tokenize(
         counts: list[DocumentCounts] = []
         for record in done:
             counts[record["file"] :] = [DocumentCounts(*x) for x in record["counts"]]
-        reader = TextReader(files, field, on_error=on_error, begin=begin, counts=counts, part=part)
-        encoded = encode_documents(reader.documents(), encoder, threads)
+        reader = TextReader(
+            files, field, encoder.cutter, on_error=on_error, begin=begin, counts=counts, part=part
+        )
+        encoded = encode_documents(reader.pieces(), encoder, threads)
         encoded = _with_progress(encoded, sum(f.size for f in files), begin.bytes_read)
         while written := _write_shard(stage, len(done), encoded, shard_tokens):
             shard, last = written
@@ -212,13 +215,13 @@ def _check_options(shard_tokens: int, on_error: str, stdin_format: str, threads:
 
 
 def _with_progress(
-    encoded: Iterable[tuple[TextDocument, np.ndarray]], total: int, done: int
-) -> Iterator[tuple[TextDocument, np.ndarray]]:
-    """Yields the same documents, and shows progress in bytes read, from `done` to `total`."""
+    encoded: Iterable[tuple[TextPiece, np.ndarray]], total: int, done: int
+) -> Iterator[tuple[TextPiece, np.ndarray]]:
+    """Yields the same pieces, and shows progress in bytes read, from `done` to `total`."""
     with Progress(total, "B", "tokenize", done=done) as progress:
-        for document, ids in encoded:
-            yield document, ids
-            fresh = document.next.bytes_read - done
+        for piece, ids in encoded:
+            yield piece, ids
+            fresh = piece.next.bytes_read - done
             if fresh > total // 1000:  # 0 on a pipe, where shards are logged instead
                 progress.update(fresh)
                 done += fresh
@@ -245,36 +248,64 @@ def _shard_name(index: int) -> str:
 def _write_shard(
     stage: atomic.StagedDirectory,
     index: int,
-    encoded: Iterator[tuple[TextDocument, np.ndarray]],
+    encoded: Iterator[tuple[TextPiece, np.ndarray]],
     shard_tokens: int,
-) -> tuple[TokenShard, TextDocument] | None:
+) -> tuple[TokenShard, TextPiece] | None:
     """Writes documents to disk until the shard is full.
 
     Returns:
-      The shard and the last of its documents; None, without a file, if there are no more documents.
+      The shard and the end of its last document; None, without a file, if there are no more.
     """
-    first = next(encoded, None)
-    if first is None:
-        return None
-    last, name = first[0], _shard_name(index)
-    digest, tokens, documents, max_id = hashlib.sha256(), 0, 0, 0
+    name, last = _shard_name(index), None
     with open(stage.content / name, "wb") as file:
-        for document, ids in itertools.chain([first], encoded):
+        content = _ShardContent(hashlib.sha256())
+        before = content.copy()  # without the current document, which may still be taken back
+        for piece, ids in encoded:
             data = ids.tobytes()
             file.write(data)
-            digest.update(data)
-            tokens, documents = tokens + len(ids), documents + 1
-            max_id, last = max(max_id, int(ids.max())), document
-            if tokens >= shard_tokens:
+            content.add(data, ids)
+            if not piece.ends:
+                continue
+            if piece.kept:
+                content.documents, last = content.documents + 1, piece
+            else:
+                content = before
+                file.seek(content.nbytes)
+                file.truncate()
+            if content.tokens >= shard_tokens:
                 break
+            before = content.copy()
         file.flush()
         os.fsync(file.fileno())
-    logger.info("%s: %s tokens", name, f"{tokens:,}")
-    return TokenShard(name, tokens, documents, max_id, digest.hexdigest()), last
+    if last is None:
+        (stage.content / name).unlink()
+        return None
+    logger.info("%s: %s tokens", name, f"{content.tokens:,}")
+    digest = content.digest.hexdigest()
+    return TokenShard(name, content.tokens, content.documents, content.max_id, digest), last
+
+
+@dataclasses.dataclass
+class _ShardContent:
+    """What has been written to a shard."""
+
+    digest: Any
+    nbytes: int = 0
+    tokens: int = 0
+    documents: int = 0
+    max_id: int = 0
+
+    def add(self, data: bytes, ids: np.ndarray) -> None:
+        self.digest.update(data)
+        self.nbytes, self.tokens = self.nbytes + len(data), self.tokens + len(ids)
+        self.max_id = max(self.max_id, int(ids.max(initial=0)))
+
+    def copy(self) -> _ShardContent:
+        return dataclasses.replace(self, digest=self.digest.copy())
 
 
 def _shard_record(
-    shard: TokenShard, last: TextDocument, counts: Sequence[DocumentCounts], begin: ReadPosition
+    shard: TokenShard, last: TextPiece, counts: Sequence[DocumentCounts], begin: ReadPosition
 ) -> dict[str, Any]:
     """Returns the record from which a later run can continue after a shard.
 

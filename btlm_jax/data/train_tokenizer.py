@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from btlm_jax.data.split import SplitPart
+from btlm_jax.data.text_cutter import TextCutter
 from btlm_jax.data.text_files import OnError, TextFile
 from btlm_jax.data.text_reader import TextReader
 from btlm_jax.data.tokenizer import END_OF_TEXT
@@ -68,14 +69,32 @@ def sample_texts(
       characters: total number of characters to yield, at most.
 
     Raises:
-      ValueError: as in `TextReader.documents`.
+      ValueError: as in `TextReader.pieces`.
     """
-    left = characters
+    left, cutter = characters, TextCutter(_byte_tokenizer())
+    # Which part a long document belongs to is known at its end.
+    known = part is None or part.one_document
     for i, file in enumerate(files):
         share = left // (len(files) - i)
-        for document in TextReader([file], field, on_error=on_error, part=part).documents():
-            if not share:
-                break
-            text = document.text[:share]
+        reader = TextReader([file], field, cutter, on_error=on_error, part=part)
+        held: list[str] = []  # the current document so far
+        for piece in reader.pieces():
+            text = piece.text[:share]
             left, share = left - len(text), share - len(text)
-            yield text
+            held.append(text)
+            if piece.ends and not piece.kept and not known:
+                returned = sum(map(len, held))
+                left, share, held = left + returned, share + returned, []
+            if piece.ends or known:
+                yield from held
+                held = []
+                if not share:
+                    break
+
+
+def _byte_tokenizer() -> Tokenizer:
+    """Returns a tokenizer that finds the words that the new one will find, and knows only bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer

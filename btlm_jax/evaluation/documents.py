@@ -61,7 +61,7 @@ class TextInputs:
 
         Raises:
           FileNotFoundError, ValueError: as in `expand_inputs`, or no files; while iterating, as in
-            `TextReader.documents`.
+            `TextReader.pieces`.
         """
         inputs = {".txt": self.text, ".jsonl": self.jsonl}
         files = [
@@ -77,11 +77,19 @@ class TextInputs:
                 f"--field: found {self.field!r} without --jsonl, whose objects have fields: leave "
                 "it out, or name JSON lines"
             )
-        return self._tokenize(TextReader(files, self.field, on_error=self.on_error), encoder)
+        reader = TextReader(files, self.field, encoder.cutter, on_error=self.on_error)
+        return self._tokenize(reader, encoder)
 
     def _tokenize(self, reader: TextReader, encoder: Encoder) -> Iterator[TokenizedDocument]:
-        for text, ids in encode_documents(reader.documents(), encoder, os.cpu_count() or 1):
-            yield TokenizedDocument(ids[:-1], len(text.text.encode()))
+        pieces: list[np.ndarray] = []
+        text_bytes = 0
+        for piece, ids in encode_documents(reader.pieces(), encoder, os.cpu_count() or 1):
+            pieces.append(ids)
+            text_bytes += len(piece.text.encode())
+            if piece.ends:
+                if piece.kept:
+                    yield TokenizedDocument(np.concatenate(pieces)[:-1], text_bytes)
+                pieces, text_bytes = [], 0
         if (total := reader.total).empty + total.skipped:
             logger.warning(
                 "left out %d documents without text and %d records that cannot be used",

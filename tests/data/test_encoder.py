@@ -82,7 +82,7 @@ def test_reading_is_only_a_few_batches_ahead_of_encoding(ascii_bpe):
         for i in range(10_000):
             documents_read += 1
             position, counts = text_reader.ReadPosition(0, i), text_reader.DocumentCounts()
-            yield text_reader.TextDocument("word " * 20_000, position, counts)
+            yield text_reader.TextPiece("word " * 20_000, "", True, True, position, counts)
 
     encoder = encoder_lib.Encoder(ascii_bpe, None, None)
     encoded = encoder_lib.encode_documents(documents(), encoder, 2)

@@ -168,7 +168,7 @@ def test_killed_in_either_part_it_resumes_to_the_same_bytes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "expected", "t"]
 
 
-def test_a_changed_input_starts_over(ascii_bpe, tmp_path, caplog):
+def test_a_changed_input_starts_over(ascii_bpe, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(jsonl(DOCUMENTS) + b"{")
     with pytest.raises(ValueError, match="not JSON"):
@@ -179,7 +179,6 @@ def test_a_changed_input_starts_over(ascii_bpe, tmp_path, caplog):
         len(read_documents(tmp_path / "t/train")) + len(read_documents(tmp_path / "t/held_out"))
         == 50
     )
-    assert "starting over" in caplog.text
 
 
 @pytest.mark.parametrize("changed", [dict(held_out=0.4), dict(field="other"), dict(eos="!")])

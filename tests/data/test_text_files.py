@@ -50,13 +50,13 @@ def test_a_zstd_file_cut_within_any_frame_is_refused(tmp_path, size):
     (tmp_path / "a.txt.zst").write_bytes(zstd.compress(b"first ") + frame[:size])
     reader = TextReader(expand_inputs(tmp_path / "a.txt.zst"), "text")
     with pytest.raises(ValueError, match="damaged or truncated"):
-        list(reader.documents())
+        list(reader.pieces())
 
 
 def test_garbage_after_a_zstd_frame_is_refused(tmp_path):
     (tmp_path / "a.txt.zst").write_bytes(zstd.compress(b"text") + b"and something else")
     with pytest.raises(ValueError, match="damaged or truncated"):
-        list(TextReader(expand_inputs(tmp_path / "a.txt.zst"), "text").documents())
+        list(TextReader(expand_inputs(tmp_path / "a.txt.zst"), "text").pieces())
 
 
 def test_zstd_frames_may_have_windows_of_up_to_two_gigabytes(tmp_path):
@@ -67,7 +67,7 @@ def test_zstd_frames_may_have_windows_of_up_to_two_gigabytes(tmp_path):
     compressor = zstd.ZstdCompressor(options=options)  # size unknown, so the window stays large
     data = compressor.compress(b"some text") + compressor.flush()
     (tmp_path / "a.txt.zst").write_bytes(data)
-    (document,) = TextReader(expand_inputs(tmp_path / "a.txt.zst"), "text").documents()
+    (document,) = TextReader(expand_inputs(tmp_path / "a.txt.zst"), "text").pieces()
     assert document.text == "some text"
 
 

@@ -75,7 +75,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(ascii_bpe, tmp_pa
 
 def test_a_bad_record_can_be_skipped_by_the_next_run(ascii_bpe, tmp_path, caplog, monkeypatch):
     """Shards that were finished before the bad record are kept."""
-    monkeypatch.setattr(encoder_lib, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(encoder_lib, "PIECE_CHARACTERS", 2000)
     bad = b'{"text": "cut\n{"txt": "other"}\n'
     (tmp_path / "a.jsonl").write_bytes(jsonl(DOCUMENTS * 100) + bad + jsonl(["last"]) + bad)
     arguments = tmp_path / "a.jsonl", tmp_path / "t", ascii_bpe
@@ -116,7 +116,8 @@ def test_a_full_disk_says_what_was_kept_and_how_to_continue(
     assert read_documents(tmp_path / "t") == DOCUMENTS * 40
 
 
-def test_a_changed_input_starts_over(ascii_bpe, tmp_path, caplog):
+def test_a_changed_input_starts_over(ascii_bpe, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(encoder_lib, "PIECE_CHARACTERS", 2000)  # shards end before the error
     file = tmp_path / "a.jsonl"
     file.write_bytes(jsonl(DOCUMENTS * 100) + b"{")
     with pytest.raises(ValueError, match="not JSON"):
