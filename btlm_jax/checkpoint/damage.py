@@ -106,7 +106,7 @@ def _describe_storage_error(message: str, file: str) -> str:
 def other_directory_error(directory: epath.Path) -> ValueError:
     """Returns the error for a path that exists and lacks Orbax's marker of a finished checkpoint.
 
-    It says what the path is instead and what to pass.
+    The message describes the path and names the one to pass.
     """
     if (directory / "config.json").exists():
         return ValueError(

@@ -97,12 +97,10 @@ class TextCutter:
         """Returns the last cut found in text[:size], and the end of what it was checked with."""
         if self._tokenizer.pre_tokenizer is None:  # the whole text is one word
             return None
-        positions: list[int] | None = None
+        positions: Iterable[int] = _candidates(text, size)
         for around, count in _SURROUNDINGS:
-            if positions is None:
-                positions = list(_candidates(text, size))
             too_long = []
-            for position in positions[:count]:
+            for position in itertools.islice(positions, count):
                 start, end = max(0, position - around), min(len(text), position + around)
                 accepted = self._check(text, start, position, end)
                 if accepted:

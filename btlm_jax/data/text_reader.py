@@ -1,9 +1,9 @@
 """Documents of several text files, one after the other.
 
 A reader can start after any document: every document says where the next one begins. Documents
-come in pieces that can be encoded separately. Of a large document (`text_records.LARGE_BYTES`),
-pieces are read before it is known whether all of it can be used and which part of a split it
-belongs to; its last piece may therefore take it back.
+come in pieces that can be encoded separately. Pieces of a large one (`text_records.LARGE_BYTES`)
+are read before it is known whether all of it can be used and which part of a split it belongs to,
+so its last piece may take it back.
 """
 
 from __future__ import annotations

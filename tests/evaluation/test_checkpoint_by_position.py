@@ -82,7 +82,7 @@ def test_bad_input_is_refused_before_weights_are_read(
         (bytes_checkpoint, *text, "--trained-length", 30): "or join them (--documents joined)",
         (bytes_checkpoint, *text, "--trained-length", 1): "trained length: found 1",
         (bytes_checkpoint, *text, "--trained-length", 9, "--windows", 0): "windows: found 0",
-        (bytes_checkpoint, *short, "--batch-size", 0): "batch_size: found 0, expected at least 1",
+        (bytes_checkpoint, *short, "--batch-size", 0): "batch-size: found 0, expected at least 1",
         (
             bytes_checkpoint,
             *short,

@@ -131,7 +131,7 @@ def test_bad_input_is_refused_before_weights_are_read(capsys, trained, tmp_path,
         (folder / "run", *text, "--quantize", "int3"): "quantize: found 'int3'",
         (folder / "run", *text, "--quantize", "int8", "--set", "mesh.fsdp=8"): "found a mesh",
         (folder / "run", *text, "--eos", "</s>"): "no token '</s>'",
-        (folder / "run", *text, "--batch-size", "0"): "batch_size: found 0, expected at least 1",
+        (folder / "run", *text, "--batch-size", "0"): "batch-size: found 0, expected at least 1",
         (
             folder / "run",
             *text,

@@ -104,8 +104,8 @@ def test_bad_input_is_refused_before_weights_are_read(
         (bytes_checkpoint,): "lengths: found 64 tokens, expected at least",
         (bytes_checkpoint, "--lengths", "2000,9"): "lengths: found 9 tokens, expected at least",
         (bytes_checkpoint, "--samples", "0"): "samples: found 0",
-        (bytes_checkpoint, "--batch-size", "0"): "batch_size: found 0, expected at least 1",
-        (bytes_checkpoint, "--max-new-tokens", "0"): "max_new_tokens: found 0",
+        (bytes_checkpoint, "--batch-size", "0"): "batch-size: found 0, expected at least 1",
+        (bytes_checkpoint, "--max-new-tokens", "0"): "max-new-tokens: found 0",
         (bytes_checkpoint, "--json", tmp_path): "is a directory: choose another name",
         (bytes_checkpoint, "--plot", tmp_path / "a.pdf"): "found the suffix '.pdf'",
     }.items():
