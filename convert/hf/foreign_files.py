@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE, join_first
+from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE
+from btlm_jax.utils.format import join_first
 
 
 class _Foreign(NamedTuple):

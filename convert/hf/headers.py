@@ -12,10 +12,11 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD, UNQUANTIZED, join_first
+from btlm_jax.convert.hf.advice import REDOWNLOAD, UNQUANTIZED
 from btlm_jax.convert.hf.foreign_files import describe_foreign_weights
 from btlm_jax.convert.hf.json_objects import parse_json_object
 from btlm_jax.convert.hf.torch_pickle import TorchFile
+from btlm_jax.utils.format import join_first
 
 SAFETENSORS_DTYPES = {
     "F64": np.dtype(np.float64),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from btlm_jax.convert.hf.advice import join_first
+from btlm_jax.utils.format import join_first
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD, join_first
+from btlm_jax.convert.hf.advice import REDOWNLOAD
 from btlm_jax.convert.hf.foreign_files import describe_foreign_bytes
+from btlm_jax.utils.format import join_first
 
 
 def read_json_object(file: Path) -> dict:

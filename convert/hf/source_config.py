@@ -11,7 +11,7 @@ import numpy as np
 
 from btlm_jax.checkpoint import zarr
 from btlm_jax.config import BTLMConfig, Positions
-from btlm_jax.convert.hf.advice import UNQUANTIZED, join_first
+from btlm_jax.convert.hf.advice import UNQUANTIZED
 from btlm_jax.convert.hf.source import HFSource, open_hf
 from btlm_jax.convert.hf.tensor_names import (
     EMBEDDING,
@@ -23,6 +23,7 @@ from btlm_jax.convert.hf.tensor_names import (
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from btlm_jax.hf_config_values import language_model_config
 from btlm_jax.model import weights
+from btlm_jax.utils.format import join_first
 
 logger = logging.getLogger(__name__)
 

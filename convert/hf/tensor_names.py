@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from btlm_jax.convert.hf.advice import join_first
+from btlm_jax.utils.format import join_first
 
 EMBEDDING = "transformer.wte.weight"
 LM_HEAD = "lm_head.weight"

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE, UNQUANTIZED, join_first
+from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE, UNQUANTIZED
 from btlm_jax.convert.hf.torch_opcodes import (
     TensorView,
     UnsupportedTensor,
@@ -29,6 +29,7 @@ from btlm_jax.convert.hf.torch_zip import (
     read_pickle_member,
     read_span,
 )
+from btlm_jax.utils.format import join_first
 
 
 class TorchFile:

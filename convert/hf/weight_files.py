@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from btlm_jax.convert.hf.advice import REDOWNLOAD, join_first
+from btlm_jax.convert.hf.advice import REDOWNLOAD
 from btlm_jax.convert.hf.foreign_files import describe_content, describe_foreign_files
 from btlm_jax.convert.hf.json_objects import read_json_object
+from btlm_jax.utils.format import join_first
 
 logger = logging.getLogger(__name__)
 

@@ -222,6 +222,7 @@ def test_missing_and_unexpected_keys_are_all_listed(tmp_path):
 
     lines = conversion_error(tmp_path, change)
     assert sorted(x.strip() for x in lines[1:]) == [
+        "Fix: use the model in float32, bfloat16 or float16 (cast or dequantize it).",
         "missing: lm_head.weight",
         "missing: transformer.ln_f.bias",
         "transformer.h.0.attn.c_attn.bias: found shape (7,), expected (192,)",

@@ -314,8 +314,8 @@ def test_arrays_of_another_quantization_are_refused(checkpoints, tmp_path):
     edit_metadata(tmp_path / "q", lambda notes: notes["quantization"].update(bits=8, group=None))
     with pytest.raises(ValueError) as error:
         btlm.load(tmp_path / "q")
-    assert "missing: blocks/0/mlp/c_fc/kernel/int8" in str(error.value)
-    assert "blocks/0/mlp/c_fc/kernel/scales: found shape (171, 2), expected (171, 1)" in str(
+    assert "missing: blocks/0/attn/c_attn/kernel/int8" in str(error.value)
+    assert "blocks/0/attn/c_proj/kernel/scales: found shape (64, 2), expected (64, 1)" in str(
         error.value
     )
     assert "found dtype bfloat16, expected float32" in str(error.value)

@@ -203,7 +203,7 @@ def test_the_command_reports_errors(run_verify, forms, tmp_path):
         "records no SHA-256": [forms["bin"]],
         "no directory": [tmp_path / "x"],
         "not an Orbax checkpoint": [tmp_path],
-        "max_memory": [forms["orbax"], "--max-memory", "1kB"],
+        "--max-memory": [forms["orbax"], "--max-memory", "1kB"],
     }
     for message, argv in arguments_by_message.items():
         code, out, err = run_verify(*argv)

@@ -134,4 +134,4 @@ def test_errors_are_messages_without_a_traceback(
     out = str(tmp_path / "out.json")
     args = ["eval", "harness", str(bytes_checkpoint), "--tasks", "local_texts", "--json", out]
     assert cli.main([*args, "--include-path", str(tasks)]) == 2
-    assert "btlm: error: tasks: found no task 'local_texts'" in capsys.readouterr().err
+    assert "btlm: error: --tasks: found no task 'local_texts'" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def http_error(name: str, status: int) -> Exception:
 
 
 def test_only_needed_files_are_fetched(tmp_path, monkeypatch):
-    wanted = [*SHARDS, MAIN_FILES[0], "config.json", "tokenizer.json"]
+    wanted = [*SHARDS, MAIN_FILES[1], "config.json", "tokenizer.json"]
     listed = [*wanted, "pytorch_model.bin", "README.md"]
     hub = FakeHub(monkeypatch, listed, str(write_sharded(tmp_path)))
     monkeypatch.setenv("HF_TOKEN", "secret")
@@ -72,7 +72,7 @@ def test_only_needed_files_are_fetched(tmp_path, monkeypatch):
 
 
 def test_a_stored_token_is_not_sent(tmp_path, monkeypatch):
-    hub = FakeHub(monkeypatch, ["config.json", MAIN_FILES[1]], str(write_single(tmp_path)))
+    hub = FakeHub(monkeypatch, ["config.json", MAIN_FILES[0]], str(write_single(tmp_path)))
     open_hf(REPO)
     assert [kwargs["token"] for _, _, kwargs in hub.calls] == [False, False]
 
@@ -82,12 +82,12 @@ def test_config_and_preferred_weights_are_selected():
         return hf_hub.select_files(listed, ("config.json", *ASSET_NAMES), MAIN_FILES)
 
     config = "config.json"
-    assert select(config, "pytorch_model.bin", "training_args.bin") == [config, MAIN_FILES[3]]
-    assert select(config, "pytorch_model.bin", MAIN_FILES[1]) == [config, MAIN_FILES[1]]
+    assert select(config, "pytorch_model.bin", "training_args.bin") == [config, MAIN_FILES[2]]
+    assert select(config, "pytorch_model.bin", MAIN_FILES[0]) == [config, MAIN_FILES[0]]
     assert select(config, "onnx/model.safetensors") == [config]
     shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
     other = ("optimizer.bin", "pytorch_model/x.bin")
-    assert select(config, *shards, MAIN_FILES[2], *other) == [config, MAIN_FILES[2], *shards]
+    assert select(config, *shards, MAIN_FILES[3], *other) == [config, MAIN_FILES[3], *shards]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_errors_of_the_hub_are_explained(monkeypatch, name, status, kind, messag
 
 
 def test_failed_downloads_are_reported(monkeypatch):
-    hub = FakeHub(monkeypatch, ["config.json", MAIN_FILES[1]], TimeoutError("read timed out"))
+    hub = FakeHub(monkeypatch, ["config.json", MAIN_FILES[0]], TimeoutError("read timed out"))
     assert "TimeoutError: read timed out" in open_error(ConnectionError, REPO)
     hub.snapshot = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match=r"No space left on device.*HF_HOME") as caught:
@@ -141,6 +141,6 @@ def test_repositories_without_config_or_weights_are_reported(monkeypatch):
     hub = FakeHub(monkeypatch, ["README.md", "config.json"])
     message = open_error(FileNotFoundError, REPO)
     assert "README.md" in message and REPO in message
-    hub.listed = [MAIN_FILES[1]]
+    hub.listed = [MAIN_FILES[0]]
     assert "no config.json" in open_error(FileNotFoundError, REPO)
     assert all(call == "list" for call, _, _ in hub.calls)
