@@ -150,10 +150,10 @@ def _batch_problems(recipe: Recipe, config: BTLMConfig, mesh: Mesh) -> Iterator[
 
 def _token_problems(recipe: Recipe, config: BTLMConfig, data: TrainingData) -> Iterator[str]:
     for tokens in data.all_tokens:
-        if tokens.metadata.vocab_size > config.vocab_size:
+        if (largest := tokens.metadata.max_id) >= config.vocab_size:
             yield (
-                f"{tokens.directory}: its tokenizer has {tokens.metadata.vocab_size} tokens, the "
-                f"model {config.vocab_size}"
+                f"{tokens.directory}: it holds token {largest} of a tokenizer with "
+                f"{tokens.metadata.vocab_size} tokens, the model has {config.vocab_size}"
             )
     if len({tokens.metadata.tokenizer_sha256 for tokens in data.all_tokens}) > 1:
         yield "data: the directories were made with different tokenizers"

@@ -18,7 +18,9 @@ from btlm_jax.data.tokenizer import (
     check_vocabulary,
     load_tokenizer,
     tokenizer_directory,
+    tokens_beyond,
 )
+from btlm_jax.utils.format import join_first
 
 # The files that define the tokenizer, and those that name its special tokens.
 TOKENIZER_FILES = (
@@ -64,6 +66,7 @@ class Encoder:
             check_vocabulary(tokenizer, vocab_size)
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = vocab_size or max(ids.values()) + 1
+        self._beyond = tokens_beyond(tokenizer, self.vocab_size)
         home = tokenizer_directory(source)
         self.files = {
             name: (home / name).read_bytes() for name in TOKENIZER_FILES if (home / name).is_file()
@@ -105,7 +108,14 @@ class Encoder:
                 "before it, so that this tokenizer cannot encode the document piece by piece: put "
                 "spaces or line ends into it, or divide it into documents"
             )
-        return np.array(ids[:length], self.dtype)
+        array = np.array(ids[:length], np.uint32 if self._beyond else self.dtype)
+        if self._beyond and array.max(initial=0) >= self.vocab_size:
+            raise ValueError(
+                f"the text contains {join_first(self._beyond, 4)}, for which a model of "
+                f"{self.vocab_size} tokens has no embedding: remove the token from the text, or "
+                "resize the model in transformers (resize_token_embeddings)"
+            )
+        return array.astype(self.dtype, copy=False)
 
 
 def _configured_eos(files: dict[str, bytes]) -> str | None:

@@ -18,6 +18,7 @@ from etils import epath
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from btlm_jax.utils import paths
+from btlm_jax.utils.format import join_first
 
 logger = logging.getLogger(__name__)
 
@@ -187,22 +188,33 @@ def _warn_once(message: str) -> None:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises ValueError if the tokenizer has ids that the model does not have.
+    """Compares a tokenizer with a model that may have more rows than the tokenizer has tokens.
 
-    A model may have more rows than the tokenizer has tokens, because rows are rounded up.
+    Added tokens without an embedding, such as a [PAD], are only warned about, because most texts
+    never contain them.
+
+    Raises:
+      ValueError: the tokenizer's own vocabulary exceeds the model's: it belongs to another model.
     """
-    ids = tokenizer.get_vocab(with_added_tokens=True)
-    largest = max(ids.values(), default=-1)
+    largest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if largest >= vocab_size:
-        beyond = sorted((i, token) for token, i in ids.items() if i >= vocab_size)
-        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:4])
-        more = f" and {len(beyond) - 4} more" if len(beyond) > 4 else ""
         raise ValueError(
             f"vocabulary mismatch: the tokenizer has ids up to {largest}, the model's vocab_size "
-            f"is {vocab_size}: there is no embedding for {named}{more}. Use the tokenizer the "
-            "model was trained with; remove these tokens from added_tokens of tokenizer.json if "
-            "no text needs them; or resize the model in transformers (resize_token_embeddings)"
+            f"is {vocab_size}: use the tokenizer the model was trained with"
         )
+    if beyond := tokens_beyond(tokenizer, vocab_size):
+        logger.warning(
+            "the tokenizer has tokens for which the model (vocab_size %d) has no embedding: %s; "
+            "texts that contain them are refused. If yours do, resize the model in transformers "
+            "(resize_token_embeddings)", vocab_size, join_first(beyond, 4),
+        )  # fmt: skip
+
+
+def tokens_beyond(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """Returns the tokens, with their ids, that a model of `vocab_size` has no embedding for."""
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    beyond = sorted((i, token) for token, i in ids.items() if i >= vocab_size)
+    return [f"{token!r} ({i})" for i, token in beyond]
 
 
 def tokenizers_match(a: Tokenizer, b: Tokenizer) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from btlm_jax.data import tokenizer as tokenizer_lib
+from btlm_jax.data.tokenize import tokenize
 from btlm_jax.data.tokenizer import (
     check_vocabulary,
     encode_fragment,
@@ -48,8 +49,6 @@ def test_added_tokens_must_follow_the_vocabulary(bpe, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("<|user|>fox").ids == [size, *bpe.encode("fox").ids]
-    with pytest.raises(ValueError, match=f"vocab_size is {size}"):
-        check_vocabulary(tokenizer, size)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size + 5}))
     with pytest.raises(ValueError, match="does not follow vocab"):
         load_tokenizer(tmp_path)
@@ -83,6 +82,25 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(bpe):
     check_vocabulary(bpe, 512)
     with pytest.raises(ValueError, match="vocab_size is 200"):
         check_vocabulary(bpe, 200)
+
+
+def test_added_tokens_without_an_embedding_are_a_warning_until_a_text_contains_one(
+    bpe, tmp_path, caplog
+):
+    size = bpe.get_vocab_size()
+    tokenizer = Tokenizer.from_str(bpe.to_str())
+    tokenizer.add_special_tokens([f"[PAD{i}]" for i in range(6)])
+    tokenizer.add_tokens(["<user>"])
+    check_vocabulary(tokenizer, size)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert f"'[PAD0]' ({size})" in message and "and 3 more; texts that contain them" in message
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("fine [PAD0]")  # special tokens in a text are plain text
+    options = dict(vocab_size=size, eos="!")
+    assert tokenize(tmp_path / "a.txt", tmp_path / "t", tmp_path, **options).documents == 1
+    (tmp_path / "a.txt").write_text("bad <user>")
+    with pytest.raises(ValueError, match=r"contains .* has no embedding: remove the token"):
+        tokenize(tmp_path / "a.txt", tmp_path / "u", tmp_path, **options)
 
 
 def test_tokenizers_match_by_tokens_and_merges_and_not_by_file_format(bpe, tmp_path):

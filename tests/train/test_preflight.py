@@ -22,7 +22,7 @@ from support.runs import copy_run
         (["data.train="], ValueError, "btlm tokenize"),
         (["phases.0.batch_size=6"], ValueError, "found 6, expected a multiple of 8"),
         (["mesh.fsdp=3"], ValueError, "found 8"),
-        (["model.fields.vocab_size=50"], ValueError, "61 tokens, the model 50"),
+        (["model.fields.vocab_size=50"], ValueError, "61 tokens, the model has 50"),
         (["phases.0.length=9", "mesh.context=2", "mesh.fsdp=4"], ValueError,
          r"phases\.0\.length: found 9, expected a multiple of 4, twice mesh\.context"),
         (["run.wandb_project=x"], ValueError, "pip install wandb"),
