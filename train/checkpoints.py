@@ -147,7 +147,7 @@ class Checkpoints:
         """Turns the error of a failed save into one that says where and how to go on."""
         try:
             yield
-        except metadata.NOT_DAMAGE:
+        except damage.NOT_DAMAGE:
             raise
         except Exception as e:  # Orbax and TensorStore raise many kinds, often without the path
             if self._failed:  # it was raised before, and is raised again when the writer closes

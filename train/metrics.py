@@ -136,7 +136,8 @@ class _Board:
         self._flushed = -math.inf
 
     def open(self) -> None:
-        from tensorboardX.proto.event_pb2 import SessionLog
+        # protobuf makes the classes when the module is imported
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyrefly: ignore
         from tensorboardX.record_writer import RecordWriter
 
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ class _Board:
             self._file.close()
 
     def _add(self, **fields: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyrefly: ignore
 
         self._file.write(Event(wall_time=time.time(), **fields).SerializeToString())
 

@@ -56,7 +56,7 @@ class StepProfiler:
                 logger.info("trace: tensorboard --logdir %s", self._directory)
             self._tracing = False
 
-    def _attempt(self, call: Callable[[], None]) -> None:
+    def _attempt(self, call: Callable[[], Any]) -> None:
         """Calls the profiler; its failure ends the trace, not the run."""
         name = f"the trace in {self._directory}"
         cost = "training goes on without a trace"

@@ -272,7 +272,8 @@ def _log_to_stderr() -> _ToStderr:
     handler.setFormatter(logging.Formatter("btlm: %(message)s"))
     logging.getLogger().addHandler(logging.NullHandler())  # or a library would print them twice
     package = logging.getLogger("btlm_jax")
-    package.handlers, package.propagate = [handler], False
+    package.handlers[:] = [handler]
+    package.propagate = False
     package.setLevel(logging.INFO)
     sys.excepthook = _report_exception
     for noisy in ("absl", "asyncio"):  # Orbax logs at length, and tracebacks of what it raises

@@ -106,6 +106,6 @@ def checkpoint_loss_by_position(
     if plot is not None:
         title = f"{Path(path).name}, trained on {trained:,} tokens: {description}"
         plot_loss_by_position(plot, report, title)
-    header = {"checkpoint": path, "compute_dtype": compute_dtype, "read_documents": reading}
-    header["trained_documents"] = trained_reading.reading
+    header: dict[str, Any] = {"checkpoint": path, "compute_dtype": compute_dtype}
+    header |= {"read_documents": reading, "trained_documents": trained_reading.reading}
     return header | loss_by_position_json(report)

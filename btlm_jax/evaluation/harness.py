@@ -104,7 +104,9 @@ def make_language_model(*args: Any, **named: Any) -> Any:
                 )
             return (context, continuation), ids, continuation_ids
 
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        def loglikelihood_rolling(
+            self, requests: Sequence[Any], disable_tqdm: bool = True
+        ) -> list[float]:
             for request in requests:
                 if not request.args[0]:
                     raise ValueError(

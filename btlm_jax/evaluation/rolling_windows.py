@@ -166,5 +166,5 @@ def cut_rolling_windows(
 def _join(documents: Sequence[TokenizedDocument], separator: int) -> TokenizedDocument:
     """Returns one document: the texts, with the separator between them."""
     first, *others = (np.asarray(document.ids, np.int32) for document in documents)
-    parts = [first, *(part for ids in others for part in (np.int32([separator]), ids))]
+    parts = [first, *(part for ids in others for part in (np.array([separator], np.int32), ids))]
     return TokenizedDocument(np.concatenate(parts), sum(x.text_bytes for x in documents))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,15 +87,16 @@ def _check_capacity(T: int, cache: KVCache) -> None:
 
 def _check_positions(c: BTLMConfig, num_valid: ArrayLike, cache: KVCache | None) -> None:
     """Raises ValueError if the valid tokens are known to exceed the learned positions."""
-    limit, num_valid = c.position_limit, _known(num_valid)
-    used = 0 if cache is None else _known(cache.length.max())
-    if limit is not None and (used or 0) + (num_valid or 0) > limit:
+    limit = c.position_limit
+    used = 0 if cache is None else _known(cache.length.max()) or 0
+    end = used + (_known(num_valid) or 0)
+    if limit is not None and end > limit:
         raise ValueError(
-            f"{(used or 0) + (num_valid or 0)} tokens exceed n_positions = {limit}, the number of "
-            "learned positions: shorten the input"
+            f"{end} tokens exceed n_positions = {limit}, the number of learned positions: shorten "
+            "the input"
         )
 
 
-def _known(x: ArrayLike) -> int | None:
+def _known(x: Any) -> int | None:
     """Returns the value of an integer, or None while tracing."""
     return None if isinstance(x, jax.core.Tracer) else int(x)

@@ -33,11 +33,12 @@ def parse_object(data: bytes | str, file: str | os.PathLike[str], fix: str) -> d
       ValueError: as `read_object`.
     """
     name = os.fspath(file)
-    if not data.strip(b" \t\r\n\0" if isinstance(data, bytes) else " \t\r\n\0"):
+    data = data.encode() if isinstance(data, str) else data
+    if not data.strip(b" \t\r\n\0"):
         found = "is empty" if not data else "holds nothing but blanks or zero bytes"
         raise ValueError(f"{name} {found}: {fix}")
     try:
-        value = json.loads(data.decode() if isinstance(data, bytes) else data)
+        value = json.loads(data.decode())
     except (ValueError, RecursionError) as e:
         raise ValueError(f"{name} is damaged, not JSON ({e}): {fix}") from None
     if not isinstance(value, dict):
