@@ -33,9 +33,10 @@ class _TextOptions:
     checkpoint: Checkpoint
     """An Orbax checkpoint with a tokenizer: a directory, or a gs:// URL."""
     text: tuple[str, ...] = ()
-    """Files or globs, each file a document (also .gz, .zst); - is standard input."""
+    """Files or globs, each file a document (also .gz, .zst, .xz, .bz2); - is standard input."""
     jsonl: tuple[str, ...] = ()
-    """Files or globs with a JSON object, a document, in each line (also .gz, .zst)."""
+    """Files or globs with a JSON object, a document, in each line (also .gz, .zst,
+    .xz, .bz2)."""
     field: str = "text"
     """Field of the JSON objects that holds the text."""
     on_error: Literal["raise", "skip"] = "raise"

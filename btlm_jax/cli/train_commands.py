@@ -111,9 +111,9 @@ def _steps(text: str) -> tuple[int, int]:
 class Tokenize:
     """Tokenize text files for training.
 
-    Reads .jsonl, .txt (also .gz and .zst) and .parquet. A document is a line of .jsonl, a row of
-    .parquet, or a .txt file. Tokenization that was interrupted resumes when the same command is
-    run again.
+    Reads .jsonl, .txt (also .gz, .zst, .xz, .bz2) and .parquet. A document is a line of
+    .jsonl, a row of .parquet, or a .txt file. Tokenization that was interrupted resumes when the
+    same command is run again.
     """
 
     inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT...")]
@@ -164,4 +164,4 @@ class Tokenize:
 
 
 def _is_plain_text(name: str) -> bool:
-    return name.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+    return name.endswith((".txt", ".txt.gz", ".txt.zst", ".txt.xz", ".txt.bz2"))

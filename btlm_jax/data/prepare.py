@@ -68,7 +68,7 @@ def prepare_tokens(
     options |= dict(field=field, on_error=on_error)
     if tokenizer is not None and held_out is None:
         return {Path(target): tokenize(inputs, target, tokenizer, overwrite=overwrite, **options)}
-    files = expand_inputs(inputs, on_error=on_error)
+    files = expand_inputs(inputs, on_error=on_error, target=target)
     if any(f.path is None for f in files):
         raise ValueError(
             "standard input cannot be read twice, as new_tokenizer and held_out need; write it to "

@@ -57,6 +57,7 @@ def expand_inputs(
     stdin_format: str = "jsonl",
     on_error: OnError = "raise",
     kind: str | None = None,
+    target: str | os.PathLike[str] | None = None,
 ) -> list[TextFile]:
     """Expands names and globs to files, in order; the files of a glob are sorted by name.
 
@@ -65,12 +66,13 @@ def expand_inputs(
       stdin_format: "jsonl" or "txt".
       on_error: "raise" refuses empty files here, before any work.
       kind: ".jsonl" or ".txt": the kind of standard input, and of files whose suffix is unknown.
+      target: the directory to write; its files are of an earlier run, and no text to read.
 
     Raises:
       FileNotFoundError: a missing file, or a glob without matches.
       PermissionError: a file that may not be read.
-      ValueError: no inputs, a directory or a pipe, an unknown kind, an empty file, or a file given
-        twice.
+      ValueError: no inputs, a directory or a pipe, an unknown kind, an empty file, a file in the
+        target, or a file given twice.
     """
     patterns = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     names: list[str] = []
@@ -94,6 +96,11 @@ def expand_inputs(
         if real in seen:
             raise ValueError(f"{file.name} is given twice, which would duplicate its text")
         seen.add(real)
+        if target is not None and real.startswith(os.path.join(os.path.realpath(target), "")):
+            raise ValueError(
+                f"{file.name} lies in {os.fspath(target)}, the directory to write: name the inputs "
+                "without it, or write elsewhere"
+            )
         if file.path is not None and not file.size and on_error == "raise":
             raise ValueError(
                 f"{file.name} is empty: remove it, or pass on_error='skip' (--on-error skip)"

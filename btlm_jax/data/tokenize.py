@@ -125,7 +125,7 @@ def tokenize(
     threads = (os.cpu_count() or 1) if threads is None else threads
     _check_options(shard_tokens, on_error, stdin_format, threads)
     check_token_target(target, overwrite=overwrite, ours=is_token_directory)
-    files = expand_inputs(inputs, stdin_format=stdin_format, on_error=on_error)
+    files = expand_inputs(inputs, stdin_format=stdin_format, on_error=on_error, target=target)
     encoder = Encoder(tokenizer, eos, vocab_size)
     key: dict[str, Any] | None = resume_key(files, encoder, [field, shard_tokens, part])
     if any(f.path is None for f in files):

@@ -23,6 +23,7 @@ from btlm_jax.utils.format import join_first
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_PROMPT_CHARACTERS = 2 << 20  # encoding takes up to 600 bytes of memory for each
 # The files that `load_tokenizer` reads.
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
@@ -118,9 +119,14 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
       At least one token id.
 
     Raises:
-      ValueError: no text, or text that is not valid Unicode.
+      ValueError: no text, more than `MAX_PROMPT_CHARACTERS`, or text that is not valid Unicode.
     """
     check_text(text)
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ValueError(
+            f"found {len(text):,} characters, expected at most {MAX_PROMPT_CHARACTERS:,}, which "
+            "are encoded at once: shorten it"
+        )
     encoding = tokenizer.encode(text, add_special_tokens=True)
     ids, is_added = list(encoding.ids), list(encoding.special_tokens_mask)
     end, start = len(ids), 0

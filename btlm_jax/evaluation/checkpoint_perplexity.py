@@ -10,7 +10,7 @@ from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.checkpoint.trained_documents import Reading, read_trained_documents
 from btlm_jax.evaluation.batch_shapes import check_batch_size
 from btlm_jax.evaluation.checkpoint_loading import load_for_evaluation
-from btlm_jax.evaluation.documents import TextInputs
+from btlm_jax.evaluation.documents import TextInputs, hold_documents
 from btlm_jax.evaluation.perplexity import cross_entropy
 from btlm_jax.evaluation.quantization_cost import (
     compare_quantizations,
@@ -60,7 +60,7 @@ def checkpoint_perplexity(
     encoder = texts.encoder(path, meta.config.vocab_size)
     trained = read_trained_documents(meta.origin)
     reading = reading or trained.reading or "separate"
-    documents = [*texts.documents(encoder)]
+    documents = hold_documents(texts.documents(encoder))
     prefix = texts.prefix(encoder, trained)
     windows = cut_rolling_windows(
         meta.config, documents, prefix, length=length, stride=stride, joined=reading == "joined"

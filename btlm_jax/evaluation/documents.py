@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,9 @@ from btlm_jax.data.text_files import OnError, expand_inputs
 from btlm_jax.data.text_reader import TextReader
 
 logger = logging.getLogger(__name__)
+
+
+MAX_TOKENS = 128 << 20  # held in memory, in at most 1 GiB
 
 
 class TokenizedDocument(NamedTuple):
@@ -61,7 +64,7 @@ class TextInputs:
 
         Raises:
           FileNotFoundError, ValueError: as in `expand_inputs`, or no files; while iterating, as in
-            `TextReader.pieces`.
+            `TextReader.pieces`, or a document of more than `MAX_TOKENS`.
         """
         inputs = {".txt": self.text, ".jsonl": self.jsonl}
         files = [
@@ -82,16 +85,41 @@ class TextInputs:
 
     def _tokenize(self, reader: TextReader, encoder: Encoder) -> Iterator[TokenizedDocument]:
         pieces: list[np.ndarray] = []
-        text_bytes = 0
+        text_bytes = tokens = 0
         for piece, ids in encode_documents(reader.pieces(), encoder, os.cpu_count() or 1):
             pieces.append(ids)
             text_bytes += len(piece.text.encode())
+            tokens += len(ids)
+            _check_tokens(tokens)
             if piece.ends:
                 if piece.kept:
                     yield TokenizedDocument(np.concatenate(pieces)[:-1], text_bytes)
-                pieces, text_bytes = [], 0
+                pieces, text_bytes, tokens = [], 0, 0
         if (total := reader.total).empty + total.skipped:
             logger.warning(
                 "left out %d documents without text and %d records that cannot be used",
                 total.empty, total.skipped,
             )  # fmt: skip
+
+
+def hold_documents(documents: Iterable[TokenizedDocument]) -> list[TokenizedDocument]:
+    """Returns all documents.
+
+    Raises:
+      ValueError: more than `MAX_TOKENS`.
+    """
+    held: list[TokenizedDocument] = []
+    tokens = 0
+    for document in documents:
+        tokens += len(document.ids)
+        _check_tokens(tokens)
+        held.append(document)
+    return held
+
+
+def _check_tokens(tokens: int) -> None:
+    if tokens > MAX_TOKENS:
+        raise ValueError(
+            f"the text: found more than {MAX_TOKENS:,} tokens, which are all held in memory: "
+            "evaluate a part of it, such as its beginning (head -c 400M)"
+        )

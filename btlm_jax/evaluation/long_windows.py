@@ -83,7 +83,7 @@ class LongWindows:
     ) -> Iterator[LongWindow]:
         for group, document in enumerate(documents):
             n = self._count(document)
-            tokens = np.concatenate([[prefix], document.ids]).astype(np.int32)
+            tokens = np.concatenate([[prefix], document.ids], dtype=np.int32, casting="unsafe")
             self.short_documents += n < self.length
             starts = range(0, n - self.length + 1, self.length)[: self._max_per_document]
             yield from (self._window(tokens, start, group) for start in starts)
@@ -94,7 +94,8 @@ class LongWindows:
         tokens = np.zeros(0, np.int32)
         for document in documents:
             self._count(document)
-            tokens = np.concatenate([tokens, [prefix], document.ids]).astype(np.int32)
+            parts = (tokens, [prefix], document.ids)
+            tokens = np.concatenate(parts, dtype=np.int32, casting="unsafe")
             end = (len(tokens) - 1) // self.length * self.length
             for start in range(0, end, self.length):
                 yield self._window(tokens, start, 0)

@@ -104,15 +104,18 @@ class RollingWindows:
         return [*range(self.length, n, self.stride), n] if n else []
 
     def _document_windows(self, document: TokenizedDocument) -> Iterator[RollingWindow]:
-        tokens = np.concatenate([[self.prefix], document.ids]).astype(np.int32)
-        predicted = 0
+        ids, predicted = document.ids, 0
         for end in self._window_ends(document):
             start = max(0, end - self.length)
-            targets = tokens[start + 1 : end + 1].copy()
+            # Slices of the ids, because a copy with the prefix would double a long document.
+            inputs = ids[max(0, start - 1) : end - 1].astype(np.int32)
+            if not start:
+                inputs = np.concatenate([np.array([self.prefix], np.int32), inputs])
+            targets = ids[start:end].astype(np.int32)
             targets[: predicted - start] = IGNORE
             if self.joined:
                 targets[targets == self.prefix] = IGNORE
-            yield RollingWindow(tokens[start:end], targets)
+            yield RollingWindow(inputs, targets)
             predicted = end
 
 

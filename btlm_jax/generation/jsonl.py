@@ -21,7 +21,9 @@ from btlm_jax.data.tokenizer import encode_prompt
 from btlm_jax.generation.continuous_batching import GenerationResult
 from btlm_jax.generation.detokenize import detokenize_continuation
 from btlm_jax.generation.result_journal import encode_line, finish_journal
+from btlm_jax.utils.format import format_bytes
 
+_MAX_FILE_BYTES = 128 << 20  # with tokens, 14 bytes of memory for each
 # At most this many bad lines are listed.
 _MAX_LISTED = 10
 
@@ -56,10 +58,16 @@ def read_prompt_lines(
 
     Raises:
       FileNotFoundError: the file does not exist.
-      ValueError: an empty file, or bad lines; the message lists them.
+      ValueError: an empty file, one of more than 128 MiB, or bad lines; the message lists them.
     """
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file, expected a file of JSON lines")
+    if (size := source.stat().st_size) > _MAX_FILE_BYTES:
+        raise ValueError(
+            f"{source}: found {format_bytes(size)}, expected at most "
+            f"{format_bytes(_MAX_FILE_BYTES)}, which are held in memory: divide it into several "
+            "files (split --line-bytes=100M)"
+        )
     data = source.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{source}: found UTF-16, expected UTF-8: convert it, as with iconv")

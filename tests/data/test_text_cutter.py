@@ -59,6 +59,7 @@ def encode_in_pieces(tokenizer, text, block=7, size=40, limit=400):
     """Encodes a text as `Encoder` does; None if it is refused."""
     encoder = object.__new__(Encoder)
     encoder._tokenizer, encoder.eos_id, encoder.dtype = tokenizer, 0, np.dtype(np.int32)
+    encoder._beyond = []
     blocks = (text[i : i + block] for i in range(0, len(text), block))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_cutter, "PIECE_CHARACTERS", size)

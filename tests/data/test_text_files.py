@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
+import os
 import random
 import sys
 
@@ -11,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
+from btlm_jax.data.prepare import prepare_tokens
 from btlm_jax.data.text_files import expand_inputs
 from btlm_jax.data.text_reader import TextReader
 from btlm_jax.data.token_shards import TokenShards
@@ -96,6 +100,56 @@ def test_missing_empty_and_unknown_inputs_are_refused(ascii_bpe, tmp_path):
         tokenize(empty, tmp_path / "t", ascii_bpe, on_error="skip")
     tokenize([*empty, tmp_path / "a.jsonl"], tmp_path / "t", ascii_bpe, on_error="skip")
     assert [s.documents for s in TokenShards(tmp_path / "t").metadata.sources] == [0, 0, 0, 1]
+
+
+def test_files_of_an_earlier_run_in_the_target_are_not_read_as_text(ascii_bpe, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    inputs, target = f"{tmp_path}/**/*.txt", tmp_path / "t"
+    tokenize(inputs, target, ascii_bpe)
+    (target / "tokenizer/merges.txt").write_text("a b")
+    message = r"merges\.txt lies in .*, the directory to write: name the inputs without it"
+    with pytest.raises(ValueError, match=message):
+        tokenize(inputs, target, ascii_bpe, overwrite=True)
+    with pytest.raises(ValueError, match=message):
+        prepare_tokens(inputs, target, new_tokenizer=300, overwrite=True)
+
+
+def test_pipes_and_files_without_permission_are_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match=r"found a pipe or a device.*as standard input, '-'"):
+        expand_inputs(tmp_path / "pipe.txt")
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+    with pytest.raises(PermissionError, match="chmod"):
+        expand_inputs(tmp_path / "a.txt")
+
+
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("~/a.txt", "~/*.txt"):
+        assert [f.name for f in expand_inputs(name)] == [str(tmp_path / "a.txt")]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_named_and_other_nul_bytes_are_text(tmp_path, encoding):
+    """Without a byte order mark it is valid UTF-8, of letters and NULs."""
+    (tmp_path / "a.txt").write_bytes("Some words, 12 of them.\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"UTF-16: iconv -f UTF-16 -t UTF-8 converts it"):
+        list(TextReader(expand_inputs(tmp_path / "a.txt"), "text").pieces())
+    (tmp_path / "b.txt").write_bytes(b"one\x00two" + b"\x00" * 20)
+    (piece,) = TextReader(expand_inputs(tmp_path / "b.txt"), "text").pieces()
+    assert piece.text == "one\x00two" + "\x00" * 20
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+def test_a_cut_file_of_any_compression_is_refused(tmp_path, compress):
+    file = tmp_path / ("a.txt.bz2" if compress is bz2.compress else "a.txt.xz")
+    data = compress(random.Random(0).randbytes(10_000).hex().encode())
+    for content in (data[:-100], b"not compressed"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged or truncated"):
+            list(TextReader(expand_inputs(file), "text").pieces())
 
 
 @pytest.mark.parametrize(

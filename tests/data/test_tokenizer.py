@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from btlm_jax.data import tokenizer as tokenizer_lib
 from btlm_jax.data.tokenize import tokenize
 from btlm_jax.data.tokenizer import (
+    MAX_PROMPT_CHARACTERS,
     check_vocabulary,
     encode_fragment,
     encode_prompt,
@@ -161,6 +162,11 @@ def test_a_fragment_has_no_special_tokens(bpe):
 def test_what_is_no_text_is_refused(bpe, encode, text, message):
     with pytest.raises(ValueError, match=message):
         encode(bpe, text)
+
+
+def test_a_prompt_that_is_too_long_to_encode_is_refused(bpe):
+    with pytest.raises(ValueError, match="found 2,097,153 characters, expected at most 2,097,152"):
+        encode_prompt(bpe, "x" * (MAX_PROMPT_CHARACTERS + 1))
 
 
 def test_text_that_a_tokenizer_drops_is_refused(bpe):

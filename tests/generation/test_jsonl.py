@@ -68,6 +68,14 @@ def test_lines_come_out_with_the_results_of_generate(
     assert lines[3]["text"] != lines[4]["text"]  # each line has its own random stream
 
 
+def test_a_file_that_is_too_large_for_memory_is_refused(
+    capsys, bytes_checkpoint, source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jsonl, "_MAX_FILE_BYTES", 100)
+    code, _, err = run(capsys, bytes_checkpoint, "--input", source, "--output", tmp_path / "out")
+    assert code == 2 and "expected at most 100 B, which are held in memory: divide it" in err
+
+
 def test_a_killed_run_is_resumed(capsys, bytes_checkpoint, source, tmp_path, monkeypatch):
     """Whatever a kill leaves of the journal, the same command writes the same file."""
     target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
