@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -56,6 +57,15 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+    """Undoes what a command does to the package's logger, whose records `caplog` would miss."""
+    package = logging.getLogger("btlm_jax")
+    settings = package.handlers, package.propagate, package.level
+    yield
+    package.handlers, package.propagate, package.level = settings
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -272,7 +272,7 @@ def _log_to_stderr() -> _ToStderr:
     handler.setFormatter(logging.Formatter("btlm: %(message)s"))
     logging.getLogger().addHandler(logging.NullHandler())  # or a library would print them twice
     package = logging.getLogger("btlm_jax")
-    package.handlers[:] = [handler]
+    package.handlers = list[logging.Handler]([handler])
     package.propagate = False
     package.setLevel(logging.INFO)
     sys.excepthook = _report_exception
