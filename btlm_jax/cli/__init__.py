@@ -20,7 +20,7 @@ from typing import Any
 
 import tyro
 
-from btlm_jax.cli.arguments import literal_text, translate_old_mesh_options
+from btlm_jax.cli.arguments import text_and_path_rules, translate_old_mesh_options
 from btlm_jax.utils import compile_cache
 from btlm_jax.utils.side_output import SideOutput, attempt
 
@@ -162,7 +162,7 @@ def parse_command(argv: list[str]) -> Any:
     if hasattr(command, "parse_arguments"):  # it parses its own arguments
         return command.parse_arguments(rest)
     arguments = translate_old_mesh_options(rest)
-    return tyro.cli(command, prog=f"btlm {name}", args=arguments, registry=literal_text())
+    return tyro.cli(command, prog=f"btlm {name}", args=arguments, registry=text_and_path_rules())
 
 
 def with_options(message: str, command: Any) -> str:

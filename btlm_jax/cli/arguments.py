@@ -16,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from btlm_jax.utils.format import format_bytes, parse_bytes
+from btlm_jax.utils.local_paths import local_path
 
 Bytes = Annotated[
     int,
@@ -55,22 +56,26 @@ Overrides = Annotated[tuple[str, ...], UseAppendAction, arg(metavar="SECTION.KEY
 _MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 
-def literal_text() -> ConstructorRegistry:
-    """Returns rules for tyro by which the value None of an optional text or path is the word."""
+def text_and_path_rules() -> ConstructorRegistry:
+    """Returns rules for tyro on texts and paths.
+
+    Paths are local: ~ is expanded, and a URL is refused instead of naming a folder. The value None
+    of an optional text or path is the word.
+    """
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
-    def optional_text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    def text_or_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         types = [t for t in typing.get_args(info.type) if t is not type(None)]
-        if len(types) != 1 or types == list(typing.get_args(info.type)):
-            return None
-        if types[0] not in (str, Path):
+        is_optional = len(types) == 1 and len(typing.get_args(info.type)) == 2
+        kind = types[0] if is_optional else info.type
+        if kind is not Path and not (kind is str and is_optional):
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
-            metavar="TEXT" if types[0] is str else "PATH",
-            instance_from_str=lambda args: types[0](args[0]),
-            is_instance=lambda x: x is None or isinstance(x, types[0]),
+            metavar="TEXT" if kind is str else "PATH",
+            instance_from_str=lambda args: args[0] if kind is str else local_path(args[0]),
+            is_instance=lambda x: (x is None and is_optional) or isinstance(x, kind),
             str_from_instance=lambda x: [str(x)],
         )
 

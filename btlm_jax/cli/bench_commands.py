@@ -15,7 +15,14 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from btlm_jax.cli.arguments import Bytes, Directory, OutputFile, check_output, write_json
+from btlm_jax.cli.arguments import (
+    Bytes,
+    Directory,
+    OutputFile,
+    check_output,
+    text_and_path_rules,
+    write_json,
+)
 
 # Name -> (module:function, summary). A module, and with it JAX, is imported only to run its
 # benchmark or to show its options.
@@ -68,7 +75,12 @@ class Bench:
             )
         module, _, function = BENCHMARKS[name][0].partition(":")
         benchmark = getattr(importlib.import_module(f"btlm_jax.train.bench.{module}"), function)
-        return tyro.cli(_deferred(benchmark), prog=f"btlm bench {name}", args=list(argv[1:]))
+        return tyro.cli(
+            _deferred(benchmark),
+            prog=f"btlm bench {name}",
+            args=list(argv[1:]),
+            registry=text_and_path_rules(),
+        )
 
     def run(self) -> None:
         # PyTorch shares the GPU; by default JAX would reserve three quarters of it at the start.

@@ -116,3 +116,19 @@ def test_old_mesh_options_work_with_a_note(capsys):
     ]  # fmt: skip
     notes = capsys.readouterr().err
     assert "note: write --set mesh.data=4 for --mesh.data" in notes and "mesh.tensor=2" in notes
+
+
+def test_paths_of_every_command_expand_the_home_directory_and_refuse_urls(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    commands = {
+        "train": ["tiny", "~/run"],
+        "coord-check": ["~/run"],
+        "compile": ["tiny", "--json", "~/run"],
+    }
+    for name, argv in commands.items():
+        values = [v for v in vars(cli.parse_command([name, *argv])).values() if isinstance(v, Path)]
+        assert tmp_path / "run" in values, name
+        url = [argument.replace("~/", "gs://bucket/") for argument in argv]
+        with pytest.raises(SystemExit) as refusal:
+            cli.parse_command([name, *url])
+        assert refusal.value.code == 2
