@@ -61,11 +61,15 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True)
 def _restore_logging():
-    """Undoes what a command does to the package's logger, whose records `caplog` would miss."""
+    """Undoes what a command does to the package's logger, whose records `caplog` would miss.
+
+    A fixture of a wider scope may have run one before this.
+    """
     package = logging.getLogger("btlm_jax")
-    settings = package.handlers, package.propagate, package.level
+    settings = package.handlers, package.level
+    package.propagate = True
     yield
-    package.handlers, package.propagate, package.level = settings
+    package.handlers, package.level = settings
 
 
 @pytest.fixture(autouse=True, scope="module")
