@@ -5,7 +5,6 @@ Modules that a command needs are imported when it runs, so that `btlm --help` is
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import errno
 import importlib
@@ -13,7 +12,6 @@ import inspect
 import io
 import logging
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import tyro
 
 from btlm_jax.cli.arguments import text_and_path_rules, translate_old_mesh_options
+from btlm_jax.cli.flag_messages import notices_with_options, option_names, with_options
 from btlm_jax.utils import compile_cache
 from btlm_jax.utils.side_output import SideOutput, attempt
 
@@ -76,16 +75,18 @@ def main(argv: list[str] | None = None) -> int:
     argv = [a for a in argv if a not in _EVERYWHERE]
     _replace_closed_streams()
     _escape_what_terminals_cannot_show()
-    log = command = None
+    log, options = None, dict[str, str]()
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(help_text())
             return 0 if argv else 2
         command = parse_command(argv)
+        options = option_names(command)
         if caching:
             compile_cache.enable_persistent_cache()
         log = _log_to_stderr()
-        code = command.run()
+        with notices_with_options(options):
+            code = command.run()
         sys.stdout.flush()
         return code or 0
     except BrokenPipeError:  # the reader of our output (head, less) has gone
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as e:
         if debug:
             raise
-        message = _stdout_failure(e) or with_options(_describe(e), command)
+        message = _stdout_failure(e) or with_options(_describe(e), options)
         _print_last(log, f"btlm: error: {message}")
         return 2
     except MemoryError as e:
@@ -114,7 +115,7 @@ def _replace_closed_streams() -> None:
     """Gives a process that was started with closed streams (`>&-`) ones that discard."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (until the process ends)
 
 
 def _stdout_failure(error: Exception) -> str | None:
@@ -163,27 +164,6 @@ def parse_command(argv: list[str]) -> Any:
         return command.parse_arguments(rest)
     arguments = translate_old_mesh_options(rest)
     return tyro.cli(command, prog=f"btlm {name}", args=arguments, registry=text_and_path_rules())
-
-
-def with_options(message: str, command: Any) -> str:
-    """Returns an error of the library with its advice for the command line.
-
-    "pass overwrite=True" becomes "pass --overwrite" where the command has that option, and "top_p:
-    found" at the beginning "--top-p: found".
-    """
-    command = getattr(command, "command", command)  # of a command with subcommands
-    known = {f.name for f in dataclasses.fields(command)} if command is not None else set()
-
-    def option(match: re.Match[str]) -> str:
-        verb, name, value = match.groups()
-        if name not in known:
-            return match[0]
-        value = "" if value in (None, "True") else f" {value.strip(chr(39))}"
-        return f"{verb} --{name.replace('_', '-')}{value}"
-
-    message = re.sub(r"\b([Pp]ass) (\w+)=(True\b|'[^']*')?", option, message)
-    name = message.partition(": found ")[0]
-    return f"--{name.replace('_', '-')}{message[len(name) :]}" if name in known else message
 
 
 def help_text() -> str:

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def option_names(command: Any) -> dict[str, str]:
+    """Returns the option for every argument that messages may name, both with underscores.
+
+    A command can have attributes `OTHER_NAMES`, pairs of argument and option where the names
+    differ, and `NOT_ARGUMENTS`, options whose names mean something else in messages.
+
+    Args:
+      command: an instance of a command's dataclass, with or without a subcommand; None for none.
+    """
+    command = getattr(command, "command", command)
+    if command is None:
+        return {}
+    names = {f.name for f in dataclasses.fields(command)}
+    names -= {*getattr(command, "NOT_ARGUMENTS", ())}
+    return {name: name for name in sorted(names)} | dict(getattr(command, "OTHER_NAMES", ()))
 
 
 @contextlib.contextmanager
-def messages_with_flags(
-    options: Sequence[str], other_names: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """Names options instead of arguments in the errors and the notices of a block.
-
-    `do_sample=True` becomes `--sample`, and `max_length: found 3` becomes `--max-length: found 3`.
+def notices_with_options(options: Mapping[str, str]) -> Iterator[None]:
+    """Names options instead of arguments in the notices of a block.
 
     Args:
-      options: names of the options, with underscores.
-      other_names: option by argument, where their names differ.
-
-    Raises:
-      ValueError: as the block, with the translated message.
+      options: as from `option_names`.
     """
-    flags = {name: name for name in options} | dict(other_names or {})
 
     def translate(record: logging.LogRecord) -> bool:
-        record.msg, record.args = with_flags(record.getMessage(), flags), ()
+        record.msg, record.args = with_options(record.getMessage(), options), ()
         return True
 
     handlers = logging.getLogger("btlm_jax").handlers
@@ -34,33 +44,35 @@ def messages_with_flags(
         handler.addFilter(translate)
     try:
         yield
-    except ValueError as e:
-        message = with_flags(str(e), flags)
-        if message == str(e):
-            raise
-        raise ValueError(message) from e
     finally:
         for handler in handlers:
             handler.removeFilter(translate)
 
 
-def with_flags(message: str, flags: Mapping[str, str]) -> str:
+def with_options(message: str, options: Mapping[str, str]) -> str:
     """Returns a message with options in the place of arguments.
+
+    `do_sample=True` becomes `--sample`, `on_error='skip'` becomes `--on-error skip`, and
+    `max_length: found 3` becomes `--max-length: found 3`.
 
     Args:
       message: the message.
-      flags: option, without dashes and with underscores, by argument.
+      options: as from `option_names`.
     """
+    if not options:
+        return message
 
     def replace(match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
-        # A name of one word is also an English word, unless a value or a colon follows.
-        if "_" not in name and value is None and not message.startswith(": found", match.end()):
+        # A name of one word is also an English word, unless it has a value or begins a clause.
+        begins = re.search(r"(^|[:(;] ?)$", message[: match.start()]) is not None
+        is_named = begins and message.startswith(": found", match.end())
+        if "_" not in name and value is None and not is_named:
             return match[0]
-        flag = f"--{flags[name].replace('_', '-')}"
-        return flag if value in (None, "True") else f"{flag} {value}"
+        option, value = f"--{options[name].replace('_', '-')}", (value or "").strip("'")
+        return option if value in ("", "True") else f"{option} {value}"
 
-    names = "|".join(sorted(map(re.escape, flags), key=len, reverse=True))
-    return re.sub(
-        rf"(?<![\w./-])(?P<name>{names})\b(?![\w.])(?:=(?P<value>[^\s,;)]+))?", replace, message
-    )
+    names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+    # A value ends before the punctuation of the sentence.
+    value = r"(?:=(?P<value>[^\s,;)]*?)(?=\.?(?:[\s,;)]|$)))?"
+    return re.sub(rf"(?<![\w./-])(?P<name>{names})\b(?![\w.]){value}", replace, message)

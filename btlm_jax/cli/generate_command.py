@@ -10,17 +10,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, arg
 
 from btlm_jax.cli.arguments import Checkpoint, Overrides, mesh_from_overrides
-from btlm_jax.cli.flag_messages import messages_with_flags
 
 logger = logging.getLogger(__name__)
 
-# Arguments of `generate` that have options of other names.
-_OTHER_NAMES = {"do_sample": "sample", "bad_words_ids": "bad_words"}
-# Fields that no function has as an argument, but messages as an ordinary word.
-_NOT_ARGUMENTS = (
-    "checkpoint", "prompt", "input", "output", "overwrite", "stream", "set", "sample", "greedy",
-    "logprobs", "model_defaults",
-)  # fmt: skip
 # Fields that do not change what is generated, only where and how fast.
 _NOT_IN_KEY = (
     "checkpoint", "prompt", "input", "output", "batch_size", "overwrite", "stream", "set"
@@ -41,6 +33,10 @@ class Generate:
     the same continuation as alone. Finished results are kept in OUTPUT.partial; after an
     interruption, the same command resumes.
     """
+
+    OTHER_NAMES = (("do_sample", "sample"), ("bad_words_ids", "bad_words"))
+    # A line of --input, and the record of an interrupted run, have fields of these names.
+    NOT_ARGUMENTS = ("prompt", "logprobs", "input")
 
     checkpoint: Checkpoint
     """An Orbax checkpoint that contains a tokenizer: a directory, or a gs:// URL."""
@@ -129,23 +125,21 @@ class Generate:
         from btlm_jax.data.tokenizer import check_vocabulary, tokenizer_directory
         from btlm_jax.hf_generation_config import read_generation_config
 
-        names = {f.name for f in dataclasses.fields(self)} - {*_NOT_ARGUMENTS}
-        with messages_with_flags(sorted(names), _OTHER_NAMES):
-            self._check()
-            # All that is small is checked before the weights are loaded.
-            meta = metadata.read_metadata(self.checkpoint)
-            tokenizer = btlm.load_tokenizer(self.checkpoint)
-            check_vocabulary(tokenizer, meta.config.vocab_size)
-            defaults = None
-            if self.model_defaults:
-                defaults = read_generation_config(tokenizer_directory(meta.path))
-            arguments = self._generate_arguments(tokenizer, defaults)
-            if self.input is not None:
-                self._continue_file(meta, tokenizer, arguments, defaults)
-            elif self.stream:
-                self._stream_prompt(tokenizer, arguments)
-            else:
-                self._continue_prompt(tokenizer, arguments)
+        self._check()
+        # All that is small is checked before the weights are loaded.
+        meta = metadata.read_metadata(self.checkpoint)
+        tokenizer = btlm.load_tokenizer(self.checkpoint)
+        check_vocabulary(tokenizer, meta.config.vocab_size)
+        defaults = None
+        if self.model_defaults:
+            defaults = read_generation_config(tokenizer_directory(meta.path))
+        arguments = self._generate_arguments(tokenizer, defaults)
+        if self.input is not None:
+            self._continue_file(meta, tokenizer, arguments, defaults)
+        elif self.stream:
+            self._stream_prompt(tokenizer, arguments)
+        else:
+            self._continue_prompt(tokenizer, arguments)
 
     def _check(self) -> None:
         """Raises ValueError where arguments exclude or need each other."""

@@ -102,9 +102,7 @@ def expand_inputs(
                 "without it, or write elsewhere"
             )
         if file.path is not None and not file.size and on_error == "raise":
-            raise ValueError(
-                f"{file.name} is empty: remove it, or pass on_error='skip' (--on-error skip)"
-            )
+            raise ValueError(f"{file.name} is empty: remove it, or pass on_error='skip'")
     return files
 
 

@@ -142,9 +142,7 @@ class TextReader:
             if not self.counts[i].documents + self.counts[i].elsewhere:
                 problem = f"{file.name}: no documents with text"
                 if self._on_error == "raise":
-                    raise ValueError(
-                        f"{problem}; remove it, or pass on_error='skip' (--on-error skip)"
-                    )
+                    raise ValueError(f"{problem}; remove it, or pass on_error='skip'")
                 logger.warning("%s", problem)
 
     def _whole_document(self, i: int, record: TextRecord, file_begin: int) -> Iterator[TextPiece]:
@@ -251,7 +249,7 @@ class TextReader:
         location = file.name if file.kind == ".txt" else f"{file.name}:{unit}{record}"
         if self._on_error == "raise":
             raise ValueError(
-                f"{location}: {problem}; correct it, or pass on_error='skip' (--on-error skip) to "
+                f"{location}: {problem}; correct it, or pass on_error='skip' to "
                 "leave such records out"
             )
         self._refused += 1

@@ -294,22 +294,6 @@ def test_quickstart_names_options_that_do_nothing_with_hf(capsys, tmp_path):
     assert code == 2 and "--steps: found it with --hf, which trains nothing" in err
 
 
-def test_advice_of_the_library_names_the_options_of_the_command():
-    """And stays as it is where the command has no such option."""
-    convert = cli.parse_command(["convert", "a", "b"])
-    advice = "c exists: pass overwrite=True. Pass allow_nonfinite=True, or pass on_error='skip'"
-    assert cli.with_options(advice, convert) == (
-        "c exists: pass --overwrite. Pass --allow-nonfinite, or pass on_error='skip'"
-    )
-    perplexity = cli.parse_command(["eval", "perplexity", "c", "--text", "t"])
-    assert cli.with_options("pass on_error='skip', or pass dtype=", perplexity) == (
-        "pass --on-error skip, or pass --dtype"
-    )
-    assert cli.with_options("max_memory: found 1 B", convert) == "--max-memory: found 1 B"
-    assert cli.with_options("max_size: found 1 B", convert) == "max_size: found 1 B"
-    assert cli.with_options(advice, None) == advice
-
-
 def test_a_refused_tokenization_leaves_nothing_and_names_options_without_effect(capsys, tmp_path):
     (tmp_path / "a.txt").write_text("only one document")
     target = tmp_path / "tokens"

@@ -6,9 +6,12 @@ import logging
 
 import pytest
 
-from btlm_jax.cli.flag_messages import messages_with_flags, with_flags
+from btlm_jax import cli
+from btlm_jax.cli.flag_messages import notices_with_options, option_names, with_options
 
-FLAGS = {"do_sample": "sample", "max_length": "max_length", "temperature": "temperature"}
+OPTIONS = {"do_sample": "sample"} | {
+    name: name for name in ("max_length", "temperature", "overwrite", "on_error", "dtype")
+}
 
 
 @pytest.mark.parametrize(
@@ -21,26 +24,38 @@ FLAGS = {"do_sample": "sample", "max_length": "max_length", "temperature": "temp
         ("temperature: found 0.0, expected > 0", "--temperature: found 0.0, expected > 0"),
         ("at this temperature, the words max_lengths and --max-length", None),
         ("runs/max_length/x.json: damaged", None),
+        ("the temperature: found 3", None),
+        (
+            "c exists: pass overwrite=True. Pass on_error='skip', or dtype=",
+            "c exists: pass --overwrite. Pass --on-error skip, or --dtype",
+        ),
     ],
 )
-def test_arguments_become_flags_and_words_stay(message, expected):
-    assert with_flags(message, FLAGS) == (expected or message)
+def test_arguments_become_options_and_words_stay(message, expected):
+    assert with_options(message, OPTIONS) == (expected or message)
 
 
-def test_errors_and_notices_of_a_block_are_translated():
+def test_notices_of_a_block_are_translated():
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
     package = logging.getLogger("btlm_jax")
     package.addHandler(handler)
     try:
-        with (
-            pytest.raises(ValueError, match=r"^--max-length: found 3"),
-            messages_with_flags(["max_length"], {"do_sample": "sample"}),
-        ):
+        with notices_with_options(OPTIONS):
             package.warning("%s does nothing", "do_sample=True")
-            raise ValueError("max_length: found 3")
         package.warning("do_sample=True")
     finally:
         package.removeHandler(handler)
     assert records == ["--sample does nothing", "do_sample=True"]
+
+
+def test_options_are_those_of_the_command_or_its_subcommand():
+    generate = option_names(cli.parse_command(["generate", "ck", "--prompt", "a"]))
+    assert generate["bad_words_ids"] == "bad_words" and "prompt" not in generate
+    perplexity = option_names(cli.parse_command(["eval", "perplexity", "ck", "--text", "a"]))
+    assert "on_error" in perplexity and "do_sample" not in perplexity
+    convert = option_names(cli.parse_command(["convert", "a", "b"]))
+    advice = "max_memory: found 1 B; pass on_error='skip', or max_size"
+    assert with_options(advice, convert) == f"--max-memory{advice.removeprefix('max_memory')}"
+    assert option_names(None) == {} and with_options("pass dtype=", {}) == "pass dtype="
