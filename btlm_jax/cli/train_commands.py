@@ -146,10 +146,13 @@ class Tokenize:
 
     def run(self) -> None:
         from btlm_jax.data.prepare import prepare_tokens
+        from btlm_jax.data.text_files import kind_and_compression
 
         if self.stdin_format != "jsonl" and "-" not in self.inputs:
             logger.warning("--stdin-format does nothing without - (standard input)")
-        if self.field != "text" and all(_is_plain_text(name) for name in self.inputs):
+        if self.field != "text" and all(
+            kind_and_compression(name)[0] == ".txt" for name in self.inputs
+        ):
             logger.warning("--field does nothing with .txt files")
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         made = prepare_tokens(options.pop("inputs"), options.pop("target"), **options)
@@ -161,7 +164,3 @@ class Tokenize:
         else:
             data = f"--set data.train={shlex.quote(self.target)}"
         print(f"next: btlm train RECIPE RUN_DIR {data}")
-
-
-def _is_plain_text(name: str) -> bool:
-    return name.endswith((".txt", ".txt.gz", ".txt.zst", ".txt.xz", ".txt.bz2"))

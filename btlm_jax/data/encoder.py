@@ -20,7 +20,6 @@ from btlm_jax.data.tokenizer import (
     tokenizer_directory,
     tokens_beyond,
 )
-from btlm_jax.utils.format import join_first
 
 # The files that define the tokenizer, and those that name its special tokens.
 TOKENIZER_FILES = (
@@ -66,7 +65,7 @@ class Encoder:
             check_vocabulary(tokenizer, vocab_size)
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = vocab_size or max(ids.values()) + 1
-        self._beyond = tokens_beyond(tokenizer, self.vocab_size)
+        self._beyond = bool(tokens_beyond(tokenizer, self.vocab_size))
         home = tokenizer_directory(source)
         self.files = {
             name: (home / name).read_bytes() for name in TOKENIZER_FILES if (home / name).is_file()
@@ -109,11 +108,11 @@ class Encoder:
                 "spaces or line ends into it, or divide it into documents"
             )
         array = np.array(ids[:length], np.uint32 if self._beyond else self.dtype)
-        if self._beyond and array.max(initial=0) >= self.vocab_size:
+        if self._beyond and (largest := int(array.max(initial=0))) >= self.vocab_size:
             raise ValueError(
-                f"the text contains {join_first(self._beyond, 4)}, for which a model of "
-                f"{self.vocab_size} tokens has no embedding: remove the token from the text, or "
-                "resize the model in transformers (resize_token_embeddings)"
+                f"the text contains {self._tokenizer.id_to_token(largest)!r} ({largest}), for "
+                f"which a model of {self.vocab_size} tokens has no embedding: remove the token from the "
+                "text, or resize the model in transformers (resize_token_embeddings)"
             )
         return array.astype(self.dtype, copy=False)
 

@@ -103,11 +103,17 @@ class _JsonSource:
     def peek(self) -> str:
         """Returns the next character that is not white space, "" at the end."""
         while True:
-            self._position = _WHITE_SPACE.match(self._text, self._position).end()  # type: ignore
+            self._position = self._end_of(_WHITE_SPACE)
             if self._position < len(self._text):
                 return self._text[self._position]
             if not self._fill():
                 return ""
+
+    def _end_of(self, pattern: re.Pattern[str]) -> int:
+        """Returns where a pattern ends that matches at the current position, if only nothing."""
+        match = pattern.match(self._text, self._position)
+        assert match is not None
+        return match.end()
 
     def expect(self, character: str) -> None:
         """Reads one character after white space."""
@@ -137,7 +143,7 @@ class _JsonSource:
         """Reads a string and yields it in pieces."""
         self.expect('"')
         while True:
-            end = _DECODABLE.match(self._text, self._position).end()  # type: ignore
+            end = self._end_of(_DECODABLE)
             if end > self._position:
                 piece = self._text[self._position : end]
                 self._position = end

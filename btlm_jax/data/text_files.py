@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
+from btlm_jax.utils.local_paths import local_path
+
 STDIN = "-"
 KINDS = (".jsonl", ".txt", ".parquet")
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
@@ -71,12 +73,12 @@ def expand_inputs(
     Raises:
       FileNotFoundError: a missing file, or a glob without matches.
       PermissionError: a file that may not be read.
-      ValueError: no inputs, a directory or a pipe, an unknown kind, an empty file, a file in the
-        target, or a file given twice.
+      ValueError: no inputs, a URL, a directory or a pipe, an unknown kind, an empty file, a file in
+        the target, or a file given twice.
     """
     patterns = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     names: list[str] = []
-    for name in [os.path.expanduser(os.fspath(pattern)) for pattern in patterns]:
+    for name in [os.fspath(local_path(pattern)) for pattern in patterns]:
         if name == STDIN or os.path.exists(name):
             names.append(name)
             continue
@@ -106,15 +108,21 @@ def expand_inputs(
     return files
 
 
+def kind_and_compression(name: str) -> tuple[str, str]:
+    """Returns the suffix of a file's kind, and that of its compression or ""."""
+    stem, suffix = os.path.splitext(os.path.basename(name))
+    if suffix in COMPRESSIONS:
+        return os.path.splitext(stem)[1], suffix
+    return suffix, ""
+
+
 def _describe(name: str, stdin_format: str, expected_kind: str | None) -> TextFile:
     if name == STDIN:
         return TextFile(name, None, expected_kind or f".{stdin_format}", "")
     path = Path(name)
     if path.is_dir():
         raise ValueError(f"{name} is a directory: name its files, such as '{name}/*.jsonl'")
-    stem, suffix = os.path.splitext(path.name)
-    compression = suffix if suffix in COMPRESSIONS else ""
-    kind = os.path.splitext(stem)[1] if compression else suffix
+    kind, compression = kind_and_compression(name)
     if expected_kind is not None and kind not in KINDS:
         kind = expected_kind
     if expected_kind not in (None, kind):

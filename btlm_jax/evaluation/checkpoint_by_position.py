@@ -70,7 +70,7 @@ def checkpoint_loss_by_position(
     if reading == "joined" and max_per_document is not None:
         raise ValueError(
             "--windows-per-document: documents that are joined have no windows of their own: leave "
-            "it out, or --documents joined"
+            "it out, or --documents separate"
         )
     meta = metadata.read_metadata(path)
     model = BTLM(meta.config, compute_dtype=dtype)

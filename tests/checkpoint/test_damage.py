@@ -155,7 +155,7 @@ def test_storage_that_fails_is_not_reported_as_damage(bytes_checkpoint, monkeypa
         try:
             raise OSError(errno.EIO, "Input/output error", "/a/b")
         except OSError:
-            raise KeyError("incompatible handler: <class 'PyTreeHandler'>")  # noqa: B904
+            raise KeyError("incompatible handler: <class 'PyTreeHandler'>")  # noqa: B904 (as Orbax raises it, which has no cause but a context)
 
     monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", fail)
     with pytest.raises(OSError, match="Input/output error"):
