@@ -111,8 +111,8 @@ class Encoder:
         if self._beyond and (largest := int(array.max(initial=0))) >= self.vocab_size:
             raise ValueError(
                 f"the text contains {self._tokenizer.id_to_token(largest)!r} ({largest}), for "
-                f"which a model of {self.vocab_size} tokens has no embedding: remove the token from the "
-                "text, or resize the model in transformers (resize_token_embeddings)"
+                f"which a model of {self.vocab_size} tokens has no embedding: remove the token "
+                "from the text, or resize the model in transformers (resize_token_embeddings)"
             )
         return array.astype(self.dtype, copy=False)
 

@@ -6,7 +6,6 @@ without saying whether the tokenizer adds them.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from btlm_jax.utils import paths
 from btlm_jax.utils.format import join_first
+from btlm_jax.utils.notices import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -135,13 +135,13 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     while start < end and is_added[start]:
         start += 1
     if end < len(ids):
-        _warn_once(
+        warn_once(
             f"the tokenizer adds {_token_texts(tokenizer, ids[end:])} after every text: left off "
             "prompts, which would otherwise be continued with another text"
         )
     bos, ids = ids[:start], ids[start:end]
     if bos and ids[: len(bos)] == bos:
-        _warn_once(
+        warn_once(
             f"a prompt begins with {_token_texts(tokenizer, bos)}: not added a second time, "
             "although the tokenizer adds it to every text"
         )
@@ -186,11 +186,6 @@ def check_text(text: Any) -> None:
 
 def _token_texts(tokenizer: Tokenizer, ids: list[int]) -> str:
     return " ".join(str(tokenizer.id_to_token(i)) for i in ids)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -23,9 +23,9 @@ from btlm_jax.generation.transformers_arguments import (
     WITHOUT_EFFECT,
     is_refused,
     known_arguments,
-    notice_once,
 )
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.utils.notices import warn_once
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -202,7 +202,7 @@ def _notice(path: str, changes: list[str], unsupported: list[str]) -> None:
         [f"not applied, because not supported: {', '.join(unsupported)}"] if unsupported else []
     )
     if parts:
-        notice_once(f"{path}: {'; '.join(parts)}")
+        warn_once(f"{path}: {'; '.join(parts)}")
 
 
 def _shortened(value: Any) -> str:

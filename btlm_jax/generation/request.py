@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.params import Params, is_unstacked
+from btlm_jax.utils.notices import warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -225,15 +225,10 @@ def warn_if_stacked(params: Params) -> None:
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     is_slow = size > _SMALL_BYTES and not is_unstacked(params)
     if is_slow and sharding.mesh_platform(sharding.mesh_of(params)) == "cpu":
-        _warn_once(
+        warn_once(
             f"{size / 1e9:.1f} GB of stacked weights decode several times slower on a CPU than "
             "unstacked ones, and are copied: load them with btlm.load(path, unstacked=True)"
         )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)
 
 
 def initial_capacity(max_slots: int) -> int:

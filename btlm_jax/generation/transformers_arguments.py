@@ -6,12 +6,10 @@ to use instead. Values that turn a feature off are accepted without a word.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from btlm_jax.utils.notices import warn_once
 
 _SPECULATION = "there is no speculative decoding, which changes the speed only"
 _COMPILATION = "decoding is always compiled"
@@ -122,9 +120,9 @@ def known_arguments(arguments: Mapping[str, Any], *, alibi: bool) -> dict[str, A
                     "position_ids: not supported by generate: positions follow from "
                     "attention_mask: leave it out"
                 )
-            notice_once("position_ids has no effect: ALiBi depends on distances only")
+            warn_once("position_ids has no effect: ALiBi depends on distances only")
         elif name in WITHOUT_EFFECT and not _is_off(name, value):
-            notice_once(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
+            warn_once(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
         elif name not in ("position_ids", *WITHOUT_EFFECT, *REFUSED):
             kept[name] = value
     return kept
@@ -136,9 +134,3 @@ def _is_off(name: str, value: Any) -> bool:
     if value is None or value is False or (isinstance(value, list | tuple) and not value):
         return True
     return name in _OFF and isinstance(value, bool | int | float | str) and value == _OFF[name]
-
-
-@functools.cache
-def notice_once(message: str) -> None:
-    """Logs a notice, once per process."""
-    logger.warning("%s", message)

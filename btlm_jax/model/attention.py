@@ -7,7 +7,6 @@ kernels.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -18,8 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, reshard
 
 from btlm_jax.model import alibi, attention_fused, attention_xla, context_parallel, remat, sharding
-
-logger = logging.getLogger(__name__)
+from btlm_jax.utils.notices import warn_once
 
 Implementation = Literal["xla", "splash", "cudnn"]
 FUSED: dict[str, Implementation] = {"tpu": "splash", "gpu": "cudnn"}  # by platform
@@ -255,9 +253,3 @@ def _warn_of_costs(chosen: Implementation, q, segments, num_shards: int) -> None
             f"attention 'cudnn' reads segments and split sequences as a mask: {size:,.0f} MiB for "
             f"{B} sequences of {T}"
         )
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """Logs a warning, once per process."""
-    logger.warning("%s", message)

@@ -8,11 +8,11 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from btlm_jax import cli, save
-from btlm_jax.generation.transformers_arguments import notice_once
+from btlm_jax.utils.notices import warn_once
 
 
 def run(capsys, *argv):
-    notice_once.cache_clear()
+    warn_once.cache_clear()
     code = cli.main(["generate", *map(str, argv)])
     out = capsys.readouterr()
     return code, out.out, out.err

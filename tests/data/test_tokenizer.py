@@ -7,7 +7,6 @@ import json
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from btlm_jax.data import tokenizer as tokenizer_lib
 from btlm_jax.data.tokenize import tokenize
 from btlm_jax.data.tokenizer import (
     MAX_PROMPT_CHARACTERS,
@@ -17,6 +16,7 @@ from btlm_jax.data.tokenizer import (
     load_tokenizer,
     tokenizers_match,
 )
+from btlm_jax.utils.notices import warn_once
 
 TEXT = "The quick brown fox, the lazy dog. Ünïcode 🙂\n\tand tabs"
 
@@ -128,7 +128,7 @@ def with_special_tokens(bpe, template: str) -> Tokenizer:
 
 
 def test_a_prompt_keeps_a_bos_and_loses_an_eos_that_the_tokenizer_adds(bpe, caplog):
-    tokenizer_lib._warn_once.cache_clear()
+    warn_once.cache_clear()
     plain = bpe.encode("the fox").ids
     assert encode_prompt(bpe, "the fox") == plain and not caplog.records
     both = with_special_tokens(bpe, "<s> $A </s>")

@@ -11,15 +11,15 @@ import pytest
 
 from btlm_jax import generate, generate_batch, load, load_tokenizer, save, stream
 from btlm_jax.generation.call_arguments import resolve_arguments, with_special_tokens_only
-from btlm_jax.generation.transformers_arguments import notice_once
 from btlm_jax.hf_generation_config import GenerationConfigFile
+from btlm_jax.utils.notices import warn_once
 
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 40.0}
 
 
 @pytest.fixture(autouse=True)
 def _fresh_notices():
-    notice_once.cache_clear()
+    warn_once.cache_clear()
 
 
 @pytest.fixture

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate, generate_batch
-from btlm_jax.generation.transformers_arguments import known_arguments, notice_once
+from btlm_jax.generation.transformers_arguments import known_arguments
+from btlm_jax.utils.notices import warn_once
 
 IDS = np.array([[1, 2, 3]])
 
 
 @pytest.fixture(autouse=True)
 def _fresh_notices():
-    notice_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def test_arguments_that_change_no_token_are_accepted(tiny, caplog):

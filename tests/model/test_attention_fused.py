@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from btlm_jax import make_mesh
 from btlm_jax.model import alibi, attention, attention_fused, context_parallel
+from btlm_jax.utils.notices import warn_once
 from support.golden import max_error
 
 
@@ -231,7 +232,7 @@ def test_the_implementation_is_chosen_or_refused_with_a_reason(caplog, monkeypat
     assert choose(x, requested=None, num_shards=1, platform="gpu") == "cudnn"
     assert choose(x, requested="xla", num_shards=1, platform="tpu") == "xla"
     assert not caplog.records
-    attention.warn_once.cache_clear()
+    warn_once.cache_clear()
     for _ in range(2):
         assert choose(x.astype(jnp.float32), requested=None, num_shards=1, platform="gpu") == "xla"
     (record,) = caplog.records
@@ -262,7 +263,7 @@ def test_splash_warns_of_padding(caplog):
     np.testing.assert_array_equal(
         kernel.fwd_mask_info.q_sequence.reshape(11, -1), context_parallel.device_positions(2816, 11)
     )
-    attention.warn_once.cache_clear()
+    warn_once.cache_clear()
     x = jax.ShapeDtypeStruct((1, 1, 1100, 8), jnp.bfloat16)
     attention.choose_implementation(x, None, None, None, 1, "tpu")
     assert "pads sequences from 1100 to 1152 (+10 % of its work)" in caplog.text
