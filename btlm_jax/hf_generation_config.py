@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from btlm_jax.utils import json_files
+
 FILE_NAME = "generation_config.json"
 
 
@@ -33,17 +35,7 @@ class GenerationConfigFile:
         Raises:
           ValueError: not a JSON object; the message names the file.
         """
-        try:
-            fields = json.loads(self.data.decode("utf-8-sig"))
-        except ValueError as e:
-            raise ValueError(
-                f"{self.path}: not valid JSON ({e}); copy it again, or remove it"
-            ) from e
-        if not isinstance(fields, dict):
-            raise ValueError(
-                f"{self.path}: found a JSON {type(fields).__name__}, expected an object"
-            )
-        return fields
+        return json_files.parse_object(self.data, self.path, "copy it again, or remove it")
 
     def special_tokens_only(self) -> GenerationConfigFile:
         """Returns the file without anything but its EOS and pad tokens.

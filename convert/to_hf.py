@@ -30,7 +30,7 @@ from btlm_jax.convert.hf.safetensors_writer import (
 )
 from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
-from btlm_jax.convert.to_orbax import check_finite
+from btlm_jax.convert.to_orbax import check_finite, recorded_nonfinite
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils import atomic, paths
 from btlm_jax.utils.format import DEFAULT_MEMORY
@@ -95,8 +95,7 @@ def export(
         )
     check_assets(meta)
     if meta.nonfinite and not allow_nonfinite:  # before anything is written
-        records = {name: {"nonfinite": n} for name, n in meta.nonfinite.items()}
-        check_finite(os.fspath(source), records, "export", allow_nonfinite)
+        check_finite(os.fspath(source), meta.nonfinite, "export", allow_nonfinite)
     config = _config_json(meta)
     threads = num_threads(max_memory, meta.largest_block)
     leaves = {leaf.hf_name: leaf for leaf in weights.disk_leaves(meta.config)}
@@ -140,7 +139,8 @@ def export(
                 stage.record(name, {"sha256": sha256, "nonfinite": digest.nonfinite})
 
             for_each_in_threads(unfinished, export_tensor, threads)
-        check_finite(os.fspath(source), stage.finished, "export", allow_nonfinite)
+        counts = recorded_nonfinite(stage.finished)
+        check_finite(os.fspath(source), counts, "export", allow_nonfinite)
         sha256 = {t.name: stage.finished[t.name]["sha256"] for t in tensors}
         for file in files.values():
             file.finish(sha256)

@@ -70,7 +70,7 @@ def load_hf(
     with Progress(total, "B", "load") as progress:
         load = _load_unstacked if unstacked else _load_stacked
         params = load(hf, model, mesh, dtype, progress)
-    if not allow_nonfinite and (counts := finite.count_nonfinite(params)):
+    if not allow_nonfinite and (counts := finite.nonfinite_by_array(params)):
         raise checkpoint.nonfinite_error(hf.directory, counts)
     return model, params
 

@@ -16,7 +16,7 @@ from btlm_jax.convert.hf.source import HFSource
 from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
-from btlm_jax.model import weights
+from btlm_jax.model import finite, weights
 from btlm_jax.utils import atomic
 from btlm_jax.utils.format import DEFAULT_MEMORY
 from btlm_jax.utils.process_memory import peak_rss
@@ -90,7 +90,7 @@ def convert(
 
             for_each_in_threads(unfinished, convert_tensor, threads)
         records = {leaf.hf_name: writer.finished(leaf) or {} for leaf in leaves}
-        check_finite(str(hf.directory), records, "convert", allow_nonfinite)
+        check_finite(str(hf.directory), recorded_nonfinite(records), "convert", allow_nonfinite)
     return ConversionReport(
         tensors=len(leaves),
         resumed=len(leaves) - len(unfinished),
@@ -130,30 +130,36 @@ def source_resume_key(hf: HFSource) -> dict[str, Any]:
     }
 
 
-def check_finite(source: str, records: Mapping[str, Any], verb: str, allowed: bool | None) -> None:
-    """Checks that the arrays that were written hold no NaN or Inf.
+def check_finite(source: str, counts: Mapping[str, int], verb: str, allowed: bool | None) -> None:
+    """Checks that arrays hold no NaN or Inf.
 
     Args:
       source: the source as the user named it.
-      records: the record of every array, by name, from `checkpoint.CheckpointWriter`.
+      counts: number of NaN and Inf by array, of those that hold any.
       verb: what is being done.
       allowed: log a warning instead of raising; None where that is impossible.
 
     Raises:
-      ValueError: some do; the message lists them with their counts.
+      ValueError: some do.
     """
-    nonfinite = [f"{name}: {r['nonfinite']}" for name, r in records.items() if r.get("nonfinite")]
-    if not nonfinite:
+    if not counts:
         return
-    more = "" if len(nonfinite) <= 8 else f"\n  and {len(nonfinite) - 8} more"
-    message = (
-        f"{source} holds NaN or Inf in {len(nonfinite)} tensors:\n  "
-        + "\n  ".join(nonfinite[:8])
-        + more
-    )
-    if not allowed:
-        advice = f"Pass allow_nonfinite=True to {verb} them unchanged"
-        if allowed is None:
-            advice = f"They cannot be used to {verb}: take an earlier checkpoint, or the original"
-        raise ValueError(f"{message}\n{advice}")
-    logger.warning("%s", message)
+    message = f"{source} holds {finite.describe_nonfinite(counts)}"
+    if allowed:
+        logger.warning("%s", message)
+        return
+    advice = f"pass allow_nonfinite=True to {verb} them unchanged"
+    if allowed is None:
+        advice = f"they cannot be used to {verb}: take an earlier checkpoint, or the original"
+    raise ValueError(f"{message}; {advice}")
+
+
+def recorded_nonfinite(records: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the number of NaN and Inf by array, of those that hold any.
+
+    Args:
+      records: the record of every array, by name, from `checkpoint.CheckpointWriter`.
+    """
+    return {
+        name: record["nonfinite"] for name, record in records.items() if record.get("nonfinite")
+    }

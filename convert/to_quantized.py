@@ -25,7 +25,12 @@ from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
 from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.convert.threads import for_each_in_threads, num_threads_holding
 from btlm_jax.convert.to_hf import check_assets
-from btlm_jax.convert.to_orbax import check_finite, source_origin, source_resume_key
+from btlm_jax.convert.to_orbax import (
+    check_finite,
+    recorded_nonfinite,
+    source_origin,
+    source_resume_key,
+)
 from btlm_jax.model import weights
 from btlm_jax.utils import atomic
 from btlm_jax.utils.format import DEFAULT_MEMORY
@@ -122,7 +127,7 @@ def quantize(
                 threads,
             )
         records = {x.hf_name: writer.finished(x) or {} for x in stored}
-        check_finite(os.fspath(source), records, "quantize", None)
+        check_finite(os.fspath(source), recorded_nonfinite(records), "quantize", None)
     errors = metadata.read_metadata(target).errors
     return ConversionReport(
         tensors=len(stored),
@@ -166,10 +171,8 @@ def _open_floats(source: str | os.PathLike[str], revision: str | None) -> FloatC
             "made from"
         )
     check_assets(meta)
-
-    if meta.nonfinite:  # before anything is written
-        records = {name: {"nonfinite": n} for name, n in meta.nonfinite.items()}
-        check_finite(os.fspath(source), records, "quantize", None)
+    # Before anything is written.
+    check_finite(os.fspath(source), meta.nonfinite or {}, "quantize", None)
 
     def from_orbax(leaf: weights.DiskLeaf, width: int) -> Iterator[np.ndarray]:
         digest = zarr.Digest()

@@ -224,7 +224,7 @@ def nonfinite_in_state(state: TrainState) -> dict[str, int]:
     ]
     whole = len(on_device) == len(jax.tree.leaves(state.opt_state))
     checked = {"weights": state.params, "optimizer": state.opt_state if whole else on_device}
-    return finite.count_nonfinite(checked)
+    return finite.nonfinite_by_array(checked)
 
 
 def restore_train_state(

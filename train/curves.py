@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from btlm_jax.train.recipe import Recipe
 from btlm_jax.train.recipe_build import build_config, build_param_groups
 from btlm_jax.train.recipe_file import parse_recipe
 from btlm_jax.train.run_directory import RECIPE_FILE
+from btlm_jax.utils import json_files
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,10 @@ def read_training_run(directory: str | Path) -> TrainingRun:
         raise FileNotFoundError(
             f"{directory}: no {RECIPE_FILE}: expected a directory of `btlm train`"
         )
-    recipe = parse_recipe(json.loads(file.read_text())["recipe"])
+    values = json_files.read_object(file, "copy the run directory again")
+    if "recipe" not in values:
+        raise ValueError(f"{file} holds no recipe: copy the run directory again")
+    recipe = parse_recipe(values["recipe"])
     lines = [line for line in read_metrics(directory / METRICS_FILE) if "loss" in line]
     if len(lines) < 2:
         raise ValueError(

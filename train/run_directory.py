@@ -21,12 +21,16 @@ from btlm_jax.checkpoint.assets import asset_files
 from btlm_jax.train.distributed import gather_text, raise_together
 from btlm_jax.train.feed import TrainingData
 from btlm_jax.train.metrics import METRICS_FILE, read_metrics
-from btlm_jax.utils import atomic
+from btlm_jax.utils import atomic, json_files
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.json"
 LOCK_FILE = "run.lock"
+_RESTORE = (
+    "restore it from a backup, or name another directory (model.checkpoint can start from this "
+    "run's weights)"
+)
 
 _PATH_KEYS = ("train", "held_out")  # of section `data`; their contents are compared by fingerprint
 _VISIBLE_WITHIN = 60.0  # seconds for which network file systems cache that a file does not exist
@@ -118,18 +122,18 @@ class RunDirectory:
 
     def _trains_first_tokens(self) -> bool:
         """Returns whether the run of the directory counts the first tokens of documents."""
-        existing = json.loads(self._recipe.read_text())
-        return trained_documents.read_trained_documents(existing).first_tokens
+        return trained_documents.read_trained_documents(self._existing()).first_tokens
+
+    def _existing(self) -> dict[str, Any]:
+        """Returns the identity of the run that the directory belongs to."""
+        return json_files.read_object(self._recipe, _RESTORE)
 
     def _changes(self) -> list[str]:
         """Returns the differences from the recipe and data that the directory belongs to."""
         try:
-            existing = _unchangeable(json.loads(self._recipe.read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{self._recipe} is damaged: restore it from a backup, or name another directory "
-                "(model.checkpoint can start from this run's weights)"
-            ) from None
+            existing = _unchangeable(self._existing())
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{self._recipe} is no recipe of a run: {_RESTORE}") from None
         return sorted(_differences(existing, _unchangeable(self._identity)))
 
     def _lock(self) -> str:

@@ -303,7 +303,7 @@ def load(
 def _check_finite(meta: metadata.CheckpointMetadata, params: Any, allowed: bool) -> None:
     """Checks weights whose checkpoint does not record whether they are finite."""
     unknown = meta.nonfinite is None and not allowed
-    if unknown and (counts := finite.count_nonfinite(params)):
+    if unknown and (counts := finite.nonfinite_by_array(params)):
         raise nonfinite_error(meta.path, counts)
 
 
@@ -312,7 +312,7 @@ def nonfinite_error(path: metadata.PathLike, counts: Mapping[str, int]) -> Value
 
     Args:
       path: the checkpoint.
-      counts: as from `finite.count_nonfinite`.
+      counts: as from `finite.nonfinite_by_array`.
     """
     return ValueError(
         f"{path} holds {finite.describe_nonfinite(counts)}, from which nothing can be computed: "

@@ -208,9 +208,9 @@ def _read_json(directory: epath.Path, name: str) -> dict[str, Any]:
     except IsADirectoryError:
         raise damage.damaged_error(directory, f"{name} is a directory") from None
     try:
-        return json_files.parse_object(data, name, "")
+        return json_files.parse_object(data, name)
     except ValueError as e:
-        raise damage.damaged_error(directory, str(e).removesuffix(": ")) from None
+        raise damage.damaged_error(directory, e) from None
 
 
 def _read_arrays(

@@ -21,7 +21,7 @@ from btlm_jax.data.tokenizer import encode_prompt
 from btlm_jax.generation.continuous_batching import GenerationResult
 from btlm_jax.generation.detokenize import detokenize_continuation
 from btlm_jax.generation.result_journal import encode_line, finish_journal
-from btlm_jax.utils.format import format_bytes
+from btlm_jax.utils.format import format_bytes, list_first
 
 _MAX_FILE_BYTES = 128 << 20  # with tokens, 14 bytes of memory for each
 # At most this many bad lines are listed.
@@ -81,10 +81,7 @@ def read_prompt_lines(
         except ValueError as e:
             errors.append(f"{name}: {e}")
     if errors:
-        more = len(errors) - _MAX_LISTED
-        raise ValueError(
-            "\n".join(errors[:_MAX_LISTED]) + (f"\n... and {more} more" if more > 0 else "")
-        )
+        raise ValueError(f"{source}: lines that cannot be used:{list_first(errors, _MAX_LISTED)}")
     if not objects:
         raise ValueError(
             f'{source}: found no line, expected JSON lines such as {{"prompt": "..."}}'

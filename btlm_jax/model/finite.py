@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from btlm_jax.model import sharding
+from btlm_jax.utils.format import join_first
 
 _NAMED = 3  # arrays that a message names
 
 
-def count_nonfinite(tree: Any) -> dict[str, int]:
+def nonfinite_by_array(tree: Any) -> dict[str, int]:
     """Returns the number of NaN and Inf of the arrays of a tree that hold any, by their names.
 
     Arrays are read where they are; all processes that share them get the same result.
@@ -42,19 +43,6 @@ def _count(x: jax.Array) -> jax.Array:
 
 def describe_nonfinite(counts: Mapping[str, int]) -> str:
     """Returns a clause such as "NaN or Inf in 2 arrays (wte: 3, blocks/ln_1/bias: 64)"."""
-    shown: Iterable[str] = [f"{name}: {n}" for name, n in list(counts.items())[:_NAMED]]
-    more = ", …" if len(counts) > _NAMED else ""
     arrays = "array" if len(counts) == 1 else "arrays"
-    return f"NaN or Inf in {len(counts)} {arrays} ({', '.join(shown)}{more})"
-
-
-def require_finite(tree: Any, name: Any, advice: str) -> None:
-    """Raises ValueError if an array holds NaN or Inf.
-
-    Args:
-      tree: the arrays.
-      name: what they are, for the message.
-      advice: what to do about it.
-    """
-    if counts := count_nonfinite(tree):
-        raise ValueError(f"{name} holds {describe_nonfinite(counts)}: {advice}")
+    named = join_first((f"{name}: {n}" for name, n in counts.items()), _NAMED)
+    return f"NaN or Inf in {len(counts)} {arrays} ({named})"

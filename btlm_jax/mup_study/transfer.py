@@ -30,7 +30,7 @@ from btlm_jax.mup_study.parametrization import (
 )
 from btlm_jax.mup_study.transfer_report import write_transfer
 from btlm_jax.mup_study.transfer_result import COMPARED, SweepRun, Transfer, stored_name
-from btlm_jax.utils import atomic, plots
+from btlm_jax.utils import atomic, json_files, plots
 from btlm_jax.utils.format import finite_json
 from btlm_jax.utils.progress import Progress
 
@@ -156,7 +156,8 @@ def _claim_directory(directory: Path, settings: dict[str, Any]) -> None:
     """Records the settings in a new directory, or compares them with those of an old one."""
     file = directory / _SETTINGS
     if file.exists():
-        before, now = json.loads(file.read_text()), json.loads(json.dumps(settings))
+        before = json_files.read_object(file, "choose another directory")
+        now = json.loads(json.dumps(settings))
         if changed := [k for k in {**before, **now} if before.get(k) != now.get(k)]:
             raise ValueError(
                 f"{directory} holds a sweep that differs in {', '.join(changed)} (found "

@@ -22,25 +22,27 @@ def read_object(file: str | os.PathLike[str], fix: str) -> dict[str, Any]:
     return parse_object(Path(file).read_bytes(), file, fix)
 
 
-def parse_object(data: bytes | str, file: str | os.PathLike[str], fix: str) -> dict[str, Any]:
+def parse_object(
+    data: bytes, file: str | os.PathLike[str], fix: str | None = None
+) -> dict[str, Any]:
     """Parses the contents of a JSON file.
 
     Args:
       data: the contents.
-      file, fix: as for `read_object`.
+      file: where they are from, for the error.
+      fix: as for `read_object`; None leaves it to the caller.
 
     Raises:
       ValueError: as `read_object`.
     """
-    name = os.fspath(file)
-    data = data.encode() if isinstance(data, str) else data
+    name, advice = os.fspath(file), f": {fix}" if fix else ""
     if not data.strip(b" \t\r\n\0"):
         found = "is empty" if not data else "holds nothing but blanks or zero bytes"
-        raise ValueError(f"{name} {found}: {fix}")
+        raise ValueError(f"{name} {found}{advice}")
     try:
-        value = json.loads(data.decode())
+        value = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{name} is damaged, not JSON ({e}): {fix}") from None
+        raise ValueError(f"{name} is damaged, not JSON ({e}){advice}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{name} holds no JSON object: {fix}")
+        raise ValueError(f"{name} holds no JSON object{advice}")
     return value

@@ -65,7 +65,7 @@ class HFSource:
     assets: tuple[Path, ...]
     description: str
     identities: Mapping[Path, tuple[int, int]]
-    aliases: Mapping[str, str] = MappingProxyType({})
+    aliases: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     _torch_files: Mapping[Path, TorchFile] = field(default_factory=dict, repr=False, compare=False)
 

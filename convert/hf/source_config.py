@@ -23,7 +23,7 @@ from btlm_jax.convert.hf.tensor_names import (
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from btlm_jax.hf_config_values import language_model_config
 from btlm_jax.model import weights
-from btlm_jax.utils.format import join_first
+from btlm_jax.utils.format import join_first, list_first
 
 logger = logging.getLogger(__name__)
 
@@ -112,33 +112,21 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
         if str(info.dtype) not in weights.STORED_DTYPES:
             expected_dtypes = " or ".join(weights.STORED_DTYPES)
             dtypes.append(f"{name}: found dtype {info.dtype}, expected {expected_dtypes}")
-    problems = [
-        *_first_lines([f"missing: {n}" for n in missing]),
-        *_first_lines([f"unexpected: {n}" for n in unexpected]),
-        *_first_lines(shapes),
-        *_first_lines(dtypes),
-    ]
+    groups = ([f"missing: {n}" for n in missing], [f"unexpected: {n}" for n in unexpected])
+    problems = "".join(list_first(group, 4) for group in (*groups, shapes, dtypes))
     if dtypes:
-        problems.append(UNQUANTIZED)
+        problems += f"\n  {UNQUANTIZED}"
     if missing == [LM_HEAD]:
-        problems.append(
-            "Fix: set tie_word_embeddings to true in config.json if the head is the embedding"
+        problems += (
+            "\n  Fix: set tie_word_embeddings to true in config.json if the head is the embedding"
         )
     if problems:
-        raise ValueError(
-            f"{hf.directory}: the weights do not match config.json:\n  " + "\n  ".join(problems)
-        )
+        raise ValueError(f"{hf.directory}: the weights do not match config.json:{problems}")
     if LM_HEAD in optional and LM_HEAD in hf.tensors and not _same_bits(hf, LM_HEAD, EMBEDDING):
         raise ValueError(
             f"{hf.directory}: tie_word_embeddings is true, but {LM_HEAD} differs from {EMBEDDING}; "
             "set tie_word_embeddings to false in config.json if the head is untied intentionally"
         )
-
-
-def _first_lines(lines: list[str]) -> list[str]:
-    """Returns the first lines, and a line with the number of the others."""
-    limit = 4
-    return lines[:limit] + [f"and {len(lines) - limit} more"] * (len(lines) > limit)
 
 
 def _same_bits(hf: HFSource, a: str, b: str) -> bool:

@@ -58,12 +58,12 @@ def model_names(stored: Iterable[str]) -> ModelNames:
     stored = list(stored)
     if adapters := [n for n in stored if _ADAPTERS.search(n)]:
         raise ValueError(
-            f"holds an unmerged adapter ({adapters[0]!r} and {len(adapters) - 1} more): merge it "
+            f"holds an unmerged adapter ({join_first(map(repr, adapters), 1)}): merge it "
             "first, with model.merge_and_unload() of PEFT, and save the result"
         )
     if quantized := [n for n in stored if _QUANTIZED.search(n)]:
         raise ValueError(
-            f"holds quantized weights ({quantized[0]!r} and {len(quantized) - 1} more), which "
+            f"holds quantized weights ({join_first(map(repr, quantized), 1)}), which "
             "cannot be converted: use the original model, or dequantize it and save it in floats"
         )
     inner = {name: _INSERTED.sub("", name) for name in stored}

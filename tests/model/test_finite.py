@@ -21,7 +21,7 @@ def test_only_arrays_that_hold_nan_or_inf_are_counted(sharded):
     place = None
     if sharded:
         place = jax.NamedSharding(btlm.make_mesh(fsdp=8), jax.P("fsdp"))
-    counts = finite.count_nonfinite(jax.tree.map(lambda x: jax.device_put(x, place), tree))
+    counts = finite.nonfinite_by_array(jax.tree.map(lambda x: jax.device_put(x, place), tree))
     assert counts == {"a/b": 3, "c": 16}
     text = finite.describe_nonfinite(counts)
     assert text == "NaN or Inf in 2 arrays (a/b: 3, c: 16)"
