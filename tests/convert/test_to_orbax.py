@@ -314,20 +314,20 @@ def test_nan_and_inf_are_refused_or_kept_bit_for_bit(dtype, nan, inf, tmp_path, 
             tensors[name].reshape(-1).view(bits)[-count:] = value
 
     source = write_one_layer_model(tmp_path / "hf", dtype=dtype, change=change)
-    with pytest.raises(ValueError, match="NaN or Inf in 2 tensors") as error:
+    named = [f"{name}: {count}" for name, (_, count) in counts.items()]
+    with pytest.raises(ValueError, match="NaN or Inf in 2 arrays") as error:
         convert(source, tmp_path / "c")
-    lines = [line.strip() for line in str(error.value).splitlines()]
-    assert sorted(lines[1:-1]) == [f"{name}: {count}" for name, (_, count) in counts.items()]
-    assert "allow_nonfinite=True" in lines[-1]
+    assert all(text in str(error.value) for text in named)
+    assert "pass allow_nonfinite=True to convert them unchanged" in str(error.value)
     assert not (tmp_path / "c").exists()
     caplog.clear()
     report = convert(source, tmp_path / "c", allow_nonfinite=True)
     assert report.resumed == report.tensors and report.dtypes == {dtype.name: report.tensors}
     warned = "".join(r.getMessage() for r in caplog.records if r.levelname == "WARNING")
-    assert all(f"{name}: {count}" in warned for name, (_, count) in counts.items())
+    assert all(text in warned for text in named)
     convert(source, tmp_path / "uninterrupted", allow_nonfinite=True)
     assert_complete(tmp_path / "c", tmp_path / "uninterrupted")
-    with pytest.raises(ValueError, match=r"Pass allow_nonfinite=True to export them unchanged"):
+    with pytest.raises(ValueError, match=r"pass allow_nonfinite=True to export them unchanged"):
         export(tmp_path / "c", tmp_path / "back")
     assert not list(tmp_path.glob("*back*"))
     with pytest.raises(ValueError, match=r"NaN or Inf in 2 arrays .* take an earlier checkpoint"):

@@ -198,10 +198,11 @@ def test_bad_lines_are_named_before_the_weights_are_loaded(
     source.write_text("".join(f"{line}\n" for line in ['{"prompt": "fine"}', *BAD]))
     code, out, err = run(capsys, bytes_checkpoint, "--input", source, "--output", target)
     assert code == 2 and not out and [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
-    *lines, last = err.removeprefix("btlm: error: ").splitlines()
+    first, *lines, last = err.removeprefix("btlm: error: ").splitlines()
+    assert first == f"{source}: lines that cannot be used:"
     for n, (line, message) in enumerate(zip(lines, BAD.values(), strict=False), 2):
-        assert line.startswith(f"{source}:{n}: {message}")
-    assert last == "... and 1 more" and len(lines) == len(BAD) - 1
+        assert line.strip().startswith(f"{source}:{n}: {message}")
+    assert last.strip() == "and 1 more" and len(lines) == len(BAD) - 1
 
 
 @pytest.mark.parametrize(

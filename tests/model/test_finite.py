@@ -29,4 +29,4 @@ def test_only_arrays_that_hold_nan_or_inf_are_counted(sharded):
 
 def test_a_long_list_is_cut():
     text = finite.describe_nonfinite({str(i): 1 for i in range(9)})
-    assert text == "NaN or Inf in 9 arrays (0: 1, 1: 1, 2: 1, …)"
+    assert text == "NaN or Inf in 9 arrays (0: 1, 1: 1, 2: 1 and 6 more)"
