@@ -17,7 +17,7 @@ BANNED = {
     "a free relative": r"\b(?:[Tt]hat which|(?:[Ss]ays|is) what (?:is|has|it|a|the)\b)",
     "as it rests, lies, stands": r"\bas (?:it|they) (?:rests?|lies?|stands?)\b",
     "at rest, anew, one's own": r"\b(?:at rest|anew|one's own)\b",
-    "goes on, gone on": r"\b(?:goes|gone|went) on (?:with|from|where|to|in)\b|\bgo on with\b",
+    "go on for continue": r"\b(?:go|goes|going|gone|went) on\b",
     "found out, meant, told": r"\b(?:be found out|(?:is|are) meant\b(?! to)|(?:is|are) told)\b",
     "British spelling": r"\b\w*(?:quanti|parametri|initiali|normali|optimi)s(?:e|ed|ing|ation)\b",
     "what is of something": r"\b[Ww]hat is of\b|\bis of (?:a|the) (?:run|model|checkpoint)\b",

@@ -144,7 +144,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:
-        """Turns the error of a failed save into one that says where and how to go on."""
+        """Turns the error of a failed save into one that says where, and how to resume."""
         try:
             yield
         except damage.NOT_DAMAGE:

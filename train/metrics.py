@@ -30,7 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 _MOST_WAITING = 16 << 20  # bytes of lines that wait in memory for room on the disk
 _CLOSE_SECONDS = 30.0
 _FLUSH_SECONDS = 5.0  # between flushes of TensorBoard's file, which each wait for the disk
-_OTHERS_GO_ON = f"training goes on, and {METRICS_FILE} has every value"
+_OTHERS_CONTINUE = f"training continues, and {METRICS_FILE} has every value"
 
 # Writes the values of a step.
 _Write = Callable[[int, Mapping[str, float]], Any]
@@ -64,10 +64,10 @@ class MetricsLog:
             logger.info("no TensorBoard files: pip install 'btlm-jax[train]' installs tensorboardX")
         else:
             folder = directory / "tensorboard"
-            self._add(f"TensorBoard's files in {folder}", _OTHERS_GO_ON, _Board(folder, step))
+            self._add(f"TensorBoard's files in {folder}", _OTHERS_CONTINUE, _Board(folder, step))
         if wandb_project:
             run = _WandbRun(directory, recipe, wandb_project)
-            self._add("Weights & Biases (run.wandb_project)", _OTHERS_GO_ON, run)
+            self._add("Weights & Biases (run.wandb_project)", _OTHERS_CONTINUE, run)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Hands over a line, and a point of every curve; they are written soon after."""
@@ -103,7 +103,7 @@ class _LinesFile:
                 raise
             if not self._failing:
                 logger.warning(
-                    "%s cannot be written (%s): training goes on, and the lines wait in memory "
+                    "%s cannot be written (%s): training continues, and the lines wait in memory "
                     "until it can", self._path, e.strerror,
                 )  # fmt: skip
             self._failing = True

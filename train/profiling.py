@@ -59,5 +59,5 @@ class StepProfiler:
     def _attempt(self, call: Callable[[], Any]) -> None:
         """Calls the profiler; its failure ends the trace, not the run."""
         name = f"the trace in {self._directory}"
-        cost = "training goes on without a trace"
+        cost = "training continues without a trace"
         self._tracing = side_output.attempt(name, cost, call, _SECONDS)

@@ -55,7 +55,7 @@ class Samples:
         except Exception as e:  # all processes run the same program, and fail alike
             self._given_up = True
             logger.warning(
-                "step %d: no sample (%s); training goes on without", step, describe_error(e)
+                "step %d: no sample (%s); training continues without it", step, describe_error(e)
             )
         else:
             if jax.process_index() == 0:

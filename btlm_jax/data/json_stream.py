@@ -186,9 +186,9 @@ class _JsonSource:
             match = _SCALAR.match(self._text, self._position)
             end = match.end() if match else self._position
             size = len(self._text) - self._position
-            # It may go on in the next block, also after "." or "e+".
-            may_go_on = end + 2 >= len(self._text) or (match is None and size < len("-Infinity"))
-            if may_go_on and size < _LONGEST_SCALAR and not self._ended:
+            # It may continue in the next block, also after "." or "e+".
+            may_continue = end + 2 >= len(self._text) or (match is None and size < len("-Infinity"))
+            if may_continue and size < _LONGEST_SCALAR and not self._ended:
                 self._fill()
                 continue
             if match is None:

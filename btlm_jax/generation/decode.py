@@ -162,7 +162,7 @@ def check_logprobs(options: GenerationOptions, logprobs: np.ndarray) -> None:
 
     Raises:
       FloatingPointError: one is NaN, so that the tokens mean nothing; not if
-        `remove_invalid_values` asks to go on.
+        `remove_invalid_values` asks to continue.
     """
     if np.isnan(logprobs).any() and not options.remove_invalid_values:
         raise FloatingPointError(

@@ -48,7 +48,7 @@ class Progress:
         self._bar: tqdm | None = None
         self._output: SideOutput | None = None
         if shown and sys.stderr is not None and sys.stderr.isatty():
-            # A terminal may be closed, or stopped with Ctrl-S; the work goes on.
+            # A terminal may be closed, or stopped with Ctrl-S; the work continues.
             self._output = SideOutput(
                 "the progress bar", "it is no longer shown", self._close_bar, patience=1.0
             )

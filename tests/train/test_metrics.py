@@ -69,7 +69,7 @@ def test_a_full_disk_under_tensorboard_costs_only_its_curves(tmp_path, monkeypat
     assert len(read_metrics(tmp_path / METRICS_FILE)) == 8
     (message,) = [r.getMessage() for r in caplog.records]
     assert f"TensorBoard's files in {tmp_path}/tensorboard: [Errno 28] No space left" in message
-    assert message.endswith("training goes on, and metrics.jsonl has every value")
+    assert message.endswith("training continues, and metrics.jsonl has every value")
 
 
 def test_lines_wait_for_room_on_a_full_disk_and_none_is_lost(tmp_path, monkeypatch, caplog):
