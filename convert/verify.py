@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import math
 from collections.abc import Iterable
 
@@ -20,6 +21,8 @@ from btlm_jax.convert.verifiable import VerifiableCheckpoint, open_for_verificat
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns
 from btlm_jax.utils.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 Difference = tuple[str, str]  # (tensor, file or configuration field, description)
 
@@ -76,8 +79,14 @@ def verify(
 
     Raises:
       FileNotFoundError, ValueError: a source is not a checkpoint; there is no `b` and `a` records
-        no hashes; or the two have different quantizations.
+        no hashes, or `atol` or `logits` is given; or the two have different quantizations.
     """
+    if b is None and (atol is not None or logits):
+        given = f"atol={atol}" if atol is not None else f"logits={logits}"
+        raise ValueError(
+            f"{given} does nothing without a second checkpoint: name one, or omit it; alone, a "
+            "checkpoint is compared with the hashes that it records"
+        )
     first = open_for_verification(a)
     if b is None:
         return _verify_records(first, max_memory)
@@ -90,7 +99,9 @@ def verify(
     differences += unmatched
     unequal, sha256 = _compare_tensors(first, second, common, atol, max_memory)
     differences += unequal
-    if logits and same_config:
+    if logits and not same_config:
+        logger.warning("logits=True: not compared, because the configurations differ")
+    elif logits:
         differences += _logits_differences(a, b, first.config, atol)
     nbytes = sum(map(first.nbytes, common))
     return Verification(len(first.disk_leaves), nbytes, tuple(differences), weights_digest(sha256))

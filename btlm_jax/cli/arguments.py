@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import math
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -134,6 +135,35 @@ def mesh_from_overrides(overrides: Sequence[str], axes: Sequence[str] = _MESH_AX
 
     wanted = None if -1 in sizes.values() else max(1, math.prod(sizes.values()))
     return sharding.make_mesh(**sizes, devices=jax.devices()[:wanted])
+
+
+def refuse_ignored_options(command: Any, needs: Mapping[str, Sequence[str]]) -> None:
+    """Refuses options that do nothing because those that they belong to were not given.
+
+    Args:
+      command: an instance of a command's dataclass.
+      needs: the fields of such options, each with the fields of which it needs one.
+
+    Raises:
+      ValueError: an option differs from its default, and none of those that it needs does.
+    """
+    for name, others in needs.items():
+        if is_given(command, name) and not any(is_given(command, other) for other in others):
+            options = " or ".join(map(option_of, others))
+            raise ValueError(
+                f"{option_of(name)} needs {options}: add it, or omit {option_of(name)}"
+            )
+
+
+def is_given(command: Any, name: str) -> bool:
+    """Returns whether the field of a command's dataclass differs from its default."""
+    default = next(f.default for f in dataclasses.fields(command) if f.name == name)
+    return getattr(command, name) != default
+
+
+def option_of(name: str) -> str:
+    """Returns the option of a field: "--batch-size" for "batch_size"."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check_output(file: Path | None, suffix: str | None = None) -> None:

@@ -19,6 +19,7 @@ from btlm_jax.cli.arguments import (
     Target,
     Text,
     check_output,
+    refuse_ignored_options,
     write_json,
 )
 from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns, format_bytes
@@ -57,6 +58,7 @@ class Convert:
         from btlm_jax.checkpoint.quantization import Quantization
         from btlm_jax.convert import convert, quantize
 
+        refuse_ignored_options(self, {"quantize_embedding": ("quantize",)})
         options: Any = dict(
             revision=self.revision, max_memory=self.max_memory, overwrite=self.overwrite
         )
@@ -165,9 +167,9 @@ class Info:
         from btlm_jax.perf import accounting
         from btlm_jax.utils import paths, plots
 
-        for name in ("png", "json"):
-            if getattr(self, name) is not None and not self.compare:
-                raise ValueError(f"--{name}: found no --compare, which it needs: add it")
+        refuse_ignored_options(self, {"png": ("compare",), "json": ("compare",)})
+        if self.length < 0:
+            raise ValueError(f"--length: found {self.length}, expected a number of tokens, or 0")
         check_output(self.json)
         check_output(self.png, ".png")
         if self.png is not None:

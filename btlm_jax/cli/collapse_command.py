@@ -42,7 +42,10 @@ class Collapse:
         check_output(self.png, ".png")
         if not self.runs:
             raise ValueError("runs: found none, expected directories of `btlm train`")
-        runs = {run.name: run for run in map(curves.read_training_run, dict.fromkeys(self.runs))}
+        for i, directory in enumerate(self.runs):
+            if directory.resolve() in {other.resolve() for other in self.runs[:i]}:
+                raise ValueError(f"{directory} is given twice, and would count twice: name it once")
+        runs = {run.name: run for run in map(curves.read_training_run, self.runs)}
         finished = {name: run.curve for name, run in runs.items() if run.finished}
         running = {name: run.curve for name, run in runs.items() if not run.finished}
         found = collapse_report.judge_runs(finished, running)

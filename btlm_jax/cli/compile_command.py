@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import re
 from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
@@ -16,7 +18,29 @@ from btlm_jax.cli.arguments import (
     RecipeName,
     Scheme,
     check_output,
+    is_given,
+    option_of,
+    refuse_ignored_options,
     write_json,
+)
+from btlm_jax.utils.format import join_first
+
+logger = logging.getLogger(__name__)
+
+# Options that only refine others.
+_NEEDS = {
+    "quantize": ("decode",),
+    "cache_dtype": ("decode",),
+    "keep": ("fit",),
+    "attempts": ("fit", "table"),
+    "jobs": ("fit", "table"),
+}
+# Values of a recipe that the search chooses, and those that the compiled programs depend on.
+_SEARCHED = re.compile(r"mesh\..*|phases\.\d+\.microbatch|run\.(remat|tokens_per_device)")
+_READ_BY_DECODING = re.compile(r"model\.(?!init_truncation)|mesh\.|run\.(compute_dtype|attention)$")
+_READ_BY_TRAINING = re.compile(
+    r"model\.(?!init_truncation)|mesh\.|phases\.|optimizer\.|data\.mask_documents$"
+    r"|run\.(compute_dtype|attention|remat|offload_optimizer|tokens_per_device)$"
 )
 
 
@@ -78,6 +102,7 @@ class Compile:
         check_output(self.table)
         topologies.prepare_compiler()
         recipe = recipe_file.load_recipe(self.recipe, self.set)
+        self._name_ignored_overrides()
         if self.table is not None:
             lines = fit_table.write_fit_table(
                 self.table, recipe, attempts=self.attempts, jobs=self.jobs
@@ -91,18 +116,40 @@ class Compile:
             write_json(self.json, self._compile_phases(recipe, topology))
 
     def _refuse_ignored_options(self) -> None:
+        if self.table is not None:
+            kept = ("recipe", "set", "attempts", "jobs", "table")
+            for name in (f.name for f in dataclasses.fields(self)):
+                if name not in kept and is_given(self, name):
+                    raise ValueError(
+                        f"--table: found {option_of(name)} too, which it ignores: remove one"
+                    )
         if self.decode and (self.fit or self.phase is not None):
             option = "--fit" if self.fit else "--phase"
             raise ValueError(f"--decode: found {option} too, which is for training: remove one")
-        for name in ("quantize", "cache_dtype"):
-            if getattr(self, name) is not None and not self.decode:
-                raise ValueError(f"--{name.replace('_', '-')} needs --decode: add it")
         for name in ("batch_size", "capacity"):
-            if getattr(self, name) is not None and not self.decode:
+            if is_given(self, name) and not self.decode:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} needs --decode; for training set the sizes of the "
+                    f"{option_of(name)} needs --decode; for training set the sizes of the "
                     "recipe: --set phases.0.batch_size=N, --set phases.0.length=N"
                 )
+        refuse_ignored_options(self, _NEEDS)
+        if self.fit or self.table is not None:
+            for key in filter(_SEARCHED.fullmatch, self._overridden()):
+                option = "--fit" if self.fit else "--table"
+                raise ValueError(f"--set {key}: found {option} too, which searches it: remove one")
+
+    def _name_ignored_overrides(self) -> None:
+        """Logs the overrides that have no influence on the program."""
+        read = _READ_BY_DECODING if self.decode else _READ_BY_TRAINING
+        if ignored := [key for key in self._overridden() if not read.match(key)]:
+            step = "a decoding step" if self.decode else "the training step"
+            logger.warning(
+                "--set %s does nothing here: it does not change the program of %s",
+                join_first(ignored, 4), step,
+            )  # fmt: skip
+
+    def _overridden(self) -> list[str]:
+        return [override.partition("=")[0].strip() for override in self.set]
 
     def _compile_decoding(self, recipe: Any, topology: Any) -> dict[str, Any]:
         from btlm_jax.checkpoint.quantization import Quantization

@@ -150,9 +150,9 @@ class Tokenize:
 
         if self.stdin_format != "jsonl" and "-" not in self.inputs:
             logger.warning("--stdin-format does nothing without - (standard input)")
-        if self.field != "text" and all(
-            kind_and_compression(name)[0] == ".txt" for name in self.inputs
-        ):
+        stdin_kind = f".{self.stdin_format}"
+        kinds = [stdin_kind if n == "-" else kind_and_compression(n)[0] for n in self.inputs]
+        if self.field != "text" and {*kinds} == {".txt"}:
             logger.warning("--field does nothing with .txt files")
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         made = prepare_tokens(options.pop("inputs"), options.pop("target"), **options)

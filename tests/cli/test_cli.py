@@ -304,3 +304,18 @@ def test_a_refused_tokenization_leaves_nothing_and_names_options_without_effect(
     assert "--field does nothing with .txt files" in err
     assert "--stdin-format does nothing without -" in err
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("convert hf c --quantize-embedding bfloat16", "--quantize-embedding needs --quantize"),
+        ("verify c --atol 0.1", "--atol 0.1 does nothing without a second checkpoint: name one"),
+        ("verify c --logits", "--logits does nothing without a second checkpoint"),
+        ("info tiny --length -1", "--length: found -1, expected a number of tokens"),
+        ("collapse run ./run/", "run is given twice, and would count twice"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused_before_anything_is_read(argv, message, capsys):
+    code, out, err = run(capsys, *argv.split())
+    assert (code, out) == (2, "") and message in err

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import cli
+from btlm_jax.cli.compile_command import Compile
 from btlm_jax.model import weights
 from btlm_jax.perf import accounting
 from btlm_jax.train.aot import compile, compile_report, executables, lowering, topologies
@@ -222,11 +223,37 @@ def test_the_command_prints_and_writes_reports(capsys, tmp_path):
         ),
         (("--capacity", "8"), "--capacity needs --decode"),
         (("--decode", "--capacity", "0"), "--capacity: found 0, expected a positive int"),
+        (("--quantize", "int8"), "--quantize needs --decode: add it, or omit --quantize"),
+        (("--cache-dtype", "int8"), "--cache-dtype needs --decode"),
+        (("--keep", "2"), "--keep needs --fit"),
+        (("--jobs", "99"), "--jobs needs --fit or --table"),
+        (("--fit", "--set", "run.remat=full"), "--set run.remat: found --fit too, which searches"),
+        (("--fit", "--set", "mesh.fsdp=2"), "--set mesh.fsdp: found --fit too"),
+        (("--table", "x.md"), "--table: found --topology too, which it ignores: remove one"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(options, message, capsys):
     assert cli.main(["compile", "tiny", "--topology", "v5e:2x4", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, ignored",
+    [
+        (
+            ("run.log_every=3", "data.train=x", "run.remat=full", "model.init_truncation=2.0"),
+            "--set run.log_every, data.train, model.init_truncation does nothing here",
+        ),
+        (("--decode", "optimizer.b1=0.5", "run.remat=full"), "--set optimizer.b1, run.remat does"),
+        (("run.compute_dtype=float32", "phases.0.length=8", "data.mask_documents=true"), None),
+    ],
+)
+def test_overrides_that_do_not_change_the_program_are_named(options, ignored, caplog):
+    flags = [o for o in options if o.startswith("--")]
+    command = Compile(set=tuple(o for o in options if "=" in o), decode=bool(flags))
+    with caplog.at_level("WARNING", "btlm_jax"):
+        command._name_ignored_overrides()
+    assert ignored in caplog.text if ignored else not caplog.text
 
 
 FOR_V5E = """
