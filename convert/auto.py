@@ -7,13 +7,14 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from btlm_jax.checkpoint import checkpoint, metadata
+from btlm_jax.checkpoint.assets import warn_of_changed_assets
 from btlm_jax.checkpoint.orbax_metadata import MARKER_FILE
 from btlm_jax.config import BTLMConfig
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.convert.hf.weight_files import WEIGHT_FORMS
 from btlm_jax.convert.to_mesh import load_hf
-from btlm_jax.data.tokenizer import load_tokenizer, tokenizer_directory
+from btlm_jax.data.tokenizer import load_tokenizer
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 from btlm_jax.utils import paths
@@ -54,9 +55,15 @@ def read_any_tokenizer(source: metadata.PathLike) -> Tokenizer | None:
     """Reads the tokenizer of a checkpoint of either format; None if it has no tokenizer files.
 
     Raises:
-      FileNotFoundError, ConnectionError, ValueError: as `open_hf` and `load_tokenizer`.
+      FileNotFoundError, ConnectionError, ValueError: as `open_hf`, `metadata.read_metadata` and
+        `load_tokenizer`.
     """
-    folder = open_hf(source).directory if is_huggingface(source) else tokenizer_directory(source)
+    if is_huggingface(source):
+        folder: metadata.PathLike = open_hf(source).directory
+    else:
+        meta = metadata.read_metadata(source)
+        warn_of_changed_assets(meta)
+        folder = meta.path
     try:
         return load_tokenizer(folder)
     except FileNotFoundError:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from btlm_jax import __version__, hf_config
 from btlm_jax.checkpoint import damage, metadata
-from btlm_jax.checkpoint.assets import asset_files
+from btlm_jax.checkpoint.assets import asset_files, changed_assets
 from btlm_jax.config import Positions
 from btlm_jax.convert.conversion_report import ConversionReport, weights_digest
 from btlm_jax.convert.hf.safetensors_writer import (
@@ -163,16 +163,14 @@ def check_assets(meta: metadata.CheckpointMetadata) -> None:
     Raises:
       ValueError: a file is missing or has changed.
     """
-    present = {file.name: file for file in asset_files(meta.path)}
-    for name, recorded in meta.asset_sha256.items():
-        if name not in present:
+    for name, change in changed_assets(meta).items():
+        if change == "missing":
             raise ValueError(
                 f"{meta.path}: tokenizer/{name} is missing, which the checkpoint records: copy it "
                 "there again from the source of the checkpoint, or convert again"
             )
-        if hashlib.sha256(present[name].read_bytes()).hexdigest() != recorded:
-            raise damage.damaged_error(meta.path, f"{name} does not match the recorded SHA-256")
-    if not {"tokenizer.json", "vocab.json"} & set(present):
+        raise damage.damaged_error(meta.path, f"{name} does not match the recorded SHA-256")
+    if not {"tokenizer.json", "vocab.json"} & {file.name for file in asset_files(meta.path)}:
         logger.warning("%s has no tokenizer files: its copy will have none either", meta.path)
 
 

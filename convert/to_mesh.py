@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from btlm_jax.checkpoint import checkpoint
+from btlm_jax.checkpoint import checkpoint, narrowing
 from btlm_jax.checkpoint import unstacked as unstacked_lib
 from btlm_jax.convert.hf.source import HFSource
 from btlm_jax.convert.hf.source_config import open_model
@@ -20,6 +20,7 @@ from btlm_jax.hf_generation_config import read_generation_config
 from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params, unflatten_tree
+from btlm_jax.utils.dtypes import optional_dtype
 from btlm_jax.utils.progress import Progress
 
 Index = tuple[slice, ...]
@@ -46,7 +47,8 @@ def load_hf(
       source: a directory or Hub id, as for `convert`.
       mesh: mesh to shard the weights over; None puts them on the default device.
       rules: logical axis -> mesh axis; default `sharding.RULES`.
-      dtype: dtype of the weights in memory; None keeps the stored one.
+      dtype: dtype of the weights in memory, one of `weights.STORED_DTYPES`; None keeps the stored
+        one.
       revision: branch, tag or commit on the Hub.
       unstacked: return the weights unstacked, for decoding.
       by_layer: the old name of `unstacked`; deprecated.
@@ -57,9 +59,11 @@ def load_hf(
       or unstacked.
 
     Raises:
-      FileNotFoundError, ConnectionError, ValueError: as `convert`.
+      FileNotFoundError, ConnectionError, ValueError: as `convert`; or finite weights would be
+        infinite in `dtype`.
     """
     unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
+    dtype = optional_dtype(dtype, "dtype", weights.STORED_DTYPES)
     hf, config = open_model(source, revision=revision)
     model = BTLM(
         config,
@@ -70,6 +74,13 @@ def load_hf(
     with Progress(total, "B", "load") as progress:
         load = _load_unstacked if unstacked else _load_stacked
         params = load(hf, model, mesh, dtype, progress)
+    leaves = list(weights.disk_leaves(config))
+    stored = {leaf.path: hf.tensors[leaf.hf_name].dtype for leaf in leaves}
+
+    def read_part(leaf: weights.DiskLeaf, index: Index) -> np.ndarray:
+        return hf.read_tensor(leaf.hf_name, index, leaf.weight.shape)
+
+    narrowing.check_narrowed(params, leaves, stored, dtype, read_part)
     if not allow_nonfinite and (counts := finite.nonfinite_by_array(params)):
         raise checkpoint.nonfinite_error(hf.directory, counts)
     return model, params
@@ -99,7 +110,7 @@ def _load_stacked(
     params = {}
     for weight in weights.weight_table(config):
         leaves = weights.disk_leaves_of(weight, config)
-        memory_dtype = jnp.dtype(dtype) if dtype is not None else _common_dtype(hf, weight, leaves)
+        memory_dtype = _common_dtype(hf, weight, leaves) if dtype is None else jnp.dtype(dtype)
         shape, out = weight.padded(pad), shardings[weight.path]
         if not weight.stacked:
             params[weight.path] = _read_sharded(hf, leaves[0], shape, memory_dtype, out)

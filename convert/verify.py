@@ -18,6 +18,7 @@ from btlm_jax.convert.conversion_report import weights_digest
 from btlm_jax.convert.tensor_difference import block_difference
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.convert.verifiable import VerifiableCheckpoint, open_for_verification
+from btlm_jax.data.encoder import TOKENIZER_FILES
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns
 from btlm_jax.utils.progress import Progress
@@ -228,7 +229,7 @@ def _verify_records(checkpoint: VerifiableCheckpoint, max_memory: int) -> Verifi
         if name not in checkpoint.assets:
             differences.append((name, f"missing, recorded {recorded}"))
             continue
-        present = hashlib.sha256(checkpoint.assets[name]).hexdigest()
+        present = _sha256(checkpoint, name)
         if present != recorded:
             differences.append((name, f"sha256 {present}, recorded {recorded}"))
     return Verification(len(leaves), nbytes, tuple(differences), weights_digest(sha256))
@@ -249,10 +250,26 @@ def _config_differences(first: BTLMConfig, second: BTLMConfig) -> list[Differenc
 def _asset_differences(
     first: VerifiableCheckpoint, second: VerifiableCheckpoint
 ) -> Iterable[Difference]:
-    """Yields the files that differ; a file that only one checkpoint has is no difference."""
-    for name in sorted({*first.assets} & {*second.assets}):
-        if first.assets[name] != second.assets[name]:
-            yield name, "the files differ"
+    """Yields the files that differ or are missing.
+
+    A file besides the tokenizer's that only one checkpoint has is a difference only if the other
+    records it: exports write a generation_config.json of their own.
+    """
+    pair = first, second
+    for name in sorted({name for c in pair for name in (*c.assets, *c.asset_sha256)}):
+        having = [c for c in pair if name in c.assets]
+        lacking = [c.name for c in pair if name in c.asset_sha256 and name not in c.assets]
+        if len(having) == 2:
+            if first.assets[name] != second.assets[name]:
+                yield name, "the files differ"
+        elif lacking:
+            yield name, f"missing in {' and '.join(lacking)}, which records it"
+        elif name in TOKENIZER_FILES:
+            yield name, f"only in {having[0].name}"
+
+
+def _sha256(checkpoint: VerifiableCheckpoint, name: str) -> str:
+    return hashlib.sha256(checkpoint.assets[name]).hexdigest()
 
 
 def _logits_differences(

@@ -10,6 +10,7 @@ determines the position in the data and every random draw.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from btlm_jax.checkpoint import checkpoint, damage, metadata, stacking
+from btlm_jax.checkpoint.assets import asset_hashes, warn_of_changed_assets
 from btlm_jax.config import BTLMConfig
 from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.btlm import BTLM
@@ -86,9 +88,16 @@ class Checkpoints:
             _OPTIMIZER: _optimizer_item(config, state),
         }
         origin = {**origin, "step": step}
-        custom: Any = metadata.custom_metadata(config, origin, {}, {}, None, nonfinite={})
+        custom: Any = metadata.custom_metadata(
+            config, origin, {}, self._asset_hashes, None, nonfinite={}
+        )
         with self._explain_failure():
             self._writer.save_checkpointables_async(step, items, force=True, custom_metadata=custom)
+
+    @functools.cached_property
+    def _asset_hashes(self) -> dict[str, str]:
+        """The SHA-256 of the run's tokenizer files, as they were at its first save."""
+        return asset_hashes(self.directory / "first")
 
     def require_space(self, state: TrainState, steps: Iterable[int]) -> None:
         """Raises OSError if the disk lacks room for the checkpoints of `steps`, to be saved.
@@ -237,6 +246,7 @@ def restore_train_state(
       ValueError: the checkpoint is damaged, or belongs to another model or optimizer.
     """
     meta = metadata.read_metadata(path)
+    warn_of_changed_assets(meta)
     config = model.config
     if meta.config != config:
         raise ValueError(f"{path} is of another model: {meta.config}, expected {config}")

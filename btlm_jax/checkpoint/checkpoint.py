@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
-from btlm_jax.checkpoint import damage, metadata, orbax_metadata, stacking, zarr
+from btlm_jax.checkpoint import damage, metadata, narrowing, orbax_metadata, stacking, zarr
 from btlm_jax.checkpoint import unstacked as unstacked_lib
+from btlm_jax.checkpoint.assets import warn_of_changed_assets
 from btlm_jax.checkpoint.quantization import Quantization, stored_leaves
 from btlm_jax.config import BTLMConfig
 from btlm_jax.data.tokenizer import tokenizer_directory
@@ -35,6 +36,7 @@ from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params, check_params, flatten_tree, is_unstacked, unflatten_tree
 from btlm_jax.utils import atomic, paths
+from btlm_jax.utils.dtypes import checked_dtype, optional_dtype
 from btlm_jax.utils.format import join_first
 
 logger = logging.getLogger(__name__)
@@ -116,16 +118,8 @@ def save(
         )
     check_params(params, config)
     flat = flatten_tree(params)
-    unsupported = {
-        "/".join(p): str(x.dtype)
-        for p, x in flat.items()
-        if str(x.dtype) not in weights.STORED_DTYPES
-    }
-    if unsupported:
-        raise ValueError(
-            f"dtypes to store: found {unsupported}, expected one of "
-            f"{', '.join(weights.STORED_DTYPES)}"
-        )
+    for tensor_path, array in flat.items():
+        checked_dtype(array.dtype, f"dtype of {'/'.join(tensor_path)}", weights.STORED_DTYPES)
     nonfinite: dict[str, int] = {}
     with open_writer(path, config, assets=assets, origin=origin, overwrite=overwrite) as writer:
         for leaf in weights.disk_leaves(config):
@@ -246,7 +240,8 @@ def load(
 
     Args:
       path: a checkpoint directory or URL, written by `save`, the converter or training.
-      dtype: dtype of float weights in memory; None keeps the stored one.
+      dtype: dtype of float weights in memory, one of `weights.STORED_DTYPES`; None keeps the stored
+        one.
       mesh: the weights are sharded over it, and each process reads only its parts; None puts them
         on the default device.
       rules: logical axis -> mesh axis; default `sharding.RULES`.
@@ -262,12 +257,15 @@ def load(
     Raises:
       FileNotFoundError: there is no checkpoint.
       ValueError: not a checkpoint of this package, an unknown format, or arrays that are missing,
-        unexpected or of the wrong shape; all are listed. Or the weights hold NaN or Inf.
+        unexpected or of the wrong shape; all are listed. Or the weights hold NaN or Inf, or finite
+        ones would be infinite in `dtype`.
     """
     unstacked = unstacked_lib.unstacked_option(unstacked, by_layer)
+    dtype = optional_dtype(dtype, "dtype", weights.STORED_DTYPES)
     meta = metadata.read_metadata(path)
     if meta.nonfinite and not allow_nonfinite:
         raise nonfinite_error(meta.path, meta.nonfinite)
+    warn_of_changed_assets(meta)
     model = BTLM(
         meta.config,
         rules=rules or sharding.RULES,
@@ -285,7 +283,7 @@ def load(
             mesh=mesh,
             rules=model.rules,
         )
-        _check_finite(meta, params, allow_nonfinite)
+        _check_values(meta, params, dtype, allow_nonfinite)
         return dataclasses.replace(model, compute_dtype=compute_dtype), params
     padding, shardings = sharding.param_layout(meta.config, mesh, model.rules)
     if dtype is not None:
@@ -296,12 +294,18 @@ def load(
         params = stacking.stack_layers(meta.config, flatten_tree(arrays), shardings)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    _check_finite(meta, params, allow_nonfinite)
-    return model, unflatten_tree(params)
+    params = unflatten_tree(params)
+    _check_values(meta, params, dtype, allow_nonfinite)
+    return model, params
 
 
-def _check_finite(meta: metadata.CheckpointMetadata, params: Any, allowed: bool) -> None:
-    """Checks weights whose checkpoint does not record whether they are finite."""
+def _check_values(
+    meta: metadata.CheckpointMetadata, params: Params, dtype: np.dtype | None, allowed: bool
+) -> None:
+    """Checks that weights survived a conversion, and are finite if no record says so."""
+    leaves = [leaf for leaf in meta.disk_leaves if leaf.part is None]
+    stored = {path: leaf.dtype for path, leaf in meta.leaves.items()}
+    narrowing.check_narrowed(params, leaves, stored, dtype, meta.read_part)
     unknown = meta.nonfinite is None and not allowed
     if unknown and (counts := finite.nonfinite_by_array(params)):
         raise nonfinite_error(meta.path, counts)

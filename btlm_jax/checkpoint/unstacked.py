@@ -29,6 +29,7 @@ from btlm_jax.model import packed as packed_lib
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import Params, unflatten_tree
+from btlm_jax.utils.dtypes import optional_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,10 @@ def load_unstacked(
       make: makes the arrays.
 
     Raises:
-      ValueError: a weight does not fit the mesh; and any error of `read`.
+      ValueError: another dtype than one of `weights.STORED_DTYPES`; a weight does not fit the mesh;
+        and any error of `read`.
     """
+    dtype = optional_dtype(dtype, "dtype", weights.STORED_DTYPES)
     padding, shardings = sharding.param_layout(config, mesh, rules)
     on_cpu = mesh is None and jax.default_backend() == "cpu"
     flat: dict[weights.Path, Any] = {}
@@ -174,7 +177,8 @@ def decoding_dtype(
     hidden = next(x for x in weights.disk_leaves(meta.config) if x.weight.role == "hidden")
     compute_dtype = jnp.dtype(meta.leaves[hidden.path].dtype if dtype is None else dtype)
     if compute_dtype == jnp.float16:
-        raise ValueError("weights in float16: CPUs decode in bfloat16 or float32, pass dtype=")
+        found = "weights in float16" if dtype is None else "dtype: found float16"
+        raise ValueError(f"{found}: CPUs decode in bfloat16 or float32, pass dtype='bfloat16'")
     return compute_dtype
 
 

@@ -22,7 +22,7 @@ from btlm_jax.cli.arguments import (
     refuse_ignored_options,
     write_json,
 )
-from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns, format_bytes
+from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns, format_bytes, join_first
 
 if TYPE_CHECKING:
     from btlm_jax.config import BTLMConfig
@@ -204,6 +204,7 @@ class Info:
 def _describe_checkpoint(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]]:
     """Returns the configuration of a checkpoint of either format, and rows on an Orbax one."""
     from btlm_jax.checkpoint import metadata
+    from btlm_jax.checkpoint.assets import changed_assets
     from btlm_jax.checkpoint.trained_documents import read_trained_documents
     from btlm_jax.config import BTLMConfig
     from btlm_jax.convert import auto
@@ -225,6 +226,9 @@ def _describe_checkpoint(source: str) -> tuple[BTLMConfig, list[tuple[str, str]]
         rows += [("", line) for line in format_quantization_errors(meta.errors)]
     if reading := read_trained_documents(meta.origin).reading:
         rows.append(("trained on", f"{reading} documents"))
+    if changes := changed_assets(meta):
+        texts = (f"{name} ({change})" for name, change in changes.items())
+        rows.append(("not as recorded", join_first(texts)))
     if meta.origin.get("source"):
         rows.append(("converted from", meta.origin["source"]))
     if meta.sha256:

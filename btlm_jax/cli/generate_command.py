@@ -120,16 +120,15 @@ class Generate:
     """Type of weights and computation; default as stored, with the platform's compute dtype."""
 
     def run(self) -> None:
-        import btlm_jax as btlm
         from btlm_jax.checkpoint import metadata
-        from btlm_jax.data.tokenizer import check_vocabulary, tokenizer_directory
+        from btlm_jax.checkpoint.assets import load_checkpoint_tokenizer
+        from btlm_jax.data.tokenizer import tokenizer_directory
         from btlm_jax.hf_generation_config import read_generation_config
 
         self._check()
         # All that is small is checked before the weights are loaded.
         meta = metadata.read_metadata(self.checkpoint)
-        tokenizer = btlm.load_tokenizer(self.checkpoint)
-        check_vocabulary(tokenizer, meta.config.vocab_size)
+        tokenizer = load_checkpoint_tokenizer(meta)
         defaults = None
         if self.model_defaults:
             defaults = read_generation_config(tokenizer_directory(meta.path))

@@ -145,6 +145,8 @@ class Tokenize:
     """Replace an existing directory of tokens."""
 
     def run(self) -> None:
+        from btlm_jax.checkpoint import metadata
+        from btlm_jax.checkpoint.assets import warn_of_changed_assets
         from btlm_jax.data.prepare import prepare_tokens
         from btlm_jax.data.text_files import kind_and_compression
 
@@ -154,6 +156,8 @@ class Tokenize:
         kinds = [stdin_kind if n == "-" else kind_and_compression(n)[0] for n in self.inputs]
         if self.field != "text" and {*kinds} == {".txt"}:
             logger.warning("--field does nothing with .txt files")
+        if self.tokenizer is not None and metadata.is_btlm_checkpoint(self.tokenizer):
+            warn_of_changed_assets(metadata.read_metadata(self.tokenizer))
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         made = prepare_tokens(options.pop("inputs"), options.pop("target"), **options)
         for directory, report in made.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint.assets import warn_of_changed_assets
 from btlm_jax.checkpoint.trained_documents import Reading, read_trained_documents
 from btlm_jax.evaluation.batch_shapes import check_batch_size
 from btlm_jax.evaluation.by_position import check_window_length, loss_by_position
@@ -25,6 +26,7 @@ from btlm_jax.evaluation.context_extension import (
 from btlm_jax.evaluation.documents import TextInputs
 from btlm_jax.evaluation.long_windows import LongWindows
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.utils.dtypes import optional_dtype
 
 
 def checkpoint_loss_by_position(
@@ -67,12 +69,14 @@ def checkpoint_loss_by_position(
         are read.
       FloatingPointError: the loss is not finite.
     """
+    optional_dtype(dtype, "dtype")
     if reading == "joined" and max_per_document is not None:
         raise ValueError(
             "--windows-per-document: documents that are joined have no windows of their own: leave "
             "it out, or --documents separate"
         )
     meta = metadata.read_metadata(path)
+    warn_of_changed_assets(meta)
     model = BTLM(meta.config, compute_dtype=dtype)
     trained = trained_length(model, trained)
     length = 4 * trained if length is None else length

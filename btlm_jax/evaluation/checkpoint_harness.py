@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from btlm_jax.checkpoint import checkpoint, metadata, unstacked
+from btlm_jax.checkpoint.assets import load_checkpoint_tokenizer
 from btlm_jax.checkpoint.trained_documents import read_trained_documents
-from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
 from btlm_jax.evaluation import harness
 from btlm_jax.evaluation.tasks import load_tasks
 from btlm_jax.generation import result_journal
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
+from btlm_jax.utils.dtypes import optional_dtype
 
 
 def checkpoint_harness(
@@ -52,9 +53,9 @@ def checkpoint_harness(
       FileNotFoundError, FileExistsError, ValueError: a bad argument, task or checkpoint; raised
         before the weights are read.
     """
+    optional_dtype(dtype, "dtype")
     meta = metadata.read_metadata(path)
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, meta.config.vocab_size)
+    tokenizer = load_checkpoint_tokenizer(meta)
     # Decided here and not by the requests: a task's answers must not depend on the other tasks.
     decoding_dtype = dtype or unstacked.decoding_dtype(meta, None, mesh)
     model = BTLM(meta.config, compute_dtype=decoding_dtype)

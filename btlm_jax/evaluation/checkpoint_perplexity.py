@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint.assets import warn_of_changed_assets
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.checkpoint.trained_documents import Reading, read_trained_documents
 from btlm_jax.evaluation.batch_shapes import check_batch_size
@@ -18,6 +19,7 @@ from btlm_jax.evaluation.quantization_cost import (
     quantization_costs_json,
 )
 from btlm_jax.evaluation.rolling_windows import cut_rolling_windows
+from btlm_jax.utils.dtypes import optional_dtype
 
 
 def checkpoint_perplexity(
@@ -54,7 +56,9 @@ def checkpoint_perplexity(
         are read.
       FloatingPointError: the loss is not finite.
     """
+    optional_dtype(dtype, "dtype")
     meta = metadata.read_metadata(path)
+    warn_of_changed_assets(meta)
     _check_quantizations(path, quantizations, meta.quantization, mesh)
     check_batch_size(batch_size, mesh)
     encoder = texts.encoder(path, meta.config.vocab_size)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from btlm_jax.checkpoint import metadata
-from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
+from btlm_jax.checkpoint.assets import load_checkpoint_tokenizer
 from btlm_jax.evaluation import retrieval
 from btlm_jax.evaluation.checkpoint_loading import load_for_evaluation
 from btlm_jax.evaluation.context_extension import ScalingKind, trained_length, with_scaling_kind
 from btlm_jax.evaluation.retrieval_report import format_retrieval, plot_retrieval, retrieval_json
 from btlm_jax.evaluation.retrieval_texts import RetrievalTask
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.utils.dtypes import optional_dtype
 
 
 def checkpoint_retrieval(
@@ -56,12 +57,12 @@ def checkpoint_retrieval(
       FileNotFoundError, ValueError: a bad argument or checkpoint; raised before the weights are
         read.
     """
+    optional_dtype(dtype, "dtype")
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: found {value}, expected at least 1")
     meta = metadata.read_metadata(path)
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, meta.config.vocab_size)
+    tokenizer = load_checkpoint_tokenizer(meta)
     model = BTLM(meta.config, compute_dtype=dtype)
     trained = trained_length(model, trained)
     lengths = lengths or tuple(trained * n // 4 for n in (1, 2, 4, 8, 16))

@@ -24,7 +24,9 @@ from btlm_jax.generation.processors import Processor, as_processors
 from btlm_jax.generation.prompt_cache import PromptCache
 from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.kv_cache import CACHE_DTYPES
 from btlm_jax.model.params import Params
+from btlm_jax.utils.dtypes import optional_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +148,7 @@ def generate(
         output_scores = output_logits = False
     if prompt_cache is not None:
         _refuse_cache_arguments({"cache_length": cache_length, "cache_dtype": cache_dtype})
+    cache_dtype = optional_dtype(cache_dtype, "cache_dtype", CACHE_DTYPES)
     pad = c.pad_token_id if pad_token_id is None else pad_token_id
     ids, mask = prompts.check_prompts(
         input_ids, attention_mask, c.vocab_size, None if pad in eos else pad

@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
 from btlm_jax.checkpoint import checkpoint, metadata
-from btlm_jax.data.tokenizer import check_vocabulary, encode_prompt, load_tokenizer
+from btlm_jax.checkpoint.assets import load_checkpoint_tokenizer
+from btlm_jax.data.tokenizer import encode_prompt
 from btlm_jax.generation.continuous_batching import generate_batch
 from btlm_jax.generation.detokenize import detokenize_continuation
 from btlm_jax.model.btlm import BTLM
@@ -100,9 +101,7 @@ def pipeline(
     """
     if task != TASK:
         raise ValueError(f"task: found {task!r}, expected {TASK!r}")
-    config = metadata.read_metadata(path).config
-    tokenizer = load_tokenizer(path)
-    check_vocabulary(tokenizer, config.vocab_size)
+    tokenizer = load_checkpoint_tokenizer(metadata.read_metadata(path))
     model, params = checkpoint.load(path, dtype=dtype, mesh=mesh, unstacked=True)
     if dtype is not None:
         model = dataclasses.replace(model, compute_dtype=dtype)

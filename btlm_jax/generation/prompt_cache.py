@@ -20,8 +20,9 @@ from btlm_jax.generation import decode, prompts
 from btlm_jax.generation.prefill import PromptState, extend_prefill, prefill, prefill_padded
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.kv_cache import CACHE_DTYPES, KVCache
 from btlm_jax.model.params import Params
+from btlm_jax.utils.dtypes import optional_dtype
 
 _FORMAT = 1
 
@@ -65,6 +66,7 @@ class PromptCache:
           ValueError: as `generate`.
         """
         c = model.config
+        cache_dtype = optional_dtype(cache_dtype, "cache_dtype", CACHE_DTYPES)
         ids, mask = prompts.check_prompts(input_ids, attention_mask, c.vocab_size, None)
         rows, T = ids.shape
         prompts.check_context_length(prompts.LengthLimits(T, 0, T), c, None)

@@ -25,8 +25,9 @@ from btlm_jax.generation.prefill import prefill
 from btlm_jax.generation.processors import Processor, as_processors
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.kv_cache import CACHE_DTYPES, KVCache
 from btlm_jax.model.params import Params, is_unstacked
+from btlm_jax.utils.dtypes import optional_dtype
 from btlm_jax.utils.notices import warn_once
 
 logger = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ def _make_request(
     c = model.config
     known_names = inspect.signature(_make_request).parameters
     options, eos = check_options(c, eos_token_id, kwargs, known_names)
+    cache_dtype = optional_dtype(cache_dtype, "cache_dtype", CACHE_DTYPES)
     prompt_ids = []
     for name, ids in zip(names, input_ids, strict=True):
         with _name_in_errors(name):

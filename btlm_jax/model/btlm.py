@@ -22,11 +22,12 @@ from btlm_jax.hf_generation_config import GenerationConfigFile
 from btlm_jax.model import attention, sharding
 from btlm_jax.model.head import project_logits
 from btlm_jax.model.inputs import checked_inputs
-from btlm_jax.model.kv_cache import KVArray, KVCache, LayerKV, fork
+from btlm_jax.model.kv_cache import CACHE_DTYPES, KVArray, KVCache, LayerKV, fork
 from btlm_jax.model.layers import Transformer
 from btlm_jax.model.params import Params, check_params, init_params, unstack_params
 from btlm_jax.model.remat import SAVED_NAMES, Remat
 from btlm_jax.model.runtime import Runtime
+from btlm_jax.utils.dtypes import optional_dtype
 
 
 class Intermediates(NamedTuple):
@@ -82,6 +83,8 @@ class BTLM:
         if self.remat not in SAVED_NAMES:
             expected = ", ".join(SAVED_NAMES)
             raise ValueError(f"remat: found {self.remat!r}, expected one of {expected}")
+        compute_dtype = optional_dtype(self.compute_dtype, "compute_dtype")
+        object.__setattr__(self, "compute_dtype", compute_dtype)
         # Rules may be a mapping, but the model must be hashable to be a static argument of jit.
         object.__setattr__(self, "rules", tuple(dict(self.rules).items()))
 
@@ -97,6 +100,9 @@ class BTLM:
 
         Returns:
           A nested dict of arrays; the same values on every mesh, up to zero padding.
+
+        Raises:
+          ValueError: the dtype is not a float that weights can have.
         """
         if mesh is None:
             return init_params(key, self.config, dtype, truncation=truncation)
@@ -120,10 +126,13 @@ class BTLM:
           capacity: the number of slots, for one token each.
           dtype: "int8" halves a bf16 cache, with a scale for every slot and head; None is the
             compute dtype.
+
+        Raises:
+          ValueError: the batch does not divide over the mesh, or the dtype is none of a cache.
         """
         runtime = self.runtime(params)
         runtime.check_batch(batch_size)
-        dtype = _cache_dtype(runtime, dtype)
+        dtype = optional_dtype(dtype, "dtype", CACHE_DTYPES) or runtime.dtype
 
         def empty_cache():
             with sharding.on_mesh(runtime.mesh):
@@ -323,14 +332,6 @@ def _compile_on_mesh(params: Params, fn: Callable[..., Any], *args: Any) -> Any:
     mesh = sharding.concrete_mesh_of(params["wte"])
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         return jax.jit(fn)(*args)
-
-
-def _cache_dtype(runtime: Runtime, dtype: DTypeLike | None) -> np.dtype:
-    """Returns the dtype of a cache; None is the compute dtype."""
-    result = runtime.dtype if dtype is None else jnp.dtype(dtype)
-    if result != jnp.int8 and not jnp.issubdtype(result, jnp.floating):
-        raise ValueError(f"dtype of the cache: found {result}, expected int8 or a float")
-    return result
 
 
 def _empty_slots(

@@ -26,7 +26,9 @@ from jax.sharding import PartitionSpec
 
 from btlm_jax.model.attention_xla import map_query_chunks
 from btlm_jax.model.einsum import einsum
+from btlm_jax.utils.dtypes import FLOATS
 
+CACHE_DTYPES = ("int8", *FLOATS)
 _MASKED = np.finfo(np.float32).min  # finite, so that a row that sees no key is not NaN
 
 

@@ -48,6 +48,10 @@ from btlm_jax.model.mup_order import ScaleByMupState
 from btlm_jax.model.mup_order import chain as chain
 from btlm_jax.model.mup_order import check as check
 from btlm_jax.model.params import flatten_tree, unflatten_tree
+from btlm_jax.utils.dtypes import optional_dtype
+
+# In float16 the averages of small gradients would be zero.
+_MU_DTYPES = ("float32", "bfloat16")
 
 Decay = Literal["original", "coupled", "independent"]
 """The relative decay of a hidden matrix per step, where r is its factor on the learning rate.
@@ -179,12 +183,13 @@ def adamw(
       weight_decay: weight decay of matrices and embeddings.
       decay: how hidden matrices apply it (`Decay`).
       clip_norm: largest global norm of the gradients; None for no clipping.
-      mu_dtype: dtype of the first moment; None is the dtype of the weights.
+      mu_dtype: dtype of the first moment, float32 or bfloat16; None is the dtype of the weights.
 
     Raises:
-      ValueError: unknown decay, or "original" with CompleteP; on update, weights that do not match
-        the configuration.
+      ValueError: unknown decay, or "original" with CompleteP; another `mu_dtype`; on update,
+        weights that do not match the configuration.
     """
+    mu_dtype = optional_dtype(mu_dtype, "mu_dtype", _MU_DTYPES)
     normalize = optax.scale_by_adam(b1, b2, _eps(config, eps), mu_dtype=mu_dtype)
     rate = optax.scale_by_learning_rate(learning_rate)
     factors = _factors(config, "adam", decay)
@@ -203,6 +208,7 @@ def lion(
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns Lion (optax.lion) in the muP groups; arguments and errors are as for `adamw`."""
+    mu_dtype = optional_dtype(mu_dtype, "mu_dtype", _MU_DTYPES)
     normalize = optax.scale_by_lion(b1, b2, mu_dtype=mu_dtype)
     rate = optax.scale_by_learning_rate(learning_rate)
     factors = _factors(config, "lion", decay)
@@ -237,6 +243,7 @@ def muon(
         at 0.2 Muon can share Adam's learning rate (arXiv 2502.16982).
       adam_learning_rate: learning rate of the rest; None is `learning_rate`.
     """
+    mu_dtype = optional_dtype(mu_dtype, "mu_dtype", _MU_DTYPES)
     rms = consistent_rms is not None
     eps = _eps(config, eps)
     table = weights.weight_table(config)

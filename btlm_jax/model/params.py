@@ -28,6 +28,8 @@ from btlm_jax.model.weights import (
     weight_table,
     weights_by_path,
 )
+from btlm_jax.utils.dtypes import checked_dtype
+from btlm_jax.utils.format import list_first
 
 Params = dict[str, Any]
 
@@ -48,18 +50,19 @@ def init_params(
     Args:
       key: PRNG key.
       config: configuration of the model.
-      dtype: dtype of the weights; they are drawn in fp32.
+      dtype: dtype of the weights, a float; they are drawn in fp32.
       padding: padded sizes by logical axis, from `sharding.param_padding`.
       shardings: a tree of shardings like the result; None is the default device.
       truncation: the number of standard deviations at which the normal distribution is truncated,
         which reduces its standard deviation (to 0.88 of it at 2), as in the original training.
     """
+    dtype = checked_dtype(dtype, "dtype")
     flat_shardings = flatten_tree(shardings) if shardings is not None else {}
     leaves = {}
     for w in weight_table(config):
         shape, target = stacked_shape(w, config), stacked_shape(w, config, padding)
         out = flat_shardings.get(w.path)
-        draw = _make_sampler(shape, target, w.mean, w.std, truncation, jnp.dtype(dtype), out)
+        draw = _make_sampler(shape, target, w.mean, w.std, truncation, dtype, out)
         leaves[w.path] = draw(jax.random.fold_in(key, zlib.crc32(w.name.encode())))
     return unflatten_tree(leaves)
 
@@ -159,7 +162,7 @@ def check_params(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int
       The padded sizes of the tree by logical axis; empty if nothing is padded.
 
     Raises:
-      ValueError: weights are missing, unexpected or of the wrong shape or dtype; all are listed.
+      ValueError: weights are missing, unexpected or of the wrong shape or dtype.
     """
     flat, unstacked = flatten_tree(params), is_unstacked(params)
     known = (
@@ -186,7 +189,7 @@ def check_params(params: Mapping[str, Any], config: BTLMConfig) -> dict[str, int
         if not jnp.issubdtype(leaf.dtype, kinds):
             problems.append(f"{'/'.join(path)}: found dtype {leaf.dtype}, expected a float")
     if problems:
-        raise ValueError("the weights do not match the configuration:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the weights do not match the configuration:{list_first(problems)}")
     return padding
 
 

@@ -16,11 +16,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from btlm_jax.config import BTLMConfig, Positions
+from btlm_jax.utils.dtypes import FLOATS
 
 Path = tuple[str, ...]
 Role = Literal["embedding", "hidden", "vector"]
 # Dtypes of stored weights, in our checkpoints and in those we convert.
-STORED_DTYPES = ("float32", "bfloat16", "float16")
+STORED_DTYPES = FLOATS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,7 +166,7 @@ def test_a_symbolic_link_is_kept_when_its_target_is_replaced(tmp_path, saved, pa
 
 def test_dtypes_that_cannot_be_stored_are_refused(tmp_path, params):
     doubles = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    with pytest.raises(ValueError, match=r"found .*float64.*expected one of float32, bfloat16"):
+    with pytest.raises(ValueError, match="found float64, expected float32, bfloat16"):
         btlm.save(tmp_path / "c", CONFIG, doubles)
     with pytest.raises(ValueError, match="found dtype int8, expected a float"):
         btlm.save(tmp_path / "c", CONFIG, jax.tree.map(lambda x: x.astype(jnp.int8), params))

@@ -248,5 +248,32 @@ def test_tokenizer_files_that_differ_are_named(tmp_path):
         == differences(b, tmp_path / "c")
         == {"tokenizer.json": "the files differ"}
     )
-    (b / "tokenizer.json").unlink()  # a file that only one has is no difference
-    assert verify(a, b)
+    (b / "tokenizer.json").unlink()
+    assert differences(a, b) == differences(b, a) == {"tokenizer.json": f"only in {a}"}
+
+
+def test_files_that_a_checkpoint_records_and_lacks_are_named(tmp_path, run_verify):
+    source = golden.write_hf(tmp_path / "hf", BF16, tokenizer=True)
+    for name in ("generation_config.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (source / name).write_text("{}")
+    convert(source, tmp_path / "c")
+    bare = golden.write_hf(tmp_path / "bare", BF16)
+    (source / "modeling_btlm.py").write_text("")  # was not carried, and decides nothing
+    assert verify(source, tmp_path / "c")
+    recorded = ["generation_config.json", "merges.txt", "tokenizer.json"]
+    recorded += ["tokenizer_config.json", "vocab.json"]
+    for name in recorded:
+        (tmp_path / "c/tokenizer" / name).unlink()
+        expected = {name: f"missing in {tmp_path / 'c'}, which records it"}
+        assert (
+            differences(source, tmp_path / "c") == differences(tmp_path / "c", source) == expected
+        )
+        (tmp_path / "c/tokenizer" / name).write_bytes((source / name).read_bytes())
+    (tmp_path / "c/tokenizer/generation_config.json").write_text('{"eos_token_id": 1}')
+    (tmp_path / "c/tokenizer/tokenizer.json").unlink()
+    code, out, _ = run_verify(source, tmp_path / "c")
+    assert code == 1 and "2 differences" in out and "generation_config.json" in out
+    found = differences(bare, tmp_path / "c")  # a file that no one recorded and only one has
+    assert found.pop("tokenizer.json").startswith("missing in ") and set(found) == {
+        "tokenizer_config.json", "vocab.json", "merges.txt"
+    }  # fmt: skip

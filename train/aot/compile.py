@@ -193,7 +193,7 @@ def compile_decoding(
         "capacity": capacity,
         "dtype": str(lowered.dtype),
         "weights": str(quantize or lowered.dtype),
-        "cache": cache_dtype or str(lowered.dtype),
+        "cache": str(cache_dtype or lowered.dtype),
     }
     report |= measurements | _time_bound(work, measurements, rates)
     report["flops"] = {"model_causal": work.flops}

@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from btlm_jax.checkpoint import unstacked
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
+from btlm_jax.model.kv_cache import CACHE_DTYPES
 from btlm_jax.perf import accounting
 from btlm_jax.train.recipe import Phase, Recipe
 from btlm_jax.train.recipe_build import build_model, build_optimizer, build_step
 from btlm_jax.train.step import abstract_state, abstract_weights
+from btlm_jax.utils.dtypes import optional_dtype
 
 _HOST = "pinned_host"
 
@@ -74,7 +77,7 @@ def lower_decode_step(
     batch_size: int,
     capacity: int,
     quantize: Quantization | None = None,
-    cache_dtype: str | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> LoweredProgram:
     """Lowers one step of `btlm generate`: one token per sequence, with a cache updated in place.
 
@@ -93,6 +96,7 @@ def lower_decode_step(
     Raises:
       ValueError: the model or batch does not fit the mesh.
     """
+    cache_dtype = optional_dtype(cache_dtype, "cache_dtype", CACHE_DTYPES)
     model = build_model(recipe)
     dtype = model.runtime(abstract_weights(model, mesh)).dtype
     params = unstacked.abstract_unstacked(model.config, dtype, quantize, mesh, model.rules)

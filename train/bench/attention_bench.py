@@ -51,7 +51,7 @@ def bench_attention(
     config = BTLMConfig.preset(preset)
     platform = sharding.mesh_platform(None)
     T = (1024 if platform == "cpu" else 8192) if length is None else length
-    compute_dtype = dtype or ("float32" if platform == "cpu" else "bfloat16")
+    compute_dtype = measure.benchmark_dtype(dtype)
     measure.require_positive(length=T, batch_size=batch_size, rounds=rounds)
     H, K = config.n_head, config.head_dim
     keys = jax.random.split(jax.random.key(0), 4)

@@ -17,11 +17,13 @@ import numpy as np
 from btlm_jax.config import BTLMConfig
 from btlm_jax.generation.prefill import prefill
 from btlm_jax.model import sharding
+from btlm_jax.model.kv_cache import CACHE_DTYPES
 from btlm_jax.perf import accounting
 from btlm_jax.train.bench import measure
 from btlm_jax.train.bench.baseline import Baseline
 from btlm_jax.train.bench.decode_loop import DecodeLoop
 from btlm_jax.train.bench.random_model import make_random_model
+from btlm_jax.utils.dtypes import optional_dtype
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
@@ -66,6 +68,7 @@ def bench_decode(
         installed.
     """
     measure.require_positive(context=context, steps=steps, rounds=rounds, **_numbered(batch_size))
+    optional_dtype(cache_dtype, "cache_dtype", CACHE_DTYPES)
     limit = _read_rate()  # before the weights exist, so that they set the peak memory
     model, params = make_random_model(preset, layers, weights)
     config, rows = model.config, {}

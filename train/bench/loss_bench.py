@@ -49,7 +49,7 @@ def bench_loss(
     cpu = jax.default_backend() == "cpu"
     config = BTLMConfig.preset(preset or ("btlm-40m" if cpu else "btlm-3b-8k"))
     rows = (2048 if cpu else 8192) if rows is None else rows
-    compute_dtype = dtype or ("float32" if cpu else "bfloat16")
+    compute_dtype = measure.benchmark_dtype(dtype)
     measure.require_positive(rows=rows, rounds=rounds)
     V, D = config.vocab_size, config.n_embd
     head = "wte" if config.tie_word_embeddings else "lm_head"

@@ -13,9 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from btlm_jax.utils.dtypes import checked_dtype
 from btlm_jax.utils.progress import Progress
 
 MATMUL_SIZE = 4096  # a square matrix product of this size reaches the speed of the hardware
+
+
+def benchmark_dtype(dtype: str | None) -> str:
+    """Returns the compute dtype of a benchmark; by default that of the platform.
+
+    Raises:
+      ValueError: another dtype than float32 and bfloat16, whose rounding the checks know.
+    """
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return checked_dtype(default if dtype is None else dtype, "dtype", ("float32", "bfloat16")).name
 
 
 def matmul_rate(dtype: str) -> Callable[[], float]:

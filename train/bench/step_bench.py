@@ -73,10 +73,10 @@ def bench_train(
         required and not installed.
     """
     measure.require_positive(length=length, batch_size=batch_size, rounds=rounds)
-    model = BTLM(BTLMConfig.preset(preset), compute_dtype=dtype, remat=remat)
+    compute_dtype = measure.benchmark_dtype(dtype)
+    model = BTLM(BTLMConfig.preset(preset), compute_dtype=compute_dtype, remat=remat)
     mesh = sharding.make_mesh()
     params = model.init(jax.random.key(0), mesh=mesh if mesh.size > 1 else None)
-    compute_dtype = str(model.runtime(params).dtype)
     rows = batch_size * mesh.size
     vocab_size = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, (rows, length + 1), np.int32)
