@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,17 @@ from btlm_jax.train.distributed import any_process, barrier
 from btlm_jax.train.optimizer_tree import OptimizerArrays, join_opt_state, split_opt_state
 from btlm_jax.train.step import TrainState, abstract_state
 from btlm_jax.utils import atomic, side_output
+from btlm_jax.utils.deadline import Deadline, StalledError, run_with_deadline
 
 logger = logging.getLogger(__name__)
 
 _OPTIMIZER = "optimizer"
 _COUNTERS = ("step", "skipped", "bad_in_a_row")
+# A checkpoint has stalled when it takes longer than this; without a request to stop, ten times as
+# long, as slow file systems may recover.
+_STOP_SECONDS = 60.0
+_SLOWEST_DISK = 50e6  # bytes per second
+_PATIENCE = 10
 
 
 class Checkpoints:
@@ -49,6 +55,10 @@ class Checkpoints:
         runs are removed from it.
       keep_last: number of the newest checkpoints to keep.
       keep_every: checkpoints at multiples of this many steps are kept too; 0 for none.
+
+    Attributes:
+      directory: as above.
+      stopping: returns whether the run has been asked to stop, and should not wait for long.
     """
 
     def __init__(self, directory: Path, *, keep_last: int, keep_every: int) -> None:
@@ -59,7 +69,10 @@ class Checkpoints:
         any_policy: Any = policies.AnyPreservationPolicy(kept)
         self.directory = directory
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._failed = False
+        self.stopping: Callable[[], bool] = lambda: False
+        self._failed = self._stalled = False
+        self._writing: int | None = None  # the step whose checkpoint is not known to be complete
+        self._nbytes = 0  # of a checkpoint
         self._writer = ocp.training.Checkpointer(
             os.fspath(directory),
             preservation_policy=any_policy,
@@ -73,7 +86,7 @@ class Checkpoints:
 
         Raises:
           FloatingPointError: the state is not finite; nothing is saved, and no checkpoint removed.
-          OSError: the save before this one failed, or this one cannot be started.
+          OSError: the save before this one failed or stalled, or this one cannot be started.
         """
         if counts := nonfinite_in_state(state):
             newest = self.describe_newest(step)
@@ -91,8 +104,15 @@ class Checkpoints:
         custom: Any = metadata.custom_metadata(
             config, origin, {}, self._asset_hashes, None, nonfinite={}
         )
+        self.wait()
+        self._nbytes = sum(x.nbytes for x in jax.tree.leaves(state))
+        self._writing = step
         with self._explain_failure():
-            self._writer.save_checkpointables_async(step, items, force=True, custom_metadata=custom)
+            self._run(
+                lambda: self._writer.save_checkpointables_async(
+                    step, items, force=True, custom_metadata=custom
+                )
+            )
 
     @functools.cached_property
     def _asset_hashes(self) -> dict[str, str]:
@@ -138,18 +158,32 @@ class Checkpoints:
         return text
 
     def wait(self) -> None:
-        """Returns once everything is on disk.
+        """Returns once everything is on disk; warns while it takes long.
 
         Raises:
-          OSError: a save failed.
+          OSError: a save failed, or takes so long that the file system must hang.
         """
         with self._explain_failure():
-            self._writer.wait()
+            self._run(self._writer.wait)
+        self._writing = None
 
     def close(self) -> None:
-        """Waits as `wait` does, and ends the threads."""
-        with self._explain_failure():
-            self._writer.close()
+        """Waits as `wait` does, and ends the threads, unless one of them has stalled."""
+        if not self._stalled:
+            with self._explain_failure():
+                self._run(self._writer.close)
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        """Does work of the writer, which waits for the disk."""
+        step = self._writing
+        doing = f"writing {self.directory if step is None else self.path(step)}"
+        seconds = _STOP_SECONDS + self._nbytes / _SLOWEST_DISK
+        deadline = Deadline(_PATIENCE * seconds, seconds, self.stopping)
+        try:
+            run_with_deadline(work, doing, deadline)
+        except (StalledError, KeyboardInterrupt):
+            self._stalled = True
+            raise
 
     @contextlib.contextmanager
     def _explain_failure(self) -> Iterator[None]:
@@ -162,7 +196,7 @@ class Checkpoints:
             if self._failed:  # it was raised before, and is raised again when the writer closes
                 return
             self._failed = True
-            steps = self.steps()
+            steps = [step for step in self.steps() if step != self._writing]
             newest = f"the newest complete one is {self.path(steps[-1])}" if steps else "none is"
             raise OSError(
                 f"a checkpoint could not be written to {self.directory} "

@@ -116,7 +116,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         run_directory = stack.enter_context(RunDirectory(directory, identity, data))
-        # Closing the checkpoints waits until the last one is on the disk.
+        # Closing the checkpoints waits until the last one is on the disk, or has stalled.
         checkpoints = Checkpoints(
             directory / "checkpoints", keep_last=run.keep_last, keep_every=run.keep_every
         )
@@ -147,6 +147,7 @@ def train(
         stack.enter_context(contextlib.closing(feed))
         stack.enter_context(contextlib.closing(profiler))
         stop = stack.enter_context(StopSignal())
+        checkpoints.stopping = lambda: stop.received
         stack.enter_context(jax.transfer_guard("disallow"))
 
         for step in range(first + 1, recipe.steps + 1):

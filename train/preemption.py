@@ -22,10 +22,13 @@ class StopSignal:
     The first signal requests a stop; a second one ends the process at once. If several processes
     have joined, JAX's runtime receives SIGTERM instead (Ctrl-C is forwarded to it as SIGTERM): a
     notice to any process stops all of them after the same step.
+
+    Attributes:
+      received: whether this process has received a signal, as far as it is not JAX's.
     """
 
     def __init__(self) -> None:
-        self._received = False
+        self.received = False
         self._joined = jax.distributed.is_initialized()
         self._previous: dict[int, _Handler] = {}
 
@@ -41,13 +44,13 @@ class StopSignal:
     def requested(self, step: int) -> bool:
         """Returns whether to stop after `step`; every process calls this after every step."""
         if not self._joined:
-            return self._received
+            return self.received
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received = True
+        self.received = True
         self._restore_handlers()  # first, so that a second signal ends even a log that blocks
         name = signal.Signals(number).name
         logger.warning("%s: saving after this step, then exiting; repeat to exit at once", name)

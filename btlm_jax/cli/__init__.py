@@ -21,7 +21,7 @@ import tyro
 from btlm_jax.cli.arguments import text_and_path_rules, translate_old_mesh_options
 from btlm_jax.cli.flag_messages import notices_with_options, option_names, with_options
 from btlm_jax.utils import compile_cache
-from btlm_jax.utils.side_output import SideOutput, attempt
+from btlm_jax.utils.side_output import SideOutput, attempt, set_exit_code
 
 # Group -> command -> the dataclass behind it, as module:class.
 COMMANDS = {
@@ -70,7 +70,12 @@ def main(argv: list[str] | None = None) -> int:
       argument or input; 3 if `coord-check` or `transfer` cannot tell; 130 on Ctrl-C; 141 when the
       reader of the output has closed it.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    code = _run(sys.argv[1:] if argv is None else argv)
+    set_exit_code(code)
+    return code
+
+
+def _run(argv: list[str]) -> int:
     debug, caching = "--debug" in argv, "--no-compilation-cache" not in argv
     argv = [a for a in argv if a not in _EVERYWHERE]
     _replace_closed_streams()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import functools
 import logging
 import os
 import queue
@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 _CAPACITY = 4096
 _EXIT_SECONDS = 20.0
+_exit_code = 1  # what a Python program will exit with is not known
 
 
 class SideOutput:
@@ -98,7 +99,7 @@ class SideOutput:
             return
         self._given_up = True
         if stalled:
-            atexit.register(_exit_soon)
+            bound_exit()
         logger.warning("%s: %s; %s", self._name, reason, self._cost)
 
 
@@ -132,8 +133,26 @@ def describe_error(error: BaseException) -> str:
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 
 
-def _exit_soon() -> None:
-    """Bounds the exit of a process whose output has stalled: its library may wait for it again."""
-    timer = threading.Timer(_EXIT_SECONDS, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
+@functools.cache
+def bound_exit() -> None:
+    """Bounds the exit of this process, in which a thread has stalled.
+
+    Python, and the library that the thread belongs to, may wait for it once more. The exit code is
+    that of `set_exit_code`, or else 1.
+    """
+    exiting = threading.Event()
+
+    def end() -> None:
+        exiting.wait()
+        time.sleep(_EXIT_SECONDS)
+        os._exit(_exit_code)
+
+    threading.Thread(target=end, name="bound the exit", daemon=True).start()
+    # `atexit` would be too late: Python first waits for threads that are no daemons.
+    threading._register_atexit(exiting.set)  # pyrefly: ignore
+
+
+def set_exit_code(code: int) -> None:
+    """Sets the exit code of a process that is about to end, in case a stalled thread keeps it."""
+    global _exit_code
+    _exit_code = code

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import threading
+import time
 import types
 
 import jax
@@ -11,10 +15,12 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
+from btlm_jax.train import checkpoints as checkpoints_module
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
 from btlm_jax.train.metrics import read_metrics
 from btlm_jax.train.recipe_build import build_config, build_optimizer
+from btlm_jax.utils import deadline
 from support.runs import assert_same_run, copy_run
 
 
@@ -130,3 +136,36 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_with_path_and_fix(
     ) as e:
         train(load_tiny(), tmp_path / "run")
     assert "none is. Free space" in str(e.value) and "run the same command again" in str(e.value)
+
+
+@pytest.mark.parametrize("signaled", [False, True])
+def test_a_checkpoint_whose_disk_hangs_is_announced_and_ends_the_run(
+    load_tiny, tmp_path, monkeypatch, caplog, signaled
+):
+    """A request to stop shortens the wait; nothing then waits for the thread that hangs."""
+    answer, bounded = threading.Event(), []
+    monkeypatch.setattr(
+        ocp.training.Checkpointer,
+        "wait",
+        lambda self: answer.wait(60) if self.checkpoints else None,
+    )
+    monkeypatch.setattr(deadline, "_WARN_EVERY_SECONDS", 60 if signaled else 0.3)
+    monkeypatch.setattr(deadline, "bound_exit", lambda: bounded.append(None))
+    monkeypatch.setattr(checkpoints_module, "_STOP_SECONDS", 0.5)
+    monkeypatch.setattr(checkpoints_module, "_PATIENCE", 100 if signaled else 2)
+    if signaled:
+        saves = ocp.training.Checkpointer.save_checkpointables_async
+
+        def save(self, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return saves(self, *args, **kwargs)
+
+        monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", save)
+    before = time.monotonic()
+    with pytest.raises(
+        OSError, match=r"could not be written to .*still writing .*/checkpoints/3 after .*none is"
+    ):
+        train(load_tiny(), tmp_path / "run")
+    answer.set()
+    assert time.monotonic() - before < 30 and bounded
+    assert "its file system is slow or hangs; waiting at most" in caplog.text

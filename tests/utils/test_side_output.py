@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import atexit
+import os
 import threading
 import time
 
 import pytest
 
+from btlm_jax.utils import side_output
 from btlm_jax.utils.side_output import SideOutput, attempt, close_all
+
+BOUND_EXIT = side_output.bound_exit
 
 
 @pytest.fixture(autouse=True)
 def at_exit(monkeypatch):
     """Keeps an output that stalls from bounding the exit of the tests."""
-    registered = []
-    monkeypatch.setattr(atexit, "register", registered.append)
-    return registered
+    calls = []
+    monkeypatch.setattr(side_output, "bound_exit", lambda: calls.append(None))
+    return calls
 
 
 @pytest.fixture
@@ -81,3 +84,19 @@ def test_an_attempt_returns_whether_it_succeeded(caplog, stalled):
     assert not attempt("picture", "missing", lambda: 1 / 0)
     assert not attempt("picture", "missing", stalled, 0.05)
     assert "picture: ZeroDivisionError: division by zero; missing" in caplog.text
+
+
+def test_a_stalled_thread_cannot_keep_the_process_nor_change_its_exit_code(monkeypatch):
+    """Once the process begins to exit, whatever still waits for the thread is given 20 s."""
+    codes, waits, hooks = [], [], []
+    ended = threading.Event()
+    monkeypatch.setattr(threading, "_register_atexit", hooks.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(side_output, "_exit_code", 1)
+    BOUND_EXIT.__wrapped__()
+    side_output.set_exit_code(0)
+    assert not codes
+    (begin_exit,) = hooks
+    begin_exit()
+    assert ended.wait(10) and codes == [0] and waits == [20.0]
