@@ -45,7 +45,7 @@ def start_loop(
     capacity: int,
 ) -> BeamState:
     """Starts searches and takes their first step; arguments as for `sample_loop.start_loop`."""
-    model, K = spec.model, spec.options.num_beams
+    model, K = spec.model, _beam_rules(spec).num_beams
     with sharding.on_mesh(model.runtime(params).mesh):
         B, S = len(prompt.logits), ids.shape[1]
         cache = model.fork(params, prompt.cache, K, capacity)
@@ -99,9 +99,9 @@ def loop_ended(s: BeamState) -> bool:
     return not s.beams.unfinished
 
 
-def loop_result(spec: DecodeSpec, s: BeamState) -> DecodeResult:
+def loop_result(s: BeamState, num_return_sequences: int) -> DecodeResult:
     """Returns the best `num_return_sequences` finished beams of each prompt."""
-    beams, n = s.beams, spec.options.num_return_sequences
+    beams, n = s.beams, num_return_sequences
 
     def best(x):
         x = np.asarray(x)[:, :n]
@@ -116,7 +116,7 @@ def loop_result(spec: DecodeSpec, s: BeamState) -> DecodeResult:
 def _append_tokens(
     spec: DecodeSpec, params: Any, s: BeamState, logits: jax.Array, stop_table
 ) -> BeamState:
-    options, rows = spec.options, s.rows
+    rules, rows = _beam_rules(spec), s.rows
     B, K, S = s.beams.running["ids"].shape
     prompt_length, max_length = rows.prompt_length[0], rows.max_length[0]
     length, step = s.length, s.length - prompt_length
@@ -126,15 +126,18 @@ def _append_tokens(
     ids = s.beams.running["ids"].reshape(B * K, S)
     scores = decode.process_scores(spec, rows, logprobs, ids, lengths)
     totals = scores.reshape(B, K, V) + s.beams.running_scores[:, :, None]
-    num_candidates = max(2, 1 + len(spec.eos)) * K
-    if options.do_sample:
+    num_candidates = max(2, 1 + rules.num_eos) * K
+    if rows.options.sampling is not None:
         keys = decode.row_keys(rows, lengths - prompt_length)[::K]
         index = draw_tokens(totals.reshape(B, K * V), keys, num_candidates)
     else:
         index = jax.lax.top_k(totals.reshape(B, K * V), num_candidates)[1]
     candidates = beam_search.beam_candidates(totals, index)
     histories = beam_search.take_beams(s.beams.running, candidates.parents)
-    is_end, stop_state = decode.ends_row(spec, stop_table, candidates.tokens, histories.get("stop"))
+    eos_B1E = rows.options.eos.reshape(B, K, -1)[:, :1]
+    is_end, stop_state = decode.ends_row(
+        eos_B1E, stop_table, candidates.tokens, histories.get("stop")
+    )
     is_end = is_end | (length + 1 >= max_length)
     logprob = jnp.take_along_axis(logprobs.reshape(B, K * V), index, 1)
     first_row = jnp.arange(B)[:, None] * K
@@ -144,10 +147,10 @@ def _append_tokens(
         "rows": histories["rows"].at[:, :, length].set(candidates.parents + first_row),
     } | ({} if stop_state is None else {"stop": stop_state})
     powers = np.arange(S + 1, dtype=np.float64)
-    powers[1:] **= options.length_penalty  # in float64, as Python does
+    powers[1:] **= rules.length_penalty  # in float64, as Python does
     beams, survivors = beam_search.beam_step(
         s.beams, candidates, histories, is_end, step + 1, max_length - prompt_length,
-        powers.astype(np.float32), options, _active_searches(rows, B),
+        powers.astype(np.float32), rules, _active_searches(rows, B),
     )  # fmt: skip
     runtime = spec.model.runtime(params)
     parents = runtime.shard(jnp.take_along_axis(candidates.parents, survivors, 1), "batch", None)
@@ -158,6 +161,11 @@ def _append_tokens(
         kv_cache.reordered(s.cache, parents, runtime.attention_shard),
         decode.record_scores(s.score_buffers, step, scores=scores, logits=logits),
     )
+
+
+def _beam_rules(spec: DecodeSpec) -> beam_search.BeamRules:
+    assert spec.beams is not None
+    return spec.beams
 
 
 def _active_searches(rows: RowInputs, num_prompts: int) -> jax.Array:

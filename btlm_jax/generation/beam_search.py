@@ -7,14 +7,27 @@ win have -1e9 added in fp32, which absorbs the log-probability.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax.generation.options import GenerationOptions
+
+class BeamRules(NamedTuple):
+    """The rules of a beam search; all are static.
+
+    Attributes:
+      num_beams, early_stopping, length_penalty: see `options.GenerationOptions`.
+      num_eos: number of ids that end a row.
+    """
+
+    num_beams: int
+    early_stopping: bool | Literal["never"]
+    length_penalty: float
+    num_eos: int
+
 
 _EXCLUDED = np.float32(-1e9)
 
@@ -89,7 +102,7 @@ def beam_step(
     new_tokens: jax.Array,
     max_new_tokens: jax.Array,
     powers: ArrayLike,
-    options: GenerationOptions,
+    rules: BeamRules,
     active: jax.Array,
 ) -> tuple[Beams, jax.Array]:
     """Selects the beams that continue and updates the best finished ones.
@@ -102,14 +115,14 @@ def beam_step(
       new_tokens: int32, new tokens of the candidates.
       max_new_tokens: int32.
       powers: fp32 [S + 1]; entry n is n ** length_penalty, for n >= 1.
-      options: `early_stopping` and `length_penalty` are used.
+      rules: the rules of the search.
       active: as for `start_beams`.
 
     Returns:
       The next state, and the indices of the candidates that continue, int32 [B, K].
     """
     C, K = candidates.scores.shape[1], beams.scores.shape[1]
-    power, early = jnp.asarray(powers), options.early_stopping is True
+    power, early = jnp.asarray(powers), rules.early_stopping is True
 
     continuing_scores = candidates.scores + is_end_BC * _EXCLUDED
     survivors = jax.lax.top_k(continuing_scores, K)[1]
@@ -132,7 +145,7 @@ def beam_step(
     best = jax.lax.top_k(merged[1], K)[1]
     finished, scores, is_finished, lengths = take_beams(merged, best)
 
-    use_max = options.early_stopping == "never" and options.length_penalty > 0
+    use_max = rules.early_stopping == "never" and rules.length_penalty > 0
     best_possible = running_scores[:, :1] / power[max_new_tokens if use_max else new_tokens]
     worst = jnp.where(is_finished, scores.min(1, keepdims=True), _EXCLUDED)
     can_improve = beams.can_improve & (best_possible > worst).any(1, keepdims=True)

@@ -109,7 +109,7 @@ def iterate_results(
     if batch_size < 1:
         raise ValueError(f"batch_size: found {batch_size}, expected >= 1")
     warn_if_stacked(params)
-    if request.spec.options.num_beams > 1:
+    if request.options.num_beams > 1:
         return _run_beam_batches(request, params, batch_size, skip)
     return _run_groups(request, params, batch_size, skip)
 
@@ -204,7 +204,7 @@ def _run_group(
             used[slot] = end - T - 1
             if done[slot]:
                 tokens = ids[slot, T:end].copy()
-                decode.check_logprobs(request.spec.options, logprobs[slot, T:end])
+                decode.check_logprobs(request.options, logprobs[slot, T:end])
                 reason = request.finish_reason(row, tokens)
                 row_of_slot[slot] = None
                 yield i, GenerationResult(tokens, logprobs[slot, T:end].copy(), reason)

@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.generation import stop_automaton
+from btlm_jax.generation.beam_search import BeamRules
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import next_logits
 from btlm_jax.generation.processors import Processor, ProcessorContext, apply_processors
+from btlm_jax.generation.row_options import RowOptions, RuleSizes
 from btlm_jax.generation.sampling import warp_scores
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
@@ -34,23 +36,25 @@ class DecodeSpec:
 
     Attributes:
       model: the model.
-      options: the generation options.
-      eos: ids that end a row.
+      beams: the rules of a beam search; None without one.
+      rows_per_prompt: rows that continue each prompt.
+      sizes: static sizes of the rules of the rows' options.
       processors: user processors, applied after those of the options.
       score_steps, logit_steps: number of steps for which scores and logits are recorded; 0 records
         none.
     """
 
     model: BTLM
-    options: GenerationOptions
-    eos: tuple[int, ...]
+    beams: BeamRules | None = None
+    rows_per_prompt: int = 1
+    sizes: RuleSizes = dataclasses.field(default_factory=RuleSizes)
     processors: tuple[Processor, ...] = ()
     score_steps: int = 0
     logit_steps: int = 0
 
 
 class RowInputs(NamedTuple):
-    """The constants of each row; all are [R].
+    """The constants of each row; all are [R], or have R as the first dimension.
 
     A row's random key is fold_in(key(seed), stream), folded with the step and then with `copy`.
     """
@@ -64,6 +68,7 @@ class RowInputs(NamedTuple):
     stream: Any  # int32
     copy: Any  # int32, index among the continuations of the same prompt
     active: Any  # bool; inactive rows only pad the batch
+    options: RowOptions
 
 
 class DecodeResult(NamedTuple):
@@ -101,7 +106,7 @@ def decode_logits(
 
 def prompt_index(spec: DecodeSpec, num_prompts: int) -> jax.Array:
     """Returns the index of each row's prompt, int32 [R]."""
-    return jnp.repeat(jnp.arange(num_prompts), spec.options.rows_per_prompt)
+    return jnp.repeat(jnp.arange(num_prompts), spec.rows_per_prompt)
 
 
 def row_keys(rows: RowInputs, step_R: jax.Array) -> jax.Array:
@@ -115,28 +120,32 @@ def row_keys(rows: RowInputs, step_R: jax.Array) -> jax.Array:
 
 def process_scores(spec: DecodeSpec, rows: RowInputs, scores_RV, ids_RS, length_R) -> jax.Array:
     """Applies processors, sampling warpers and normalization to the scores [R, V]."""
-    options = spec.options
+    options = rows.options
     context = ProcessorContext(
         ids_RS, length_R, rows.first_valid, rows.prompt_length, rows.min_length, rows.max_length
     )
-    scores = apply_processors(scores_RV, context, options, spec.eos, spec.processors)
-    if options.do_sample:
-        # At least one candidate of a beam search must be able to continue.
-        min_keep = max(1, len(spec.eos)) + 1 if options.num_beams > 1 else 1
-        scores = warp_scores(scores, options, min_keep)
-    return jax.nn.log_softmax(scores, -1) if options.renormalize_logits else scores
+    scores = apply_processors(scores_RV, context, options, spec.sizes.ngram_sizes, spec.processors)
+    # At least one candidate of a beam search must be able to continue.
+    min_keep = 1 if spec.beams is None else max(1, spec.beams.num_eos) + 1
+    scores = warp_scores(scores, options, spec.sizes.candidates, min_keep)
+    if options.renormalize is not None:
+        normalized = jax.nn.log_softmax(scores, -1)
+        scores = jnp.where(options.renormalize[:, None], normalized, scores)
+    return scores
 
 
-def ends_row(spec: DecodeSpec, stop_table, token: jax.Array, stop_state) -> tuple[jax.Array, Any]:
+def ends_row(
+    eos: jax.Array, stop_table: jax.Array | None, token: jax.Array, stop_state: Any
+) -> tuple[jax.Array, Any]:
     """Returns whether tokens end their rows, and the next stop states; of any shape.
 
     Args:
-      spec: the static arguments.
+      eos: int32 [..., E], ids that end each row; -1 is none.
       stop_table: `build_stop_table`, or None.
-      token: int32 tokens.
+      token: int32 tokens [...].
       stop_state: the state of the stop automaton before the token; of the same shape.
     """
-    is_end = jnp.isin(token, jnp.asarray(spec.eos, jnp.int32))
+    is_end = (token[..., None] == eos).any(-1)
     if stop_table is None:
         return is_end, None
     stop_state, completed = stop_automaton.advance_stop_state(stop_table, stop_state, token)

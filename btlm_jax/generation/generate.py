@@ -20,8 +20,9 @@ from btlm_jax.generation import beam_loop, decode, prompts, request, sample_loop
 from btlm_jax.generation.call_arguments import takes_model_defaults
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import PromptState, prefill_padded
-from btlm_jax.generation.processors import Processor, as_processors
+from btlm_jax.generation.processors import Processor
 from btlm_jax.generation.prompt_cache import PromptCache
+from btlm_jax.generation.row_options import row_options
 from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import CACHE_DTYPES
@@ -91,8 +92,9 @@ def generate(
     Arguments that are not given have the values of the checkpoint's `generation_config.json`, if
     `load` found one (`model.generation_config`), with a notice of what it sets.
 
-    Decoding runs inside jit. A program is compiled for every set of options and every bucket of
-    lengths (`prompts.bucket_length`); seeds, and lengths within a bucket, change without compiling.
+    Decoding runs inside jit. A program is compiled for every set of rules that are used, such as
+    sampling, beams or a repetition penalty, and every bucket of lengths (`prompts.bucket_length`);
+    the values of options, seeds, and lengths within a bucket change without compiling.
 
     Args:
       model: the model.
@@ -178,11 +180,11 @@ def generate(
     else:
         prompt = prompt_cache.extend(model, params, ids, mask)
     steps = prompts.bucket_length(limits.max_new_tokens)
-    spec = decode.DecodeSpec(
+    spec = request.decode_spec(
         model,
         options,
         eos,
-        as_processors(logits_processor),
+        logits_processor,
         score_steps=steps * output_scores,
         logit_steps=steps * output_logits,
     )
@@ -197,6 +199,7 @@ def generate(
         stream=per_row(pad_rows(streams)),
         copy=np.tile(np.arange(options.rows_per_prompt, dtype=np.int32), len(ids)),
         active=per_row(np.arange(len(ids)) < rows),
+        options=row_options([options] * num_rows, [eos] * num_rows),
     )
     fill = _fill_token(pad, eos, options.num_beams > 1)
     extra_slots = prompts.bucket_length(T) - T + steps
@@ -204,7 +207,15 @@ def generate(
     if stop_state is not None:
         stop_state = per_row(pad_rows(stop_state))
     result, recorded = _run_loop(
-        spec, params, prompt, inputs, buffer, stop_table, stop_state, max_new_slots
+        spec,
+        params,
+        prompt,
+        inputs,
+        buffer,
+        stop_table,
+        stop_state,
+        max_new_slots,
+        options.num_return_sequences,
     )
     output = _cut_output(options, result, recorded, rows, T)
     return output if return_dict_in_generate else output.sequences
@@ -238,19 +249,20 @@ def _run_loop(
     stop_table: np.ndarray | None,
     stop_state: np.ndarray | None,
     max_new_slots: int,
+    num_return_sequences: int,
 ) -> tuple[decode.DecodeResult, Mapping[str, jax.Array]]:
     """Decodes to the end, in a cache that grows up to `max_new_slots` slots for new tokens.
 
     Returns:
       The result, and the recorded scores and logits.
     """
-    loop: Any = beam_loop if spec.options.num_beams > 1 else sample_loop
+    loop: Any = sample_loop if spec.beams is None else beam_loop
     used, capacity = 0, request.initial_capacity(max_new_slots)
     s = loop.start_loop(spec, params, prompt, rows, ids, stop_table, stop_state, capacity)
     while True:
         s = loop.advance_loop(spec, params, prompt.cache, s, stop_table, capacity - used)
         if loop.loop_ended(s):
-            return loop.loop_result(spec, s), s.score_buffers
+            return loop.loop_result(s, num_return_sequences), s.score_buffers
         used, capacity = capacity, min(2 * capacity, max_new_slots)
         s = s._replace(cache=kv_cache.resized(s.cache, capacity))
 

@@ -1,8 +1,7 @@
-"""The generation options that select a compiled program, with transformers' names and defaults.
+"""The options of `generate` besides lengths and seeds, with transformers' names and defaults.
 
-This module does not need JAX. A `GenerationOptions` is hashable and static under `jax.jit`, so a
-different one compiles a different program. Lengths and seeds are not options: they are arguments of
-the program and change without compiling.
+This module does not need JAX. The rules that options use select the compiled program; their values
+are arguments of it (`row_options`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ BEAMS_ONLY = ("early_stopping", "length_penalty")
 
 @dataclasses.dataclass(frozen=True)
 class GenerationOptions:
-    """The options of `generate` that select the compiled program. None means the default.
+    """The options of `generate`, checked. None means the default.
 
     Attributes:
       do_sample: sample from the distribution; otherwise take the most likely token (of equally

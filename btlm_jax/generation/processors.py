@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from btlm_jax.generation.options import GenerationOptions, TokenBias
+from btlm_jax.generation.row_options import RowOptions, TokenBias
 
 # (ids [R, S], length [R], scores [R, V]) -> scores [R, V]; `length` of a row's S slots are filled.
 Processor = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -38,8 +37,8 @@ class ProcessorContext(NamedTuple):
 def apply_processors(
     scores_RV: jax.Array,
     context: ProcessorContext,
-    options: GenerationOptions,
-    eos: tuple[int, ...],
+    options: RowOptions,
+    ngram_sizes: Sequence[int],
     custom: Sequence[Processor],
 ) -> jax.Array:
     """Applies all processors that do not depend on how the token is selected afterwards.
@@ -47,57 +46,59 @@ def apply_processors(
     Args:
       scores_RV: fp32 scores.
       context: the rows.
-      options: the generation options.
-      eos: ids that end a row.
+      options: the options of the rows.
+      ngram_sizes: the values that `options.ngram_size` may have.
       custom: user processors, applied last.
     """
     o, c, scores = options, context, scores_RV
     vocab = scores.shape[-1]
-    is_eos = _is_member(eos, vocab)
-    scores = _add_bias(scores, c, o.sequence_bias + tuple(((t,), b) for t, b in o.logit_bias))
-    if o.repetition_penalty != 1:
-        scores = _penalize_repetition(scores, c, o.repetition_penalty)
-    if o.no_repeat_ngram_size:
-        scores = _ban_repeated_ngrams(scores, c, o.no_repeat_ngram_size)
-    # A bad word that is a single EOS is ignored: no row could end.
-    bad = [ids for ids in o.bad_words_ids if len(ids) > 1 or ids[0] not in eos]
-    scores = _add_bias(scores, c, tuple((ids, -np.inf) for ids in bad))
-    if eos:
-        early = (c.length < c.min_length)[:, None]
-        scores = jnp.where(early & is_eos, -jnp.inf, scores)
-    if o.forced_bos_token_id is not None:
-        forced = _forced((o.forced_bos_token_id,), vocab)
-        scores = jnp.where((c.length == 1)[:, None], forced, scores)
-    if o.forced_eos_token_id:
-        forced = _forced(o.forced_eos_token_id, vocab)
-        last = (c.length == c.max_length - 1)[:, None]
-        scores = jnp.where(last, forced, scores)
-    if o.remove_invalid_values:
-        scores = jnp.nan_to_num(scores)
-    if o.exponential_decay_length_penalty is not None and eos:
-        start, factor = o.exponential_decay_length_penalty
-        past = (c.length - c.prompt_length - start)[:, None]
-        rise = jnp.abs(scores) * (jnp.float32(factor) ** past - 1)
+    is_eos = _is_member(o.eos, vocab)
+    if o.bias is not None:
+        scores = _add_bias(scores, c, o.bias)
+    if o.repetition_penalty is not None:
+        scores = _penalize_repetition(scores, c, o.repetition_penalty[:, None])
+    for n in ngram_sizes:
+        is_banned = _repeats_ngram(scores, c, n) & (o.ngram_size == n)[:, None]
+        scores = jnp.where(is_banned, -jnp.inf, scores)
+    if o.bad_words is not None:
+        scores = _add_bias(scores, c, o.bad_words)
+    early = (c.length < c.min_length)[:, None]
+    scores = jnp.where(early & is_eos, -jnp.inf, scores)
+    if o.forced_bos is not None:
+        is_second = (c.length == 1) & (o.forced_bos >= 0)
+        scores = _force(scores, is_second, o.forced_bos[:, None])
+    if o.forced_eos is not None:
+        is_last = (c.length == c.max_length - 1) & (o.forced_eos >= 0).any(1)
+        scores = _force(scores, is_last, o.forced_eos)
+    if o.remove_invalid is not None:
+        scores = jnp.where(o.remove_invalid[:, None], jnp.nan_to_num(scores), scores)
+    if o.decay is not None:
+        past = (c.length - c.prompt_length - o.decay.start)[:, None]
+        rise = jnp.abs(scores) * (o.decay.factor[:, None] ** past - 1)
         rising = is_eos & (past > 0) & jnp.isfinite(scores)
         scores = jnp.where(rising, scores + rise, scores)
-    scores = jnp.where(_is_member(o.suppress_tokens, vocab), -jnp.inf, scores)
-    if o.begin_suppress_tokens:
+    if o.suppressed is not None:
+        scores = jnp.where(_occurs(scores, o.suppressed, o.suppressed >= 0), -jnp.inf, scores)
+    if o.begin_suppressed is not None:
         # After a forced second token, the first free token is the third.
-        forced = (c.prompt_length == 1) & (o.forced_bos_token_id is not None)
-        first = c.length == c.prompt_length + forced
-        banned = first[:, None] & _is_member(o.begin_suppress_tokens, vocab)
-        scores = jnp.where(banned, -jnp.inf, scores)
+        forced = 0 if o.forced_bos is None else (c.prompt_length == 1) & (o.forced_bos >= 0)
+        is_first = (c.length == c.prompt_length + forced)[:, None]
+        is_banned = _occurs(scores, o.begin_suppressed, (o.begin_suppressed >= 0) & is_first)
+        scores = jnp.where(is_banned, -jnp.inf, scores)
     for processor in custom:
         scores = processor(c.ids, c.length, scores)
     return scores
 
 
-def _is_member(tokens: Sequence[int], vocab: int) -> np.ndarray:
-    return np.isin(np.arange(vocab), tokens)
+def _is_member(tokens_RN: jax.Array, vocab: int) -> jax.Array:
+    """Returns whether each id is in its row's short list, bool [R, V]."""
+    return (tokens_RN[:, :, None] == jnp.arange(vocab)).any(1)
 
 
-def _forced(tokens: Sequence[int], vocab: int) -> np.ndarray:
-    return np.where(_is_member(tokens, vocab), 0.0, -np.inf).astype(np.float32)
+def _force(scores, where_R, tokens_RN):
+    """Returns scores that allow only `tokens` in the rows `where`."""
+    forced = jnp.where(_is_member(tokens_RN, scores.shape[-1]), 0.0, -jnp.inf)
+    return jnp.where(where_R[:, None], forced, scores)
 
 
 def _occurs(scores, tokens, where):
@@ -109,23 +110,23 @@ def _occurs(scores, tokens, where):
     )
 
 
-def _penalize_repetition(scores, c: ProcessorContext, penalty: float):
+def _penalize_repetition(scores, c: ProcessorContext, penalty_R1):
     slot = jnp.arange(c.ids.shape[1])
     is_valid = (slot < c.length[:, None]) & (slot >= c.first_valid[:, None])
-    occurs = _occurs(scores, c.ids, is_valid)
-    return jnp.where(occurs, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+    penalized = jnp.where(scores < 0, scores * penalty_R1, scores / penalty_R1)
+    return jnp.where(_occurs(scores, c.ids, is_valid), penalized, scores)
 
 
-def _ban_repeated_ngrams(scores, c: ProcessorContext, n: int):
+def _repeats_ngram(scores, c: ProcessorContext, n: int):
+    """Returns whether each id would complete an n-gram that its row has already, bool [R, V]."""
     num_windows = c.ids.shape[1] - n + 1
     if num_windows < 1:
-        return scores
+        return jnp.zeros(scores.shape, bool)
     matches = jnp.arange(num_windows) + n <= c.length[:, None]
     suffix = _suffix(c, n - 1)
     for i in range(n - 1):
         matches = matches & (c.ids[:, i : i + num_windows] == suffix[:, i : i + 1])
-    banned = _occurs(scores, c.ids[:, n - 1 :], matches)
-    return jnp.where(banned & (c.length >= n)[:, None], -jnp.inf, scores)
+    return _occurs(scores, c.ids[:, n - 1 :], matches) & (c.length >= n)[:, None]
 
 
 def _suffix(c: ProcessorContext, n: int) -> jax.Array:
@@ -135,22 +136,14 @@ def _suffix(c: ProcessorContext, n: int) -> jax.Array:
 
 
 def _add_bias(scores, c: ProcessorContext, bias: TokenBias):
-    """Adds bias to the last token of each sequence whose other tokens are the end of the row."""
     rows, vocab = scores.shape
-    single = np.zeros(vocab, np.float32)
-    longer: dict[int, list[tuple[tuple[int, ...], float]]] = {}
-    for ids, value in bias:
-        if len(ids) == 1:
-            single[ids[0]] += value
-        elif len(ids) - 1 <= c.ids.shape[1]:
-            longer.setdefault(len(ids) - 1, []).append((ids, value))
-    if single.any():
-        scores = scores + single
-    for n, group in longer.items():
-        sequences = np.array([ids for ids, _ in group], np.int32)
-        values = np.array([value for _, value in group], np.float32)
-        matches = (_suffix(c, n)[:, None] == sequences[None, :, :-1]).all(-1)
-        matches = matches & (c.length >= n)[:, None]
-        zeros = jnp.zeros((rows, vocab), jnp.float32)
-        scores = scores + zeros.at[:, sequences[:, -1]].add(jnp.where(matches, values, 0.0))
-    return scores
+    is_any = bias.context < 0
+    suffix_R1W = _suffix(c, bias.context.shape[2])[:, None]
+    matches_RN = (is_any | (bias.context == suffix_R1W)).all(2)
+    matches_RN = matches_RN & ((~is_any).sum(2) <= c.length[:, None])
+    token_RN = jnp.where(bias.token >= 0, bias.token, vocab)
+    total = jnp.zeros((rows, vocab), jnp.float32)
+    total = total.at[jnp.arange(rows)[:, None], token_RN].add(
+        jnp.where(matches_RN, bias.value, 0.0), mode="drop"
+    )
+    return scores + total

@@ -19,10 +19,12 @@ from jax.typing import DTypeLike
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.generation import decode, prompts, sample_loop, stop_automaton
+from btlm_jax.generation.beam_search import BeamRules
 from btlm_jax.generation.call_arguments import resolve_arguments
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import prefill
 from btlm_jax.generation.processors import Processor, as_processors
+from btlm_jax.generation.row_options import RowOptions, row_options, rule_sizes, take_rows
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import CACHE_DTYPES, KVCache
@@ -47,6 +49,7 @@ class RowRequest(NamedTuple):
     """One continuation of one prompt. Lengths include the prompt."""
 
     ids: np.ndarray  # int32 [T]
+    options: RowOptions  # of this row, without the dimension of rows
     min_length: int  # no EOS before
     max_length: int
     seed: int
@@ -65,6 +68,8 @@ class GenerationRequest:
 
     Attributes:
       spec: the static arguments, with one row per prompt.
+      options: the generation options.
+      eos: ids that end a row.
       rows: `num_return_sequences` neighbors for each prompt.
       num_return_sequences: continuations per prompt.
       stop_table: `build_stop_table`, or None.
@@ -75,6 +80,8 @@ class GenerationRequest:
     """
 
     spec: decode.DecodeSpec
+    options: GenerationOptions
+    eos: tuple[int, ...]
     rows: list[RowRequest]
     num_return_sequences: int
     stop_table: np.ndarray | None
@@ -84,7 +91,7 @@ class GenerationRequest:
 
     def finish_reason(self, row: RowRequest, tokens: np.ndarray) -> str:
         """Returns why a row with these new tokens ended: "eos", "stop" (string) or "length"."""
-        if tokens[-1] in self.spec.eos:
+        if tokens[-1] in self.eos:
             return "eos"
         if self.stop_table is None:
             return "length"
@@ -121,6 +128,30 @@ def check_options(
     if any(len(ids) == 1 and ids[0] in eos for ids in options.bad_words_ids):
         logger.warning("bad_words_ids: a single EOS stays allowed; see suppress_tokens")
     return options, eos
+
+
+def decode_spec(
+    model: BTLM,
+    options: GenerationOptions,
+    eos: tuple[int, ...],
+    processors: Processor | Sequence[Processor] | None,
+    **steps: int,
+) -> decode.DecodeSpec:
+    """Returns the static arguments of decoding with given options.
+
+    Args:
+      model: the model.
+      options: the generation options.
+      eos: ids that end a row.
+      processors: user processors.
+      **steps: `score_steps` and `logit_steps` of `DecodeSpec`.
+    """
+    beams, o = None, options
+    if o.num_beams > 1:
+        beams = BeamRules(o.num_beams, o.early_stopping, o.length_penalty, len(eos))
+    return decode.DecodeSpec(
+        model, beams, o.rows_per_prompt, rule_sizes([o]), as_processors(processors), **steps
+    )
 
 
 def make_request(
@@ -197,20 +228,21 @@ def _make_request(
     seeds, streams = prompts.row_seeds(seed, len(prompt_ids))
     max_is_total = max_new_tokens is None and max_length is not None
     min_is_total = min_new_tokens is None
-    rows = []
+    rows, per_row = [], take_rows(row_options([options], [eos]), 0)
     for ids, row_seed, stream in zip(prompt_ids, seeds.tolist(), streams.tolist(), strict=True):
         shorter_by = limits.prompt_length - len(ids)
         row_min = limits.min_length - (0 if min_is_total else shorter_by)
         row_max = limits.max_length - (0 if max_is_total else shorter_by)
         for copy in range(options.num_return_sequences):
-            rows.append(RowRequest(ids, row_min, row_max, row_seed, stream, copy))
-    one_row = dataclasses.replace(options, num_return_sequences=1)
-    spec = decode.DecodeSpec(model, one_row, eos, as_processors(logits_processor))
+            rows.append(RowRequest(ids, per_row, row_min, row_max, row_seed, stream, copy))
+    spec = decode_spec(model, options, eos, logits_processor)
+    if options.num_beams == 1:  # every continuation is a row with a prompt of its own
+        spec = dataclasses.replace(spec, rows_per_prompt=1)
     stop_table = None
     if stop_strings is not None:
         stop_table = stop_automaton.build_stop_table(stop_strings, tokenizer, c.vocab_size)
     return GenerationRequest(
-        spec, rows, options.num_return_sequences, stop_table, cache_dtype, arguments
+        spec, options, eos, rows, options.num_return_sequences, stop_table, cache_dtype, arguments
     )
 
 
@@ -290,6 +322,7 @@ def start_rows(
         stream=column("stream"),
         copy=column("copy"),
         active=np.array([row is not None for row in rows]),
+        options=jax.tree.map(lambda *x: np.stack(x), *(row.options for row in padded)),
     )
     state = sample_loop.start_loop(
         spec, params, prompt, inputs, ids, request.stop_table, stop_state, capacity

@@ -60,7 +60,7 @@ def start_loop(
     """
     model = spec.model
     with sharding.on_mesh(model.runtime(params).mesh):
-        cache = model.fork(params, prompt.cache, spec.options.rows_per_prompt, capacity)
+        cache = model.fork(params, prompt.cache, spec.rows_per_prompt, capacity)
         logits = prompt.logits[decode.prompt_index(spec, prompt.logits.shape[0])]
         state = SampleState(
             rows,
@@ -120,22 +120,22 @@ def loop_ended(s: SampleState) -> bool:
     return bool(np.asarray(s.done).all())
 
 
-def loop_result(spec: DecodeSpec, s: SampleState) -> DecodeResult:
-    """Returns the rows in their current state."""
+def loop_result(s: SampleState, num_return_sequences: int) -> DecodeResult:
+    """Returns all rows in their current state."""
     return DecodeResult(s.ids, s.length, s.logprobs, None, None)
 
 
 def _append_token(spec: DecodeSpec, s: SampleState, logits: jax.Array, stop_table) -> SampleState:
-    step = s.length - s.rows.prompt_length
+    step, sampling = s.length - s.rows.prompt_length, s.rows.options.sampling
     scores = decode.process_scores(spec, s.rows, logits, s.ids, s.length)
-    if spec.options.do_sample:
+    if sampling is None:
+        token = jnp.argmax(scores, -1).astype(jnp.int32)
+    else:
         # Each copy has its own key, whatever the number of copies.
         keys = jax.vmap(jax.random.fold_in)(decode.row_keys(s.rows, step), s.rows.copy)
-        token = draw_tokens(scores, keys, 1)[:, 0].astype(jnp.int32)
-    else:
-        token = jnp.argmax(scores, -1).astype(jnp.int32)
+        token = draw_tokens(scores, keys, 1, sampling.do_sample)[:, 0].astype(jnp.int32)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), token[:, None], 1)[:, 0]
-    is_end, stop_state = decode.ends_row(spec, stop_table, token, s.stop_state)
+    is_end, stop_state = decode.ends_row(s.rows.options.eos, stop_table, token, s.stop_state)
     R, S = s.ids.shape
     # Writes past the end, for rows that are done, are dropped.
     target = jnp.arange(R), jnp.where(s.done, S, s.length)

@@ -4,52 +4,53 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from btlm_jax.generation.options import GenerationOptions
+from btlm_jax.generation.row_options import RowOptions, Sampling
 
 
-def warp_scores(scores_RV: jax.Array, options: GenerationOptions, min_keep: int = 1) -> jax.Array:
+def warp_scores(
+    scores_RV: jax.Array, options: RowOptions, candidates: int, min_keep: int = 1
+) -> jax.Array:
     """Applies the options that need `do_sample`, in transformers' order.
 
     Args:
       scores_RV: fp32 scores.
-      options: the generation options.
+      options: the options of the rows. Rows that do not sample keep their scores.
+      candidates: number of most likely tokens among which top_k and top_p select
+        (`row_options.RuleSizes`); 0 if no row has them.
       min_keep: no rule leaves fewer tokens than this; beams need one that is not an EOS.
 
     Returns:
       The scores; those of removed tokens are -inf.
     """
     o, scores = options, scores_RV
+    if o.sampling is None:
+        return scores
     min_keep = min(min_keep, scores.shape[-1])
-    if o.temperature != 1:
-        scores = scores / o.temperature
-    if o.top_k:
-        scores = _remove(scores, scores < _kth_largest(scores, max(o.top_k, min_keep)))
-    if o.top_p < 1:
-        ascending = jnp.argsort(scores, -1)
-        p = jax.nn.softmax(jnp.take_along_axis(scores, ascending, -1), -1)
-        unlikely = jnp.cumsum(p, -1) <= 1 - o.top_p
-        scores = _remove(scores, _unsort(unlikely.at[:, -min_keep:].set(False), ascending))
-    if o.min_p is not None:
+    scores = scores / o.sampling.temperature[:, None]
+    if candidates:
+        scores = _remove(scores, _is_below_top(scores, o.sampling, candidates, min_keep))
+    if o.cutoffs is not None:
         p = jax.nn.softmax(scores, -1)
-        unlikely = p < o.min_p * p.max(-1, keepdims=True)
+        unlikely = p < o.cutoffs.min_p[:, None] * p.max(-1, keepdims=True)
         best = jax.lax.top_k(p, min_keep)[1]
         scores = _remove(scores, unlikely.at[_row_index(scores), best].set(False))
-    if o.typical_p < 1:
-        scores = _remove(scores, _is_atypical(scores, o.typical_p, min_keep))
-    if o.epsilon_cutoff > 0:
+    if o.typical_p is not None:
+        scores = _remove(scores, _is_atypical(scores, o.typical_p[:, None], min_keep))
+    if o.cutoffs is not None:
         p = jax.nn.softmax(scores, -1)
-        unlikely = p < o.epsilon_cutoff
+        unlikely = p < o.cutoffs.epsilon[:, None]
         scores = _remove(scores, unlikely & (scores < _kth_largest(scores, min_keep)))
-    if o.eta_cutoff > 0:
-        p = jax.nn.softmax(scores, -1)
-        eta = jnp.float32(o.eta_cutoff)
+        p, eta = jax.nn.softmax(scores, -1), o.cutoffs.eta[:, None]
         eta = jnp.minimum(eta, jnp.sqrt(eta) * jnp.exp(-_entropy(jax.nn.log_softmax(scores, -1))))
         scores = _remove(scores, (p < eta) & (scores < _kth_largest(scores, min_keep)))
     return scores
 
 
-def draw_tokens(scores_RV: jax.Array, keys_R: jax.Array, count: int) -> jax.Array:
+def draw_tokens(
+    scores_RV: jax.Array, keys_R: jax.Array, count: int, do_sample_R: ArrayLike = True
+) -> jax.Array:
     """Draws `count` indices per row from softmax(scores), without replacement.
 
     Uses the Gumbel-top-k trick (arXiv 1903.06059).
@@ -58,12 +59,30 @@ def draw_tokens(scores_RV: jax.Array, keys_R: jax.Array, count: int) -> jax.Arra
       scores_RV: fp32 scores.
       keys_R: one random key per row, so that a row's draws do not depend on the batch.
       count: number of draws.
+      do_sample_R: bool; the other rows take the highest scores, of equal ones the lowest indices.
 
     Returns:
       int32 [R, count], in the order of the draws.
     """
     noise = jax.vmap(lambda key: jax.random.gumbel(key, scores_RV.shape[1:]))(keys_R)
+    noise = jnp.where(jnp.asarray(do_sample_R)[..., None], noise, 0.0)
     return jax.lax.top_k(scores_RV + noise, count)[1]
+
+
+def _is_below_top(scores, sampling: Sampling, candidates: int, min_keep: int):
+    """Returns which tokens top_k and then top_p remove, bool [R, V]."""
+    V = scores.shape[-1]
+    n = min(candidates, V)
+    # Reversed, so that of equal scores top_p removes those of lower indices first, as torch does.
+    descending, reversed_index = jax.lax.top_k(scores[:, ::-1], n)
+    ascending, index = descending[:, ::-1], V - 1 - reversed_index[:, ::-1]
+    kth = n - jnp.clip(sampling.top_k, min_keep, n)[:, None]
+    kth_score = jnp.take_along_axis(ascending, kth, -1)
+    has_top_k = (sampling.top_k < V)[:, None]
+    p = jax.nn.softmax(_remove(ascending, has_top_k & (ascending < kth_score)), -1)
+    is_tail = (jnp.cumsum(p, -1) <= sampling.tail[:, None]).at[:, -min_keep:].set(False)
+    is_below_p = jnp.zeros(scores.shape, bool).at[_row_index(scores), index].set(is_tail)
+    return has_top_k & (scores < kth_score) | is_below_p
 
 
 def _remove(scores, is_removed):
@@ -79,19 +98,19 @@ def _unsort(sorted_RV, order_RV):
 
 
 def _kth_largest(scores, k: int):
-    return jax.lax.top_k(scores, min(k, scores.shape[-1]))[0][:, -1:]
+    return jax.lax.top_k(scores, k)[0][:, -1:]
 
 
 def _entropy(log_p):
     return -jnp.where(jnp.isfinite(log_p), jnp.exp(log_p) * log_p, 0).sum(-1, keepdims=True)
 
 
-def _is_atypical(scores, mass: float, min_keep: int):
+def _is_atypical(scores, mass_R1, min_keep: int):
     log_p = jax.nn.log_softmax(scores, -1)
     distance = jnp.abs(-log_p - _entropy(log_p))
     order = jnp.argsort(distance, -1)
     ascending = jnp.take_along_axis(distance, order, -1)
     p = jax.nn.softmax(jnp.take_along_axis(scores, order, -1), -1)
-    last = (jnp.cumsum(p, -1) < mass).sum(-1, keepdims=True).clip(max=scores.shape[-1] - 1)
+    last = (jnp.cumsum(p, -1) < mass_R1).sum(-1, keepdims=True).clip(max=scores.shape[-1] - 1)
     is_far = ascending > jnp.take_along_axis(ascending, last, -1)
     return _unsort(is_far.at[:, :min_keep].set(False), order)

@@ -69,9 +69,9 @@ def stream(
     if chunk < 1:
         raise ValueError(f"chunk: found {chunk}, expected >= 1")
     request = make_request(model, [ids], tokenizer=tokenizer, **arguments)
-    if request.spec.options.num_beams > 1:
+    if request.options.num_beams > 1:
         raise ValueError(
-            f"num_beams: found {request.spec.options.num_beams}, expected 1: the best beam is "
+            f"num_beams: found {request.options.num_beams}, expected 1: the best beam is "
             "known only at the end; use generate, or no beams"
         )
     if request.num_return_sequences > 1:
@@ -107,7 +107,7 @@ def _stream_tokens(request: GenerationRequest, params: Params, chunk: int) -> It
         computed = _copy_tokens(s, np.int32(length), chunk)
         # The device works on the step above while these tokens are fetched.
         tokens, logprobs, end, done = jax.device_get(pending)
-        decode.check_logprobs(request.spec.options, logprobs[: end - start])
+        decode.check_logprobs(request.options, logprobs[: end - start])
         yield tokens[: end - start].tolist()
         if done:
             return

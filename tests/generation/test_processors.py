@@ -7,6 +7,7 @@ import numpy as np
 
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.processors import ProcessorContext, apply_processors
+from btlm_jax.generation.row_options import row_options, rule_sizes
 
 VOCAB = 8
 FLAT = np.array([[0, 1, -1, 2, -2, 3, -3, 4]], np.float32)
@@ -23,9 +24,11 @@ def scores(
         jnp.array([ids.shape[1] if length is None else length]),
         *(jnp.array([n]) for n in (first_valid, prompt, min_length, max_length)),
     )
-    return np.asarray(
-        apply_processors(jnp.asarray(FLAT), context, GenerationOptions(**options), eos, ())
-    )[0]
+    rows, sizes = [GenerationOptions(**options)], rule_sizes([GenerationOptions(**options)])
+    got = apply_processors(
+        jnp.asarray(FLAT), context, row_options(rows, [eos]), sizes.ngram_sizes, ()
+    )
+    return np.asarray(got)[0]
 
 
 def banned(*args, **kwargs) -> list[int]:
@@ -97,7 +100,7 @@ def test_exponential_decay_raises_eos():
 
 def test_custom_processors_come_last():
     context = ProcessorContext(jnp.array([[1, 2]]), *(jnp.array([n]) for n in (2, 0, 2, 0, 9)))
-    options = GenerationOptions(suppress_tokens=[0])
+    options = row_options([GenerationOptions(suppress_tokens=[0])], [()])
     got = apply_processors(
         jnp.asarray(FLAT), context, options, (), (lambda ids, n, s: s.at[:, 0].set(9),)
     )

@@ -9,14 +9,21 @@ import pytest
 from scipy import stats
 
 from btlm_jax.generation.options import GenerationOptions
+from btlm_jax.generation.row_options import row_options, rule_sizes
 from btlm_jax.generation.sampling import draw_tokens, warp_scores
 
 LOGITS = jnp.log(jnp.array([[0.4, 0.3, 0.1, 0.1, 0.1], [0.05, 0.05, 0.8, 0.05, 0.05]]))
 
 
+def warped(scores, rows: list[GenerationOptions], min_keep: int = 1):
+    """Returns the scores after the rules of every row."""
+    options, sizes = row_options(rows, [()] * len(rows)), rule_sizes(rows)
+    return warp_scores(scores, options, sizes.candidates, min_keep)
+
+
 def kept_tokens(min_keep: int = 1, **options) -> list[list[int]]:
     rules = GenerationOptions(do_sample=True, **({"top_k": 0} | options))
-    return [list(np.flatnonzero(np.isfinite(r))) for r in warp_scores(LOGITS, rules, min_keep)]
+    return [list(np.flatnonzero(np.isfinite(r))) for r in warped(LOGITS, [rules] * 2, min_keep)]
 
 
 def test_top_k_keeps_ties():
@@ -57,7 +64,7 @@ def test_cutoffs_drop_unlikely_tokens():
 
 def test_temperature_is_applied_before_the_filters():
     options = GenerationOptions(do_sample=True, temperature=0.5, top_k=2)
-    got = jax.nn.softmax(warp_scores(LOGITS, options), -1)[0]
+    got = jax.nn.softmax(warped(LOGITS, [options] * 2), -1)[0]
     np.testing.assert_allclose(got, np.array([16, 9, 0, 0, 0]) / 25, atol=1e-6)
 
 

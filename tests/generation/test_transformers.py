@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate
-from btlm_jax.generation import processors
+from btlm_jax.generation import processors, row_options
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.sampling import warp_scores
 from support import golden
@@ -140,7 +140,9 @@ def test_warpers_are_those_of_transformers(seed):
     scores[0, 3:9] = -np.inf
     keep = r.choice([1, 2, 3])
     expected = their_warpers(options, keep)(None, torch.as_tensor(scores)).numpy()
-    output = np.asarray(warp_scores(jnp.asarray(scores), options, keep))
+    candidates = row_options.rule_sizes([options]).candidates
+    rows = row_options.row_options([options] * 4, [()] * 4)
+    output = np.asarray(warp_scores(jnp.asarray(scores), rows, candidates, keep))
     np.testing.assert_array_equal(np.isfinite(output), np.isfinite(expected))
     np.testing.assert_allclose(output, expected, rtol=1e-6)
 
@@ -150,9 +152,8 @@ def test_invalid_values_are_removed_as_in_transformers():
     context = processors.ProcessorContext(
         np.zeros((1, 4), int), *(np.array([n]) for n in (2, 0, 1, 0, 9))
     )
-    output = processors.apply_processors(
-        jnp.asarray(scores), context, GenerationOptions(remove_invalid_values=True), (), ()
-    )
+    options = row_options.row_options([GenerationOptions(remove_invalid_values=True)], [()])
+    output = processors.apply_processors(jnp.asarray(scores), context, options, (), ())
     expected = theirs.InfNanRemoveLogitsProcessor()(None, torch.as_tensor(scores)).numpy()
     np.testing.assert_array_equal(output, expected)
 

@@ -14,6 +14,7 @@ from btlm_jax.generation import prompts, sample_loop
 from btlm_jax.generation.decode import DecodeSpec, RowInputs
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import PromptState
+from btlm_jax.generation.row_options import row_options
 from btlm_jax.model.btlm import BTLM
 
 
@@ -54,8 +55,9 @@ class DecodeLoop:
         rows = RowInputs(
             lengths, lengths, zeros, zeros, lengths + max_new_tokens + 1, zeros.astype(np.uint32),
             zeros, zeros, np.ones(batch_size, bool),
+            row_options([GenerationOptions()] * batch_size, [()] * batch_size),
         )  # fmt: skip
-        spec = DecodeSpec(model, GenerationOptions(), ())
+        spec = DecodeSpec(model)
         slots = context + prompts.bucket_length(max_new_tokens + 1)
         ids = np.zeros((batch_size, slots), np.int32)
         self._state: Any = sample_loop.start_loop(
