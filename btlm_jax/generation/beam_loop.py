@@ -45,7 +45,7 @@ def start_loop(
     capacity: int,
 ) -> BeamState:
     """Starts searches and takes their first step; arguments as for `sample_loop.start_loop`."""
-    model, K = spec.model, _beam_rules(spec).num_beams
+    model, K = spec.model, spec.num_beams
     with sharding.on_mesh(model.runtime(params).mesh):
         B, S = len(prompt.logits), ids.shape[1]
         cache = model.fork(params, prompt.cache, K, capacity)
@@ -116,7 +116,8 @@ def loop_result(s: BeamState, num_return_sequences: int) -> DecodeResult:
 def _append_tokens(
     spec: DecodeSpec, params: Any, s: BeamState, logits: jax.Array, stop_table
 ) -> BeamState:
-    rules, rows = _beam_rules(spec), s.rows
+    rows, search = s.rows, s.rows.options.search
+    assert search is not None
     B, K, S = s.beams.running["ids"].shape
     prompt_length, max_length = rows.prompt_length[0], rows.max_length[0]
     length, step = s.length, s.length - prompt_length
@@ -126,7 +127,7 @@ def _append_tokens(
     ids = s.beams.running["ids"].reshape(B * K, S)
     scores = decode.process_scores(spec, rows, logprobs, ids, lengths)
     totals = scores.reshape(B, K, V) + s.beams.running_scores[:, :, None]
-    num_candidates = max(2, 1 + rules.num_eos) * K
+    num_candidates = max(2, 1 + spec.num_eos) * K
     if rows.options.sampling is not None:
         keys = decode.row_keys(rows, lengths - prompt_length)[::K]
         index = draw_tokens(totals.reshape(B, K * V), keys, num_candidates)
@@ -146,12 +147,23 @@ def _append_tokens(
         "logprobs": histories["logprobs"].at[:, :, length].set(logprob),
         "rows": histories["rows"].at[:, :, length].set(candidates.parents + first_row),
     } | ({} if stop_state is None else {"stop": stop_state})
-    powers = np.arange(S + 1, dtype=np.float64)
-    powers[1:] **= rules.length_penalty  # in float64, as Python does
+
+    def per_search(x):
+        return x.reshape(B, K)[:, :1]
+
+    powers_BS = jnp.arange(S + 1.0).at[0].set(1.0) ** per_search(search.length_penalty)
     beams, survivors = beam_search.beam_step(
-        s.beams, candidates, histories, is_end, step + 1, max_length - prompt_length,
-        powers.astype(np.float32), rules, _active_searches(rows, B),
-    )  # fmt: skip
+        s.beams,
+        candidates,
+        histories,
+        is_end,
+        step + 1,
+        max_length - prompt_length,
+        powers_BS,
+        per_search(search.early_stopping),
+        per_search(search.allows_longer),
+        per_search(rows.active),
+    )
     runtime = spec.model.runtime(params)
     parents = runtime.shard(jnp.take_along_axis(candidates.parents, survivors, 1), "batch", None)
     return BeamState(
@@ -161,11 +173,6 @@ def _append_tokens(
         kv_cache.reordered(s.cache, parents, runtime.attention_shard),
         decode.record_scores(s.score_buffers, step, scores=scores, logits=logits),
     )
-
-
-def _beam_rules(spec: DecodeSpec) -> beam_search.BeamRules:
-    assert spec.beams is not None
-    return spec.beams
 
 
 def _active_searches(rows: RowInputs, num_prompts: int) -> jax.Array:

@@ -7,27 +7,11 @@ win have -1e9 added in fp32, which absorbs the log-probability.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
-
-
-class BeamRules(NamedTuple):
-    """The rules of a beam search; all are static.
-
-    Attributes:
-      num_beams, early_stopping, length_penalty: see `options.GenerationOptions`.
-      num_eos: number of ids that end a row.
-    """
-
-    num_beams: int
-    early_stopping: bool | Literal["never"]
-    length_penalty: float
-    num_eos: int
-
 
 _EXCLUDED = np.float32(-1e9)
 
@@ -101,8 +85,9 @@ def beam_step(
     is_end_BC: jax.Array,
     new_tokens: jax.Array,
     max_new_tokens: jax.Array,
-    powers: ArrayLike,
-    rules: BeamRules,
+    powers_BS: jax.Array,
+    early_stopping_B1: jax.Array,
+    allows_longer_B1: jax.Array,
     active: jax.Array,
 ) -> tuple[Beams, jax.Array]:
     """Selects the beams that continue and updates the best finished ones.
@@ -114,15 +99,17 @@ def beam_step(
       is_end_BC: bool, candidates that end here.
       new_tokens: int32, new tokens of the candidates.
       max_new_tokens: int32.
-      powers: fp32 [S + 1]; entry n is n ** length_penalty, for n >= 1.
-      rules: the rules of the search.
+      powers_BS: fp32 [B, S + 1]; entry n is n ** length_penalty, for n >= 1.
+      early_stopping_B1: bool, searches that end as soon as K beams have ended.
+      allows_longer_B1: bool, searches that compare with the score that the best beam would have at
+        the maximum length.
       active: as for `start_beams`.
 
     Returns:
       The next state, and the indices of the candidates that continue, int32 [B, K].
     """
     C, K = candidates.scores.shape[1], beams.scores.shape[1]
-    power, early = jnp.asarray(powers), rules.early_stopping is True
+    power_B1 = powers_BS[:, new_tokens, None]
 
     continuing_scores = candidates.scores + is_end_BC * _EXCLUDED
     survivors = jax.lax.top_k(continuing_scores, K)[1]
@@ -130,8 +117,8 @@ def beam_step(
 
     # Candidates beyond the first K are only there to continue in place of those that end.
     ended = is_end_BC & (jnp.arange(C) < K)
-    final_scores = candidates.scores / power[new_tokens]
-    full = beams.is_finished.all(1, keepdims=True) & early
+    final_scores = candidates.scores / power_B1
+    full = beams.is_finished.all(1, keepdims=True) & early_stopping_B1
     for excluded in (full, ~beams.can_improve, ~ended):
         final_scores = final_scores + excluded * _EXCLUDED
 
@@ -145,11 +132,11 @@ def beam_step(
     best = jax.lax.top_k(merged[1], K)[1]
     finished, scores, is_finished, lengths = take_beams(merged, best)
 
-    use_max = rules.early_stopping == "never" and rules.length_penalty > 0
-    best_possible = running_scores[:, :1] / power[max_new_tokens if use_max else new_tokens]
+    best_power = jnp.where(allows_longer_B1, powers_BS[:, max_new_tokens, None], power_B1)
+    best_possible = running_scores[:, :1] / best_power
     worst = jnp.where(is_finished, scores.min(1, keepdims=True), _EXCLUDED)
     can_improve = beams.can_improve & (best_possible > worst).any(1, keepdims=True)
-    stopped_early = (is_finished | ~active).all() & early
+    stopped_early = ((is_finished & early_stopping_B1) | ~active).all()
     all_ended = (is_end_BC | ~active).all()
     unfinished = can_improve.any() & ~stopped_early & ~all_ended
     state = Beams(

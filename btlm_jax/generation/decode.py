@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.generation import stop_automaton
-from btlm_jax.generation.beam_search import BeamRules
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import next_logits
 from btlm_jax.generation.processors import Processor, ProcessorContext, apply_processors
@@ -36,7 +35,8 @@ class DecodeSpec:
 
     Attributes:
       model: the model.
-      beams: the rules of a beam search; None without one.
+      num_beams: width of a beam search; 1 without one.
+      num_eos: with beams, the number of ids that end a row, each of which needs a candidate.
       rows_per_prompt: rows that continue each prompt.
       sizes: static sizes of the rules of the rows' options.
       processors: user processors, applied after those of the options.
@@ -45,7 +45,8 @@ class DecodeSpec:
     """
 
     model: BTLM
-    beams: BeamRules | None = None
+    num_beams: int = 1
+    num_eos: int = 0
     rows_per_prompt: int = 1
     sizes: RuleSizes = dataclasses.field(default_factory=RuleSizes)
     processors: tuple[Processor, ...] = ()
@@ -126,7 +127,7 @@ def process_scores(spec: DecodeSpec, rows: RowInputs, scores_RV, ids_RS, length_
     )
     scores = apply_processors(scores_RV, context, options, spec.sizes.ngram_sizes, spec.processors)
     # At least one candidate of a beam search must be able to continue.
-    min_keep = 1 if spec.beams is None else max(1, spec.beams.num_eos) + 1
+    min_keep = max(1, spec.num_eos) + 1 if spec.num_beams > 1 else 1
     scores = warp_scores(scores, options, spec.sizes.candidates, min_keep)
     if options.renormalize is not None:
         normalized = jax.nn.log_softmax(scores, -1)

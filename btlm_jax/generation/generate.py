@@ -256,7 +256,7 @@ def _run_loop(
     Returns:
       The result, and the recorded scores and logits.
     """
-    loop: Any = sample_loop if spec.beams is None else beam_loop
+    loop: Any = beam_loop if spec.num_beams > 1 else sample_loop
     used, capacity = 0, request.initial_capacity(max_new_slots)
     s = loop.start_loop(spec, params, prompt, rows, ids, stop_table, stop_state, capacity)
     while True:

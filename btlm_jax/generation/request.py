@@ -19,7 +19,6 @@ from jax.typing import DTypeLike
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.generation import decode, prompts, sample_loop, stop_automaton
-from btlm_jax.generation.beam_search import BeamRules
 from btlm_jax.generation.call_arguments import resolve_arguments
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import prefill
@@ -146,11 +145,14 @@ def decode_spec(
       processors: user processors.
       **steps: `score_steps` and `logit_steps` of `DecodeSpec`.
     """
-    beams, o = None, options
-    if o.num_beams > 1:
-        beams = BeamRules(o.num_beams, o.early_stopping, o.length_penalty, len(eos))
     return decode.DecodeSpec(
-        model, beams, o.rows_per_prompt, rule_sizes([o]), as_processors(processors), **steps
+        model,
+        options.num_beams,
+        len(eos) if options.num_beams > 1 else 0,
+        options.rows_per_prompt,
+        rule_sizes([options]),
+        as_processors(processors),
+        **steps,
     )
 
 

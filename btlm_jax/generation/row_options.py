@@ -62,6 +62,14 @@ class LengthDecay(NamedTuple):
     factor: Any  # fp32 [R]
 
 
+class Search(NamedTuple):
+    """The rules of beam searches."""
+
+    early_stopping: Any  # bool [R], end as soon as all beams have ended
+    allows_longer: Any  # bool [R], continue while a longer beam could be better
+    length_penalty: Any  # fp32 [R]
+
+
 class TokenBias(NamedTuple):
     """Numbers added to the scores of tokens where the row ends with their contexts."""
 
@@ -88,6 +96,7 @@ class RowOptions(NamedTuple):
     cutoffs: Cutoffs | None = None
     typical_p: Any = None  # fp32 [R]
     renormalize: Any = None  # bool [R]
+    search: Search | None = None
 
 
 def row_options(options: Sequence[GenerationOptions], eos: Sequence[tuple[int, ...]]) -> RowOptions:
@@ -124,6 +133,11 @@ def row_options(options: Sequence[GenerationOptions], eos: Sequence[tuple[int, .
         column(np.int32, (start for start, _ in decays)),
         column(np.float32, (factor for _, factor in decays)),
     )
+    search = Search(
+        column(bool, (o.early_stopping is True for o in options)),
+        column(bool, (o.early_stopping == "never" and o.length_penalty > 0 for o in options)),
+        column(np.float32, (o.length_penalty for o in options)),
+    )
     forced_bos = [o.forced_bos_token_id for o in options]
     penalties = [o.repetition_penalty for o in options]
     sizes = [o.no_repeat_ngram_size for o in options]
@@ -156,6 +170,7 @@ def row_options(options: Sequence[GenerationOptions], eos: Sequence[tuple[int, .
         # A mass that is never reached keeps all tokens.
         typical_p=column(np.float32, typical, (math.isfinite(p) for p in typical)),
         renormalize=column(bool, renormalizes, renormalizes),
+        search=search if any(o.num_beams > 1 for o in options) else None,
     )
 
 
