@@ -245,7 +245,7 @@ class Generate:
             finished, start, num_tokens = frozenset(journal.results), time.monotonic(), 0
             rows = 8 if self.batch_size is None else self.batch_size
             results = continuous_batching.iterate_results(request, params, rows, finished)
-            total = len(request.rows)
+            total = request.num_results
             with Progress(total, "text", "generating", done=len(finished)) as progress:
                 for i, result in results:
                     line, ids = lines.objects[i // n], lines.ids[i // n]

@@ -18,16 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from btlm_jax.generation import decode, prompts, sample_loop
-from btlm_jax.generation.generate import generate
 from btlm_jax.generation.request import (
     GenerationRequest,
     RowRequest,
-    initial_capacity,
     make_request,
-    prefill_group,
-    start_rows,
     warn_if_stacked,
 )
+from btlm_jax.generation.row_batch import initial_capacity, prefill_group, run_rows, start_rows
 from btlm_jax.generation.sample_loop import SampleState
 from btlm_jax.model import kv_cache, sharding
 from btlm_jax.model.btlm import BTLM
@@ -95,13 +92,15 @@ def generate_batch(
 def iterate_results(
     request: GenerationRequest, params: Params, batch_size: int, skip: Container[int] = ()
 ) -> Iterator[tuple[int, GenerationResult]]:
-    """Yields (row index, result) of a request's rows, in the order in which they end.
+    """Yields (index, result) of a request's continuations, in the order in which they end.
+
+    Indices are in the order of the prompts, with `num_return_sequences` neighbors for each.
 
     Args:
       request: the request.
       params: the weights.
       batch_size: rows that run together.
-      skip: indices of rows that are not run. Groups and shapes are the same as with them.
+      skip: indices that are not run. Groups and shapes are the same as with them.
 
     Raises:
       ValueError: a bad batch size.
@@ -111,7 +110,7 @@ def iterate_results(
     warn_if_stacked(params)
     if request.options.num_beams > 1:
         return _run_beam_batches(request, params, batch_size, skip)
-    return _run_groups(request, params, batch_size, skip)
+    return _run_groups(request.separate_copies(), params, batch_size, skip)
 
 
 class _BatchShapes(NamedTuple):
@@ -284,18 +283,18 @@ def _run_beam_batches(
     request: GenerationRequest, params: Params, batch_size: int, skip: Container[int]
 ) -> Iterator[tuple[int, GenerationResult]]:
     """Runs beam searches over batches of prompts of equal length."""
-    n = request.num_return_sequences
+    n = request.options.num_return_sequences
     by_length: dict[int, list[int]] = {}
-    for i in range(0, len(request.rows), n):
-        by_length.setdefault(len(request.rows[i].ids), []).append(i)
+    for i, row in enumerate(request.rows):
+        by_length.setdefault(len(row.ids), []).append(i)
     for _, indices in sorted(by_length.items(), reverse=True):
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            if all(i + j in skip for i in batch for j in range(n)):
+            if all(i * n + j in skip for i in batch for j in range(n)):
                 continue
             results = _run_beam_batch(request, params, batch, batch_size)
             for k, result in enumerate(results):
-                index = batch[k // n] + k % n
+                index = batch[k // n] * n + k % n
                 if index not in skip:
                     yield index, result
 
@@ -305,19 +304,17 @@ def _run_beam_batch(
 ) -> Iterator[GenerationResult]:
     """Yields `num_return_sequences` results for each row index in `batch`."""
     rows = [request.rows[i] for i in batch]
+    num_shards = decode.num_batch_shards(request.spec.model, params)
     # Padded to few batch sizes, because each is a program.
     padded_size = min(1 << (len(rows) - 1).bit_length(), batch_size)
-    padded = rows + rows[-1:] * (padded_size - len(rows))
-    arguments: dict[str, Any] = {
-        **request.arguments,
-        "seed": [(row.seed, row.stream) for row in padded],
-        "return_dict_in_generate": True,
-    }
-    ids = np.stack([row.ids for row in padded])
-    output = generate(request.spec.model, params, ids, **arguments)
-    for k in range(len(rows) * request.num_return_sequences):
-        row = rows[k // request.num_return_sequences]
-        logprobs = output.logprobs[k]
-        logprobs = logprobs[: int((~np.isnan(logprobs)).sum())]
-        tokens = output.sequences[k, len(row.ids) :][: len(logprobs)]
+    padded_size += -padded_size % num_shards
+    T, new = len(rows[0].ids), max(row.max_new_tokens for row in rows)
+    padded = [*rows, *[None] * (padded_size - len(rows))]
+    result, _ = run_rows(
+        request, params, padded, prompts.bucket_length(T), prompts.bucket_length(new)
+    )
+    for k in range(len(rows) * request.options.num_return_sequences):
+        row, end = rows[k // request.options.num_return_sequences], result.lengths[k]
+        tokens, logprobs = result.ids[k, T:end], result.logprobs[k, T:end]
+        decode.check_logprobs(request.options, logprobs)
         yield GenerationResult(tokens, logprobs, request.finish_reason(row, tokens))

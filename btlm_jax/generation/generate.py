@@ -1,33 +1,31 @@
 """`generate`: continues a batch of prompts, with transformers' argument names and semantics.
 
-The steps: check the arguments, prefill the prompts, run the sample loop or the beam loop to its
-end, and cut the result to the longest row.
+The steps: make a request of the arguments, run its rows to their end, and cut the result to the
+longest row.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from btlm_jax.generation import beam_loop, decode, prompts, request, sample_loop, stop_automaton
+from btlm_jax.generation import decode, prompts, row_batch
 from btlm_jax.generation.call_arguments import takes_model_defaults
-from btlm_jax.generation.options import GenerationOptions
-from btlm_jax.generation.prefill import PromptState, prefill_padded
 from btlm_jax.generation.processors import Processor
 from btlm_jax.generation.prompt_cache import PromptCache
-from btlm_jax.generation.row_options import row_options
-from btlm_jax.model import kv_cache
+from btlm_jax.generation.request import (
+    GenerationRequest,
+    RowRequest,
+    make_padded_request,
+    warn_if_stacked,
+)
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.kv_cache import CACHE_DTYPES
 from btlm_jax.model.params import Params
-from btlm_jax.utils.dtypes import optional_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -141,83 +139,40 @@ def generate(
         vocabulary, padding on the right; more tokens than the cache or the learned positions hold.
     """
     assert generation_config is None  # resolved by the decorator
-    c = model.config
-    request.warn_if_stacked(params)
-    known_names = inspect.signature(generate).parameters
-    options, eos = request.check_options(c, eos_token_id, kwargs, known_names)
+    warn_if_stacked(params)
     if (output_scores or output_logits) and not return_dict_in_generate:
         logger.warning("output_scores and output_logits need return_dict_in_generate=True")
         output_scores = output_logits = False
     if prompt_cache is not None:
         _refuse_cache_arguments({"cache_length": cache_length, "cache_dtype": cache_dtype})
-    cache_dtype = optional_dtype(cache_dtype, "cache_dtype", CACHE_DTYPES)
-    pad = c.pad_token_id if pad_token_id is None else pad_token_id
-    ids, mask = prompts.check_prompts(
-        input_ids, attention_mask, c.vocab_size, None if pad in eos else pad
-    )
-    rows, T = ids.shape
-    limits = prompts.resolve_lengths(T, max_new_tokens, max_length, min_new_tokens, min_length)
-    prompts.check_context_length(limits, c, cache_length)
-    seeds, streams = prompts.row_seeds(seed, rows)
-    stop_table = stop_state = None
-    if stop_strings is not None:
-        stop_table = stop_automaton.build_stop_table(stop_strings, tokenizer, c.vocab_size)
-        stop_state = stop_automaton.stop_state_after_prompt(stop_table, ids, mask)
-
-    extra_rows = -rows % decode.num_batch_shards(model, params)
-
-    def pad_rows(x):
-        """Appends copies of the last row, so that the mesh divides the batch."""
-        return np.concatenate([x, np.repeat(x[-1:], extra_rows, 0)])
-
-    def per_row(x):
-        return np.repeat(x, options.rows_per_prompt, 0)
-
-    ids, mask = pad_rows(ids), pad_rows(mask)
-    prompt_slots, max_new_slots = _cache_slots(limits, cache_length)
-    if prompt_cache is None:
-        prompt = prefill_padded(model, params, ids, mask, prompt_slots, cache_dtype)
-    else:
-        prompt = prompt_cache.extend(model, params, ids, mask)
-    steps = prompts.bucket_length(limits.max_new_tokens)
-    spec = request.decode_spec(
+    request = make_padded_request(
         model,
-        options,
-        eos,
-        logits_processor,
-        score_steps=steps * output_scores,
-        logit_steps=steps * output_logits,
+        input_ids,
+        attention_mask,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        min_new_tokens=min_new_tokens,
+        min_length=min_length,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        seed=seed,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        logits_processor=logits_processor,
+        cache_length=cache_length,
+        cache_dtype=cache_dtype,
+        output_scores=output_scores,
+        output_logits=output_logits,
+        **kwargs,
     )
-    num_rows = len(ids) * options.rows_per_prompt
-    inputs = decode.RowInputs(
-        prompt_length=np.full(num_rows, T, np.int32),
-        num_valid=per_row(mask.sum(1)),
-        first_valid=per_row(mask.argmax(1)),
-        min_length=np.full(num_rows, limits.min_length, np.int32),
-        max_length=np.full(num_rows, limits.max_length, np.int32),
-        seed=per_row(pad_rows(seeds)),
-        stream=per_row(pad_rows(streams)),
-        copy=np.tile(np.arange(options.rows_per_prompt, dtype=np.int32), len(ids)),
-        active=per_row(np.arange(len(ids)) < rows),
-        options=row_options([options] * num_rows, [eos] * num_rows),
+    rows: list[RowRequest | None] = [*request.rows]
+    rows += [None] * (-len(rows) % decode.num_batch_shards(model, params))
+    prompt = None if prompt_cache is None else prompt_cache.extend(model, params, rows)
+    prompt_slots, max_new_slots = _cache_slots(request.rows[0], cache_length)
+    result, recorded = row_batch.run_rows(
+        request, params, rows, prompt_slots, max_new_slots, prompt
     )
-    fill = _fill_token(pad, eos, options.num_beams > 1)
-    extra_slots = prompts.bucket_length(T) - T + steps
-    buffer = np.pad(per_row(ids), ((0, 0), (0, extra_slots)), constant_values=fill)
-    if stop_state is not None:
-        stop_state = per_row(pad_rows(stop_state))
-    result, recorded = _run_loop(
-        spec,
-        params,
-        prompt,
-        inputs,
-        buffer,
-        stop_table,
-        stop_state,
-        max_new_slots,
-        options.num_return_sequences,
-    )
-    output = _cut_output(options, result, recorded, rows, T)
+    output = _cut_output(request, result, recorded)
     return output if return_dict_in_generate else output.sequences
 
 
@@ -230,9 +185,9 @@ def _refuse_cache_arguments(arguments: Mapping[str, Any]) -> None:
             )
 
 
-def _cache_slots(limits: prompts.LengthLimits, cache_length: int | None) -> tuple[int, int]:
+def _cache_slots(row: RowRequest, cache_length: int | None) -> tuple[int, int]:
     """Returns the slots of the prompts' cache, and the maximum of the new tokens' cache."""
-    T, new = limits.prompt_length, limits.max_new_tokens
+    T, new = len(row.ids), row.max_new_tokens
     prompt_slots, new_slots = prompts.bucket_length(T), prompts.bucket_length(new)
     if cache_length is not None:  # buckets may exceed it
         prompt_slots = prompt_slots if prompt_slots + new <= cache_length else T
@@ -240,73 +195,36 @@ def _cache_slots(limits: prompts.LengthLimits, cache_length: int | None) -> tupl
     return prompt_slots, new_slots
 
 
-def _run_loop(
-    spec: decode.DecodeSpec,
-    params: Params,
-    prompt: PromptState,
-    rows: decode.RowInputs,
-    ids: np.ndarray,
-    stop_table: np.ndarray | None,
-    stop_state: np.ndarray | None,
-    max_new_slots: int,
-    num_return_sequences: int,
-) -> tuple[decode.DecodeResult, Mapping[str, jax.Array]]:
-    """Decodes to the end, in a cache that grows up to `max_new_slots` slots for new tokens.
-
-    Returns:
-      The result, and the recorded scores and logits.
-    """
-    loop: Any = beam_loop if spec.num_beams > 1 else sample_loop
-    used, capacity = 0, request.initial_capacity(max_new_slots)
-    s = loop.start_loop(spec, params, prompt, rows, ids, stop_table, stop_state, capacity)
-    while True:
-        s = loop.advance_loop(spec, params, prompt.cache, s, stop_table, capacity - used)
-        if loop.loop_ended(s):
-            return loop.loop_result(s, num_return_sequences), s.score_buffers
-        used, capacity = capacity, min(2 * capacity, max_new_slots)
-        s = s._replace(cache=kv_cache.resized(s.cache, capacity))
-
-
 def _cut_output(
-    options: GenerationOptions,
-    result: decode.DecodeResult,
-    recorded: Mapping[str, jax.Array],
-    num_prompts: int,
-    prompt_length: int,
+    request: GenerationRequest, result: decode.DecodeResult, recorded: Mapping[str, np.ndarray]
 ) -> GenerateOutput:
     """Returns the output without padding rows, and without slots after the longest row."""
-    num_rows = num_prompts * options.num_return_sequences
-    end = int(np.asarray(result.lengths)[:num_rows].max())
+    options, prompt_length = request.options, len(request.rows[0].ids)
+    num_rows = len(request.rows) * options.num_return_sequences
+    end = int(result.lengths[:num_rows].max())
 
-    def new_tokens(x):
-        return np.asarray(x)[:num_rows, prompt_length:end]
+    def new_tokens(x: np.ndarray) -> np.ndarray:
+        return x[:num_rows, prompt_length:end]
 
     logprobs = new_tokens(result.logprobs)
-    lengths = np.asarray(result.lengths)[:num_rows, None]
+    lengths = result.lengths[:num_rows, None]
     decode.check_logprobs(options, logprobs[np.arange(prompt_length, end) < lengths])
     row_ended = np.isnan(logprobs.T)[..., None]
 
-    def steps(name):
+    def steps(name: str) -> np.ndarray | None:
         if name not in recorded:
             return None
-        num_search_rows = num_prompts * options.rows_per_prompt
-        x = np.asarray(recorded[name])[: end - prompt_length, :num_search_rows]
+        num_search_rows = len(request.rows) * options.rows_per_prompt
+        x = recorded[name][: end - prompt_length, :num_search_rows]
         # The rows of a beam search continue after the best one has ended.
         return x if options.num_beams > 1 else np.where(row_ended, np.nan, x)
 
     scores, indices = result.sequences_scores, result.beam_indices
     return GenerateOutput(
-        np.asarray(result.ids)[:num_rows, :end],
+        result.ids[:num_rows, :end],
         logprobs,
-        None if scores is None else np.asarray(scores)[:num_rows],
+        None if scores is None else scores[:num_rows],
         None if indices is None else new_tokens(indices),
         steps("scores"),
         steps("logits"),
     )
-
-
-def _fill_token(pad: int | None, eos: tuple[int, ...], has_beams: bool) -> int:
-    """Returns the token that fills a row after its end."""
-    if has_beams and eos:  # as transformers' `pad or eos[0]`, which ignores a pad token of 0
-        return pad or eos[0]
-    return pad if pad is not None else eos[0] if eos else 0

@@ -12,13 +12,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import DTypeLike
 
 from btlm_jax.model import kv_cache, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
-from btlm_jax.model.params import Params
 from btlm_jax.model.positions import count_positions
 
 
@@ -94,15 +91,3 @@ def next_logits(model: BTLM, params: Any, h_R1D: jax.Array) -> jax.Array:
     """Returns logits, fp32 [R, V], replicated: every device then selects the same tokens."""
     logits = model.logits(params, h_R1D)
     return model.runtime(params).shard(logits, None, None, None)[:, 0]
-
-
-def prefill_padded(
-    model: BTLM, params: Params, ids, mask, width: int, dtype: DTypeLike | None = None
-) -> PromptState:
-    """Runs the model over prompts [B, T] with padding on the left, in a cache of `width` slots."""
-    T = ids.shape[1]
-    right_padding = ((0, 0), (0, width - T))
-    # Only padding on the left needs a mask: no token attends to the padding on the right.
-    padded_mask = None if mask.all() else np.pad(mask, right_padding)
-    padded_ids = np.pad(ids, right_padding)
-    return prefill(model, params, padded_ids, padded_mask, np.int32(T), width, dtype)

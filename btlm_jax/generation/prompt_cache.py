@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax.generation import decode, prompts
-from btlm_jax.generation.prefill import PromptState, extend_prefill, prefill, prefill_padded
+from btlm_jax.generation.prefill import PromptState, extend_prefill, prefill
+from btlm_jax.generation.request import RowRequest
 from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import CACHE_DTYPES, KVCache
@@ -71,31 +73,40 @@ class PromptCache:
         rows, T = ids.shape
         prompts.check_context_length(prompts.LengthLimits(T, 0, T), c, None)
         extra_rows = -rows % decode.num_batch_shards(model, params)
-        padded_ids, padded_mask = (
-            np.concatenate([x, np.repeat(x[-1:], extra_rows, 0)]) for x in (ids, mask)
-        )
         width = prompts.bucket_length(T)
-        prompt = prefill_padded(model, params, padded_ids, padded_mask, width, cache_dtype)
+
+        def pad(x: np.ndarray) -> np.ndarray:
+            return np.pad(np.pad(x, ((0, extra_rows), (0, 0)), "edge"), ((0, 0), (0, width - T)))
+
+        # No token attends to the padding on the right, which needs no mask.
+        padded_mask = None if mask.all() else pad(mask)
+        lengths = np.full(rows + extra_rows, T, np.int32)
+        prompt = prefill(model, params, pad(ids), padded_mask, lengths, width, cache_dtype)
         return cls(ids, mask, prompt)
 
-    def extend(self, model: BTLM, params: Params, ids: np.ndarray, mask: np.ndarray) -> PromptState:
+    def extend(
+        self, model: BTLM, params: Params, prompt_rows: Sequence[RowRequest | None]
+    ) -> PromptState:
         """Returns the prefilled state of prompts that begin with these; computes only the rest.
 
         Args:
           model: the model that the cache was created with.
           params: the weights that the cache was created with.
-          ids: int32 [B, T].
-          mask: int32 [B, T], nonzero for valid tokens.
+          prompt_rows: B prompts of equal length; None repeats the last one.
 
         Raises:
           ValueError: the prompts do not begin with these, row by row (a single row may begin all).
         """
+        rows = [row for row in prompt_rows if row is not None]
+        rows += rows[-1:] * (len(prompt_rows) - len(rows))
+        ids = np.stack([row.ids for row in rows])
+        mask = np.stack([row.mask for row in rows])
         (B, T), (num_cached, cached_length) = ids.shape, self.ids.shape
         # On a mesh, rows beyond the batch repeat its last row.
-        rows = np.minimum(np.arange(B), num_cached - 1)
+        index = np.minimum(np.arange(B), num_cached - 1)
         fits = cached_length <= T and (num_cached == 1 or num_cached <= B)
-        fits = fits and (ids[:, :cached_length] == self.ids[rows]).all()
-        if not fits or (mask[:, :cached_length] != self.mask[rows]).any():
+        fits = fits and (ids[:, :cached_length] == self.ids[index]).all()
+        if not fits or (mask[:, :cached_length] != self.mask[index]).any():
             raise ValueError(
                 f"prompt_cache: found {B} prompts of {T} tokens that do not begin with its "
                 f"{num_cached} of {cached_length}, expected prompts that do (padding included); "
@@ -103,7 +114,7 @@ class PromptCache:
             )
         prompt = self.prompt
         if len(prompt.logits) != B or num_cached != B:
-            prompt = _take_rows(model, params, prompt, rows)
+            prompt = _take_rows(model, params, prompt, index)
         if cached_length == T:
             return prompt
         tail_length = T - cached_length

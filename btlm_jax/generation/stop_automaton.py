@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from btlm_jax.data.tokenizer import check_text, encode_fragment
 
+_MIN_STATES = 16
+
 
 def build_stop_table(
     stop_strings: str | Sequence[str], tokenizer: Any, vocab_size: int
@@ -28,7 +30,8 @@ def build_stop_table(
       vocab_size: number of token ids.
 
     Returns:
-      int32 [states, vocab_size]: twice the next state, plus 1 if the token completes a string.
+      int32 [states, vocab_size]: twice the next state, plus 1 if the token completes a string. The
+      number of states is padded to 16, 32, 64, ..., because each is a program.
 
     Raises:
       ValueError: no strings, an empty string, or no tokenizer.
@@ -58,7 +61,9 @@ def build_stop_table(
         byte = np.array([b[position] for _, b in by_length[first:]])
         state[:, longer] = transitions[state[:, longer], byte]
         completed[:, longer] |= completes[state[:, longer]]
-    return 2 * state + completed
+    table = 2 * state + completed
+    padded = max(_MIN_STATES, 1 << (num_states - 1).bit_length())
+    return np.pad(table, ((0, padded - num_states), (0, 0)))
 
 
 def advance_stop_state(table: Any, state: Any, token: Any) -> tuple[Any, Any]:

@@ -13,13 +13,8 @@ from jax.typing import ArrayLike
 
 from btlm_jax.generation import decode, prompts, sample_loop
 from btlm_jax.generation.detokenize import detokenize_stream
-from btlm_jax.generation.request import (
-    GenerationRequest,
-    initial_capacity,
-    make_request,
-    start_rows,
-    warn_if_stacked,
-)
+from btlm_jax.generation.request import GenerationRequest, make_request, warn_if_stacked
+from btlm_jax.generation.row_batch import initial_capacity, start_rows
 from btlm_jax.generation.sample_loop import SampleState
 from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
@@ -69,14 +64,15 @@ def stream(
     if chunk < 1:
         raise ValueError(f"chunk: found {chunk}, expected >= 1")
     request = make_request(model, [ids], tokenizer=tokenizer, **arguments)
-    if request.options.num_beams > 1:
+    options = request.options
+    if options.num_beams > 1:
         raise ValueError(
-            f"num_beams: found {request.options.num_beams}, expected 1: the best beam is "
+            f"num_beams: found {options.num_beams}, expected 1: the best beam is "
             "known only at the end; use generate, or no beams"
         )
-    if request.num_return_sequences > 1:
+    if options.num_return_sequences > 1:
         raise ValueError(
-            f"num_return_sequences: found {request.num_return_sequences}, expected 1: a stream "
+            f"num_return_sequences: found {options.num_return_sequences}, expected 1: a stream "
             "has one row; use generate"
         )
     warn_if_stacked(params)

@@ -95,9 +95,9 @@ def test_fields_without_support_are_named(with_file, caplog):
 @pytest.mark.parametrize(
     "data, message",
     [
-        (b'{"eos_token_id": [1,', "ckpt/generation_config.json: not valid JSON"),
-        (b"\xff\xfe", "ckpt/generation_config.json: not valid JSON"),
-        (b"[1]", "ckpt/generation_config.json: found a JSON list, expected an object"),
+        (b'{"eos_token_id": [1,', "ckpt/generation_config.json is damaged, not JSON"),
+        (b"\xff\xfe", "ckpt/generation_config.json is damaged, not JSON"),
+        (b"[1]", "ckpt/generation_config.json holds no JSON object"),
     ],
 )
 def test_a_damaged_file_is_named_when_text_is_generated(tiny, with_file, data, message):

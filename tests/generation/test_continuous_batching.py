@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate, generate_batch, make_mesh, stream
-from btlm_jax.generation import continuous_batching, request, sample_loop
+from btlm_jax.generation import continuous_batching, row_batch, sample_loop
 from btlm_jax.model import kv_cache
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden
@@ -57,7 +57,7 @@ def test_rows_get_the_tokens_they_get_alone(of_bytes, alone):
 
 
 def test_a_mesh_gives_the_same_tokens(of_bytes, alone, monkeypatch):
-    monkeypatch.setattr(request, "INITIAL_SLOTS", 8)  # so that the cache grows
+    monkeypatch.setattr(row_batch, "INITIAL_SLOTS", 8)  # so that the cache grows
     model = of_bytes[0]
     mesh = make_mesh(data=4, fsdp=1, tensor=2)
     sharded = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(0), mesh=mesh))
@@ -110,7 +110,7 @@ def test_several_prompts_are_prefilled_together(of_bytes, alone, monkeypatch):
 
 def test_caches_grow_after_the_ring_has_wrapped(of_bytes, alone, monkeypatch):
     model, params, _ = of_bytes
-    monkeypatch.setattr(request, "INITIAL_SLOTS", 4)
+    monkeypatch.setattr(row_batch, "INITIAL_SLOTS", 4)
     rounds, resized = [], kv_cache.resized
 
     def record_rounds(cache, capacity):

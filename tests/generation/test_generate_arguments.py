@@ -35,9 +35,9 @@ def test_options_without_effect_give_warnings(tiny, caplog):
     options = dict(max_new_tokens=1, temperature=0.5, length_penalty=2.0)
     generate(*tiny, np.array([[1]]), output_scores=True, min_new_tokens=2, **options)
     assert [r.getMessage() for r in caplog.records] == [
+        "output_scores and output_logits need return_dict_in_generate=True",
         "temperature=0.5 does nothing without do_sample=True",
         "length_penalty=2.0 does nothing without num_beams > 1",
-        "output_scores and output_logits need return_dict_in_generate=True",
         "at least 2 new tokens are requested, but at most 1 are allowed: rows end there",
     ]
 

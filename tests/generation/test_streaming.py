@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate, stream
-from btlm_jax.generation import request, sample_loop
+from btlm_jax.generation import row_batch, sample_loop
 from btlm_jax.model import kv_cache
 from btlm_jax.utils.compile_cache import count_compilations
 
@@ -59,7 +59,7 @@ def test_a_running_stream_compiles_nothing_until_its_cache_grows(of_bytes, monke
     with count_compilations() as compiled:
         list(tokens)
     assert compiled.count == 0
-    monkeypatch.setattr(request, "INITIAL_SLOTS", 8)
+    monkeypatch.setattr(row_batch, "INITIAL_SLOTS", 8)
     capacities, resized = [], kv_cache.resized
 
     def record_capacity(cache, capacity):
