@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from btlm_jax.config import BTLMConfig as BTLMConfig
     from btlm_jax.data.tokenizer import load_tokenizer as load_tokenizer
     from btlm_jax.generation.continuous_batching import generate_batch as generate_batch
+    from btlm_jax.generation.engine import Engine as Engine
     from btlm_jax.generation.generate import generate as generate
     from btlm_jax.generation.pipeline import pipeline as pipeline
     from btlm_jax.generation.prompt_cache import PromptCache as PromptCache
@@ -35,6 +36,7 @@ _HOME = {
     "AlibiScaling": "config",
     "BTLM": "model.btlm",
     "BTLMConfig": "config",
+    "Engine": "generation.engine",
     "KVCache": "model.kv_cache",
     "PromptCache": "generation.prompt_cache",
     "fold_completep": "model.params",

@@ -117,11 +117,9 @@ def resolve_arguments(model: BTLM, given: Mapping[str, Any]) -> CallArguments:
         inherited = {n: v for n, v in inherited.items() if n not in replaced} | layer
         sources = {n: s for n, s in sources.items() if n not in replaced}
         sources |= dict.fromkeys(layer, origin) if origin else {}
-    is_idle = {
-        **({} if inherited.get("do_sample") else dict.fromkeys(SAMPLING_ONLY)),
-        **({} if _has_beams(inherited.get("num_beams")) else dict.fromkeys(BEAMS_ONLY)),
-    }
-    for name in is_idle:
+    idle = () if inherited.get("do_sample") else SAMPLING_ONLY
+    idle += () if _has_beams(inherited.get("num_beams")) else BEAMS_ONLY
+    for name in idle:
         if file is not None and sources.get(name) == file.path:
             del inherited[name], sources[name]
     if "top_k" in explicit and inherited["top_k"] is None:

@@ -1,56 +1,28 @@
 """`generate_batch`: continuous batching of many prompts of any lengths.
 
-A fixed number of rows run, each at its own length. When a row ends, the next prompt is prefilled
-and inserted into its place in the running state, without compiling anything. Prompts are taken
-longest first, so that those prefilled together have similar lengths.
+An `Engine` runs them. Prompts are taken longest first, so that those that are read together have
+similar lengths. Beam searches run in batches of prompts of equal length.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 from collections.abc import Container, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from btlm_jax.generation import decode, prompts, sample_loop
-from btlm_jax.generation.request import (
-    GenerationRequest,
-    RowRequest,
-    make_request,
-    warn_if_stacked,
-)
-from btlm_jax.generation.row_batch import initial_capacity, prefill_group, run_rows, start_rows
-from btlm_jax.generation.sample_loop import SampleState
-from btlm_jax.model import kv_cache, sharding
+from btlm_jax.generation import decode, prompts
+from btlm_jax.generation.engine import Engine
+from btlm_jax.generation.request import GenerationRequest, make_request, warn_if_stacked
+from btlm_jax.generation.request_handle import GenerationResult
+from btlm_jax.generation.row_batch import run_rows
 from btlm_jax.model.btlm import BTLM
-from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.params import Params
 
-# Prompts are prefilled once this fraction of the rows is free: one in 8.
-_ROWS_PER_PREFILL = 8
+# Tokens of a prompt that are read at a time, and that are decoded between two fetches.
+_CHUNK, _STEPS = 2048, 32
 # All rows have slots for the longest prompt of their group, which is at most this many times as
 # long as the shortest, unless fewer prompts than a batch would be left.
 _MAX_LENGTH_RATIO = 4
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class GenerationResult:
-    """One continuation.
-
-    Attributes:
-      tokens: int32 [n], the new tokens, including an EOS.
-      logprobs: fp32 [n], as in `generate`'s `GenerateOutput`.
-      finish_reason: "eos", "stop" (a stop string was completed) or "length".
-    """
-
-    tokens: np.ndarray
-    logprobs: np.ndarray
-    finish_reason: str
 
 
 def generate_batch(
@@ -113,31 +85,32 @@ def iterate_results(
     return _run_groups(request.separate_copies(), params, batch_size, skip)
 
 
-class _BatchShapes(NamedTuple):
-    num_rows: int  # R
-    num_shards: int  # batch shards of the mesh
-    prompt_slots: int  # P
-    max_new_slots: int
-
-    @property
-    def prefill_rows(self) -> int:
-        """Number of rows that are prefilled together, in each shard."""
-        return max(1, self.num_rows // self.num_shards // _ROWS_PER_PREFILL)
-
-
 def _run_groups(
     request: GenerationRequest, params: Params, batch_size: int, skip: Container[int]
 ) -> Iterator[tuple[int, GenerationResult]]:
-    num_shards = decode.num_batch_shards(request.spec.model, params)
     for group in _length_groups([len(row.ids) for row in request.rows], batch_size):
-        rows = [request.rows[i] for i in group]
-        shapes = _BatchShapes(
-            -(-min(batch_size, len(rows)) // num_shards) * num_shards,
-            num_shards,
-            prompts.bucket_length(max(len(row.ids) for row in rows)),
-            prompts.bucket_length(max(row.max_new_tokens for row in rows)),
+        engine = Engine(
+            request.spec.model,
+            params,
+            rows=min(batch_size, len(group)),
+            max_length=max(request.rows[i].max_length for i in group),
+            chunk=_CHUNK,
+            steps=_STEPS,
+            queue_size=len(group),
+            cache_dtype=request.cache_dtype,
+            prefix_cache_bytes=0,
+            logits_processor=request.spec.processors,
+            stop_table=request.stop_table,
         )
-        yield from _run_group(request, params, shapes, [i for i in group if i not in skip])
+        unfinished = {
+            i: engine.submit_request(dataclasses.replace(request, rows=[request.rows[i]]))
+            for i in group
+            if i not in skip
+        }
+        while unfinished:
+            engine.step()
+            for i in [i for i, handle in unfinished.items() if handle.finished]:
+                yield i, unfinished.pop(i).result()
 
 
 def _length_groups(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -150,133 +123,6 @@ def _length_groups(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
             groups.append([])
         groups[-1].append(i)
     return groups
-
-
-def _run_group(
-    request: GenerationRequest, params: Params, shapes: _BatchShapes, group: Sequence[int]
-) -> Iterator[tuple[int, GenerationResult]]:
-    queue = collections.deque(group)
-    running: tuple[KVCache, SampleState] | None = None
-    capacity = initial_capacity(shapes.max_new_slots)
-    row_of_slot: list[int | None] = [None] * shapes.num_rows  # index of the request's row
-    used = np.zeros(shapes.num_rows, np.int64)  # slots of new tokens
-    while queue or any(i is not None for i in row_of_slot):
-        while queue and None in row_of_slot:
-            targets = _free_slots(row_of_slot, shapes)
-            num_free = int((targets < shapes.num_rows).sum())
-            taken = _take_prompts(request, shapes, queue, num_free)
-            rows: list[RowRequest | None] = [None] * len(targets)
-            for n, i in zip(np.flatnonzero(targets < shapes.num_rows), taken, strict=False):
-                rows[n], row_of_slot[targets[n]] = request.rows[i], i
-                used[targets[n]] = 0
-            targets = np.where([row is None for row in rows], shapes.num_rows, targets)
-            started = start_rows(
-                request, params, rows, shapes.prompt_slots, shapes.max_new_slots, capacity
-            )
-            if running is None:
-                running = _blank_state(started, shapes.num_rows)
-            running = _insert_rows(running, started, targets.astype(np.int32))
-        assert running is not None
-        cache, s = running
-        busy = np.array([i is not None for i in row_of_slot])
-        if used[busy].max() == capacity:
-            capacity = min(2 * capacity, shapes.max_new_slots)
-            s = s._replace(cache=kv_cache.resized(s.cache, capacity))
-        wait_for = min(shapes.prefill_rows * shapes.num_shards, int(busy.sum()))
-        steps, patience = capacity - used[busy].max(), (~busy).sum() + wait_for
-        s = sample_loop.advance_loop(
-            request.spec,
-            params,
-            cache,
-            s,
-            request.stop_table,
-            np.int32(steps),
-            np.int32(patience),
-        )
-        running = cache, s
-        done, length, ids, logprobs = jax.device_get((s.done, s.length, s.ids, s.logprobs))
-        for slot, i in enumerate(row_of_slot):
-            if i is None:
-                continue
-            row, end = request.rows[i], int(length[slot])
-            T = len(row.ids)
-            used[slot] = end - T - 1
-            if done[slot]:
-                tokens = ids[slot, T:end].copy()
-                decode.check_logprobs(request.options, logprobs[slot, T:end])
-                reason = request.finish_reason(row, tokens)
-                row_of_slot[slot] = None
-                yield i, GenerationResult(tokens, logprobs[slot, T:end].copy(), reason)
-
-
-def _free_slots(row_of_slot: Sequence[int | None], shapes: _BatchShapes) -> np.ndarray:
-    """Returns free slots for the rows of a prefill, shard by shard; R where there is none."""
-    size = shapes.num_rows // shapes.num_shards
-    targets = []
-    for shard in range(shapes.num_shards):
-        slots = range(shard * size, (shard + 1) * size)
-        free = [slot for slot in slots if row_of_slot[slot] is None][: shapes.prefill_rows]
-        targets += free + [shapes.num_rows] * (shapes.prefill_rows - len(free))
-    return np.array(targets)
-
-
-def _take_prompts(
-    request: GenerationRequest, shapes: _BatchShapes, queue: collections.deque[int], count: int
-) -> list[int]:
-    """Removes up to `count` rows from the queue whose prompts can be prefilled together."""
-
-    def group(i: int) -> int:
-        return prefill_group(request.spec.model, len(request.rows[i].ids), shapes.prompt_slots)
-
-    taken = [queue.popleft()]
-    while queue and len(taken) < count and group(queue[0]) == group(taken[0]):
-        taken.append(queue.popleft())
-    return taken
-
-
-# `like` is kept although unused, because it tells JAX the devices.
-@functools.partial(jax.jit, static_argnames="rows", keep_unused=True)
-def _blank_state(like: Any, rows: int) -> Any:
-    """Returns a state of `rows` rows, all done, with the dtypes and shardings of another."""
-
-    def ones(x: jax.Array) -> jax.Array:  # a length of 1 and done = True: never looked at
-        out = None if mesh is None else jax.typeof(x).sharding
-        return jnp.ones((rows, *x.shape[1:]) if x.ndim else (), x.dtype, out_sharding=out)
-
-    mesh = sharding.mesh_of(like[0].layers)
-    with sharding.on_mesh(mesh):
-        return jax.tree.map(ones, like)
-
-
-@functools.partial(jax.jit, donate_argnames="running")
-def _insert_rows(running: Any, rows: Any, targets: jax.Array) -> Any:
-    """Inserts `rows` [n, ...] into the slots `targets` of `running`.
-
-    Args:
-      running: the running state of R rows, which is donated.
-      rows: the state of n rows. On a mesh, each shard of it goes into the same shard of `running`.
-      targets: int32 [n]; rows whose target is R are dropped.
-    """
-    num_rows = len(running[1].done)
-
-    def insert_local(old, new, targets):
-        # Slot numbers within the shard; one past its end is dropped.
-        local = jnp.where(targets < num_rows, targets % len(old), len(old))
-        return old.at[local].set(new, mode="drop")
-
-    def insert(old: jax.Array, new: jax.Array) -> jax.Array:
-        if not old.ndim:  # counters shared by all rows
-            return old
-        spec = jax.typeof(old).sharding.spec
-        if spec[0] is None:
-            return insert_local(old, new, targets)
-        batch_spec = jax.sharding.PartitionSpec(spec[0])
-        specs = dict(in_specs=(spec, spec, batch_spec), out_specs=spec)
-        sharded_targets = jax.reshard(targets, batch_spec)
-        return jax.shard_map(insert_local, **specs)(old, new, sharded_targets)
-
-    with sharding.on_mesh(sharding.mesh_of(running[0].layers)):
-        return jax.tree.map(insert, running, rows)
 
 
 def _run_beam_batches(

@@ -18,8 +18,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from btlm_jax.data.tokenizer import encode_prompt
-from btlm_jax.generation.continuous_batching import GenerationResult
 from btlm_jax.generation.detokenize import detokenize_continuation
+from btlm_jax.generation.request_handle import GenerationResult
 from btlm_jax.generation.result_journal import encode_line, finish_journal
 from btlm_jax.utils.format import format_bytes, list_first
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from btlm_jax.generation import decode, prompts, sample_loop
+from btlm_jax.generation import prompts
 from btlm_jax.generation.detokenize import detokenize_stream
+from btlm_jax.generation.engine import Engine
 from btlm_jax.generation.request import GenerationRequest, make_request, warn_if_stacked
-from btlm_jax.generation.row_batch import initial_capacity, start_rows
-from btlm_jax.generation.sample_loop import SampleState
-from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
+
+_PROMPT_CHUNK = 2048  # tokens of the prompt that are read at a time
 
 
 def stream(
@@ -76,45 +72,30 @@ def stream(
             "has one row; use generate"
         )
     warn_if_stacked(params)
-    groups = _stream_tokens(request, params, chunk)
+    engine = Engine(
+        request.spec.model,
+        params,
+        rows=1,
+        max_length=request.rows[0].max_length,
+        chunk=_PROMPT_CHUNK,
+        steps=chunk,
+        cache_dtype=request.cache_dtype,
+        prefix_cache_bytes=0,
+        logits_processor=request.spec.processors,
+        stop_table=request.stop_table,
+    )
+    groups = _token_groups(engine, request)
     if tokenizer is not None:
         return detokenize_stream(tokenizer, ids.tolist(), groups)
     return (token for group in groups for token in group)
 
 
-def _stream_tokens(request: GenerationRequest, params: Params, chunk: int) -> Iterator[list[int]]:
-    (row,) = request.rows
-    T, max_new_slots = len(row.ids), prompts.bucket_length(row.max_new_tokens)
-    capacity = initial_capacity(max_new_slots)
-    rows = [row, *[None] * (decode.num_batch_shards(request.spec.model, params) - 1)]
-    cache, s = start_rows(request, params, rows, prompts.bucket_length(T), max_new_slots, capacity)
-    # The first new token enters the cache in the next step, so one more token than slots is known.
-    length, used, computed = T, 0, _copy_tokens(s, np.int32(T), chunk)
-    while True:
-        pending, start, length = computed, length, T + 1 + used
-        if capacity - used < chunk and capacity < max_new_slots:
-            capacity = min(2 * capacity, max_new_slots)
-            s = s._replace(cache=kv_cache.resized(s.cache, capacity))
-        steps = min(chunk, capacity - used)
-        s = sample_loop.advance_loop(
-            request.spec, params, cache, s, request.stop_table, np.int32(steps), np.int32(len(rows))
-        )
-        used += steps
-        computed = _copy_tokens(s, np.int32(length), chunk)
-        # The device works on the step above while these tokens are fetched.
-        tokens, logprobs, end, done = jax.device_get(pending)
-        decode.check_logprobs(request.options, logprobs[: end - start])
-        yield tokens[: end - start].tolist()
-        if done:
-            return
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _copy_tokens(s: SampleState, start, size: int):
-    """Returns the first row's `size` tokens from `start` on, their log-probabilities, its length
-    and whether it is done.
-
-    They are copies, because the next step donates the state.
-    """
-    slots = jnp.minimum(start + jnp.arange(size), s.ids.shape[1] - 1)
-    return s.ids[0][slots], s.logprobs[0][slots], s.length[0], s.done[0]
+def _token_groups(engine: Engine, request: GenerationRequest) -> Iterator[list[int]]:
+    """Yields the tokens of a request as they are fetched."""
+    handle, position = engine.submit_request(request), 0
+    while not handle.finished:
+        engine.step()
+        if len(handle.tokens) > position:
+            yield handle.tokens[position:]
+            position = len(handle.tokens)
+    handle.result()

@@ -7,20 +7,11 @@ import numpy as np
 from scipy import stats
 
 from btlm_jax import generate, score
+from support.generation_rules import BEAMS
 from support.golden import on_cases
 
 # The cases that differ in what generation itself does; the models are tested in `tests/model`.
 PADDED_KINDS = on_cases("a_btlm_mup_hd80", "e_alibi_dynamic16", "f_learned_gelu_mup")
-
-
-BEAMS = dict(
-    num_beams=5,
-    no_repeat_ngram_size=2,
-    early_stopping=True,
-    max_new_tokens=20,
-    pad_token_id=96,
-    return_dict_in_generate=True,
-)
 
 
 @on_cases("b_sp_alibi", "e_alibi_dynamic16", "f_learned_gelu_mup")

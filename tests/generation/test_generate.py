@@ -10,7 +10,7 @@ import pytest
 from btlm_jax import generate, generate_batch, load_tokenizer, score, stream
 from btlm_jax.generation import prompts
 from btlm_jax.utils.compile_cache import count_compilations
-from support import golden, gpt2
+from support import generation_rules, golden, gpt2
 from support.golden import on_cases
 
 # Each case costs several programs to compile. That the models are those of the original, with
@@ -80,8 +80,12 @@ def test_any_of_several_eos_ids_ends_a_row(tiny):
 
 
 @pytest.mark.parametrize("number", range(24))
-def test_answers_are_those_recorded_from_transformers(number):
-    """Random options, greedy for even numbers and with beams for odd ones: see `support.gpt2`."""
+def test_answers_are_those_recorded_from_transformers(number, monkeypatch):
+    """Random options, greedy for even numbers and with beams for odd ones: see `support.gpt2`.
+
+    Each runs in a program with all rules, as beside a row that uses them all.
+    """
+    generation_rules.share_programs(monkeypatch)
     case = gpt2.recorded()[number]
     output = gpt2.answer(case)
     np.testing.assert_array_equal(output.sequences, case["sequences"])

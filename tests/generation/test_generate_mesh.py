@@ -10,15 +10,7 @@ from btlm_jax import BTLM, BTLMConfig, generate, make_mesh
 from btlm_jax.model import sharding, weights
 from btlm_jax.model.params import flatten_tree, unflatten_tree
 from support import golden
-
-BEAMS = dict(
-    num_beams=5,
-    no_repeat_ngram_size=2,
-    early_stopping=True,
-    max_new_tokens=20,
-    pad_token_id=96,
-    return_dict_in_generate=True,
-)
+from support.generation_rules import BEAMS
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,13 @@ from btlm_jax.generation.processors import ProcessorContext, apply_processors
 from btlm_jax.generation.row_options import row_options, rule_sizes
 from btlm_jax.generation.sampling import draw_tokens, warp_scores
 from btlm_jax.utils.compile_cache import count_compilations
+from support import generation_rules
 
 VOCAB = 31
-# Every rule, so that a row without it shares a batch with one that has it.
-EVERYTHING = dict(
-    do_sample=True, temperature=0.7, top_k=9, top_p=0.8, min_p=0.02, typical_p=0.9,
-    epsilon_cutoff=0.01, eta_cutoff=0.02, repetition_penalty=1.3, no_repeat_ngram_size=2,
-    bad_words_ids=[[3], [1, 4], [0, 1, 2, 3, 4, 5]], sequence_bias={(2,): 1.5, (1, 5): -2.0},
-    logit_bias={7: 0.5}, forced_bos_token_id=4, forced_eos_token_id=[6, 9],
-    suppress_tokens=[11, 12, 13, 14, 15], begin_suppress_tokens=[16],
-    exponential_decay_length_penalty=(1, 1.2), remove_invalid_values=True, renormalize_logits=True,
-)  # fmt: skip
+ALL_RULES = generation_rules.SAMPLING | generation_rules.PROCESSORS
 ALONE = [
-    {"do_sample": True, "top_k": 0, name: EVERYTHING[name]}
-    for name in EVERYTHING
+    {"do_sample": True, "top_k": 0, name: ALL_RULES[name]}
+    for name in ALL_RULES
     if name not in ("do_sample", "top_k")
 ]
 
@@ -41,7 +34,7 @@ def selected(rows: list[GenerationOptions], eos, scores, context):
 
 
 def test_rows_with_different_options_get_what_each_gets_alone():
-    rows = [GenerationOptions(**o) for o in ({}, {"do_sample": True}, EVERYTHING, *ALONE)]
+    rows = [GenerationOptions(**o) for o in ({}, {"do_sample": True}, ALL_RULES, *ALONE)]
     rng, R = np.random.default_rng(0), len(rows)
     eos = [[(), (4,), (5, 6)][i % 3] for i in range(R)]
     scores = rng.normal(0, 2, (R, VOCAB)).astype(np.float32)
@@ -71,7 +64,7 @@ def test_rules_that_no_row_uses_are_left_out():
     unused = row_options([GenerationOptions()] * 2, [(), (5,)])
     assert unused._replace(eos=None) == type(unused)(eos=None)
     assert unused.eos.tolist() == [[-1] * 4, [5, -1, -1, -1]]
-    everything = row_options([GenerationOptions(), GenerationOptions(**EVERYTHING)], [(), ()])
+    everything = row_options([GenerationOptions(), GenerationOptions(**ALL_RULES)], [(), ()])
     assert [name for name, x in everything._asdict().items() if x is None] == ["search"]
     beams = row_options([GenerationOptions(num_beams=2, early_stopping="never")], [()])
     assert beams.search is not None and beams.search.allows_longer.tolist() == [True]
