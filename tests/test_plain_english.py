@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import json
 import re
@@ -52,6 +53,7 @@ def markdown_prose(text: str) -> str:
     return re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
 
 
+@functools.cache
 def prose(path: Path) -> str:
     """Returns the text of a file that people read, with line breaks inside paragraphs removed."""
     if path.suffix == ".py":

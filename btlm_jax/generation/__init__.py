@@ -1,7 +1,8 @@
 """Text generation.
 
-Data flows through these modules: options (what to compile) -> prompts (checked token ids, lengths,
-seeds) -> prefill (prompts to a KV cache and logits) -> sample_loop or beam_loop (token by token) ->
-results. `generate` runs one batch to its end; `continuous_batching` and `streaming` run `request`s,
-in which every row has its own length.
+Data flows through these modules: options (what the user asks) -> request (checked prompts and
+options) -> row_options (options as arrays) -> prefill (prompts to a KV cache and logits) ->
+sample_loop or beam_loop (token by token) -> results. `generate` runs one batch to its end
+(`row_batch`); an `engine` continues requests that come and go (`running_batch`), and `streaming`,
+`continuous_batching` and files of prompts use it.
 """

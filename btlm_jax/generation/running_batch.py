@@ -1,4 +1,4 @@
-"""The rows of an engine on the device: each decodes one request, and starts anew when it ends."""
+"""The rows of an engine on the device: each decodes one request, then another."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ class RunningBatch:
                 continue
             count = recent["length"][slot] - recent["seen"][slot]
             handle.add_tokens(recent["tokens"][slot, :count], recent["logprobs"][slot, :count])
-            self._used[slot] = recent["length"][slot] - len(handle.row.ids) - 1 + steps
+            used = recent["length"][slot] - len(handle.row.ids) - 1 + steps
+            self._used[slot] = min(used, handle.row.max_new_tokens - 1)
             if handle.finished:
                 self.free(handle)
 

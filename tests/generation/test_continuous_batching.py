@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from btlm_jax import generate, generate_batch, make_mesh, stream
-from btlm_jax.generation import continuous_batching, row_batch, sample_loop
+from btlm_jax.generation import (
+    continuous_batching,
+    engine,
+    row_batch,
+    running_batch,
+    sample_loop,
+)
 from btlm_jax.model import kv_cache
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden
@@ -79,13 +85,13 @@ def test_order_and_other_prompts_do_not_matter(of_bytes, alone):
 def test_refilling_rows_compiles_nothing(of_bytes, monkeypatch):
     model, params, _ = of_bytes
     generate_batch(model, params, PROMPTS, batch_size=3, **SAMPLED)
-    starts, start_rows = [], continuous_batching.start_rows
+    starts, start_rows = [], running_batch.start_rows
 
     def count_starts(*arguments):
         starts.append(arguments)
         return start_rows(*arguments)
 
-    monkeypatch.setattr(continuous_batching, "start_rows", count_starts)
+    monkeypatch.setattr(running_batch, "start_rows", count_starts)
     with count_compilations() as compiled:
         generate_batch(model, params, PROMPTS * 2, batch_size=3, **SAMPLED | dict(seed=6))
     assert compiled.count == 0 and len(starts) == 2 * len(PROMPTS)
@@ -94,12 +100,10 @@ def test_refilling_rows_compiles_nothing(of_bytes, monkeypatch):
 def test_several_prompts_are_prefilled_together(of_bytes, alone, monkeypatch):
     """Prompts of different lengths go into the slots that became free; rows wait for each other."""
     model, params, _ = of_bytes
-    monkeypatch.setattr(continuous_batching, "_ROWS_PER_PREFILL", 2)
+    monkeypatch.setattr(engine, "_ROWS_PER_PREFILL", 2)
     sizes, patience = [], []
-    begin, advance = continuous_batching.start_rows, sample_loop.advance_loop
-    monkeypatch.setattr(
-        continuous_batching, "start_rows", lambda *a: sizes.append(a[2]) or begin(*a)
-    )
+    begin, advance = running_batch.start_rows, sample_loop.advance_loop
+    monkeypatch.setattr(running_batch, "start_rows", lambda *a: sizes.append(a[2]) or begin(*a))
     monkeypatch.setattr(
         sample_loop, "advance_loop", lambda *a: patience.append(int(a[-1])) or advance(*a)
     )
@@ -133,7 +137,7 @@ def test_long_prompts_run_in_a_separate_group():
 def test_dynamic_scaling_prefills_equal_lengths_together(monkeypatch):
     """It depends on the length of the text, which must be equal for all prompts of a prefill."""
     c = golden.load("e_alibi_dynamic16")
-    monkeypatch.setattr(continuous_batching, "_ROWS_PER_PREFILL", 2)
+    monkeypatch.setattr(engine, "_ROWS_PER_PREFILL", 2)
     ids = [
         (c["gen/prompt"][0].tolist() * 8)[:n] for n in (31, 30, 18, 18)
     ]  # beyond the trained context
