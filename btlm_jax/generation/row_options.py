@@ -153,7 +153,7 @@ def row_options(options: Sequence[GenerationOptions], eos: Sequence[tuple[int, .
         eos=_padded(eos, _MIN_LIST),
         bias=_token_bias(biases),
         repetition_penalty=column(np.float32, penalties, (p != 1 for p in penalties)),
-        ngram_size=column(np.int32, sizes, sizes),
+        ngram_size=column(np.int32, sizes, map(bool, sizes)),
         bad_words=_token_bias(bad_words),
         forced_bos=column(
             np.int32,

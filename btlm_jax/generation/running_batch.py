@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from btlm_jax.generation import decode, prompts, sample_loop
+from btlm_jax.generation import prompts, sample_loop
+from btlm_jax.generation.decode import DecodeSpec
 from btlm_jax.generation.options import GenerationOptions
 from btlm_jax.generation.prefill import PromptState
 from btlm_jax.generation.processors import Processor
@@ -130,9 +131,9 @@ class RunningBatch:
         return take_rows(together, slice(0, self.num_rows))
 
     @property
-    def _spec(self) -> decode.DecodeSpec:
+    def _spec(self) -> DecodeSpec:
         sizes = rule_sizes([options for options, _ in self._rules])
-        return decode.DecodeSpec(self.model, sizes=sizes, processors=self.processors)
+        return DecodeSpec(self.model, sizes=sizes, processors=self.processors)
 
     def decode(self, wait_for: int | None) -> None:
         """Lets the device decode a few tokens in all rows, and fetches those of the call before.
