@@ -23,12 +23,12 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from btlm_jax.config import AlibiScaling, BTLMConfig, is_int, is_number
 from btlm_jax.hf_config_values import ALIASES, normalize_values
 from btlm_jax.presets import MUP_BASE_WIDTH
+from btlm_jax.utils.local_paths import AnyPath, local_path
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,14 @@ _OLD_KEYS = {*_OLD_MUP_KEYS, "output_logits_scale", "width_scale"}
 # Reading ------------------------------------------------------------------------------------------
 
 
-def read_config_json(path: str | Path) -> dict[str, Any]:
+def read_config_json(path: AnyPath) -> dict[str, Any]:
     """Reads a `config.json`, or the one in a directory, into a dict.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: not a JSON object; the message names the file and the position.
     """
-    path = Path(path)
+    path = local_path(path, "source")
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a Hugging Face config.json")

@@ -30,7 +30,7 @@ def is_huggingface(source: metadata.PathLike) -> bool:
     Raises:
       ValueError: a URL that `paths.location` refuses.
     """
-    location = paths.location(source)
+    location = paths.location(source, "source")
     if paths.is_remote(location):
         return False
     if not location.exists() or (location / "adapter_config.json").exists():

@@ -34,6 +34,7 @@ from btlm_jax.convert.to_orbax import check_finite, recorded_nonfinite
 from btlm_jax.model import alibi, weights
 from btlm_jax.utils import atomic, paths
 from btlm_jax.utils.format import DEFAULT_MEMORY
+from btlm_jax.utils.local_paths import local_path
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
 
@@ -80,10 +81,8 @@ def export(
       OSError: the disk is full or fails.
     """
     began = time.monotonic()
-    if paths.is_remote(paths.location(target)):
-        raise ValueError(
-            f"{target}: exports are written to local directories: export to one, then upload it"
-        )
+    target = local_path(target, "target")
+    paths.location(source, "source")
     if max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes: found {max_shard_bytes}, expected a positive number")
     atomic.refuse_existing(target, overwrite=overwrite, ours=is_our_export)

@@ -17,7 +17,7 @@ from btlm_jax.convert.hf.source_config import open_model
 from btlm_jax.convert.hf.tensor_names import SLOPES
 from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.model import finite, weights
-from btlm_jax.utils import atomic
+from btlm_jax.utils import atomic, paths
 from btlm_jax.utils.format import DEFAULT_MEMORY
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
@@ -59,6 +59,7 @@ def convert(
       OSError: the disk is full or fails.
     """
     began = time.monotonic()
+    paths.location(target, "target")
     atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_btlm_checkpoint)
     threads = num_threads(max_memory)
     hf, config = open_model(source, revision=revision)

@@ -32,7 +32,7 @@ from btlm_jax.convert.to_orbax import (
     source_resume_key,
 )
 from btlm_jax.model import weights
-from btlm_jax.utils import atomic
+from btlm_jax.utils import atomic, paths
 from btlm_jax.utils.format import DEFAULT_MEMORY
 from btlm_jax.utils.process_memory import peak_rss
 from btlm_jax.utils.progress import Progress
@@ -97,6 +97,7 @@ def quantize(
     """
     began = time.monotonic()
     to = q.Quantization.parse(to) if isinstance(to, str) else to
+    paths.location(target, "target")
     atomic.refuse_existing(target, overwrite=overwrite, ours=metadata.is_btlm_checkpoint)
     floats = _open_floats(source, revision)
     config = floats.config

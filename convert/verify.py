@@ -20,6 +20,7 @@ from btlm_jax.convert.threads import for_each_in_threads, num_threads
 from btlm_jax.convert.verifiable import VerifiableCheckpoint, open_for_verification
 from btlm_jax.data.encoder import TOKENIZER_FILES
 from btlm_jax.model import alibi, weights
+from btlm_jax.utils import paths
 from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns
 from btlm_jax.utils.progress import Progress
 
@@ -82,6 +83,9 @@ def verify(
       FileNotFoundError, ValueError: a source is not a checkpoint; there is no `b` and `a` records
         no hashes, or `atol` or `logits` is given; or the two have different quantizations.
     """
+    for name, path in (("a", a), ("b", b)):
+        if path is not None:
+            paths.location(path, name)
     if b is None and (atol is not None or logits):
         given = f"atol={atol}" if atol is not None else f"logits={logits}"
         raise ValueError(

@@ -19,6 +19,7 @@ from btlm_jax.train.recipe_build import build_config, build_param_groups
 from btlm_jax.train.recipe_file import parse_recipe
 from btlm_jax.train.run_directory import RECIPE_FILE
 from btlm_jax.utils import json_files
+from btlm_jax.utils.local_paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def read_training_run(directory: str | Path) -> TrainingRun:
       FileNotFoundError: the directory is not a run directory, or has no metrics.
       ValueError: there are too few losses, or this version cannot read the recipe.
     """
-    directory = Path(directory)
+    directory = local_path(directory, "directory")
     file = directory / RECIPE_FILE
     if not file.exists():
         raise FileNotFoundError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +51,7 @@ def open_training_data(recipe: Recipe) -> TrainingData:
         sources = open_mixture(settings.train, mixture)
     else:
         sources = [Source(TokenShards(settings.train))]
-    held_out = TokenShards(Path(settings.held_out)) if settings.held_out else None
+    held_out = TokenShards(settings.held_out) if settings.held_out else None
     return TrainingData(sources, held_out)
 
 

@@ -87,7 +87,7 @@ def train(
       FileExistsError: the directory is not a run's, or another process is training in it.
       OSError: the disk is full or fails, so that no checkpoint can be written.
     """
-    directory = local_path(directory).absolute()
+    directory = local_path(directory, "directory").absolute()
     run = recipe.run
 
     # Whatever may be refused is built and checked before the run directory is claimed.

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from btlm_jax.utils import plots, side_output
+from btlm_jax.utils.local_paths import local_path
 from btlm_jax.utils.side_output import SideOutput
 
 logger = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ def require_wandb() -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Returns the lines of a metrics file, without those that a kill or a full disk damaged."""
-    lines = []
+    lines, path = [], local_path(path, "path")
     for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
@@ -239,7 +240,7 @@ def latest_metrics(path: Path) -> dict[str, float]:
 
 def loss_curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     """Returns the losses of a run, to plot: label -> (steps, nats per token)."""
-    lines, curves = read_metrics(run / METRICS_FILE), {}
+    lines, curves = read_metrics(local_path(run, "run") / METRICS_FILE), {}
     for name, label in (("loss", "training"), ("held_out_loss", "held out")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from btlm_jax.data.token_shards import TokenShards
+from btlm_jax.utils.local_paths import local_name, local_path
 
 # Subset -> percent of SlimPajama-627B. BTLM-3B-8K was trained on one epoch of it.
 MIXTURES: Mapping[str, Mapping[str, float]] = {
@@ -52,7 +52,8 @@ def open_mixture(
         if weights not in MIXTURES:
             raise ValueError(f"mixture: found {weights!r}, expected one of {', '.join(MIXTURES)}")
         weights = MIXTURES[weights]
-    parent = Path(parent)
+    parent = local_path(parent, "parent")
+    weights = {local_name(name, "weights"): weight for name, weight in weights.items()}
     if missing := [name for name in weights if not (parent / name).is_dir()]:
         present = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
         raise FileNotFoundError(

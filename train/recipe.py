@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from btlm_jax.config import PRESETS
 from btlm_jax.model.remat import Remat
+from btlm_jax.utils import paths
+from btlm_jax.utils.local_paths import local_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +206,14 @@ class Recipe:
     def __post_init__(self) -> None:
         problems = [
             *_model_problems(self.model),
+            *_path_problems(self),
             *_phase_problems(self.phases),
             *_optimizer_problems(self),
             *_run_problems(self),
         ]
         if problems:
-            raise ValueError("invalid recipe:\n  " + "\n  ".join(problems))
+            lines = problems if len(problems) == 1 else ["", *problems]
+            raise ValueError(f"invalid recipe:{' ' * (len(problems) == 1)}" + "\n  ".join(lines))
 
     @property
     def steps(self) -> int:
@@ -278,6 +282,24 @@ def _model_problems(model: ModelSettings) -> Iterator[str]:
         yield f"model.preset: unknown preset {model.preset!r}{hint}"
     if model.init_truncation is not None and not model.init_truncation > 0:
         yield f"model.init_truncation: found {model.init_truncation}, expected a number > 0"
+
+
+def _path_problems(recipe: Recipe) -> Iterator[str]:
+    """Yields what is wrong with the paths, as far as can be told without opening them."""
+    local = {
+        "model.config": recipe.model.config,
+        "data.train": recipe.data.train or None,
+        "data.held_out": recipe.data.held_out or None,
+    }
+    named = [(local_name, name, value) for name, value in local.items()]
+    named += [(local_name, "data.weights", subset) for subset in recipe.data.weights]
+    named += [(paths.location, "model.checkpoint", recipe.model.checkpoint)]
+    for check, name, value in named:
+        try:
+            if value is not None:
+                check(value, name)
+        except ValueError as e:
+            yield str(e)
 
 
 def _phase_problems(phases: Sequence[Phase]) -> Iterator[str]:

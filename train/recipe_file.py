@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from btlm_jax.train.recipe import Recipe, nearest_name_hint
+from btlm_jax.utils.local_paths import AnyPath, local_path
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
 
-def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(source: AnyPath, overrides: Iterable[str] = ()) -> Recipe:
     """Loads a recipe.
 
     Args:
@@ -32,12 +33,12 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
       ValueError: the file is not TOML, has unknown keys or values of the wrong type, or the recipe
         is invalid.
     """
-    path = Path(source)
+    path = local_path(source, "source")
     if path.suffix != ".toml" and str(source) in recipe_names():
         path = RECIPES_FOLDER / f"{source}.toml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{source}: no such recipe; expected one of {', '.join(recipe_names())}, or the path "
+            f"{path}: no such recipe; expected one of {', '.join(recipe_names())}, or the path "
             "of a .toml file"
         )
     try:

@@ -111,6 +111,8 @@ def save(
         are not zero in their padding.
       OSError: the disk is full or fails.
     """
+    paths.location(path, "path")
+    assets = [paths.location(asset, "assets") for asset in assets]
     if is_unstacked(params):
         raise ValueError(
             "weights to save: found unstacked ones, expected stacked ones, as init and load "
@@ -162,11 +164,12 @@ def open_writer(
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
     """
+    assets = [paths.location(asset, "assets") for asset in assets]
     with atomic.new_directory(
         path, overwrite=overwrite, ours=metadata.is_btlm_checkpoint, key=key
     ) as stage:
         yield CheckpointWriter(stage)
-        _commit(stage, config, quantized, [epath.Path(a) for a in assets], origin or {})
+        _commit(stage, config, quantized, assets, origin or {})
 
 
 def _commit(

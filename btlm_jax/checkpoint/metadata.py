@@ -142,7 +142,7 @@ def read_metadata(path: PathLike) -> CheckpointMetadata:
     Raises:
       FileNotFoundError, ValueError: as `checkpoint.load`.
     """
-    directory = paths.location(path)
+    directory = paths.location(path, "path")
     paths.forget_listings(directory)
     directory = _newest(directory)
     if not directory.exists():

@@ -20,6 +20,7 @@ import tyro
 
 from btlm_jax.cli.arguments import text_and_path_rules, translate_old_mesh_options
 from btlm_jax.cli.flag_messages import notices_with_options, option_names, with_options
+from btlm_jax.cli.path_arguments import resolve_paths
 from btlm_jax.utils import compile_cache
 from btlm_jax.utils.side_output import SideOutput, attempt, set_exit_code
 
@@ -156,7 +157,8 @@ def parse_command(argv: list[str]) -> Any:
     """Returns the command that the arguments describe; prints its help and exits where asked.
 
     Raises:
-      ValueError: there is no such command; the message names the nearest one.
+      ValueError: there is no such command (the message names the nearest one), or a bad path.
+      OSError: a file or directory cannot be read or written.
     """
     name, *rest = argv
     commands = {name: home for group in COMMANDS.values() for name, home in group.items()}
@@ -168,7 +170,8 @@ def parse_command(argv: list[str]) -> Any:
     if hasattr(command, "parse_arguments"):  # it parses its own arguments
         return command.parse_arguments(rest)
     arguments = translate_old_mesh_options(rest)
-    return tyro.cli(command, prog=f"btlm {name}", args=arguments, registry=text_and_path_rules())
+    rules = text_and_path_rules()
+    return resolve_paths(tyro.cli(command, prog=f"btlm {name}", args=arguments, registry=rules))
 
 
 def help_text() -> str:

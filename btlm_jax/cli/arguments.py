@@ -6,18 +6,16 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import UseAppendAction, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from btlm_jax.utils.format import format_bytes, parse_bytes
-from btlm_jax.utils.local_paths import local_path
 
 Bytes = Annotated[
     int,
@@ -41,13 +39,6 @@ Lengths = Annotated[
     ),
 ]
 
-Source = Annotated[Positional[str], arg(metavar="SOURCE")]
-Target = Annotated[Positional[str], arg(metavar="TARGET")]
-Checkpoint = Annotated[Positional[str], arg(metavar="CHECKPOINT")]
-RecipeName = Annotated[Positional[str], arg(metavar="RECIPE")]
-RunDirectory = Annotated[Positional[Path], arg(metavar="RUN_DIR")]
-Directory = Annotated[Positional[Path], arg(metavar="DIR")]
-OutputFile = Annotated[Path | None, arg(metavar="FILE")]
 Text = Annotated[str | None, arg(metavar="TEXT")]
 Number = Annotated[int | None, arg(metavar="N")]
 Scheme = Annotated[str | None, arg(metavar="SCHEME")]
@@ -60,8 +51,8 @@ _MESH_AXES = ("data", "fsdp", "tensor", "context")
 def text_and_path_rules() -> ConstructorRegistry:
     """Returns rules for tyro on texts and paths.
 
-    Paths are local: ~ is expanded, and a URL is refused instead of naming a folder. The value None
-    of an optional text or path is the word.
+    A path stays a text, because a Path of a URL would have lost a slash: `resolve_paths` checks it.
+    The value None of an optional text or path is the word.
     """
     registry = ConstructorRegistry()
 
@@ -75,7 +66,7 @@ def text_and_path_rules() -> ConstructorRegistry:
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="TEXT" if kind is str else "PATH",
-            instance_from_str=lambda args: args[0] if kind is str else local_path(args[0]),
+            instance_from_str=lambda args: args[0],
             is_instance=lambda x: (x is None and is_optional) or isinstance(x, kind),
             str_from_instance=lambda x: [str(x)],
         )
@@ -164,31 +155,6 @@ def is_given(command: Any, name: str) -> bool:
 def option_of(name: str) -> str:
     """Returns the option of a field: "--batch-size" for "batch_size"."""
     return f"--{name.replace('_', '-')}"
-
-
-def check_output(file: Path | None, suffix: str | None = None) -> None:
-    """Checks, before the work, that its result can be written; creates nothing.
-
-    Args:
-      file: the file to write or replace, in folders that may be created; None is no file.
-      suffix: the required end of its name, such as ".png".
-
-    Raises:
-      ValueError: another suffix.
-      FileExistsError: the file is a directory, or one of its folders is a file.
-      PermissionError: the file may not be written there.
-    """
-    if file is None:
-        return
-    if suffix is not None and file.suffix.lower() != suffix:
-        raise ValueError(f"{file}: found the suffix {file.suffix!r}, expected {suffix!r}")
-    if file.is_dir():
-        raise FileExistsError(f"{file} is a directory: choose another name")
-    nearest = next(p for p in (file, *file.absolute().parents) if p.exists())
-    if nearest != file and not nearest.is_dir():
-        raise FileExistsError(f"{file}: {nearest} is a file, expected a folder: choose another")
-    if not os.access(nearest, os.W_OK):
-        raise PermissionError(f"{file}: {nearest} may not be written to: choose another place")
 
 
 def write_json(file: Path | None, result: Any) -> None:

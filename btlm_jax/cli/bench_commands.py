@@ -17,11 +17,16 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from btlm_jax.cli.arguments import (
     Bytes,
-    Directory,
-    OutputFile,
-    check_output,
     text_and_path_rules,
     write_json,
+)
+from btlm_jax.cli.path_arguments import (
+    Directory,
+    OutputFile,
+    PathRule,
+    WorkDirectory,
+    resolve_options,
+    resolve_path,
 )
 
 # Name -> (module:function, summary). A module, and with it JAX, is imported only to run its
@@ -42,10 +47,10 @@ BENCHMARKS = {
 # Parameters that the command line reads in another way than their types say.
 _TYPES = {
     "directory": Directory,
-    "file": Annotated[Positional[Path], arg(metavar="FILE")],
+    "file": Annotated[Positional[Path], arg(metavar="FILE"), PathRule(file=True, written=True)],
     "max_memory": Bytes,
     "only": Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TITLE")],
-    "work": Annotated[Path | None, arg(metavar="DIR")],
+    "work": WorkDirectory,
 }
 _JSON = Annotated[OutputFile, arg(help="A file for the measurements and their conditions.")]
 
@@ -85,7 +90,6 @@ class Bench:
     def run(self) -> None:
         # PyTorch shares the GPU; by default JAX would reserve three quarters of it at the start.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        check_output(self.json)
         write_json(self.json, self.benchmark())
 
 
@@ -101,7 +105,8 @@ def _deferred(function: Callable[..., dict[str, Any] | None]) -> Callable[..., B
         parameters.append(inspect.Parameter("json", kind, default=None, annotation=_JSON))
 
     def bind(json: Path | None = None, **options: Any) -> Bench:
-        return Bench(functools.partial(function, **options), json)
+        paths = resolve_options(bind.__annotations__, options)
+        return Bench(functools.partial(function, **paths), resolve_path("json", _JSON, json))
 
     docstring = re.sub(r"\n {4}(?=\S)", " ", inspect.getdoc(function) or "")  # one line per entry
     bind.__doc__ = re.sub(

@@ -7,20 +7,24 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from btlm_jax.checkpoint.schemes import SCHEME_HELP
 from btlm_jax.cli.arguments import (
     Bytes,
-    Checkpoint,
-    OutputFile,
     Scheme,
-    Source,
-    Target,
     Text,
-    check_output,
     refuse_ignored_options,
     write_json,
+)
+from btlm_jax.cli.path_arguments import (
+    Checkpoint,
+    LocalTarget,
+    OptionalSource,
+    OutputFile,
+    Picture,
+    Source,
+    Target,
 )
 from btlm_jax.utils.format import DEFAULT_MEMORY, align_columns, format_bytes, join_first
 
@@ -88,7 +92,7 @@ class Export:
 
     checkpoint: Checkpoint
     """An Orbax checkpoint: a directory or a gs:// URL."""
-    target: Target
+    target: LocalTarget
     """The directory to write."""
     max_shard_size: Bytes = 5 * 10**9
     """Size limit of a safetensors file, such as 5GB."""
@@ -121,9 +125,9 @@ class Verify:
     Any difference is listed, with exit code 1.
     """
 
-    first: Annotated[Positional[str], arg(metavar="A")]
+    first: Annotated[Source, arg(metavar="A")]
     """An Orbax checkpoint (directory or URL), a Hugging Face directory, or a Hub id."""
-    second: Annotated[Positional[str | None], arg(metavar="[B]")] = None
+    second: Annotated[OptionalSource, arg(metavar="[B]")] = None
     """A second checkpoint; without it, the first is checked against the SHA-256 that it records."""
     atol: Annotated[float | None, arg(metavar="FLOAT")] = None
     """Accept differences up to this, also between dtypes; by default bits must be equal."""
@@ -150,14 +154,14 @@ class Verify:
 class Info:
     """Print parameters, bytes and FLOPs of a checkpoint or preset."""
 
-    source: Annotated[Positional[str], arg(metavar="CHECKPOINT|PRESET")]
+    source: Annotated[Source, arg(metavar="CHECKPOINT|PRESET")]
     """An Orbax checkpoint, a Hugging Face directory, or the name of a preset."""
     length: Annotated[int, arg(metavar="TOKENS")] = 0
     """Sequence length for FLOPs and cache; 0 is the trained context."""
     compare: bool = False
     """Instead, compare FLOPs and memory with the 7B models of 2023, and check the model card's
     claims."""
-    png: OutputFile = None
+    png: Picture = None
     """With --compare: a picture to write."""
     json: OutputFile = None
     """With --compare: a file for the numbers."""
@@ -170,8 +174,6 @@ class Info:
         refuse_ignored_options(self, {"png": ("compare",), "json": ("compare",)})
         if self.length < 0:
             raise ValueError(f"--length: found {self.length}, expected a number of tokens, or 0")
-        check_output(self.json)
-        check_output(self.png, ".png")
         if self.png is not None:
             plots.require_matplotlib()
         rows: list[tuple[str, str]] = []

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from btlm_jax.cli.arguments import OutputFile, check_output, write_json
+from btlm_jax.cli.arguments import write_json
+from btlm_jax.cli.path_arguments import OutputFile, PathRule, Picture
 from btlm_jax.utils.format import align_columns
 
 if TYPE_CHECKING:
@@ -25,9 +26,11 @@ class Collapse:
     losses between 25 and 50 % of training, and reported if it leaves the curve of the family.
     """
 
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
+    runs: Annotated[
+        Positional[tuple[Path, ...]], arg(metavar="RUN_DIR..."), PathRule(directory=True)
+    ]
     """Run directories of `btlm train`, finished or running."""
-    png: Annotated[Path, arg(metavar="FILE")] = Path("collapse.png")
+    png: Picture = Path("collapse.png")
     """The picture to write."""
     json: OutputFile = None
     """A file for the numbers."""
@@ -38,8 +41,6 @@ class Collapse:
         from btlm_jax.utils import plots
 
         plots.require_matplotlib()
-        check_output(self.json)
-        check_output(self.png, ".png")
         if not self.runs:
             raise ValueError("runs: found none, expected directories of `btlm train`")
         for i, directory in enumerate(self.runs):

@@ -13,16 +13,14 @@ from tyro.conf import arg
 from btlm_jax.checkpoint.schemes import SCHEME_HELP
 from btlm_jax.cli.arguments import (
     Number,
-    OutputFile,
     Overrides,
-    RecipeName,
     Scheme,
-    check_output,
     is_given,
     option_of,
     refuse_ignored_options,
     write_json,
 )
+from btlm_jax.cli.path_arguments import InputFile, OutputFile, RecipeName
 from btlm_jax.utils.format import join_first
 
 logger = logging.getLogger(__name__)
@@ -89,7 +87,7 @@ class Compile:
     """A new file for the executable, which `btlm_jax.train.aot.executables` loads."""
     json: OutputFile = None
     """A file for the reports."""
-    table: OutputFile = None
+    table: InputFile = None
     """Search every topology of the table in docs/ahead-of-time.md, and write the table between its
     markers in this file."""
 
@@ -98,8 +96,6 @@ class Compile:
         from btlm_jax.train.aot import fit_table, topologies
 
         self._refuse_ignored_options()
-        check_output(self.json)
-        check_output(self.table)
         topologies.prepare_compiler()
         recipe = recipe_file.load_recipe(self.recipe, self.set)
         self._name_ignored_overrides()

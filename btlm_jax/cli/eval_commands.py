@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import arg, subcommand
 
 from btlm_jax.cli.arguments import (
-    Checkpoint,
     Lengths,
     Overrides,
-    check_output,
     mesh_from_overrides,
     write_json,
 )
 from btlm_jax.cli.harness_command import EvalHarness
+from btlm_jax.cli.path_arguments import Checkpoint, LocalNames, OutputFile, Picture
 
 if TYPE_CHECKING:
     from btlm_jax.evaluation.documents import TextInputs
@@ -32,9 +31,9 @@ class _TextOptions:
 
     checkpoint: Checkpoint
     """An Orbax checkpoint with a tokenizer: a directory, or a gs:// URL."""
-    text: tuple[str, ...] = ()
+    text: LocalNames = ()
     """Files or globs, each file a document (also .gz, .zst, .xz, .bz2); - is standard input."""
-    jsonl: tuple[str, ...] = ()
+    jsonl: LocalNames = ()
     """Files or globs with a JSON object, a document, in each line (also .gz, .zst,
     .xz, .bz2)."""
     field: str = "text"
@@ -53,7 +52,6 @@ class _TextOptions:
 def _check_plot(file: Path | None) -> None:
     from btlm_jax.utils import plots
 
-    check_output(file, ".png")
     if file is not None:
         plots.require_matplotlib()
 
@@ -84,14 +82,13 @@ class EvalPerplexity(_TextOptions):
     """Dtype of weights and computation; default as stored, computing in the platform's."""
     set: Overrides = ()
     """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N; -1 takes those left."""
-    json: Path | None = None
+    json: OutputFile = None
     """A file for the numbers."""
 
     def run(self) -> None:
         from btlm_jax.checkpoint.quantization import Quantization
         from btlm_jax.evaluation.checkpoint_perplexity import checkpoint_perplexity
 
-        check_output(self.json)
         kinds = [] if self.quantize is None else self.quantize.split(",")
         report = checkpoint_perplexity(
             self.checkpoint,
@@ -140,15 +137,14 @@ class EvalLossByPosition(_TextOptions):
     set: Overrides = ()
     """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N, mesh.context=N; -1 takes those
     left."""
-    json: Path | None = None
+    json: OutputFile = None
     """A file for the numbers of every position, and of bins."""
-    plot: Path | None = None
+    plot: Picture = None
     """A PNG for the curves, with bands of 1.96 standard errors over documents."""
 
     def run(self) -> None:
         from btlm_jax.evaluation.checkpoint_by_position import checkpoint_loss_by_position
 
-        check_output(self.json)
         _check_plot(self.plot)
         report = checkpoint_loss_by_position(
             self.checkpoint,
@@ -205,15 +201,14 @@ class EvalRetrieval:
     """Dtype of weights and computation; default as stored, computing in the platform's."""
     set: Overrides = ()
     """Split over devices: mesh.data=N, mesh.fsdp=N, mesh.tensor=N; -1 takes those left."""
-    json: Path | None = None
+    json: OutputFile = None
     """A file for the numbers and all answers."""
-    plot: Path | None = None
+    plot: Picture = None
     """A PNG of accuracy against length."""
 
     def run(self) -> None:
         from btlm_jax.evaluation.checkpoint_retrieval import checkpoint_retrieval
 
-        check_output(self.json)
         _check_plot(self.plot)
         report = checkpoint_retrieval(
             self.checkpoint,

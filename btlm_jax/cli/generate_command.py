@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from btlm_jax.cli.arguments import Checkpoint, Overrides, mesh_from_overrides
+from btlm_jax.cli.arguments import Overrides, mesh_from_overrides
+from btlm_jax.cli.path_arguments import Checkpoint, InputFile, OutputFile
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ class Generate:
     """An Orbax checkpoint that contains a tokenizer: a directory, or a gs:// URL."""
     prompt: str | None = None
     """The text to continue."""
-    input: Annotated[Path | None, arg(metavar="FILE.jsonl")] = None
+    input: Annotated[InputFile, arg(metavar="FILE.jsonl")] = None
     """Continue the prompts of this file instead, one per line."""
-    output: Annotated[Path | None, arg(metavar="FILE.jsonl")] = None
+    output: Annotated[OutputFile, arg(metavar="FILE.jsonl")] = None
     """With --input: the file to write."""
     batch_size: int | None = None
     """With --input: rows that run together; default 8. With beams, a batch has prompts of equal

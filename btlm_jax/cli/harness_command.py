@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from btlm_jax.cli.arguments import Checkpoint, Overrides, mesh_from_overrides
+from tyro.conf import arg
+
+from btlm_jax.cli.arguments import Overrides, mesh_from_overrides
+from btlm_jax.cli.path_arguments import Checkpoint, CommaSeparatedNames, InputDirectory, PathRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +23,11 @@ class EvalHarness:
 
     checkpoint: Checkpoint
     """An Orbax checkpoint with a tokenizer: a directory, or a gs:// URL."""
-    tasks: str
+    tasks: CommaSeparatedNames
     """Names of tasks, groups or tags, or YAML files, separated by commas; * matches any."""
-    json: Path
+    json: Annotated[Path, arg(metavar="FILE"), PathRule(file=True, written=True)]
     """The file for the numbers."""
-    include_path: Path | None = None
+    include_path: InputDirectory = None
     """A folder with your own task files (YAML); the data sets they name may be local files."""
     num_fewshot: int | None = None
     """Examples before each question; default each task's own number."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import OmitArgPrefixes, arg
 
-from btlm_jax.cli.arguments import Directory, check_output, write_json
+from btlm_jax.cli.arguments import write_json
+from btlm_jax.cli.path_arguments import Directory, InputDirectory, OptionalName, check_output
 
 if TYPE_CHECKING:
     from btlm_jax.mup_study.corpus import Corpus
@@ -28,9 +29,9 @@ class Models:
     """Heads at every width. The head dimension grows, so that a wrong scale of attention shows."""
     layers: int = 2
     """Layers of every model."""
-    model: Annotated[str | None, arg(metavar="PRESET|FILE")] = None
+    model: Annotated[OptionalName, arg(metavar="PRESET|FILE")] = None
     """A preset or a config.json for all other fields; by default a small BTLM."""
-    data: Annotated[Path | None, arg(metavar="DIR")] = None
+    data: InputDirectory = None
     """A directory of `btlm tokenize`; by default the bytes of Python's language reference."""
     batch_size: int = 8
     """Sequences per step."""

@@ -11,7 +11,16 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from btlm_jax.cli.arguments import Directory, Number, Overrides, RecipeName, RunDirectory, Text
+from btlm_jax.cli.arguments import Number, Overrides
+from btlm_jax.cli.path_arguments import (
+    NEW_DIRECTORY,
+    Directory,
+    LocalNames,
+    OptionalName,
+    PathRule,
+    RecipeName,
+    RunDirectory,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +35,7 @@ class Quickstart:
 
     directory: Directory = Path("btlm-quickstart")
     """Directory for everything that is written; must not exist."""
-    hf: Text = None
+    hf: OptionalName = None
     """A Hugging Face directory or Hub id to convert and generate from instead of training."""
     steps: Number = None
     """Training steps; by default those of the recipe."""
@@ -116,11 +125,11 @@ class Tokenize:
     same command is run again.
     """
 
-    inputs: Annotated[Positional[tuple[str, ...]], arg(metavar="TEXT...")]
+    inputs: Annotated[Positional[LocalNames], arg(metavar="TEXT...")]
     """Files or globs; - is standard input."""
-    target: Annotated[str, arg(aliases=["-o"], metavar="DIR")]
+    target: Annotated[str, arg(aliases=["-o"], metavar="DIR"), NEW_DIRECTORY]
     """The directory to write."""
-    tokenizer: Annotated[str | None, arg(metavar="DIR")] = None
+    tokenizer: Annotated[str | None, arg(metavar="DIR"), PathRule(remote=True)] = None
     """A directory with the files of a tokenizer, or a checkpoint that has one."""
     new_tokenizer: Annotated[int | None, arg(metavar="SIZE")] = None
     """Instead, train a byte-level BPE with a vocabulary of this size on the text that is not held

@@ -19,6 +19,7 @@ from btlm_jax.data.token_shards import is_token_directory
 from btlm_jax.data.tokenize import TokenizeReport, check_token_target, resume_key, tokenize
 from btlm_jax.data.train_tokenizer import sample_texts, train_bpe
 from btlm_jax.utils import atomic
+from btlm_jax.utils.local_paths import local_path
 
 TRAIN, HELD_OUT = "train", "held_out"
 
@@ -63,11 +64,12 @@ def prepare_tokens(
             f"tokenizer, new_tokenizer: found {count}, expected one: a directory with a tokenizer, "
             "or the size of the vocabulary to train one with"
         )
+    target = local_path(target, "target")
     ours = is_token_directory if held_out is None else _is_split_directory
     check_token_target(target, overwrite=overwrite, ours=ours)
     options |= dict(field=field, on_error=on_error)
     if tokenizer is not None and held_out is None:
-        return {Path(target): tokenize(inputs, target, tokenizer, overwrite=overwrite, **options)}
+        return {target: tokenize(inputs, target, tokenizer, overwrite=overwrite, **options)}
     files = expand_inputs(inputs, on_error=on_error, target=target)
     if any(f.path is None for f in files):
         raise ValueError(
@@ -81,14 +83,14 @@ def prepare_tokens(
         part = SplitPart(held_out, held_out=False, one_document=one_document)
     with _tokenizer_folder(tokenizer, new_tokenizer, files, field, on_error, part) as folder:
         if part is None:
-            return {Path(target): tokenize(inputs, target, folder, overwrite=overwrite, **options)}
+            return {target: tokenize(inputs, target, folder, overwrite=overwrite, **options)}
         encoder = Encoder(folder, options.get("eos"), options.get("vocab_size"))
         key = resume_key(files, encoder, [field, options.get("shard_tokens"), part])
         with atomic.new_directory(target, overwrite=overwrite, ours=ours, key=key) as stage:
             # The smaller part first: if it is empty, that shows early.
             parts = {HELD_OUT: part._replace(held_out=True), TRAIN: part}
             return {
-                Path(target) / name: _tokenize_part(stage, name, one, inputs, folder, options)
+                target / name: _tokenize_part(stage, name, one, inputs, folder, options)
                 for name, one in parts.items()
             }
 

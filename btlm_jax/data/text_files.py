@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from btlm_jax.utils.local_paths import local_path
+from btlm_jax.utils.local_paths import local_name
 
 STDIN = "-"
 KINDS = (".jsonl", ".txt", ".parquet")
@@ -60,6 +60,7 @@ def expand_inputs(
     on_error: OnError = "raise",
     kind: str | None = None,
     target: str | os.PathLike[str] | None = None,
+    argument: str = "inputs",
 ) -> list[TextFile]:
     """Expands names and globs to files, in order; the files of a glob are sorted by name.
 
@@ -69,6 +70,7 @@ def expand_inputs(
       on_error: "raise" refuses empty files here, before any work.
       kind: ".jsonl" or ".txt": the kind of standard input, and of files whose suffix is unknown.
       target: the directory to write; its files are of an earlier run, and no text to read.
+      argument: the name of the argument with the inputs, for messages.
 
     Raises:
       FileNotFoundError: a missing file, or a glob without matches.
@@ -78,7 +80,7 @@ def expand_inputs(
     """
     patterns = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     names: list[str] = []
-    for name in [os.fspath(local_path(pattern)) for pattern in patterns]:
+    for name in [local_name(pattern, argument) for pattern in patterns]:
         if name == STDIN or os.path.exists(name):
             names.append(name)
             continue

@@ -50,7 +50,7 @@ class TokenShards:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, vocab_size: int | None = None) -> None:
-        self.directory = local_path(directory)
+        self.directory = local_path(directory, "directory")
         self.metadata, data = _read_shards_metadata(self.directory)
         self.fingerprint = hashlib.sha256(data).hexdigest()
         if vocab_size is not None and self.metadata.max_id >= vocab_size:

@@ -29,7 +29,8 @@ from btlm_jax.data.token_shards_metadata import (
     TokenShard,
     TokenShardsMetadata,
 )
-from btlm_jax.utils import atomic, paths
+from btlm_jax.utils import atomic
+from btlm_jax.utils.local_paths import local_path
 from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -185,9 +186,7 @@ def check_token_target(
     target: str | os.PathLike[str], *, overwrite: bool, ours: Callable[[epath.Path], bool]
 ) -> None:
     """Raises ValueError if tokens cannot be written there, else as `atomic.refuse_existing`."""
-    if paths.is_remote(paths.location(target)):
-        raise ValueError(f"{target}: expected a local directory, which can be memory-mapped")
-    atomic.refuse_existing(target, overwrite=overwrite, ours=ours)
+    atomic.refuse_existing(local_path(target, "target"), overwrite=overwrite, ours=ours)
 
 
 def resume_key(

@@ -36,7 +36,7 @@ def tokenizer_directory(directory: str | os.PathLike[str]) -> epath.Path:
         them in `tokenizer/`; a checkpoint of a training run, whose run directory holds them in
         `tokenizer/`; or a run directory.
     """
-    folder = paths.location(directory)
+    folder = paths.location(directory, "directory")
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     candidates = [p for p in (folder / "tokenizer", run / "tokenizer") if p.is_dir()]
     return candidates[0] if candidates else folder

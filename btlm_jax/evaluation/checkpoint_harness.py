@@ -17,6 +17,7 @@ from btlm_jax.generation import result_journal
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
 from btlm_jax.utils.dtypes import optional_dtype
+from btlm_jax.utils.local_paths import local_path
 
 
 def checkpoint_harness(
@@ -54,6 +55,7 @@ def checkpoint_harness(
         before the weights are read.
     """
     optional_dtype(dtype, "dtype")
+    json_file = local_path(json_file, "json_file")
     meta = metadata.read_metadata(path)
     tokenizer = load_checkpoint_tokenizer(meta)
     # Decided here and not by the requests: a task's answers must not depend on the other tasks.

@@ -66,12 +66,12 @@ class TextInputs:
           FileNotFoundError, ValueError: as in `expand_inputs`, or no files; while iterating, as in
             `TextReader.pieces`, or a document of more than `MAX_TOKENS`.
         """
-        inputs = {".txt": self.text, ".jsonl": self.jsonl}
+        inputs = {"text": (".txt", self.text), "jsonl": (".jsonl", self.jsonl)}
         files = [
             file
-            for kind, names in inputs.items()
+            for argument, (kind, names) in inputs.items()
             if names
-            for file in expand_inputs(names, kind=kind, on_error=self.on_error)
+            for file in expand_inputs(names, kind=kind, on_error=self.on_error, argument=argument)
         ]
         if not files:
             raise ValueError("found neither --text nor --jsonl, expected files to evaluate on")

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from btlm_jax.utils.local_paths import local_path
+
 logger = logging.getLogger(__name__)
 
 # Required fields of a task file; one of each tuple suffices.
@@ -61,6 +63,8 @@ def load_tasks(
     _check_numbers(num_fewshot, limit)
     if not names:
         raise ValueError("tasks: found none, expected names of tasks, such as hellaswag")
+    if include_path is not None:
+        include_path = local_path(include_path, "include_path")
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"include_path: found no folder {include_path}")
     manager = _manager(names, include_path)
@@ -117,6 +121,7 @@ def _match_names(manager: Any, names: Sequence[str], include_path: Path | None) 
     matches: dict[str, None] = {}
     for name in names:
         if Path(name).suffix == ".yaml":
+            name = str(local_path(name, "tasks"))
             if not Path(name).is_file():
                 raise FileNotFoundError(f"tasks: found no file {name}")
             matches[name] = None

@@ -22,6 +22,7 @@ from btlm_jax.generation.detokenize import detokenize_continuation
 from btlm_jax.generation.request_handle import GenerationResult
 from btlm_jax.generation.result_journal import encode_line, finish_journal
 from btlm_jax.utils.format import format_bytes, list_first
+from btlm_jax.utils.local_paths import local_path
 
 _MAX_FILE_BYTES = 128 << 20  # with tokens, 14 bytes of memory for each
 # At most this many bad lines are listed.
@@ -60,6 +61,7 @@ def read_prompt_lines(
       FileNotFoundError: the file does not exist.
       ValueError: an empty file, one of more than 128 MiB, or bad lines; the message lists them.
     """
+    source = local_path(source, "source")
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file, expected a file of JSON lines")
     if (size := source.stat().st_size) > _MAX_FILE_BYTES:

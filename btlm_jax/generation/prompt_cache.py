@@ -25,6 +25,7 @@ from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import CACHE_DTYPES, KVCache
 from btlm_jax.model.params import Params
 from btlm_jax.utils.dtypes import optional_dtype
+from btlm_jax.utils.local_paths import local_path
 
 _FORMAT = 1
 
@@ -129,7 +130,7 @@ class PromptCache:
         Raises:
           FileExistsError: the file exists.
         """
-        target = Path(path)
+        target = local_path(path, "path")
         if target.exists():
             raise FileExistsError(f"{target} exists: remove it, or choose another name")
         arrays = [np.asarray(x) for x in jax.tree.leaves(self.prompt)]
@@ -156,6 +157,7 @@ class PromptCache:
           FileNotFoundError: the file does not exist.
           ValueError: the file is not a prompt cache, or belongs to another model.
         """
+        path = local_path(path, "path")
         try:
             with np.load(path) as file:
                 about = json.loads(str(file["about"]))

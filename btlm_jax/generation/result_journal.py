@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from btlm_jax.checkpoint.metadata import CheckpointMetadata
 from btlm_jax.utils import atomic, paths
+from btlm_jax.utils.local_paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def open_journal(
       FileNotFoundError: the target's folder does not exist.
       ValueError: TARGET.partial holds the results of a run with another key, or is not a journal.
     """
+    target = local_path(target, "target")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists: choose another name, or pass overwrite=True")
     if target.is_dir():
@@ -92,6 +94,7 @@ def open_journal(
 
 def finish_journal(target: Path, data: bytes) -> None:
     """Writes the target and removes its journal."""
+    target = local_path(target, "target")
     atomic.write_bytes(paths.location(target), data)
     _partial_path(target).unlink()
 

@@ -32,6 +32,7 @@ from btlm_jax.mup_study.transfer_report import write_transfer
 from btlm_jax.mup_study.transfer_result import COMPARED, SweepRun, Transfer, stored_name
 from btlm_jax.utils import atomic, json_files, plots
 from btlm_jax.utils.format import finite_json
+from btlm_jax.utils.local_paths import local_path
 from btlm_jax.utils.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def transfer(
       FileExistsError: the directory holds something else, or another process uses it.
     """
     plots.require_matplotlib()
+    directory = local_path(directory, "directory")
     settings = {
         "shape": dataclasses.asdict(family.shape), "widths": list(family.widths), "steps": steps,
         "seeds": seeds, "batch_size": batch_size, "length": length, "first": first,

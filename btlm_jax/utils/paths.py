@@ -11,36 +11,31 @@ import tensorstore as ts
 from etils import epath
 from etils.epath.backend import fsspec_backend
 
-from btlm_jax.utils.local_paths import split_url
+from btlm_jax.utils.local_paths import AnyPath, absolute_name, path_error, split_url, url_error
 
 
-def location(path: str | os.PathLike[str]) -> epath.Path:
+def location(path: AnyPath, name: str = "") -> epath.Path:
     """Returns the location that a path or URL names; local paths become absolute.
 
     Args:
       path: a local path (~ is the home directory), `file:///absolute/path`, or `gs://bucket/path`.
+      name: the argument or option that has this value, for messages.
 
     Raises:
-      ValueError: another scheme, gs:// without its driver, or what `split_url` refuses.
+      FileNotFoundError: the path is relative to a current directory that no longer exists.
+      TypeError, ValueError: another scheme, gs:// without its driver, or what `split_url` refuses.
     """
-    scheme, rest = split_url(path)
+    scheme, rest = split_url(path, name)
     if scheme is None:
-        return epath.Path(os.path.abspath(rest))
-    text = os.fspath(path)
-    if scheme == "s3":
-        raise ValueError(
-            f"{text}: Orbax cannot read or write arrays in s3://; use a mounted bucket (s3fs, "
-            "Mountpoint), or a local path and `aws s3 cp --recursive`"
-        )
+        return epath.Path(absolute_name(rest, name))
+    text = os.fsdecode(path)
     if scheme != "gs":
-        raise ValueError(
-            f"{text}: unknown scheme {scheme}://, expected a local path, file:// or gs://"
-        )
+        raise url_error(text, scheme, "a local path, file:// or gs://", name)
     if importlib.util.find_spec("gcsfs") is None:
-        raise ValueError(f"{text}: gs:// needs gcsfs: pip install 'btlm-jax[gcs]'")
+        raise path_error(text, "but gs:// needs gcsfs: pip install 'btlm-jax[gcs]'", name)
     if bad := set("#?") & set(text):  # Orbax treats these as the end of a name
-        raise ValueError(f"{text}: found {' '.join(sorted(bad))} in a URL: choose another name")
-    return epath.Path(f"gs://{text[len('gs://') :].rstrip('/')}")
+        raise path_error(text, f"with {' '.join(sorted(bad))}: choose another name", name)
+    return epath.Path(f"gs://{rest.rstrip('/')}")
 
 
 def is_remote(path: epath.Path) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from btlm_jax.utils.local_paths import local_path
+
 
 def require_matplotlib() -> None:
     """Raises ValueError if matplotlib is not installed; call it before long work."""
@@ -30,6 +32,7 @@ def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (7, 
 
 def save_png(path: Path, figure: Any, dpi: int = 150) -> None:
     """Writes a figure as PNG with `dpi` pixels per inch; creates the directory if needed."""
+    path = local_path(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi)
 

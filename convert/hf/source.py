@@ -38,7 +38,7 @@ from btlm_jax.convert.hf.hub import fetch_from_hub, is_hub_id
 from btlm_jax.convert.hf.json_objects import read_json_object
 from btlm_jax.convert.hf.torch_pickle import TorchFile
 from btlm_jax.convert.hf.weight_files import WEIGHT_FORMS, check_file, find_weight_files
-from btlm_jax.utils import paths
+from btlm_jax.utils.local_paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +165,7 @@ def open_hf(source: str | os.PathLike[str], *, revision: str | None = None) -> H
       ValueError: a file is damaged, contradicts another, or uses an unsupported dtype; or
         `revision` is given for a local directory.
     """
-    is_file_url = isinstance(source, str) and source.lower().startswith("file://")
-    path = Path(paths.location(source) if is_file_url else source)
+    path = local_path(source, "source")
     if path.is_dir():
         if revision is not None:
             raise ValueError(

@@ -20,13 +20,14 @@ from etils import epath
 from jax.experimental import serialize_executable
 
 from btlm_jax.utils import atomic
+from btlm_jax.utils.local_paths import local_path
 
 _FORMAT = 1
 
 
 def require_new_file(path: Path) -> None:
     """Raises FileExistsError if the path exists."""
-    if path.exists():
+    if (path := local_path(path, "path")).exists():
         raise FileExistsError(f"{path} exists: choose another name, or delete it first")
 
 
@@ -41,6 +42,7 @@ def save_executable(path: Path, compiled: jax.stages.Compiled, metadata: Mapping
     Raises:
       FileExistsError: the file exists.
     """
+    path = local_path(path, "path")
     require_new_file(path)
     program, in_tree, out_tree = serialize_executable.serialize(compiled)
     metadata = {"format": _FORMAT, **_describe_devices(_devices(compiled)), **metadata}
@@ -60,6 +62,7 @@ def read_executable_metadata(path: Path) -> dict[str, Any]:
       FileNotFoundError: the file does not exist.
       ValueError: the file was not written by `save_executable`, or has another format.
     """
+    path = local_path(path, "path")
     try:
         with zipfile.ZipFile(path) as file:
             metadata = json.loads(file.read("about.json"))

@@ -13,6 +13,7 @@ from btlm_jax.train.aot.fit import fit_phase
 from btlm_jax.train.aot.topologies import parse_topology
 from btlm_jax.train.recipe import Recipe
 from btlm_jax.utils import atomic
+from btlm_jax.utils.local_paths import local_path
 from btlm_jax.utils.progress import Progress
 
 # Google's names: v5p-8 and v4-8 are four chips.
@@ -40,6 +41,7 @@ def write_fit_table(path: Path, recipe: Recipe, *, attempts: int, jobs: int,
     Raises:
       ValueError: the file has no markers.
     """
+    path = local_path(path, "path")
     text = path.read_text(encoding="utf-8")
     between = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if not between.search(text):

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from etils import epath
 
 from btlm_jax.utils import atomic
+from btlm_jax.utils.local_paths import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ def bench_all(*, file: Path, only: tuple[str, ...] = (), work: Path | None = Non
       ValueError: `file` was not written by this function, `only` matches no section, or a command
         failed (its error is in the file).
     """
+    file = local_path(file, "file")
+    work = None if work is None else local_path(work, "work")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent}: no such directory; make it first")
     machine = _describe_machine()
@@ -104,7 +107,7 @@ def bench_all(*, file: Path, only: tuple[str, ...] = (), work: Path | None = Non
     texts = read_section_texts(file, [section.title for section in sections])
     failed = []
     with tempfile.TemporaryDirectory(prefix="btlm-bench-") as temporary:
-        root = Path(temporary if work is None else work)
+        root = work or Path(temporary)
         for section in _select_sections(sections, only):
             logger.info("%s", section.title)
             folder = root / section.folder

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from btlm_jax.train.bench.random_checkpoint import FORMS, Form, write_random_checkpoint
 from btlm_jax.utils import atomic
 from btlm_jax.utils.format import DEFAULT_MEMORY, format_bytes
+from btlm_jax.utils.local_paths import local_path
 
 _BLOCK_BYTES = 16 << 20
 # The code of the measured processes. They time themselves, so that starting Python does not count.
@@ -73,6 +74,7 @@ def bench_convert(
       OSError: the disk is full or fails.
       ValueError: the form is unknown, or a process failed (with its output).
     """
+    directory = local_path(directory, "directory")
     table = _open_table(directory, layers, form, room=3, keep=keep)
     with table as (source, measure_step):
         cached_copy = measure_step("copy (to the page cache)", lambda: _copy(source, sync=False))
@@ -120,6 +122,7 @@ def bench_load(
       OSError: the disk is full or fails.
       ValueError: a process failed (with its output).
     """
+    directory = local_path(directory, "directory")
     table = _open_table(directory, layers, "safetensors", room=1, keep=keep)
     with table as (source, measure_step):
         converted = directory / "orbax"

@@ -33,6 +33,7 @@ from btlm_jax.train.recipe import Recipe
 from btlm_jax.train.recipe_build import build_config
 from btlm_jax.train.recipe_file import load_recipe
 from btlm_jax.utils import atomic, plots
+from btlm_jax.utils.local_paths import local_path
 
 RECIPE_NAME = "tiny"
 HELD_OUT_FRACTION = 0.1
@@ -58,7 +59,7 @@ def run_quickstart(
     """
     _use_virtual_devices()
     plots.require_matplotlib()
-    directory, started = Path(directory), time.monotonic()
+    directory, started = local_path(directory, "directory"), time.monotonic()
     tokens, run = directory / "tokens", directory / "run"
     settings = [
         f"data.train={json.dumps(str(tokens / TRAIN))}",
@@ -131,7 +132,7 @@ def run_quickstart_from_hf(directory: Path, source: str) -> None:
     """
     started = time.monotonic()
     _use_virtual_devices()
-    directory = Path(directory)
+    directory = local_path(directory, "directory")
     atomic.refuse_existing(directory, overwrite=False, ours=metadata.is_btlm_checkpoint)
     if auto.read_any_tokenizer(source) is None:
         raise FileNotFoundError(
