@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 from btlm_jax import cli
 from btlm_jax.cli import bench_commands, path_arguments
-from btlm_jax.cli.path_arguments import PathRule, path_rule, resolve_path
+from btlm_jax.cli.path_arguments import PathRule, check_output, path_rule, resolve_path
 
 # Texts that name no file; a new option of type `str` is either listed here or has a `PathRule`.
 NOT_PATHS = {
@@ -251,6 +251,29 @@ def test_files_that_may_not_be_read_or_written_are_refused(parse, tmp_path, monk
             with pytest.raises(PermissionError, match="may not be ") as error:
                 resolve(option, "file.png" if option.rule.file else "directory.png")
             assert str(error.value).startswith(f"{option.name}: ")
+
+
+def test_an_output_is_checked_and_nothing_is_created(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    for good in (None, file, tmp_path / "a.json", tmp_path / "deep" / "er" / "a.json"):
+        check_output(good)
+    check_output(tmp_path / "a.PNG", ".png")
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(ValueError, match=r"a\.pdf: found the suffix '\.pdf', expected '\.png'"):
+        check_output(tmp_path / "a.pdf", ".png")
+    with pytest.raises(FileExistsError, match="is a directory: choose another name"):
+        check_output(tmp_path)
+    with pytest.raises(FileExistsError, match="file is a file, expected a folder"):
+        check_output(file / "deep" / "a.json")
+    monkeypatch.chdir(tmp_path)
+    check_output(Path("a.json"))
+    accessed = []
+    # Root may write anywhere.
+    monkeypatch.setattr(os, "access", lambda place, _: bool(accessed.append(place)))
+    with pytest.raises(PermissionError, match="may not be written to"):
+        check_output(tmp_path / "deep" / "a.json")
+    assert accessed == [tmp_path]
 
 
 def test_a_current_directory_that_is_gone_is_named(tmp_path, monkeypatch):

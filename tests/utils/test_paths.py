@@ -55,7 +55,7 @@ def test_no_part_of_a_file_url_is_dropped(name):
     assert os.fspath(paths.location(f"file:///runs/{name}")) == f"/runs/{name}"
 
 
-@pytest.mark.parametrize("text", [".", "a", "a/b", "./a/../b", "..", "a:b", "C:/x", "file:/x"])
+@pytest.mark.parametrize("text", [".", "a", "a/b", "./a/../b", "..", "a:b", "C:/x"])
 def test_local_paths_become_absolute(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     location = paths.location(text)
@@ -72,14 +72,14 @@ def test_absolute_paths_are_kept_without_trailing_slash(tmp_path):
 
 @pytest.mark.parametrize("url", ["http://h/x", "https://h/x", "az://c/x", "hdfs://x", "GCS://x"])
 def test_unknown_schemes_are_refused(url):
-    with pytest.raises(ValueError, match="unknown scheme") as error:
+    with pytest.raises(ValueError, match="expected a local path, file:// or gs://") as error:
         paths.location(url)
-    assert url in str(error.value) and "expected a local path, file:// or gs://" in str(error.value)
+    assert url in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["s3://b/p", "S3://b/p"])
 def test_s3_is_refused_with_alternatives(url):
-    with pytest.raises(ValueError, match="use a mounted bucket") as error:
+    with pytest.raises(ValueError, match="`aws s3 cp --recursive`, or mount the bucket") as error:
         paths.location(url)
     assert url in str(error.value)
 
@@ -91,7 +91,7 @@ def test_gs_without_its_driver_is_refused(monkeypatch, url):
     with pytest.raises(ValueError) as error:
         paths.location(url)
     assert searched == ["gcsfs"]
-    assert f"{url}: gs:// needs gcsfs: pip install 'btlm-jax[gcs]'" in str(error.value)
+    assert f"found '{url}', but gs:// needs gcsfs: pip install 'btlm-jax[gcs]'" in str(error.value)
     pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert 'gcs = ["gcsfs"]' in pyproject
 
