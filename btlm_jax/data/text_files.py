@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from btlm_jax.utils.local_paths import local_name
+from btlm_jax.utils.local_paths import absolute_name, local_name
 
 STDIN = "-"
 KINDS = (".jsonl", ".txt", ".parquet")
@@ -90,6 +90,8 @@ def expand_inputs(
             problem = "no file matches" if is_glob else "no such file"
             expected = kind or ", ".join(KINDS)
             raise FileNotFoundError(f"{name}: {problem}; expected {expected} or '-'")
+        for match in matches:
+            absolute_name(match, argument)  # refuses names that are not UTF-8
         names += matches
     if not names:
         raise ValueError("inputs: found none, expected files, globs or '-'")

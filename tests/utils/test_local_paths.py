@@ -11,6 +11,7 @@ import btlm_jax as btlm
 from btlm_jax import convert
 from btlm_jax.convert.hf.source import open_hf
 from btlm_jax.data.prepare import prepare_tokens
+from btlm_jax.data.text_files import expand_inputs
 from btlm_jax.data.token_shards import TokenShards
 from btlm_jax.data.tokenize import tokenize
 from btlm_jax.evaluation import tasks
@@ -170,3 +171,13 @@ def test_a_current_directory_whose_name_is_no_text_is_refused(home, monkeypatch)
     for check in (local_paths.local_path, paths.location):
         with pytest.raises(ValueError, match=r"path: found '.*/caf\\xe9/x', whose bytes are not"):
             check("x", "path")
+
+
+def test_a_pattern_that_matches_a_name_that_is_no_text_is_refused(home):
+    for name in (b"caf\xe9.txt", b"~b.txt"):
+        Path(os.fsdecode(name)).write_text("a")
+    with pytest.raises(
+        ValueError, match=r"text: found '.*caf\\xe9.txt', whose bytes are not UTF-8"
+    ):
+        TextInputs(text=("*.txt",)).documents(nothing)
+    assert expand_inputs("[~]*.txt")[0].path == Path("~b.txt")
