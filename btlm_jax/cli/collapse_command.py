@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from btlm_jax.cli.arguments import write_json
-from btlm_jax.cli.path_arguments import OutputFile, PathRule, Picture
+from btlm_jax.cli.path_arguments import OutputFile, Picture
 from btlm_jax.utils.format import align_columns
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ class Collapse:
     losses between 25 and 50 % of training, and reported if it leaves the curve of the family.
     """
 
-    runs: Annotated[
-        Positional[tuple[Path, ...]], arg(metavar="RUN_DIR..."), PathRule(directory=True)
-    ]
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_DIR...")]
     """Run directories of `btlm train`, finished or running."""
     png: Picture = Path("collapse.png")
     """The picture to write."""

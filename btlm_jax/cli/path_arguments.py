@@ -173,7 +173,7 @@ def _check_readable(path: Path, rule: PathRule, prefix: str) -> None:
     if not path.exists():
         where = f"a link to {os.readlink(path)}, which is missing" if path.is_symlink() else ""
         raise FileNotFoundError(f"{prefix}{quoted(str(path))} is {where}" if where else
-                                f"{prefix}no such {expected}: {path}")  # fmt: skip
+                                f"{prefix}{path}: no such {expected}")  # fmt: skip
     if path.is_dir() != rule.directory:
         found = "directory" if path.is_dir() else "file"
         raise (IsADirectoryError if path.is_dir() else NotADirectoryError)(

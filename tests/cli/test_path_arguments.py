@@ -237,8 +237,11 @@ def test_files_directories_and_links_are_told_apart(parse, tmp_path):
                 resolve(option, value)
             message = str(error.value)
             assert message.startswith(f"{option.name}: ") and "\n" not in message, option
-    code, err = parse(["collapse", "file.png"])
-    assert code == 2 and err == "btlm: error: RUN_DIR: file.png is a file, expected a directory\n"
+    code, err = parse(["coord-check", "file.png"])
+    assert (
+        code == 2
+        and err == "btlm: error: DIR: file.png is a file, expected a directory: choose another\n"
+    )
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -107,5 +107,5 @@ def test_a_file_system_without_locks_is_a_warning(hold, tmp_path, monkeypatch, c
 
 
 def test_a_url_is_not_taken_for_a_local_directory(load_tiny):
-    with pytest.raises(ValueError, match="found a gs:// URL, expected a local path"):
+    with pytest.raises(ValueError, match=r"directory: found 'gs://.*', expected a local path"):
         train(load_tiny(), "gs://bucket/run")
