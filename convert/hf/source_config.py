@@ -74,11 +74,13 @@ def _with_model_names(hf: HFSource, config: BTLMConfig) -> HFSource:
     if notice:
         logger.warning("%s: the names of tensors are %s", hf.directory, notice)
     tensors = {names[stored]: info for stored, info in hf.tensors.items()}
-    # safetensors' `save_model` keeps one of two tied tensors, the first in alphabetical order.
-    aliases = {*hf.aliases.values()} & {n for n, name in names.items() if name == LM_HEAD}
-    if EMBEDDING not in tensors and LM_HEAD in tensors and (config.tie_word_embeddings or aliases):
-        tensors[EMBEDDING] = tensors[LM_HEAD]
-        logger.info("%s: the embedding is stored as %s, to which it is tied", hf.directory, LM_HEAD)
+    # safetensors' `save_model` keeps one of two tied tensors, mostly the first in the alphabet.
+    kept = {names[stored] for stored in hf.aliases.values()}
+    for lacking, other in ((EMBEDDING, LM_HEAD), (LM_HEAD, EMBEDDING)):
+        tied = other in kept or (config.tie_word_embeddings and lacking == EMBEDDING)
+        if tied and lacking not in tensors and other in tensors:
+            tensors[lacking] = tensors[other]
+            logger.info("%s: %s is stored as %s, to which it is tied", hf.directory, lacking, other)
     return dataclasses.replace(hf, tensors=MappingProxyType(tensors))
 
 
@@ -119,6 +121,13 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
     if missing == [LM_HEAD]:
         problems += (
             "\n  Fix: set tie_word_embeddings to true in config.json if the head is the embedding"
+        )
+    rows = {hf.tensors[n].shape[0] for n in (EMBEDDING, LM_HEAD) if n in known and n in hf.tensors
+            and hf.tensors[n].shape[1:] == (config.n_embd,)}  # fmt: skip
+    if len(rows) == 1 and rows != {config.vocab_size}:
+        problems += (
+            f"\n  Fix: set vocab_size to {rows.pop()} in config.json if the model was trained with "
+            "this embedding; otherwise resize it in transformers (resize_token_embeddings)"
         )
     if problems:
         raise ValueError(f"{hf.directory}: the weights do not match config.json:{problems}")
