@@ -86,13 +86,19 @@ def _sample_problems(recipe: Recipe, config: BTLMConfig, data: TrainingData) -> 
         return
     directory = data.sources[0].tokens.directory
     try:
-        length = len(encode_prompt(load_tokenizer(directory), recipe.run.prompt))
+        ids = encode_prompt(load_tokenizer(directory), recipe.run.prompt)
     except FileNotFoundError:
         yield f"run.sample_every: {directory} has no tokenizer, which samples need: set it to 0"
         return
     except ValueError as e:
         yield f"run.prompt: {e}"
         return
+    if max(ids) >= config.vocab_size:
+        yield (
+            f"run.prompt: found token {max(ids)}, for which the model (vocab_size "
+            f"{config.vocab_size}) has no embedding: leave that text out"
+        )
+    length = len(ids)
     limit = config.position_limit
     if limit is not None and length + SAMPLE_TOKENS > limit:
         yield (

@@ -15,6 +15,8 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import btlm_jax as btlm
+from btlm_jax.checkpoint import metadata
+from btlm_jax.checkpoint.assets import asset_hashes, changed_assets
 from btlm_jax.train import checkpoints as checkpoints_module
 from btlm_jax.train.checkpoints import Checkpoints
 from btlm_jax.train.loop import train
@@ -35,6 +37,14 @@ def test_a_damaged_newest_checkpoint_is_reported_and_set_aside(
     assert "checkpoint" in caplog.text and "cannot be used" in caplog.text
     assert (run / "checkpoints/damaged-12").is_dir()
     assert_same_run(run, reference[0])
+
+
+def test_a_tokenizer_that_changed_since_the_first_save_is_noticed(reference, tmp_path):
+    run = copy_run(reference[0], tmp_path / "run")
+    meta = metadata.read_metadata(run)
+    assert meta.asset_sha256 == asset_hashes(run) and not changed_assets(meta)
+    (run / "tokenizer/tokenizer.json").write_text("{}")
+    assert changed_assets(metadata.read_metadata(run)) == {"tokenizer.json": "changed"}
 
 
 @pytest.mark.parametrize("part", ["state", "optimizer", "_CHECKPOINT_METADATA"])

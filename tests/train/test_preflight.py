@@ -35,6 +35,8 @@ from support.runs import copy_run
         (["model.fields.resid_pdrop=0.1"], ValueError,
          r"found 0\.1, .*--set model\.fields\.resid_pdrop=0\.0"),
         (["run.sample_every=3", "run.prompt="], ValueError, r"run\.prompt: .*found no"),
+        (["run.sample_every=3", "run.prompt=R", "model.fields.vocab_size=50"], ValueError,
+         r"run\.prompt: found token 50, .*vocab_size 50"),
         (["run.sample_every=3", "model.fields.position_embedding_type=learned",
           "model.fields.n_positions=32"],
          ValueError, r"run\.prompt: found \d+ tokens, expected at most 0"),
