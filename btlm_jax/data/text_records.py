@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from btlm_jax.data.json_stream import JsonFieldError, stream_string_field
+from btlm_jax.data.parquet_pages import largest_page
 from btlm_jax.data.text_files import (
     READ_BYTES,
     TextFile,
@@ -23,7 +24,7 @@ from btlm_jax.utils.format import format_bytes
 LARGE_BYTES = 16 << 20  # smaller records are read at once
 _PARQUET_ROWS = 256  # per batch, at most
 _PARQUET_BATCH_BYTES = 64 << 20
-_PARQUET_ROW_BYTES = 256 << 20  # on average; pyarrow reads a row at once, into several copies
+_PARQUET_PAGE_BYTES = 256 << 20  # pyarrow reads a page, at least a row, at once: into five copies
 
 
 class TextRecord(NamedTuple):
@@ -175,7 +176,7 @@ def _parquet_records(file: TextFile, field: str, record: int, offset: int) -> It
                 if record + size <= skipped:
                     record += size
                     continue
-                count = _rows_per_batch(file, field, table, group)
+                count = _rows_per_batch(file, field, table, group, record)
                 batches = table.iter_batches(count, row_groups=[group], columns=[field])
                 for value in (x for batch in batches for x in batch.column(0)):
                     record += 1
@@ -188,8 +189,12 @@ def _parquet_records(file: TextFile, field: str, record: int, offset: int) -> It
         raise damaged_file(file, e) from e
 
 
-def _rows_per_batch(file: TextFile, field: str, table: Any, group: int) -> int:
+def _rows_per_batch(file: TextFile, field: str, table: Any, group: int, first: int) -> int:
     """Returns how many rows of a group to hold at a time, so that large ones are few.
+
+    Args:
+      file, field, table, group: what is read.
+      first: number of rows before the group.
 
     Raises:
       ValueError: the rows are too large.
@@ -198,12 +203,19 @@ def _rows_per_batch(file: TextFile, field: str, table: Any, group: int) -> int:
     column = next(
         c for c in map(chunks.column, range(chunks.num_columns)) if c.path_in_schema == field
     )
-    nbytes = column.total_uncompressed_size
-    if nbytes // max(1, chunks.num_rows) > _PARQUET_ROW_BYTES:
+    nbytes = column.total_uncompressed_size  # a row has at most these bytes, and those of a page
+    if nbytes > _PARQUET_BATCH_BYTES:
+        try:
+            with open(file.name, "rb") as stream:
+                nbytes = largest_page(stream, column)
+        except ValueError as e:
+            raise damaged_file(file, e) from e
+    if nbytes > _PARQUET_PAGE_BYTES:
         raise ValueError(
-            f"{file.name}: row group {group} has {format_bytes(nbytes)} in {chunks.num_rows} "
-            f"row(s), expected at most {format_bytes(_PARQUET_ROW_BYTES)} in a row, which is read "
-            "at once: divide the rows, or write them as .jsonl"
+            f"{file.name}: of rows {first + 1:,} to {first + chunks.num_rows:,} (row group "
+            f"{group}) {format_bytes(nbytes)} are read at once, expected at most "
+            f"{format_bytes(_PARQUET_PAGE_BYTES)}: divide the longest text of these rows, or write "
+            "them as .jsonl, where a text may have any length"
         )
     return max(1, min(_PARQUET_ROWS, _PARQUET_BATCH_BYTES // max(1, nbytes)))
 

@@ -95,7 +95,8 @@ def tokenize(
     tokenizer begins a word, so that memory does not depend on their length and the ids are those of
     the whole text. Special tokens in a text ("<|endoftext|>") are encoded as
     plain text: no document can fake its end. After a kill, the same call continues, with the same
-    result, byte for byte; only standard input cannot be read twice.
+    result, byte for byte, from the end of the last finished shard; only standard input cannot be
+    read twice.
 
     Args:
       inputs: files or globs of `.jsonl` (an object per line) and `.txt` (a document per file), both
@@ -136,6 +137,7 @@ def tokenize(
     with atomic.new_directory(target, overwrite=overwrite, ours=ours, key=key) as stage:
         done = _finished_shards(stage, encoder.dtype)
         resumed = len(done)
+        _log_resumption(stage, done, encoder.dtype)
         begin = ReadPosition(*done[-1]["position"]) if done else ReadPosition()
         counts: list[DocumentCounts] = []
         for record in done:
@@ -238,6 +240,18 @@ def _finished_shards(stage: atomic.StagedDirectory, dtype: np.dtype) -> list[dic
             break
         done.append(record)
     return done
+
+
+def _log_resumption(
+    stage: atomic.StagedDirectory, done: list[dict[str, Any]], dtype: np.dtype
+) -> None:
+    """Says what an interrupted run has left to do again, as a shard holds whole documents."""
+    file = stage.content / _shard_name(len(done))
+    if again := file.stat().length // dtype.itemsize if file.exists() else 0:
+        logger.info(
+            "%s: %d shards were finished; %s tokens of the next one are made again, from the "
+            "beginning of its first document", stage.content, len(done), f"{again:,}",
+        )  # fmt: skip
 
 
 def _shard_name(index: int) -> str:

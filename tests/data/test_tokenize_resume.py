@@ -92,6 +92,21 @@ def test_a_bad_record_can_be_skipped_by_the_next_run(ascii_bpe, tmp_path, caplog
     assert file_contents(tmp_path / "t") == file_contents(tmp_path / "u")
 
 
+def test_a_resumed_run_says_what_it_does_again(ascii_bpe, tmp_path, caplog, monkeypatch):
+    """A shard holds whole documents, so that a large one is tokenized again from its beginning."""
+    (tmp_path / "a.txt").write_text("one two three. " * 5000)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tokenize_lib._ShardContent, "add", interrupt)
+        tokenize(tmp_path / "a.txt", tmp_path / "t", ascii_bpe)
+    caplog.set_level("INFO")
+    report = tokenize(tmp_path / "a.txt", tmp_path / "t", ascii_bpe)
+    assert f"0 shards were finished; {report.tokens:,} tokens of the next one are" in caplog.text
+
+
 @pytest.mark.parametrize("source", ["a.jsonl", "-"])
 def test_a_full_disk_says_what_was_kept_and_how_to_continue(
     ascii_bpe, tmp_path, monkeypatch, source
