@@ -78,7 +78,13 @@ def read_training_run(directory: str | Path) -> TrainingRun:
     values = json_files.read_object(file, "copy the run directory again")
     if "recipe" not in values:
         raise ValueError(f"{file} holds no recipe: copy the run directory again")
-    recipe = parse_recipe(values["recipe"])
+    try:
+        recipe = parse_recipe(values["recipe"])
+    except ValueError as e:
+        raise ValueError(
+            f"{file} is no recipe of this version ({e}): copy the run directory again, or read it "
+            "with the version that wrote it"
+        ) from None
     lines = [line for line in read_metrics(directory / METRICS_FILE) if "loss" in line]
     if len(lines) < 2:
         raise ValueError(

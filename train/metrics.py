@@ -21,6 +21,7 @@ from typing import Any
 import jax
 
 from btlm_jax.utils import plots, side_output
+from btlm_jax.utils.format import join_first
 from btlm_jax.utils.local_paths import local_path
 from btlm_jax.utils.side_output import SideOutput
 
@@ -218,15 +219,21 @@ def require_wandb() -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Returns the lines of a metrics file, without those that a kill or a full disk damaged."""
-    lines, path = [], local_path(path, "path")
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    path = local_path(path, "path")
+    lines, damaged = [], []
+    texts = path.read_bytes().splitlines() if path.exists() else []
+    for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            int(line["step"])
-        except (ValueError, TypeError, KeyError):
-            logger.warning("%s: dropped a truncated line", path)
+            line["step"] = int(line["step"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged.append(number)
         else:
             lines.append(line)
+    if damaged:
+        lost = join_first(damaged)
+        logger.warning("%s: line %s damaged, and left out", path,
+                       f"{lost} is" if len(damaged) == 1 else f"s {lost} are")  # fmt: skip
     return lines
 
 

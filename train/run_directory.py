@@ -122,7 +122,11 @@ class RunDirectory:
 
     def _trains_first_tokens(self) -> bool:
         """Returns whether the run of the directory counts the first tokens of documents."""
-        return trained_documents.read_trained_documents(self._existing()).first_tokens
+        existing = self._existing()
+        try:
+            return trained_documents.read_trained_documents(existing).first_tokens
+        except (AttributeError, ValueError) as e:
+            raise ValueError(f"{self._recipe} is no recipe of a run ({e}): {_RESTORE}") from None
 
     def _existing(self) -> dict[str, Any]:
         """Returns the identity of the run that the directory belongs to."""

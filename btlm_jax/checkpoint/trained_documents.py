@@ -49,7 +49,12 @@ def read_trained_documents(origin: Mapping[str, Any]) -> TrainedDocuments:
     `data.mask_documents` was set.
     """
     if record := origin.get(KEY):
-        return TrainedDocuments(record["reading"], record["eos_id"])
+        try:
+            return TrainedDocuments(record["reading"], record["eos_id"])
+        except (TypeError, KeyError):
+            raise ValueError(
+                f"{KEY}: found {record!r} in the record of a run, expected reading and eos_id"
+            ) from None
     masked = origin.get("recipe", {}).get("data", {}).get("mask_documents")
     if masked is None:
         return TrainedDocuments()

@@ -20,6 +20,7 @@ import tyro
 
 from btlm_jax.cli.arguments import text_and_path_rules, translate_old_mesh_options
 from btlm_jax.cli.flag_messages import notices_with_options, option_names, with_options
+from btlm_jax.cli.out_of_memory import out_of_memory
 from btlm_jax.cli.path_arguments import resolve_paths
 from btlm_jax.utils import compile_cache
 from btlm_jax.utils.side_output import SideOutput, attempt, set_exit_code
@@ -57,7 +58,14 @@ _ADVICE = {
     errno.ENOSPC: ": free space, or choose another disk",
     errno.EDQUOT: ": free space, or choose another disk",
     errno.EMFILE: ": allow more open files with `ulimit -n`",
+    errno.ENFILE: ": the whole machine has too many open files; close some programs",
     errno.ENAMETOOLONG: ": choose a shorter name",
+    errno.EISDIR: ", where a file was expected: rename or remove it, or choose another name",
+    errno.ENOTDIR: ": one of its folders is a file; choose another name",
+    errno.ELOOP: ": its links lead in a circle; remove them",
+    errno.EIO: ": the disk fails; copy the files to another one",
+    errno.ESTALE: ": the network file system lost it; mount it again",
+    errno.EFBIG: ": choose a disk that can hold larger files",
 }
 _EVERYWHERE = ("--debug", "--no-compilation-cache")
 _CLOSE_SECONDS = 5.0  # within which standard error must take the last notices
@@ -104,10 +112,11 @@ def _run(argv: list[str]) -> int:
         message = _stdout_failure(e) or with_options(_describe(e), options)
         _print_last(log, f"btlm: error: {message}")
         return 2
-    except MemoryError as e:
-        if debug:
+    except (MemoryError, RuntimeError) as e:
+        message = out_of_memory(e, argv[:1])
+        if debug or message is None:
             raise
-        _print_last(log, f"btlm: error: out of memory on the host ({e})")
+        _print_last(log, f"btlm: error: {message}")
         return 2
     except KeyboardInterrupt:
         _print_last(log, "btlm: interrupted")

@@ -27,6 +27,7 @@ from btlm_jax.utils import atomic
 from btlm_jax.utils.local_paths import local_path
 
 TOKENIZER_FOLDER = "tokenizer"
+_BLOCK_BYTES = 1 << 16
 
 
 class TokenShards:
@@ -114,6 +115,22 @@ class TokenShards:
                     f"{'truncated' if size < expected else 'not the one described'}; copy it "
                     "again, or tokenize again"
                 )
+            if shard.max_id and _has_zeroed_end(file, size):
+                raise ValueError(
+                    f"{file}: it begins or ends with zero bytes, which a crash or a full disk "
+                    "leaves; copy it again, or tokenize again"
+                )
+
+
+def _has_zeroed_end(file: Path, size: int) -> bool:
+    """Returns whether the first or last block of a file holds zero bytes only.
+
+    Tokens of a text do not: it would be tens of thousands of times the token with the id 0.
+    """
+    with file.open("rb") as opened:
+        first = opened.read(_BLOCK_BYTES)
+        opened.seek(max(0, size - _BLOCK_BYTES))
+        return not any(first) or not any(opened.read(_BLOCK_BYTES))
 
 
 def is_token_directory(directory: os.PathLike[str]) -> bool:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from btlm_jax import __version__
+from btlm_jax.utils import json_files
 
 FORMAT = 1
 METADATA_FILE = "manifest.json"
+_FIX = "copy the directory again, or tokenize again"
 _KIND = "btlm-jax tokens"
 _SHARD_NAME = re.compile(r"tokens-\d{5,}\.bin")  # cannot leave the directory
 _GPT2_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
@@ -124,12 +126,12 @@ class TokenShardsMetadata:
         Raises:
           ValueError: not metadata of tokens, another format, or a missing or wrong field.
         """
-        try:
-            values = json.loads(text)
-        except ValueError as e:
-            raise ValueError(f"{filename}: not JSON ({e}); copy the directory again") from e
-        if not isinstance(values, dict) or values.get("kind") != _KIND:
-            raise ValueError(f"{filename}: expected metadata written by `btlm tokenize`")
+        values = json_files.parse_object(text.encode(), filename, _FIX)
+        if values.get("kind") != _KIND:
+            raise ValueError(
+                f"{filename}: kind: found {values.get('kind')!r}, expected {_KIND!r}, written by "
+                f"`btlm tokenize`: {_FIX}"
+            )
         if values.get("format") != FORMAT:
             raise ValueError(
                 f"{filename}: format: found {values.get('format')!r}, this version reads {FORMAT}; "
@@ -145,31 +147,33 @@ class TokenShardsMetadata:
             if values.get(field) != getattr(metadata, field):
                 raise ValueError(
                     f"{filename}: {field}: found {values.get(field)!r}, its shards add up to "
-                    f"{getattr(metadata, field)}; copy the directory again"
+                    f"{getattr(metadata, field)}; {_FIX}"
                 )
         if values.get("dtype") != metadata.dtype.name:
             raise ValueError(
                 f"{filename}: dtype: found {values.get('dtype')!r}, expected "
-                f"{metadata.dtype.name} for vocab_size {metadata.vocab_size}"
+                f"{metadata.dtype.name} for vocab_size {metadata.vocab_size}; {_FIX}"
             )
         for shard in metadata.shards:
             if not _SHARD_NAME.fullmatch(shard.name):
-                raise ValueError(f"{filename}: shard {shard.name!r}, expected tokens-00000.bin")
+                raise ValueError(
+                    f"{filename}: shard {shard.name!r}, expected tokens-00000.bin; {_FIX}"
+                )
         return metadata
 
 
 def _parse_fields(cls: type[Any], values: Any, filename: str) -> Any:
     """Returns an instance from JSON; a value whose type is not the field's is an error."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{filename}: {cls.__name__}: found {values!r}, expected an object")
+        raise ValueError(f"{filename}: found {str(values)[:60]!r}, expected an object; {_FIX}")
     fields = {}
     for field in dataclasses.fields(cls):
         value: Any = values.get(field.name)
         kind = {"int": int, "str": str}.get(str(field.type), tuple)
         if not isinstance(value, kind) or (isinstance(value, int) and value < 0):
+            expected = "a list" if kind is tuple else str(field.type)
             raise ValueError(
-                f"{filename}: {field.name}: found {value!r}, expected {field.type}; copy the "
-                "directory again"
+                f"{filename}: {field.name}: found {str(value)[:60]!r}, expected {expected}; {_FIX}"
             )
         fields[field.name] = value
     return cls(**fields)

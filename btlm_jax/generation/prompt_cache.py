@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from btlm_jax.model import sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import CACHE_DTYPES, KVCache
 from btlm_jax.model.params import Params
+from btlm_jax.utils import json_files
 from btlm_jax.utils.dtypes import optional_dtype
 from btlm_jax.utils.local_paths import local_path
 
@@ -160,7 +162,7 @@ class PromptCache:
         path = local_path(path, "path")
         try:
             with np.load(path) as file:
-                about = json.loads(str(file["about"]))
+                about = json_files.parse_object(str(file["about"]).encode(), "about")
                 ids, mask = file["ids"], file["mask"]
                 arrays = [
                     file[str(i)].view(jnp.bfloat16) if d == "bfloat16" else file[str(i)]
@@ -168,10 +170,14 @@ class PromptCache:
                 ]
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such prompt cache") from None
-        except (KeyError, ValueError, zipfile.BadZipFile, OSError) as e:
-            raise ValueError(
-                f"{path}: found no prompt cache, expected a file of PromptCache.save ({e})"
-            ) from e
+        except OSError as e:
+            if e.errno is not None:  # NumPy's own have none
+                raise
+            raise _not_a_cache(path, e) from e
+        except (
+            KeyError, IndexError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error
+        ) as e:  # fmt: skip
+            raise _not_a_cache(path, e) from e
         if about.get("format") != _FORMAT:
             raise ValueError(f"{path}: found format {about.get('format')}, expected {_FORMAT}")
         rows, capacity = len(arrays[-1]), prompts.bucket_length(ids.shape[1])
@@ -190,6 +196,14 @@ class PromptCache:
             )
         loaded = [jax.device_put(a, x.sharding) for a, x in zip(arrays, leaves, strict=True)]
         return cls(ids, mask, jax.tree.unflatten(tree, loaded))
+
+
+def _not_a_cache(path: str | os.PathLike[str], reason: Exception) -> ValueError:
+    first_line = (str(reason).splitlines() or [type(reason).__name__])[0][:200]
+    return ValueError(
+        f"{path}: found no prompt cache, or a damaged one ({first_line}), expected a file of "
+        "PromptCache.save: prefill the prompts again"
+    )
 
 
 def _blank_prompt(

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from btlm_jax.checkpoint.metadata import CheckpointMetadata
 from btlm_jax.utils import atomic, paths
+from btlm_jax.utils.format import join_first
 from btlm_jax.utils.local_paths import local_path
 
 logger = logging.getLogger(__name__)
@@ -117,17 +118,31 @@ def _resume(
     """Returns the results of an interrupted run, after checking that its key is this run's."""
     first, *rest = complete_lines.splitlines(keepends=True) or [header]
     results: dict[int, dict[str, Any]] = {}
-    try:
-        other_key = dict(json.loads(first))
-        results = {int(number): dict(fields) for number, fields in map(json.loads, rest)}
-    except (ValueError, TypeError):
-        other_key = {"file": "no results of this command"}
+    damaged = []
+    for line_number, line in enumerate(rest, start=2):
+        try:
+            number, fields = json.loads(line)
+            results[int(number)] = dict(fields)
+        except (ValueError, TypeError, RecursionError):
+            damaged.append(line_number)
     if first == header:
+        if damaged:
+            logger.warning(
+                "%s: damaged lines (%s); their results are computed again",
+                partial, join_first(damaged),
+            )  # fmt: skip
         return results
     if overwrite:
         logger.warning("%s belonged to another run: starting over", partial)
         return {}
     key = json.loads(header)
+    try:
+        other_key = dict(json.loads(first))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(
+            f"{partial}: its first line, which says whose results it holds, is damaged: choose "
+            f"another name, or pass overwrite=True to drop its {len(results)} results"
+        ) from None
     names = [name for name in {**other_key, **key} if other_key.get(name) != key.get(name)]
     differences = ", ".join(
         f"{name}: found {other_key.get(name)!r}, expected {key.get(name)!r}" for name in names

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -44,7 +45,9 @@ class StagedDirectory:
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
         """Records that a piece is finished. Call it once the data is on disk; thread-safe."""
-        write_text(self._records / f"{name}.json", json.dumps(value))
+        text = json.dumps(value)
+        record = {"sha256": _sha256(text), "record": text}
+        write_text(self._records / f"{name}.json", json.dumps(record))
         self.finished[name] = dict(value)
 
 
@@ -272,14 +275,19 @@ def _resume_or_clear(
         folder = work / "finished"
         names = [p.name for p in folder.iterdir()] if folder.exists() else []
         files = paths.read_files(folder, (n for n in names if n.endswith(".json")))
-        records = {name.removesuffix(".json"): _parse_json(data) for name, data in files.items()}
-        # A record that was cut short by a kill does not count.
+        records = {name.removesuffix(".json"): _parse_record(data) for name, data in files.items()}
+        # A record that a kill cut short, or that was damaged later, does not count.
         finished = {name: r for name, r in records.items() if r is not None}
+        if damaged := len(records) - len(finished):
+            logger.warning("%s: %d damaged records; their pieces are written again", work, damaged)
         if finished:
             logger.info("continuing an interrupted run: %d pieces are finished", len(finished))
         return finished
     if stored_key is not None:
         logger.warning("%s held unfinished work of another kind: starting over", work)
+    elif key is not None and any(work.glob("finished/*.json")):
+        logger.warning("%s: key.json is missing or damaged, so its pieces cannot be used: "
+                       "starting over", work)  # fmt: skip
     # The key is deleted first, so that no record counts if the clearing is cut short.
     (work / "key.json").unlink(missing_ok=True)
     if paths.is_remote(content):
@@ -309,6 +317,19 @@ def _parse_json(data: bytes | None) -> Any:
         return None if data is None else json.loads(data)
     except ValueError:
         return None
+
+
+def _parse_record(data: bytes | None) -> dict[str, Any] | None:
+    """Returns the record in a file of `StagedDirectory.record`; None if it is damaged."""
+    value = _parse_json(data)
+    text = value.get("record") if isinstance(value, dict) else None
+    if not isinstance(text, str) or value.get("sha256") != _sha256(text):
+        return None
+    return json.loads(text)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rename(staged: epath.Path, target: epath.Path, backup: epath.Path) -> None:

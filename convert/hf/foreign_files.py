@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from btlm_jax.checkpoint.orbax_metadata import MARKER_FILE
 from btlm_jax.convert.hf.advice import REDOWNLOAD, RESAVE
+from btlm_jax.data.token_shards import is_token_directory
 from btlm_jax.utils.format import join_first
 
 
@@ -109,6 +111,14 @@ def describe_foreign_files(directory: Path) -> str | None:
     for form in _FORMATS:
         if found := [n for p in form.patterns for n in fnmatch.filter(names, p)]:
             return f"holds {form.what} ({join_first(found, 3)}). Fix: {form.fix}."
+    if is_token_directory(directory):
+        return "holds tokens of `btlm tokenize`. Fix: pass the directory of a model."
+    if steps := [n for n in names if (directory / n / MARKER_FILE).exists()]:
+        return (
+            f"holds Orbax checkpoints ({join_first(steps, 3)}). Fix: those that btlm made are used "
+            "as they are (`btlm generate`, `btlm export`); those of another program must be "
+            "exported to Hugging Face files there."
+        )
     inside = [n for n in names if (directory / n / "config.json").is_file()]
     if inside:
         return f"holds the directories {join_first(inside, 5)}. Fix: pass one of them."

@@ -108,16 +108,19 @@ def edit(directory: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(kind="other"), "expected metadata written by `btlm tokenize`"),
+        (dict(kind="other"), "kind: found 'other', expected .*: copy the directory again"),
         (dict(format=99), r"format: found 99, this version reads 1; it was written by btlm-jax"),
         (dict(tokens=99), "tokens: found 99, its shards add up to 100"),
         (dict(documents=None), "documents: found None"),
         (dict(dtype="uint32"), "dtype: found 'uint32', expected uint16"),
-        (dict(vocab_size="many"), "vocab_size: found 'many', expected int"),
-        (dict(eos_id=-1), "eos_id: found -1"),
-        (dict(shards=7), "shards: found 7, expected tuple"),
-        (dict(shards=[7]), "TokenShard: found 7, expected an object"),
-        (dict(sources=[{"name": 3}]), "name: found 3, expected str"),
+        (
+            dict(vocab_size="many"),
+            "vocab_size: found 'many', expected int; copy the directory again",
+        ),
+        (dict(eos_id=-1), "eos_id: found '-1'"),
+        (dict(shards=7), "shards: found '7', expected a list; copy the directory"),
+        (dict(shards=[7]), "found '7', expected an object"),
+        (dict(sources=[{"name": 3}]), "name: found '3', expected str"),
     ],
 )
 def test_damaged_metadata_is_refused(directory, changes, message):
@@ -134,13 +137,25 @@ def test_shards_cannot_leave_the_directory(directory):
         TokenShards(directory)
 
 
-@pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b"[]", b""])
+@pytest.mark.parametrize("data", [b"{", b"\xff\xfe", b"[]", b"", b"\0\0"])
 def test_a_manifest_of_another_kind_is_refused(directory, data):
     assert is_token_directory(directory)
     (directory / "manifest.json").write_bytes(data)
     assert not is_token_directory(directory)
-    with pytest.raises(ValueError, match=r"manifest\.json: (not JSON|not UTF-8|expected metadata)"):
+    with pytest.raises(ValueError, match=r"manifest\.json:? (is|not|holds) .*copy the directory"):
         TokenShards(directory)
+
+
+@pytest.mark.parametrize("zeroed", ["beginning", "end"])
+def test_a_shard_that_begins_or_ends_with_zero_bytes_is_refused(tmp_path, zeroed):
+    count = 1 << 16
+    write_tokens(tmp_path / "t", np.arange(1, count + 1) % 90 + 1)
+    file = tmp_path / "t/tokens-00000.bin"
+    data, half = file.read_bytes(), file.stat().st_size // 2
+    zeros = bytes(len(data) - half)
+    file.write_bytes(zeros + data[half:] if zeroed == "beginning" else data[:half] + zeros)
+    with pytest.raises(ValueError, match=r"begins or ends with zero bytes.*copy it again"):
+        TokenShards(tmp_path / "t")
 
 
 def test_the_parent_of_token_directories_names_them(tmp_path):

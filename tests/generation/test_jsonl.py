@@ -145,11 +145,22 @@ def test_other_journals_are_refused_and_unchanged(tmp_path):
     for content in ("precious\n", "[1]\n", '{"a": 1}\nnonsense\n'):
         partial.write_text(content)
         with (
-            pytest.raises(ValueError, match="results of another run"),
+            pytest.raises(
+                ValueError, match=r"results of another run|its first line, .*, is damaged"
+            ),
             result_journal.open_journal(tmp_path / "out.jsonl", {"b": 2}, overwrite=False),
         ):
             pass
         assert partial.read_text() == content
+
+
+def test_damaged_results_are_computed_again_and_the_others_kept(tmp_path, caplog):
+    partial = tmp_path / "out.jsonl.partial"
+    kept = '[1, {"text": "b"}]\n'
+    partial.write_text(f'{{"a": 1}}\n[0, {{"te\n\0\0\0\n{kept}[2]\nnull\n')
+    with result_journal.open_journal(tmp_path / "out.jsonl", {"a": 1}, overwrite=False) as journal:
+        assert journal.results == {1: {"text": "b"}}
+    assert "damaged lines (2, 3, 5, 6); their results are computed again" in caplog.text
 
 
 def test_several_continuations_have_an_index(capsys, bytes_checkpoint, source, tmp_path):

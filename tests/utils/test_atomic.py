@@ -129,12 +129,23 @@ def test_files_of_a_killed_run_without_key_are_discarded(c):
     assert names(c) == ["mine"] and names(c.parent) == ["c"]
 
 
-@pytest.mark.parametrize("text", ["", '{"name"', "null"])
-def test_a_truncated_record_is_ignored(c, text):
+@pytest.mark.parametrize(
+    "text", ["", '{"name"', "null", "[]", "{}", '{"sha256": "0", "record": "{}"}', "\0" * 9]
+)
+def test_a_damaged_record_is_ignored_with_a_warning(c, text, caplog):
     interrupt(c, "a", "b")
     (c.parent / ".c.partial/finished/a.json").write_text(text)
     with new_directory(c, key=KEY) as stage:
         assert sorted(stage.finished) == ["b"]
+    assert "1 damaged records; their pieces are written again" in caplog.text
+
+
+def test_a_damaged_key_starts_over_with_a_warning(c, caplog):
+    interrupt(c, "a", "b")
+    (c.parent / ".c.partial/key.json").write_text("")
+    with new_directory(c, key=KEY) as stage:
+        assert not stage.finished
+    assert "key.json is missing or damaged" in caplog.text
 
 
 def test_records_without_content_are_ignored(c):

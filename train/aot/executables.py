@@ -11,6 +11,7 @@ import io
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import jax
 from etils import epath
 from jax.experimental import serialize_executable
 
-from btlm_jax.utils import atomic
+from btlm_jax.utils import atomic, json_files
 from btlm_jax.utils.local_paths import local_path
 
 _FORMAT = 1
@@ -65,9 +66,11 @@ def read_executable_metadata(path: Path) -> dict[str, Any]:
     path = local_path(path, "path")
     try:
         with zipfile.ZipFile(path) as file:
-            metadata = json.loads(file.read("about.json"))
-    except (zipfile.BadZipFile, KeyError, ValueError):
-        raise ValueError(f"{path}: not written by `btlm compile --save`, or damaged") from None
+            metadata = json_files.parse_object(file.read("about.json"), "about.json")
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, zlib.error):
+        raise ValueError(
+            f"{path}: not written by `btlm compile --save`, or damaged: compile it again"
+        ) from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(
             f"{path}: found format {metadata.get('format')}, expected {_FORMAT}: compile it again"
