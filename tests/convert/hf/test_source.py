@@ -138,6 +138,17 @@ def test_checkpoints_of_other_programs_are_recognized(tmp_path, name, message_pa
     assert message_part in open_error(FileNotFoundError, write_config(tmp_path))
 
 
+def test_a_directory_of_orbax_checkpoints_and_one_of_tokens_are_recognized(tmp_path):
+    for step in ("4", "8"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / "_CHECKPOINT_METADATA").write_text("{}")
+    message = open_error(FileNotFoundError, tmp_path / "checkpoints")
+    assert "holds Orbax checkpoints (4, 8). Fix: those that btlm made are used" in message
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens/manifest.json").write_text('{"kind": "btlm-jax tokens"}')
+    assert "holds tokens of `btlm tokenize`" in open_error(FileNotFoundError, tmp_path / "tokens")
+
+
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     file = write_single(tmp_path) / "model.safetensors"
 
