@@ -223,7 +223,7 @@ def test_bad_lines_are_named_before_the_weights_are_loaded(
         (("--input", "no.jsonl", "--output", "o"), "no.jsonl: no such file"),
         (("--input", "empty", "--output", "o"), "empty: found no line"),
         (("--input", "in.jsonl", "--output", "no/o"), "there is no folder no"),
-        (("--input", "in.jsonl", "--output", "."), "exists"),
+        (("--input", "in.jsonl", "--output", "."), "is a directory: choose another name"),
         (("--input", "in.jsonl", "--output", "o", "--prompt", "a"), "found both"),
         (("--input", "in.jsonl", "--output", "o", "--stream"), "--stream: found it with --input"),
         (("--input", "in.jsonl", "--output", "o", "--batch-size", "0"), "--batch-size: found 0"),
