@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, arg
 
 from btlm_jax.cli.arguments import Overrides, mesh_from_overrides
+from btlm_jax.cli.option_flags import given_options, with_option_flags
 from btlm_jax.cli.path_arguments import Checkpoint, InputFile, OutputFile
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ _NOT_IN_KEY = (
 
 
 @dataclasses.dataclass(frozen=True)
+@with_option_flags
 class Generate:
     """Continue a prompt, or a file of prompts.
 
@@ -69,32 +71,9 @@ class Generate:
     """Sample from the distribution instead of taking the most likely token."""
     greedy: FlagCreatePairsOff[bool] = False
     """Take the most likely token, even if the checkpoint's generation_config.json samples."""
-    temperature: float | None = None
-    """Divide the logits by this before sampling."""
-    top_k: int | None = None
-    """Sample from the k most likely tokens, default 50; 0 for all."""
-    top_p: float | None = None
-    """Sample from the most likely tokens that together have this probability."""
-    min_p: float | None = None
-    """Sample from tokens at least this fraction as likely as the most likely one."""
-    typical_p: float | None = None
-    """Sample from the most typical tokens that together have this probability."""
     seed: int | None = None
     """Random seed. Each line of --input has its own stream, by its number; --prompt has that of the
     first line."""
-    num_beams: int | None = None
-    """Beam search with this many beams; with --sample, beam sampling."""
-    num_return_sequences: int | None = None
-    """Continuations per prompt: at most --num-beams, or any number with --sample."""
-    early_stopping: Literal["true", "false", "never"] | None = None
-    """End the search once --num-beams have ended (true), or when a better one is unlikely (false)
-    or impossible (never)."""
-    length_penalty: float | None = None
-    """Compare finished beams by log-probability / length ** this."""
-    repetition_penalty: float | None = None
-    """Above 1, tokens that occurred before become less likely."""
-    no_repeat_ngram_size: int | None = None
-    """No n tokens in a row occur twice, prompt included; 0 is off."""
     bad_words: tuple[str, ...] = ()
     """Texts that must not occur, as the tokenizer splits them: " word" and "word" differ, and the
     first is the form after a space."""
@@ -102,14 +81,6 @@ class Generate:
     """End once one of these texts occurs."""
     eos_token_id: tuple[int, ...] = ()
     """Ids that end the text; default the model's."""
-    forced_eos_token_id: int | None = None
-    """The last token of a text that reaches its maximum length."""
-    suppress_tokens: tuple[int, ...] = ()
-    """Ids that never occur."""
-    begin_suppress_tokens: tuple[int, ...] = ()
-    """Ids that are not the first new token."""
-    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
-    """Pairs of a token id and a number added to its logit."""
     logprobs: bool = False
     """Print the log-probability of every new token, one per line, to standard error."""
     cache_dtype: Literal["int8"] | None = None
@@ -157,7 +128,7 @@ class Generate:
             raise ValueError("--stream: found it with --input, expected it with --prompt only")
         if self.sample and self.greedy:
             raise ValueError("--sample: found it with --greedy, expected one of them")
-        if self.stream and (self.num_beams or 1) > 1:
+        if self.stream and given_options(self).get("num_beams", 1) > 1:
             raise ValueError("--stream: found it with --num-beams, expected one of them: the best "
                              "beam is known only at the end")  # fmt: skip
         if self.stream and self.logprobs:
@@ -263,23 +234,19 @@ class Generate:
           tokenizer: the tokenizer.
           defaults: the checkpoint's `GenerationConfigFile`, or None.
         """
-        unchanged = (
-            "max_new_tokens", "max_length", "min_new_tokens", "min_length", "temperature", "top_k",
-            "top_p", "min_p", "typical_p", "seed", "num_beams", "num_return_sequences",
-            "length_penalty", "repetition_penalty", "no_repeat_ngram_size", "stop_strings",
-            "eos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
-            "logit_bias", "cache_dtype", "cache_length",
+        names = (
+            "max_new_tokens", "max_length", "min_new_tokens", "min_length", "seed", "stop_strings",
+            "eos_token_id", "cache_dtype", "cache_length",
         )  # fmt: skip
-        values = {name: getattr(self, name) for name in unchanged}
-        values["do_sample"] = True if self.sample else False if self.greedy else None
-        arguments = {name: x for name, x in values.items() if x is not None and x != () and x != {}}
+        values = {name: getattr(self, name) for name in names}
+        arguments = {name: x for name, x in values.items() if x is not None and x != ()}
+        arguments |= given_options(self)
+        if self.sample or self.greedy:
+            arguments["do_sample"] = self.sample
         fields = {} if defaults is None else defaults.fields()
         named = {name for name, x in fields.items() if x is not None} | arguments.keys()
         if not {"max_new_tokens", "max_length"} & named:
             arguments["max_new_tokens"] = 50
-        if self.early_stopping is not None:
-            rules: dict[str, Any] = {"true": True, "false": False, "never": "never"}
-            arguments["early_stopping"] = rules[self.early_stopping]
         if self.bad_words:
             arguments["bad_words_ids"] = [_encode_bad_word(tokenizer, x) for x in self.bad_words]
         if self.seed is not None and not (self.sample or fields.get("do_sample")):

@@ -30,7 +30,7 @@ class GenerationOptions:
     Attributes:
       do_sample: sample from the distribution; otherwise take the most likely token (of equally
         likely ones, the lowest id).
-      temperature: divides the scores; > 0. This and the next six need `do_sample`.
+      temperature: divides the scores; > 0. `do_sample` enables this and the next six.
       top_k: keep the k most likely tokens, and any that tie with the last of them; 0 keeps all.
       top_p: keep the smallest set of most likely tokens whose probability reaches p, in (0, 1].
       min_p: drop tokens less likely than this fraction of the most likely one, in [0, 1].
