@@ -72,7 +72,7 @@ def _option_docs() -> dict[str, str]:
     text = inspect.cleandoc(GenerationOptions.__doc__ or "")
     attributes = text.partition("Attributes:\n")[2].partition("\n\nRaises:")[0]
     docs = {}
-    for entry in re.split(r"\n  (?=\w)", "\n" + attributes):
+    for entry in re.split(r"\n  (?=\w)", "\n" + attributes)[1:]:
         names, _, description = entry.strip().partition(": ")
         description = " ".join(description.split()).replace("`", "")
         for name in names.split(", "):
