@@ -24,9 +24,11 @@ from jax.typing import ArrayLike
 from btlm_jax.evaluation.batch_shapes import batch_shape
 from btlm_jax.evaluation.context_extension import ScalingKind, with_scaling_kind
 from btlm_jax.evaluation.long_windows import LongWindow, LongWindows
+from btlm_jax.model import forward
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.chunked_loss import token_predictions
 from btlm_jax.model.params import Params
+from btlm_jax.model.runtime import Runtime
 from btlm_jax.utils.progress import Progress
 
 # Bins of the plotted curve per doubling of the position.
@@ -113,19 +115,19 @@ def bin_edges(trained: int, length: int) -> np.ndarray:
 
 
 def token_losses(
-    model: BTLM, params: Params, ids: ArrayLike, targets: ArrayLike, length: ArrayLike
+    runtime: Runtime, params: Params, ids: ArrayLike, targets: ArrayLike, length: ArrayLike
 ) -> jax.Array:
     """Returns the loss of every target, fp32 [B, W], in one pass.
 
     Neither [W, W] nor [W, V] arrays are materialized.
 
     Args:
-      model, params: the model and its weights.
+      runtime, params: `model.runtime(params)`, and the weights.
       ids, targets: int32 [B, W].
       length: number of valid tokens of each row; the rest are padding.
     """
-    h, _ = model.hidden(params, ids, length=length)
-    return token_predictions(model.runtime(params), params, h, targets).nll
+    h_BTD, _ = forward.hidden(runtime, params, ids, length=length)
+    return token_predictions(runtime, params, h_BTD, targets).nll
 
 
 def losses_in_passes(
@@ -143,7 +145,7 @@ def losses_in_passes(
     for end in ends:
         _, width = batch_shape(runtime, end, None, len(inputs))
         ids, labels = (np.pad(x[:, :end], ((0, 0), (0, width - end))) for x in (inputs, targets))
-        nll = token_losses(model, params, ids, labels, np.int32(end))
+        nll = token_losses(runtime, params, ids, labels, np.int32(end))
         segments.append(np.asarray(nll)[:, start:end])
         start = end
     return np.concatenate(segments, axis=1)

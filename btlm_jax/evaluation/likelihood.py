@@ -19,7 +19,7 @@ import numpy as np
 from btlm_jax.evaluation.batch_shapes import TOKENS_PER_DEVICE, check_batch_size
 from btlm_jax.generation import decode
 from btlm_jax.generation.scoring import padded_width
-from btlm_jax.model import alibi, sharding
+from btlm_jax.model import alibi, forward, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.chunked_loss import token_predictions
 from btlm_jax.model.params import Params
@@ -168,12 +168,13 @@ def _score_inputs(
     """
     runtime = model.runtime(params)
     with sharding.on_mesh(runtime.mesh):
-        h, _ = model.hidden(params, ids, length=lengths.max())
+        h, _ = forward.hidden(runtime, params, ids, length=lengths.max())
         targets = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
         nll, greedy = token_predictions(runtime, params, h, targets)
         # Select a row's last state by a mask, which gathers nothing from other devices.
         is_last = jnp.arange(ids.shape[1]) == lengths[:, None] - 1
         last = jnp.where(runtime.shard(is_last, "batch", "sequence")[..., None], h, 0).sum(1)
-        log_p = jax.nn.log_softmax(runtime.shard(model.logits(params, last), "batch", None), -1)
+        last_logits = runtime.shard(forward.logits(runtime, params, last), "batch", None)
+        log_p = jax.nn.log_softmax(last_logits, -1)
         lasts = runtime.shard(lasts, "batch", None)
         return -nll, greedy, jnp.take_along_axis(log_p, lasts, -1), log_p.argmax(-1)

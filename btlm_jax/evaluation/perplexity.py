@@ -10,6 +10,7 @@ import numpy as np
 
 from btlm_jax.evaluation.batch_shapes import batch_shape
 from btlm_jax.evaluation.rolling_windows import RollingWindows
+from btlm_jax.model import forward
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.chunked_loss import head_loss
 from btlm_jax.model.params import Params
@@ -87,7 +88,7 @@ def cross_entropy(
     with Progress(windows.tokens, "token", title) as progress:
         for batch in windows.batches(rows, width, model.config):
             length = np.int32(batch.length)
-            h, _ = model.hidden(params, batch.inputs, length=length)
+            h, _ = forward.hidden(runtime, params, batch.inputs, length=length)
             sums = jax.device_get(head_loss(runtime, params, h, batch.targets)[1])
             if not math.isfinite(sums.nll):
                 raise FloatingPointError(

@@ -119,35 +119,36 @@ def _largest_block(n: int, limit: int) -> int:
     return next(size for size in range(limit, 0, -_LANES) if n % size == 0)
 
 
-def splash_attention(q, k, v, *, slopes, segments, kernel) -> jax.Array:
+def splash_attention(q_BHTK, k_BHSK, v_BHSK, *, slopes_H, segments, kernel) -> jax.Array:
     """Computes JAX's splash attention; arguments as in `attention.attention`.
 
     Args:
       kernel: the `splash_kernel` for this length.
     """
-    T = q.shape[2]
+    T = q_BHTK.shape[2]
     pad_rows = len(kernel.fwd_mask_info.q_sequence) - T
-    if slopes is not None:
-        q, k = _append_alibi_features(q, k, slopes, _SUBLANES)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, pad_rows), (0, 0))) for x in (q, k, v))
+    if slopes_H is not None:
+        q_BHTK, k_BHSK = _append_alibi_features(q_BHTK, k_BHSK, slopes_H, _SUBLANES)
+    pad_width = (0, 0), (0, 0), (0, pad_rows), (0, 0)
+    padded = (jnp.pad(x, pad_width) for x in (q_BHTK, k_BHSK, v_BHSK))
     ids = None
     if segments is not None:
         # The keys of the padding come after every query, so any segment will do.
         ids = splash_lib.SegmentIds(*(jnp.pad(x, ((0, 0), (0, pad_rows))) for x in segments))
-    return jax.vmap(kernel)(q, k, v, ids)[:, :, :T]
+    return jax.vmap(kernel)(*padded, ids)[:, :, :T]
 
 
 # cuDNN (NVIDIA) ---------------------------------------------------------------------------------
 
 
 def cudnn_attention(
-    q,
-    k,
-    v,
+    q_BHTK,
+    k_BHSK,
+    v_BHSK,
     *,
-    slopes,
+    slopes_H,
     segments,
-    positions,
+    positions_T,
     implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> jax.Array:
     """Computes cuDNN's flash attention through JAX; arguments as in `attention_xla.xla_attention`.
@@ -157,23 +158,30 @@ def cudnn_attention(
     Args:
       implementation: "xla" computes the same without a GPU, for tests.
     """
-    width, K = cudnn_width(q.shape[3], slopes is not None), q.shape[3]
-    if slopes is not None:
-        q, k = _append_alibi_features(q, k, slopes, width - K)
-    q, k, v = (
+    T, S, K = q_BHTK.shape[2], k_BHSK.shape[2], q_BHTK.shape[3]
+    width = cudnn_width(K, slopes_H is not None)
+    if slopes_H is not None:
+        q_BHTK, k_BHSK = _append_alibi_features(q_BHTK, k_BHSK, slopes_H, width - K)
+    q_BTHK, k_BSHK, v_BSHK = (
         jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, width - x.shape[3]))).swapaxes(1, 2)
-        for x in (q, k, v)
+        for x in (q_BHTK, k_BHSK, v_BHSK)
     )
-    mask = None
-    if segments is not None or positions is not None:
-        q_positions = jnp.arange(q.shape[1]) if positions is None else positions
-        mask = (jnp.arange(k.shape[1]) <= q_positions[:, None])[None, None]
+    mask = None  # [1 or B, 1, T, S]
+    if segments is not None or positions_T is not None:
+        positions_T = jnp.arange(T) if positions_T is None else positions_T
+        mask = (jnp.arange(S) <= positions_T[:, None])[None, None]
         if segments is not None:
             mask = mask & (segments[0][:, None, :, None] == segments[1][:, None, None, :])
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=1.0, is_causal=mask is None, implementation=implementation
+    out_BTHK = jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BSHK,
+        v_BSHK,
+        mask=mask,
+        scale=1.0,
+        is_causal=mask is None,
+        implementation=implementation,
     )
-    return out.swapaxes(1, 2)[..., :K]
+    return out_BTHK.swapaxes(1, 2)[..., :K]
 
 
 def cudnn_width(head_dim: int, alibi_features: bool) -> int:
@@ -181,13 +189,15 @@ def cudnn_width(head_dim: int, alibi_features: bool) -> int:
     return -(-(head_dim + 4 * alibi_features) // _CUDNN_WIDTH) * _CUDNN_WIDTH
 
 
-def _append_alibi_features(q, k, slopes_H, width: int):
+def _append_alibi_features(q_BHTK, k_BHSK, slopes_H, width: int):
     """Appends `width` columns to q and k; the first four hold ALiBi, the others zeros."""
-    q_features = alibi.query_features(jax.lax.stop_gradient(slopes_H))[None, :, None]
-    k_features = alibi.key_features(np.arange(k.shape[2]))[None, None]
+    q_features_H4 = alibi.query_features(jax.lax.stop_gradient(slopes_H))
+    k_features_S4 = alibi.key_features(np.arange(k_BHSK.shape[2]))
 
-    def append(x, features):
-        features = jnp.pad(features.astype(x.dtype), ((0, 0),) * 3 + ((0, width - 4),))
-        return jnp.concatenate([x, jnp.broadcast_to(features, (*x.shape[:3], width))], axis=-1)
+    def append(x_BHTK, features):
+        features = jnp.pad(features.astype(x_BHTK.dtype), ((0, 0),) * 3 + ((0, width - 4),))
+        columns = jnp.broadcast_to(features, (*x_BHTK.shape[:3], width))
+        return jnp.concatenate([x_BHTK, columns], axis=-1)
 
-    return append(q, q_features), append(k, k_features)
+    q_BHTK = append(q_BHTK, q_features_H4[None, :, None])
+    return q_BHTK, append(k_BHSK, k_features_S4[None, None])

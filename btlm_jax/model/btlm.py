@@ -5,11 +5,8 @@ On a mesh the model reads the mesh from the types of the weights, so callers nee
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,38 +16,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from btlm_jax.config import BTLMConfig
 from btlm_jax.hf_generation_config import GenerationConfigFile
-from btlm_jax.model import attention, sharding
-from btlm_jax.model.head import project_logits
-from btlm_jax.model.inputs import checked_inputs
-from btlm_jax.model.kv_cache import CACHE_DTYPES, KVArray, KVCache, LayerKV, fork
-from btlm_jax.model.layers import Transformer
-from btlm_jax.model.params import Params, check_params, init_params, unstack_params
+from btlm_jax.model import attention, forward, sharding
+from btlm_jax.model.forward import Intermediates
+from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.params import Params, check_params, init_params
 from btlm_jax.model.remat import SAVED_NAMES, Remat
 from btlm_jax.model.runtime import Runtime
 from btlm_jax.utils.dtypes import optional_dtype
-
-
-class Intermediates(NamedTuple):
-    """All intermediate activations of a forward pass, from `BTLM.intermediates`.
-
-    Attributes:
-      logits: fp32 [B, T, V].
-      hidden_states: [L + 1, B, T, D]: scaled embeddings, then the output of every block; the last
-        one after ln_f.
-      attentions: fp32 [L, B, H, T, T], probabilities.
-      queries: [L, B, H, T, K], scaled: attention logits are queries · keys + ALiBi.
-      keys: [L, B, H, T, K].
-      attention_outputs: [L, B, T, D], what attention adds to the residual stream.
-      mlp_outputs: [L, B, T, D], what the MLP adds to it.
-    """
-
-    logits: jax.Array
-    hidden_states: jax.Array
-    attentions: jax.Array
-    queries: jax.Array
-    keys: jax.Array
-    attention_outputs: jax.Array
-    mlp_outputs: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,31 +103,14 @@ class BTLM:
           ValueError: the batch does not divide over the mesh, or the dtype is none of a cache.
         """
         runtime = self.runtime(params)
-        runtime.check_batch(batch_size)
-        dtype = optional_dtype(dtype, "dtype", CACHE_DTYPES) or runtime.dtype
-
-        def empty_cache():
-            with sharding.on_mesh(runtime.mesh):
-                layers, ids = _empty_slots(runtime, batch_size, capacity, dtype)
-                segment = runtime.zeros((batch_size,), jnp.int32, "batch")
-                length = jnp.zeros(batch_size, jnp.int32)
-                return KVCache(layers, ids, segment, length, jnp.int32(0), fresh=True)
-
-        return _compile_on_mesh(params, empty_cache)
+        return forward.init_cache(runtime, params, batch_size, capacity, dtype=dtype)
 
     def fork(self, params: Params, cache: KVCache, copies: int, capacity: int) -> KVCache:
         """Returns an empty cache in which `copies` rows continue each row of `cache`.
 
         They share the keys and values of `cache`, in its dtype; under jit nothing is copied.
         """
-        runtime = self.runtime(params)
-
-        def empty_fork(cache):
-            with sharding.on_mesh(runtime.mesh):
-                layers, ids = _empty_slots(runtime, cache.rows * copies, capacity, cache.dtype)
-                return fork(cache, copies, layers, ids)
-
-        return _compile_on_mesh(params, empty_fork, cache)
+        return forward.fork_cache(self.runtime(params), params, cache, copies, capacity)
 
     def apply(
         self,
@@ -194,7 +149,9 @@ class BTLM:
             more tokens than the cache holds (inside `jax.jit`, where the length of the cache is
             unknown, the logits are NaN instead).
         """
-        h, new_cache = self.hidden(
+        runtime = self.runtime(params)
+        h_BTD, new_cache = forward.hidden(
+            runtime,
             params,
             input_ids,
             attention_mask=attention_mask,
@@ -204,7 +161,7 @@ class BTLM:
             cache=cache,
             length=length,
         )
-        logits = self.logits(params, h)
+        logits = forward.logits(runtime, params, h_BTD)
         return logits if cache is None else (logits, new_cache)
 
     def hidden(
@@ -226,25 +183,21 @@ class BTLM:
         Returns:
           (hidden states, extended cache or None).
         """
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "segment_ids": segment_ids,
-            "positions": positions,
-            "token_type_ids": token_type_ids,
-        }
-        runtime = self.runtime(params)
-        if cache is not None:  # a step of decoding is too short to split
-            runtime = _without_context_parallel(runtime)
-        inputs = checked_inputs(runtime, arguments, cache, length)
-        if length is not None:
-            length = jnp.asarray(length, jnp.int32)
-        h, cache, _ = _forward(runtime, params, inputs, cache, length, capture=False)
-        return h, cache
+        return forward.hidden(
+            self.runtime(params),
+            params,
+            input_ids,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            positions=positions,
+            token_type_ids=token_type_ids,
+            cache=cache,
+            length=length,
+        )
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Computes fp32 logits [..., V] from final hidden states [..., D]."""
-        return _logits(self.runtime(params), params, hidden)
+        return forward.logits(self.runtime(params), params, hidden)
 
     def intermediates(
         self,
@@ -262,22 +215,25 @@ class BTLM:
         study and tests: unlike `apply` it holds [L, B, H, T, T] attention probabilities. Arguments
         as in `apply`.
         """
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "segment_ids": segment_ids,
-            "positions": positions,
-            "token_type_ids": token_type_ids,
-        }
-        runtime = self.runtime(params)
-        inputs = checked_inputs(runtime, arguments, None)
-        runtime = _without_context_parallel(runtime)
-        h, _, captured = _forward(runtime, params, inputs, None, None, capture=True)
-        captured["hidden_states"] = jnp.concatenate([captured["hidden_states"], h[None]])
-        return Intermediates(logits=_logits(runtime, params, h), **captured)
+        return forward.intermediates(
+            self.runtime(params),
+            params,
+            input_ids,
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+            positions=positions,
+            token_type_ids=token_type_ids,
+        )
 
     def runtime(self, params: Params) -> Runtime:
-        """Returns the static arguments of a forward pass, from shapes and types of the weights."""
+        """Binds the model to weights: returns the static arguments of a forward pass.
+
+        They follow from the model and the shapes and types of the weights, which may be abstract
+        (`jax.eval_shape`). The functions of `forward` take them.
+
+        Raises:
+          ValueError: the weights do not match the configuration or the mesh.
+        """
         padding = check_params(params, self.config)
         mesh = sharding.mesh_of(params["wte"])
         if mesh is not None:
@@ -303,49 +259,3 @@ class BTLM:
         if self.compute_dtype is not None:
             return jnp.dtype(self.compute_dtype)
         return jnp.dtype(jnp.float32 if sharding.mesh_platform(mesh) == "cpu" else jnp.bfloat16)
-
-
-@functools.partial(jax.jit, static_argnames=("runtime", "capture"))
-def _forward(
-    runtime: Runtime, params, inputs: Mapping[str, jax.Array], cache, length, capture: bool
-):
-    with sharding.on_mesh(runtime.mesh):
-        inputs = {k: runtime.shard(x, "batch", "sequence") for k, x in inputs.items()}
-        if cache is not None:
-            params = unstack_params(runtime.config, params)
-        return Transformer(runtime).apply({"params": params}, inputs, cache, length, capture)
-
-
-@functools.partial(jax.jit, static_argnames="runtime")
-def _logits(runtime: Runtime, params, hidden):
-    with sharding.on_mesh(runtime.mesh):
-        return project_logits(runtime, params, hidden)[..., : runtime.config.vocab_size]
-
-
-def _without_context_parallel(runtime: Runtime) -> Runtime:
-    """Returns a runtime that does not split sequences."""
-    return dataclasses.replace(runtime, rules=sharding.unshard_sequences(runtime.rules))
-
-
-def _compile_on_mesh(params: Params, fn: Callable[..., Any], *args: Any) -> Any:
-    """Compiles and calls `fn` on the mesh of the weights."""
-    mesh = sharding.concrete_mesh_of(params["wte"])
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        return jax.jit(fn)(*args)
-
-
-def _empty_slots(
-    runtime: Runtime, rows: int, capacity: int, dtype
-) -> tuple[tuple[LayerKV, ...], jax.Array]:
-    """Returns empty slots of every layer, and their segments int32 [rows, capacity]."""
-    c = runtime.config
-    shape = (rows, c.n_head, capacity, c.head_dim)
-
-    def empty_array():
-        data = runtime.zeros(shape, dtype, "batch", "heads", None, None)
-        if dtype != jnp.int8:
-            return KVArray(data, None)
-        return KVArray(data, runtime.zeros(shape[:3], jnp.float32, "batch", "heads", None))
-
-    layers = tuple(LayerKV(empty_array(), empty_array()) for _ in range(c.n_layer))
-    return layers, runtime.zeros((rows, capacity), jnp.int32, "batch", None)

@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec, reshard
 from btlm_jax.model import packed, sharding
 from btlm_jax.model.einsum import einsum
 from btlm_jax.model.head import head_logits, head_weight
-from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import Params
 from btlm_jax.model.runtime import Runtime
 
@@ -53,9 +52,9 @@ def cross_entropy(logits_BTV: jax.Array, labels_BT: jax.Array) -> jax.Array:
 
     It takes full logits, which `head_loss` does not materialize.
     """
-    ids = jnp.arange(logits_BTV.shape[-1])
-    normalizer, label_logit, _ = _log_softmax(logits_BTV, labels_BT, ids, ())
-    return jnp.where(labels_BT == IGNORE, 0.0, normalizer - label_logit)
+    ids_V = jnp.arange(logits_BTV.shape[-1])
+    normalizer_BT, label_logit_BT, _ = _log_softmax(logits_BTV, labels_BT, ids_V, ())
+    return jnp.where(labels_BT == IGNORE, 0.0, normalizer_BT - label_logit_BT)
 
 
 def _log_softmax(logits, labels, ids, vocab_axes: tuple[str, ...]):
@@ -106,18 +105,19 @@ def head_loss(
     Further arguments and results as in `loss.target_loss`.
     """
     with sharding.on_mesh(runtime.mesh):
-        targets = runtime.shard(targets_BT, "batch", "sequence")
-        weights = (targets != IGNORE).astype(jnp.float32)
+        targets_BT = runtime.shard(targets_BT, "batch", "sequence")
+        is_target_BT = targets_BT != IGNORE
+        sum_weights_BT = is_target_BT.astype(jnp.float32)
         if weights_BT is not None:
-            constant = jax.lax.stop_gradient(weights_BT)
-            weights = weights * runtime.shard(constant, "batch", "sequence")
-        is_valid = (targets == IGNORE) | ((targets >= 0) & (targets < runtime.config.vocab_size))
-        nan_weights = jnp.where(is_valid, weights, jnp.nan)
+            constant_BT = jax.lax.stop_gradient(weights_BT)
+            sum_weights_BT = sum_weights_BT * runtime.shard(constant_BT, "batch", "sequence")
+        is_token_BT = (targets_BT >= 0) & (targets_BT < runtime.config.vocab_size)
+        nan_weights_BT = jnp.where(~is_target_BT | is_token_BT, sum_weights_BT, jnp.nan)
         w_VD = _float_head_weight(runtime, params)
         objective, penalty = _weighted_loss(
-            runtime, z_loss, rows, w_VD, h_BTD, targets, nan_weights
+            runtime, z_loss, rows, w_VD, h_BTD, targets_BT, nan_weights_BT
         )
-        return objective, LossSum(objective - jax.lax.stop_gradient(penalty), weights.sum())
+        return objective, LossSum(objective - jax.lax.stop_gradient(penalty), sum_weights_BT.sum())
 
 
 class TokenPredictions(NamedTuple):
@@ -145,87 +145,91 @@ def token_predictions(
     The loss is 0 where the target is `IGNORE`, and NaN where it is outside the vocabulary.
     """
     with sharding.on_mesh(runtime.mesh):
-        targets = runtime.shard(targets_BT, "batch", "sequence")
+        targets_BT = runtime.shard(targets_BT, "batch", "sequence")
         w_VD = _float_head_weight(runtime, params).astype(runtime.dtype)
         w_VD = runtime.shard(w_VD, "vocab", None)
         if runtime.mesh is None:
-            nll, likeliest = _local_predictions(runtime, rows, (), w_VD, h_BTD, targets)
+            nll_BT, likeliest_BT = _local_predictions(runtime, rows, (), w_VD, h_BTD, targets_BT)
         else:
             spec = functools.partial(sharding.partition_spec, runtime.rules)
             h_spec, row_spec = spec("batch", "sequence", None), spec("batch", "sequence")
             vocab_axes = sharding.mesh_axes(runtime.rules, "vocab")
-            nll, likeliest = jax.shard_map(
+            nll_BT, likeliest_BT = jax.shard_map(
                 functools.partial(_local_predictions, runtime, rows, vocab_axes),
                 in_specs=(spec("vocab", None), h_spec, row_spec),
                 out_specs=row_spec,
-            )(w_VD, h_BTD, targets)
-        is_valid = (targets >= 0) & (targets < runtime.config.vocab_size)
-        nll = jnp.where(targets == IGNORE, 0.0, jnp.where(is_valid, nll, jnp.nan))
-        return TokenPredictions(nll, likeliest)
+            )(w_VD, h_BTD, targets_BT)
+        is_token_BT = (targets_BT >= 0) & (targets_BT < runtime.config.vocab_size)
+        nll_BT = jnp.where(is_token_BT, nll_BT, jnp.nan)
+        return TokenPredictions(jnp.where(targets_BT == IGNORE, 0.0, nll_BT), likeliest_BT)
 
 
 def _float_head_weight(runtime: Runtime, params: Params) -> jax.Array:
-    """Returns the weight of the head, [V, D] in floats."""
-    w = head_weight(runtime, params)
-    return packed.dequantize(w, runtime.dtype) if isinstance(w, PackedWeight) else w
+    """Returns the weight of the head, [V, D] in floats, as it is stored unless it is packed."""
+    return packed.as_array(head_weight(runtime, params).value, runtime.dtype)
 
 
 def _local_predictions(
-    runtime: Runtime, rows: int, vocab_axes, w, h, targets
+    runtime: Runtime, rows: int, vocab_axes, w_VD, h_BTD, targets_BT
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes `token_predictions` on a shard: weight [v, D], states [b, t, D]."""
-    ids = _local_ids(w, vocab_axes)
+    """Computes `token_predictions` on a shard of the vocabulary and of the rows."""
+    ids_V = _local_ids(w_VD, vocab_axes)
 
     def predict_chunk(chunk):
-        x, labels = chunk
-        logits = head_logits(runtime, einsum("nd,vd->nv", x, w, runtime.precision), ids)
-        normalizer, label_logit, _ = _log_softmax(logits, labels, ids, vocab_axes)
-        best, top = ids[logits.argmax(-1)], logits.max(-1)
+        x_ND, labels_N = chunk
+        product_NV = einsum("nd,vd->nv", x_ND, w_VD, runtime.precision)
+        logits_NV = head_logits(runtime, product_NV, ids_V)
+        normalizer_N, label_logit_N, _ = _log_softmax(logits_NV, labels_N, ids_V, vocab_axes)
+        best_N, top_N = ids_V[logits_NV.argmax(-1)], logits_NV.max(-1)
         if vocab_axes:  # like argmax: the lowest id among the shards with the largest logit
-            is_top = top == jax.lax.pmax(top, vocab_axes)
-            best = jax.lax.pmin(jnp.where(is_top, best, jnp.iinfo(best.dtype).max), vocab_axes)
-        return normalizer - label_logit, best == labels
+            is_top_N = top_N == jax.lax.pmax(top_N, vocab_axes)
+            best_N = jnp.where(is_top_N, best_N, jnp.iinfo(best_N.dtype).max)
+            best_N = jax.lax.pmin(best_N, vocab_axes)
+        return normalizer_N - label_logit_N, best_N == labels_N
 
-    chunks = jax.lax.map(predict_chunk, (_split_rows(h, rows), _split_rows(targets, rows)))
-    nll, likeliest = (x.reshape(-1)[: targets.size].reshape(targets.shape) for x in chunks)
-    return nll, likeliest
+    chunks = jax.lax.map(predict_chunk, (_split_rows(h_BTD, rows), _split_rows(targets_BT, rows)))
+    shape = targets_BT.shape
+    nll_BT, likeliest_BT = (x.reshape(-1)[: targets_BT.size].reshape(shape) for x in chunks)
+    return nll_BT, likeliest_BT
 
 
 # The summed loss and its gradients, in chunks ---------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _weighted_loss(runtime: Runtime, z_loss: float, rows: int, w_VD, h_BTD, targets, weights):
+def _weighted_loss(runtime: Runtime, z_loss: float, rows: int, w_VD, h_BTD, targets_BT, weights_BT):
     """Returns the objective, and the z-loss it contains, which has no gradient of its own.
 
     When differentiated, the forward pass computes the gradients as well.
     """
-    arrays = w_VD, h_BTD, targets, weights
+    arrays = w_VD, h_BTD, targets_BT, weights_BT
     return _chunked_loss(runtime, z_loss, rows, *arrays, with_gradients=False)[0]
 
 
-def _weighted_loss_forward(runtime, z_loss, rows, w_VD, h_BTD, targets, weights):
-    return _chunked_loss(runtime, z_loss, rows, w_VD, h_BTD, targets, weights, with_gradients=True)
+def _weighted_loss_forward(runtime, z_loss, rows, w_VD, h_BTD, targets_BT, weights_BT):
+    return _chunked_loss(
+        runtime, z_loss, rows, w_VD, h_BTD, targets_BT, weights_BT, with_gradients=True
+    )
 
 
 def _weighted_loss_backward(runtime, z_loss, rows, gradients, cotangents):
     factor = cotangents[0]
     # In fp32, because a rounded factor would change every entry alike.
-    dw, dh = ((g.astype(jnp.float32) * factor).astype(g.dtype) for g in gradients)
-    return dw, dh, None, None
+    dw_VD, dh_BTD = ((g.astype(jnp.float32) * factor).astype(g.dtype) for g in gradients)
+    return dw_VD, dh_BTD, None, None
 
 
 _weighted_loss.defvjp(_weighted_loss_forward, _weighted_loss_backward)
 
 
 def _chunked_loss(
-    runtime: Runtime, z_loss, rows, w_VD, h_BTD, targets, weights, *, with_gradients: bool
+    runtime: Runtime, z_loss, rows, w_VD, h_BTD, targets_BT, weights_BT, *, with_gradients: bool
 ):
     """Returns ((objective, penalty), gradients by w_VD and h_BTD or None)."""
     w = runtime.shard(w_VD.astype(runtime.dtype), "vocab", None)
     local = functools.partial(_local_loss, runtime, z_loss, rows, with_gradients)
     if runtime.mesh is None:
-        sums, (dw, dh) = local((), (), (), w, h_BTD, targets, weights)
+        sums, (dw_VD, dh_BTD) = local((), (), (), w, h_BTD, targets_BT, weights_BT)
     else:
         spec = functools.partial(sharding.partition_spec, runtime.rules)
         w_spec, h_spec = spec("vocab", None), spec("batch", "sequence", None)
@@ -235,48 +239,49 @@ def _chunked_loss(
         # The axes over which both the stored weight and the rows are split.
         scatter_axes = tuple(name for name in axes("embed") if name in row_axes)
         dw_spec = PartitionSpec(*w_spec[:1], scatter_axes or None)
-        sums, (dw, dh) = jax.shard_map(
+        sums, (dw_VD, dh_BTD) = jax.shard_map(
             functools.partial(local, axes("vocab"), row_axes, scatter_axes),
             in_specs=(w_spec, h_spec, row_spec, row_spec),
             out_specs=(PartitionSpec(), (dw_spec, h_spec) if with_gradients else (None, None)),
-        )(w, h_BTD, targets, weights)
+        )(w, h_BTD, targets_BT, weights_BT)
     if not with_gradients:
         return sums, None
     if runtime.mesh is not None:
-        dw = reshard(dw, jax.typeof(w_VD).sharding)
-    return sums, (dw.astype(w_VD.dtype), dh)
+        dw_VD = reshard(dw_VD, jax.typeof(w_VD).sharding)
+    return sums, (dw_VD.astype(w_VD.dtype), dh_BTD)
 
 
 def _local_loss(
     runtime: Runtime, z_loss, rows, with_gradients: bool,
-    vocab_axes, row_axes, scatter_axes, w, h, targets, weights,
+    vocab_axes, row_axes, scatter_axes, w_VD, h_BTD, targets_BT, weights_BT,
 ) -> Any:  # fmt: skip
-    """Computes `_chunked_loss` on a shard: weight [v, D], states [b, t, D]."""
-    D, count = w.shape[1], targets.size
-    ids = _local_ids(w, vocab_axes)
+    """Computes `_chunked_loss` on a shard of the vocabulary and of the rows."""
+    D, count = w_VD.shape[1], targets_BT.size
+    ids_V = _local_ids(w_VD, vocab_axes)
 
     def product(equation, x, y):
         return einsum(equation, x, y, runtime.precision)
 
-    def weighted_sum(x, weight):  # rows of weight 0 may hold anything
-        return jnp.where(weight == 0.0, 0.0, x * weight).sum()
+    def weighted_sum(x_N, weight_N):  # rows of weight 0 may hold anything
+        return jnp.where(weight_N == 0.0, 0.0, x_N * weight_N).sum()
 
     def add_chunk(total, chunk):
-        x, labels, weight = chunk
-        (nll, penalty), dw = total
-        logits = head_logits(runtime, product("nd,vd->nv", x, w), ids)
-        normalizer, label_logit, is_label = _log_softmax(logits, labels, ids, vocab_axes)
-        nll = nll + weighted_sum(normalizer - label_logit, weight)
-        penalty = penalty + weighted_sum(z_loss * jnp.square(normalizer), weight)
+        x_ND, labels_N, weight_N = chunk
+        (nll, penalty), dw_VD = total
+        logits_NV = head_logits(runtime, product("nd,vd->nv", x_ND, w_VD), ids_V)
+        softmax = _log_softmax(logits_NV, labels_N, ids_V, vocab_axes)
+        normalizer_N, label_logit_N, is_label_NV = softmax
+        nll = nll + weighted_sum(normalizer_N - label_logit_N, weight_N)
+        penalty = penalty + weighted_sum(z_loss * jnp.square(normalizer_N), weight_N)
         if not with_gradients:
             return ((nll, penalty), None), None
-        p = jnp.exp(logits - normalizer[:, None])
-        p = p * (1.0 + 2.0 * z_loss * normalizer)[:, None]
-        dlogits = (p - is_label) * (weight * runtime.config.logits_scale)[:, None]
+        p_NV = jnp.exp(logits_NV - normalizer_N[:, None])
+        p_NV = p_NV * (1.0 + 2.0 * z_loss * normalizer_N)[:, None]
+        dlogits_NV = (p_NV - is_label_NV) * (weight_N * runtime.config.logits_scale)[:, None]
         # Rounded like the gradients in the layers, so that bf16 stays on the matrix units.
-        dlogits = dlogits.astype(runtime.dtype)
-        dx = _psum(product("nv,vd->nd", dlogits, w), vocab_axes).astype(h.dtype)
-        return ((nll, penalty), dw + product("nv,nd->vd", dlogits, x)), dx
+        dlogits_NV = dlogits_NV.astype(runtime.dtype)
+        dx_ND = _psum(product("nv,vd->nd", dlogits_NV, w_VD), vocab_axes).astype(h_BTD.dtype)
+        return ((nll, penalty), dw_VD + product("nv,nd->vd", dlogits_NV, x_ND)), dx_ND
 
     def zeros(shape, axes):
         x = jnp.zeros(shape, jnp.float32)
@@ -284,25 +289,25 @@ def _local_loss(
 
     # Every device holds the whole fp32 [v, D] until it is reduced over devices into the shards of
     # the stored weight: 515 MB for V 50304 and D 2560.
-    dw = zeros(w.shape, vocab_axes + row_axes) if with_gradients else None
-    start = (zeros((), row_axes), zeros((), row_axes)), dw
-    chunks = tuple(_split_rows(x, rows) for x in (h, targets, weights))
+    dw_VD = zeros(w_VD.shape, vocab_axes + row_axes) if with_gradients else None
+    start = (zeros((), row_axes), zeros((), row_axes)), dw_VD
+    chunks = tuple(_split_rows(x, rows) for x in (h_BTD, targets_BT, weights_BT))
     scanned: Any = jax.lax.scan(add_chunk, start, chunks)
-    ((nll, penalty), dw), dh = scanned
+    ((nll, penalty), dw_VD), dh = scanned
     penalty = _psum(penalty, row_axes)
     sums = _psum(nll, row_axes) + penalty, penalty
     if not with_gradients:
         return sums, (None, None)
     if scatter_axes:
-        dw = jax.lax.psum_scatter(dw, scatter_axes, scatter_dimension=1, tiled=True)
-    dw = _psum(dw, tuple(name for name in row_axes if name not in scatter_axes))
-    return sums, (dw, dh.reshape(-1, D)[:count].reshape(h.shape))
+        dw_VD = jax.lax.psum_scatter(dw_VD, scatter_axes, scatter_dimension=1, tiled=True)
+    dw_VD = _psum(dw_VD, tuple(name for name in row_axes if name not in scatter_axes))
+    return sums, (dw_VD, dh.reshape(-1, D)[:count].reshape(h_BTD.shape))
 
 
-def _local_ids(w: jax.Array, vocab_axes: tuple[str, ...]) -> jax.Array:
-    """Returns the token ids of a shard of the head's weight, [v]."""
-    ids = jnp.arange(w.shape[0])
-    return ids + jax.lax.axis_index(vocab_axes) * w.shape[0] if vocab_axes else ids
+def _local_ids(w_VD: jax.Array, vocab_axes: tuple[str, ...]) -> jax.Array:
+    """Returns the token ids of a shard of the head's weight, int [V]."""
+    ids_V = jnp.arange(w_VD.shape[0])
+    return ids_V + jax.lax.axis_index(vocab_axes) * w_VD.shape[0] if vocab_axes else ids_V
 
 
 def _split_rows(x: jax.Array, rows: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Einsum that accumulates in fp32, forward and backward."""
+"""Einsum that accumulates in fp32, forward and backward, with weights in floats or packed."""
 
 from __future__ import annotations
 
@@ -8,33 +8,46 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec, reshard
 
+from btlm_jax.model import packed, sharding
+from btlm_jax.model.packed import PackedWeight
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+
 def einsum(
     equation: str,
     x: jax.Array,
-    y: jax.Array,
+    w: jax.Array | PackedWeight,
     precision: jax.lax.Precision | None = None,
     out_sharding: PartitionSpec | None = None,
-    y_gathered: PartitionSpec | None = None,
+    w_gathered: PartitionSpec | None = None,
 ) -> jax.Array:
-    """Computes jnp.einsum of two arrays of one dtype, accumulated and returned in fp32.
+    """Computes jnp.einsum of two arrays, or of an array and a packed weight, in fp32.
 
     The gradients are products of the same kind: on accelerators the incoming gradient is rounded to
     the dtype of the operands, so that bf16 stays on the matrix units. JAX's own rule would multiply
     fp32 by bf16, which GPUs compute in fp32. (fp32 results also keep bf16 on XLA's fast CPU path.)
 
     Args:
-      equation: such as "btd,df->btf": letters only, each in at least two of the three terms.
-      x, y: the operands.
+      equation: such as "btd,df->btf": letters only, each in at least two of the three terms. A
+        packed weight is contracted with the last dimensions of x, in their order.
+      x: the first operand.
+      w: the second operand; an array is converted to the dtype of x.
       precision: of this product and of those in its gradients.
       out_sharding: of the result, on an explicit mesh.
-      y_gathered: the sharding in which y is used, if it is stored in another. The gradient of y is
-        reduced straight into the stored shards, for half the bytes of an all-reduce.
+      w_gathered: the sharding in which w is used, if it is stored in another, by the dimensions in
+        the equation. The gradient of an array is reduced straight into the stored shards, for half
+        the bytes of an all-reduce.
 
     Returns:
-      fp32; the gradients have the dtypes and shardings of the operands.
+      The product, accumulated in fp32; the gradients have the dtypes and shardings of the operands.
     """
+    if isinstance(w, PackedWeight):
+        return _packed_einsum(equation, x, w, precision, out_sharding, w_gathered)
+    return _dense_einsum(equation, x, w.astype(x.dtype), precision, out_sharding, w_gathered)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def _dense_einsum(equation: str, x, y, precision, out_sharding, y_gathered) -> jax.Array:
+    """Computes `einsum` of two arrays of one dtype."""
     terms, result = equation.split("->")
     x_dims, y_dims = terms.split(",")
     y = _gather(y, y_gathered)
@@ -71,11 +84,11 @@ def _gather(y: jax.Array, spec: PartitionSpec | None) -> jax.Array:
     return y if spec is None else reshard(y, spec)
 
 
-def _einsum_forward(equation, x, y, precision, out_sharding, y_gathered):
-    return einsum(equation, x, y, precision, out_sharding, y_gathered), (x, y)
+def _dense_einsum_forward(equation, x, y, precision, out_sharding, y_gathered):
+    return _dense_einsum(equation, x, y, precision, out_sharding, y_gathered), (x, y)
 
 
-def _einsum_backward(equation, precision, out_sharding, y_gathered, operands, gradient):
+def _dense_einsum_backward(equation, precision, out_sharding, y_gathered, operands, gradient):
     terms, result = equation.split("->")
     x_dims, y_dims = terms.split(",")
 
@@ -95,10 +108,29 @@ def _einsum_backward(equation, precision, out_sharding, y_gathered, operands, gr
     )
 
 
-einsum.defvjp(_einsum_forward, _einsum_backward)
+_dense_einsum.defvjp(_dense_einsum_forward, _dense_einsum_backward)
 
 
 def _explicit_spec(x: jax.Array) -> PartitionSpec | None:
     """Returns the PartitionSpec in the type of an array, or None without an explicit mesh."""
-    sharding = jax.typeof(x).sharding
-    return sharding.spec if AxisType.Explicit in sharding.mesh.axis_types else None
+    stored = jax.typeof(x).sharding
+    return stored.spec if AxisType.Explicit in stored.mesh.axis_types else None
+
+
+def _packed_einsum(
+    equation: str, x: jax.Array, w: PackedWeight, precision, out_sharding, w_gathered
+) -> jax.Array:
+    """Computes `einsum` of an array and a packed weight."""
+    terms, _ = equation.split("->")
+    x_dims, w_dims = terms.split(",")
+    inputs = [dim for dim in w_dims if dim in x_dims]
+    if w_gathered is not None:
+        axes = dict(zip(w_dims, w_gathered, strict=True))
+        outputs = (axes[dim] for dim in w_dims if dim not in inputs)
+        w = packed.shard(w, PartitionSpec(*outputs, axes[inputs[0]]))
+    if len(inputs) > 1:  # of which only the first may be sharded
+        lead, spec = x.ndim - len(inputs), _explicit_spec(x)
+        flat = None if spec is None else PartitionSpec(*spec[: lead + 1])
+        x = jnp.reshape(x, (*x.shape[:lead], -1), out_sharding=flat)
+    on_cpu = sharding.mesh_platform(jax.sharding.get_abstract_mesh()) == "cpu"
+    return packed.packed_matmul(x, w, on_cpu=on_cpu, precision=precision, out_sharding=out_sharding)

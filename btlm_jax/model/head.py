@@ -5,16 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.model.layers import packed_projection
-from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import Params
-from btlm_jax.model.runtime import Runtime
-from btlm_jax.model.weights import weights_by_path
+from btlm_jax.model.runtime import Runtime, StoredWeight
+from btlm_jax.model.weights import weights_by_name
 
 
-def head_weight(runtime: Runtime, params: Params) -> jax.Array | PackedWeight:
-    """Returns the stored weight of the head, [Vp, D], where Vp is the padded vocabulary."""
-    return params["wte" if runtime.config.tie_word_embeddings else "lm_head"]
+def head_weight(runtime: Runtime, params: Params) -> StoredWeight:
+    """Returns the weight of the head, [Vp, D], where Vp is the padded vocabulary."""
+    name = "wte" if runtime.config.tie_word_embeddings else "lm_head"
+    return StoredWeight(weights_by_name(runtime.config)[name], params[name])
 
 
 def head_logits(runtime: Runtime, product: jax.Array, ids_V: jax.Array) -> jax.Array:
@@ -27,23 +26,18 @@ def head_logits(runtime: Runtime, product: jax.Array, ids_V: jax.Array) -> jax.A
     """
     logits = product * runtime.config.logits_scale
     if "vocab" in dict(runtime.padding):
-        is_token = ids_V < runtime.config.vocab_size
-        logits = jnp.where(is_token, logits, jnp.finfo(jnp.float32).min)
+        is_token_V = ids_V < runtime.config.vocab_size
+        logits = jnp.where(is_token_V, logits, jnp.finfo(jnp.float32).min)
     return logits
 
 
 def project_logits(runtime: Runtime, params: Params, hidden: jax.Array) -> jax.Array:
     """Computes logits, fp32 [..., Vp], from final hidden states [..., D]."""
-    w = head_weight(runtime, params)
+    w_VD = head_weight(runtime, params)
     # Decoding does not split sequences, so whether they are is read from the states.
     state_spec = jax.typeof(hidden).sharding.spec
     lead = ("batch", *("sequence" if axis else None for axis in state_spec[1:-1]))
-    if isinstance(w, PackedWeight):
-        entry = weights_by_path(runtime.config)[("wte",)]
-        product = packed_projection(runtime, entry, hidden, w, *lead, "vocab")
-    else:
-        w = runtime.shard(w.astype(runtime.dtype), "vocab", None)
-        dims = "bts"[: hidden.ndim - 1]
-        product = runtime.einsum(f"{dims}d,vd->{dims}v", hidden, w, *lead, "vocab")
-    logits = head_logits(runtime, product, runtime.shard(jnp.arange(w.shape[0]), "vocab"))
-    return runtime.shard(logits, *lead, None)
+    dims = "bts"[: hidden.ndim - 1]
+    product = runtime.einsum(f"{dims}d,vd->{dims}v", hidden, w_VD, *lead, "vocab")
+    ids_V = runtime.shard(jnp.arange(product.shape[-1]), "vocab")
+    return runtime.shard(head_logits(runtime, product, ids_V), *lead, None)

@@ -44,7 +44,7 @@ def checked_inputs(
             "segment_ids with learned positions: pass positions, counted within each segment"
         )
     if cache is not None:
-        runtime.check_cache(cache, B)
+        cache.check(runtime, B)
         _check_capacity(T, cache)
     if "positions" not in arrays:
         _check_positions(c, T if length is None else length, cache)

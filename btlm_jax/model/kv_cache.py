@@ -1,8 +1,8 @@
-"""The KV cache of decoding, and attention over it.
+"""The KV cache of decoding: what it holds, and how it starts, advances, grows and forks.
 
 Shapes: R rows, S slots, H heads, K head_dim, T new tokens; a prefix has B rows of P slots. Every
 layer has its own arrays, which a step of decoding updates in place: one slot in each. Reading them
-is, beside the weights, all the work of the step.
+(`attention_cached`) is, beside the weights, all the work of the step.
 
 The slots form a ring: all rows write to the same slot, so that the update is one in-place copy, and
 each row knows how many slots before it hold its own tokens. ALiBi depends on distances only, and
@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
-from btlm_jax.model.attention_xla import map_query_chunks
-from btlm_jax.model.einsum import einsum
-from btlm_jax.utils.dtypes import FLOATS
+from btlm_jax.model import sharding
+from btlm_jax.model.runtime import Runtime
+from btlm_jax.utils.dtypes import FLOATS, optional_dtype
 
 CACHE_DTYPES = ("int8", *FLOATS)
-_MASKED = np.finfo(np.float32).min  # finite, so that a row that sees no key is not NaN
 
 
 class KVArray(NamedTuple):
@@ -52,6 +50,17 @@ class KVArray(NamedTuple):
         scales_RHT = jnp.maximum(jnp.abs(x_RHTK).max(-1), 1e-30) / 127
         return cls(jnp.round(x_RHTK / scales_RHT[..., None]).astype(jnp.int8), scales_RHT)
 
+    def filled(self, x_RHTK: jax.Array) -> KVArray:
+        """Returns the array, which is empty, with x written from the first slot on."""
+        new = KVArray.from_floats(x_RHTK, self.data.dtype)
+        return jax.tree.map(lambda x: _pad_slots(x, 2, self.data.shape[2]), new)
+
+    def written(self, x_RHTK: jax.Array, slot: jax.Array) -> KVArray:
+        """Returns the array with x written from `slot` on."""
+        new = KVArray.from_floats(x_RHTK, self.data.dtype)
+        update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+        return jax.tree.map(lambda x, y: update(x, y, slot), self, new)
+
 
 class LayerKV(NamedTuple):
     """The keys and values of one layer."""
@@ -63,6 +72,18 @@ class LayerKV(NamedTuple):
     def num_slots(self) -> int:
         """S."""
         return self.keys.data.shape[2]
+
+    def filled(self, k_RHTK: jax.Array, v_RHTK: jax.Array) -> LayerKV:
+        """Returns an empty layer with keys and values written from the first slot on."""
+        return LayerKV(self.keys.filled(k_RHTK), self.values.filled(v_RHTK))
+
+    def written(self, k_RHTK: jax.Array, v_RHTK: jax.Array, slot: jax.Array) -> LayerKV:
+        """Returns the layer with new keys and values written from `slot` on."""
+        return LayerKV(self.keys.written(k_RHTK, slot), self.values.written(v_RHTK, slot))
+
+
+# One layer's own slots, and those of its prefix.
+LayerCache = tuple[LayerKV, LayerKV | None]
 
 
 @jax.tree_util.register_dataclass
@@ -117,25 +138,101 @@ class KVCache:
         nbytes = sum(x.nbytes for x in jax.tree.leaves(self.layers))
         return nbytes + (0 if self.prefix is None else self.prefix.nbytes)
 
+    def layer(self, i: int) -> LayerCache:
+        """Returns one layer's own slots, and those of the prefix if there is one."""
+        return self.layers[i], None if self.prefix is None else self.prefix.layers[i]
 
-class CacheContext(NamedTuple):
-    """Inputs shared by all layers in one step of decoding.
+    def slots(self, runtime: Runtime, segments_RT: jax.Array) -> CacheSlots:
+        """Returns what attention needs to know about the slots in one step.
+
+        Args:
+          segments_RT: int32, the segments of the new tokens.
+        """
+        length_R, cursor = runtime.shard(self.length, "batch"), self.cursor % self.capacity
+        ids_RS = self._written_ids(segments_RT)
+        if self.prefix is None:
+            return CacheSlots(length_R, cursor, ids_RS, None, None)
+        prefix_length_B = runtime.shard(self.prefix.length, "batch")
+        return CacheSlots(length_R, cursor, ids_RS, prefix_length_B, self.prefix.segment_ids)
+
+    def advanced(
+        self,
+        runtime: Runtime,
+        layers: tuple[LayerKV, ...],
+        segments_RT: jax.Array | None,
+        num_new: int,
+        num_valid: Any,
+    ) -> KVCache:
+        """Returns the cache after a forward pass.
+
+        Args:
+          layers: with the new tokens.
+          segments_RT: int32, the segments of the new tokens; None if each row is one segment.
+          num_new: T, the number of new tokens.
+          num_valid: how many of them are valid; the others are padding at the end, which later
+            tokens overwrite.
+        """
+        if segments_RT is None:
+            ones_RT = jnp.ones((self.rows, num_new), jnp.int32)
+            segments_RT = runtime.shard(ones_RT, "batch", None)
+        last_R = jax.lax.dynamic_index_in_dim(segments_RT, num_valid - 1, 1, keepdims=False)
+        return KVCache(
+            layers,
+            self._written_ids(segments_RT),
+            runtime.shard(last_R, "batch"),  # JAX drops the sharding of a size-1 batch here
+            self.length + num_valid,
+            self.cursor + num_valid,
+            self.prefix,
+        )
+
+    def _written_ids(self, segments_RT: jax.Array) -> jax.Array:
+        """Returns the segments of all slots, including those of new tokens."""
+        if self.fresh:
+            return _pad_slots(segments_RT, 1, self.capacity)
+        cursor = self.cursor % self.capacity
+        return jax.lax.dynamic_update_slice_in_dim(self.segment_ids, segments_RT, cursor, 1)
+
+    def overflow_to_nan(self, runtime: Runtime, h_RTD: jax.Array) -> jax.Array:
+        """Replaces the states of new tokens by NaN in rows where they do not fit.
+
+        Such a row has overwritten its own slots. Single tokens may go around the ring. A fresh
+        cache was checked before the forward pass.
+        """
+        if self.fresh:
+            return h_RTD
+        T = h_RTD.shape[1]
+        fits_R = self.length + T <= self.capacity
+        fits_R = fits_R & ((T == 1) | (self.cursor + T <= self.capacity))
+        return jnp.where(runtime.shard(fits_R, "batch")[:, None, None], h_RTD, jnp.nan)
+
+    def check(self, runtime: Runtime, batch_size: int) -> None:
+        """Raises ValueError if the cache belongs to another model, batch size or mesh."""
+        c, keys = runtime.config, [layer.keys.data for layer in self.layers]
+        expected = (batch_size, c.n_head, self.capacity, c.head_dim)
+        if len(keys) != c.n_layer or keys[0].shape != expected:
+            raise ValueError(
+                f"cache: found {len(keys)} layers of {list(keys[0].shape)}, expected {c.n_layer} "
+                f"of {list(expected)} for this model and batch: make it with init_cache"
+            )
+        if sharding.mesh_of(keys[0]) != runtime.mesh:
+            raise ValueError(
+                "cache: found one that is not on the mesh of the weights: make it with init_cache"
+            )
+
+
+class CacheSlots(NamedTuple):
+    """What attention needs to know about the slots of a cache in one step; shared by all layers.
 
     Attributes:
-      slopes: fp32 [H], or [R, H] if they differ between rows, divided by the ALiBi scale; None
-        without ALiBi.
       length: int32 [R], how many slots before the new tokens belong to each row.
       cursor: int32, the slot of the first new token, within the ring.
-      new_ids: int32 [R, T], segments of the new tokens.
       ids: int32 [R, S], segments of all slots, including the new tokens.
       prefix_length: int32 [B], the filled slots of the prefix; None without one.
       prefix_ids: int32 [B, P], the segments of the prefix; None without one.
     """
 
-    slopes: jax.Array | None
     length: jax.Array
     cursor: jax.Array
-    new_ids: jax.Array
     ids: jax.Array
     prefix_length: jax.Array | None
     prefix_ids: jax.Array | None
@@ -144,21 +241,62 @@ class CacheContext(NamedTuple):
 # Whole caches -----------------------------------------------------------------------------------
 
 
-def fork(cache: KVCache, copies: int, layers: tuple[LayerKV, ...], ids_RS: jax.Array) -> KVCache:
+def empty_cache(
+    runtime: Runtime, rows: int, capacity: int, dtype: DTypeLike | None = None
+) -> KVCache:
+    """Returns an empty cache, sharded by the rules of the runtime.
+
+    Args:
+      dtype: of keys and values, a float or int8; None is the compute dtype.
+    """
+    dtype = optional_dtype(dtype, "dtype", CACHE_DTYPES) or runtime.dtype
+    with sharding.on_mesh(runtime.mesh):
+        layers, ids_RS = _empty_slots(runtime, rows, capacity, dtype)
+        segment_R = runtime.zeros((rows,), jnp.int32, "batch")
+        length_R = jnp.zeros(rows, jnp.int32)
+        return KVCache(layers, ids_RS, segment_R, length_R, jnp.int32(0), fresh=True)
+
+
+def fork(runtime: Runtime, cache: KVCache, copies: int, capacity: int) -> KVCache:
     """Returns an empty cache in which `copies` neighboring rows continue each row of `cache`.
 
     Args:
       cache: the prefix; it must not have a prefix itself.
-      layers, ids_RS: empty, of R = copies * B rows, sharded like those of `cache`.
+      capacity: the number of slots of the new cache.
     """
     if cache.prefix is not None:
         raise ValueError("cache: found one with a prefix, expected one that a prompt filled")
-    row_axes = jax.typeof(ids_RS).sharding.spec[0]
-    spec = None if row_axes is None else PartitionSpec(row_axes)
-    segment = jnp.broadcast_to(cache.segment[:, None], (cache.rows, copies))
-    segment = jnp.reshape(segment, -1, out_sharding=spec)
-    zero = jnp.zeros((), jnp.int32)
-    return KVCache(layers, ids_RS, segment, jnp.zeros(len(ids_RS), jnp.int32), zero, cache)
+    rows = cache.rows * copies
+    with sharding.on_mesh(runtime.mesh):
+        layers, ids_RS = _empty_slots(runtime, rows, capacity, cache.dtype)
+        segment_BN = jnp.broadcast_to(cache.segment[:, None], (cache.rows, copies))
+        segment_R = jnp.reshape(segment_BN, -1, out_sharding=_row_spec(ids_RS))
+        zero = jnp.zeros((), jnp.int32)
+        return KVCache(layers, ids_RS, segment_R, jnp.zeros(rows, jnp.int32), zero, cache)
+
+
+def _empty_slots(
+    runtime: Runtime, rows: int, capacity: int, dtype
+) -> tuple[tuple[LayerKV, ...], jax.Array]:
+    """Returns empty slots of every layer, and their segments int32 [rows, capacity]."""
+    c = runtime.config
+    shape = (rows, c.n_head, capacity, c.head_dim)
+
+    def empty_array():
+        data_RHSK = runtime.zeros(shape, dtype, "batch", "heads", None, None)
+        if dtype != jnp.int8:
+            return KVArray(data_RHSK, None)
+        scales_RHS = runtime.zeros(shape[:3], jnp.float32, "batch", "heads", None)
+        return KVArray(data_RHSK, scales_RHS)
+
+    layers = tuple(LayerKV(empty_array(), empty_array()) for _ in range(c.n_layer))
+    return layers, runtime.zeros((rows, capacity), jnp.int32, "batch", None)
+
+
+def _row_spec(x_RS: jax.Array) -> PartitionSpec | None:
+    """Returns how the rows of x are sharded; None if they are not."""
+    row_axes = jax.typeof(x_RS).sharding.spec[0]
+    return None if row_axes is None else PartitionSpec(row_axes)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -210,186 +348,3 @@ def reordered(cache: KVCache, parents_BN: jax.Array, shard: PartitionSpec | None
         )
     layers, ids, segment = take_parents(state, parents_BN)
     return dataclasses.replace(cache, layers=layers, segment_ids=ids, segment=segment)
-
-
-# One layer --------------------------------------------------------------------------------------
-
-
-def filled_layer(empty: LayerKV, k_RHTK: jax.Array, v_RHTK: jax.Array) -> LayerKV:
-    """Returns an empty layer with keys and values written from the first slot on."""
-
-    def fill(array: KVArray, x_RHTK: jax.Array) -> KVArray:
-        new = KVArray.from_floats(x_RHTK, array.data.dtype)
-        return jax.tree.map(lambda x: _pad_slots(x, 2, empty.num_slots), new)
-
-    return LayerKV(fill(empty.keys, k_RHTK), fill(empty.values, v_RHTK))
-
-
-def cached_attention(
-    q_RHTK: jax.Array,
-    k_RHTK: jax.Array,
-    v_RHTK: jax.Array,
-    layer: LayerKV,
-    prefix: LayerKV | None,
-    context: CacheContext,
-    *,
-    precision: jax.lax.Precision | None,
-    on_cpu: bool,
-    shard: PartitionSpec | None,
-) -> tuple[jax.Array, LayerKV]:
-    """Writes new keys and values to the cache, and attends from the new queries to all of it.
-
-    softmax(q·k - slope * distance, causal and within segments) @ v, over prefix and own slots.
-
-    Args:
-      q_RHTK: the new queries, scaled.
-      k_RHTK, v_RHTK: the new keys and values, for the slots from `context.cursor` on.
-      layer, prefix: one layer of the cache and of its prefix.
-      context: inputs shared by all layers.
-      precision: of the matrix products.
-      on_cpu: whether to avoid what XLA's CPU backend is slow at.
-      shard: on a mesh, the mesh axes of rows and heads (further entries are ignored).
-
-    Returns:
-      [R, H, T, K] in the dtype of q, and the layer with the new tokens.
-    """
-
-    def write_and_attend(q, k, v, layer, prefix, context):
-        keys, values = layer
-        layer = LayerKV(_write(keys, k, context.cursor), _write(values, v, context.cursor))
-        return _attend_in_chunks(q, layer, prefix, context, precision, on_cpu), layer
-
-    arrays = q_RHTK, k_RHTK, v_RHTK, layer, prefix, context
-    if shard is None:
-        return write_and_attend(*arrays)
-    row_axes, head_axes = shard[:2]
-    context_specs = jax.tree.map(lambda x: PartitionSpec(*(row_axes,)[: x.ndim]), context)
-    if context.slopes is not None:
-        slopes_spec = PartitionSpec(*(row_axes, head_axes)[-context.slopes.ndim :])
-        context_specs = context_specs._replace(slopes=slopes_spec)
-    split = PartitionSpec(row_axes, head_axes)
-    specs = (*jax.tree.map(lambda _: split, arrays[:-1]), context_specs)
-    return jax.shard_map(write_and_attend, in_specs=specs, out_specs=(specs[0], specs[3]))(*arrays)
-
-
-def _write(array: KVArray, x_RHTK: jax.Array, slot: jax.Array) -> KVArray:
-    """Writes new keys or values from `slot` on."""
-    new = KVArray.from_floats(x_RHTK, array.data.dtype)
-    update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-    return jax.tree.map(lambda x, y: update(x, y, slot), array, new)
-
-
-def _attend_in_chunks(
-    q_RHTK, layer: LayerKV, prefix: LayerKV | None, context: CacheContext, precision, on_cpu
-) -> jax.Array:
-    """Attends from all new queries, in chunks of them."""
-    product = functools.partial(_cache_einsum, precision=precision, on_cpu=on_cpu)
-
-    def attend_chunk(q, index_T, ids_RT):
-        spans = _key_spans(len(q), index_T, layer, prefix, context)
-        scores = [_span_scores(q, ids_RT, span, context.slopes, product) for span in spans]
-        p_RHTS = jax.nn.softmax(jnp.concatenate(scores, -1), -1)
-        return _weighted_values(p_RHTS, q.dtype, spans, product)
-
-    index_T = jnp.arange(q_RHTK.shape[2], dtype=jnp.int32)
-    return map_query_chunks(attend_chunk, q_RHTK, index_T, context.new_ids)
-
-
-class _KeySpan(NamedTuple):
-    """Consecutive keys that new tokens attend to: those of the prefix, or of the rows themselves.
-
-    Attributes:
-      kv: n rows of S slots, where n divides R.
-      distance: int32 [R or 1, T, S], from every new token back to every slot.
-      valid: bool, [R or 1, T or 1, S], whether a slot holds an earlier token of the row.
-      ids: int32 [n, S], segments.
-    """
-
-    kv: LayerKV
-    distance: jax.Array
-    valid: jax.Array
-    ids: jax.Array
-
-
-def _key_spans(
-    R: int, index_T: jax.Array, layer: LayerKV, prefix: LayerKV | None, context: CacheContext
-) -> list[_KeySpan]:
-    """Returns the prefix, if any, and the own slots of R rows, as new tokens `index_T` see them."""
-    slots = _slot_indices(layer)
-    distance = jnp.mod(context.cursor + index_T[:, None] - slots, layer.num_slots)[None]
-    num_older = context.length[:, None, None] + index_T[:, None]  # own tokens before a new one
-    spans = [_KeySpan(layer, distance, distance <= num_older, context.ids)]
-    if prefix is not None:
-        assert context.prefix_length is not None and context.prefix_ids is not None
-        slots, end = _slot_indices(prefix), _repeat_rows(context.prefix_length, R)[:, None, None]
-        distance = end + num_older - slots
-        spans.insert(0, _KeySpan(prefix, distance, slots < end, context.prefix_ids))
-    return spans
-
-
-def _span_scores(
-    q_RHTK, ids_RT, span: _KeySpan, slopes: jax.Array | None, product: Callable[..., jax.Array]
-) -> jax.Array:
-    """Computes masked scores of queries and the keys of one span, fp32 [R, H, T, S]."""
-    R, H = q_RHTK.shape[:2]
-    keys, n = span.kv.keys, len(span.ids)
-    scores = product("bhtk,bhsk->bhts", _merge_rows(q_RHTK, n), keys.data)
-    if keys.scales is not None:
-        scores = scores * keys.scales[:, :, None]
-    scores = _split_rows(scores, R)
-    allowed = span.valid & (ids_RT[:, :, None] == _repeat_rows(span.ids, R)[:, None])
-    if slopes is not None:
-        slopes_RH = jnp.broadcast_to(slopes, (R, H))[:, :, None, None]
-        scores = scores - slopes_RH * span.distance[:, None].astype(jnp.float32)
-    return jnp.where(allowed[:, None], scores, _MASKED)
-
-
-def _weighted_values(
-    p_RHTS, dtype, spans: list[_KeySpan], product: Callable[..., jax.Array]
-) -> jax.Array:
-    """Sums the values of all spans, weighted by the probabilities of their concatenated keys."""
-    R = p_RHTS.shape[0]
-    out: Any = 0.0
-    for span in spans:
-        values, S = span.kv.values, span.kv.num_slots
-        p, p_RHTS = _merge_rows(p_RHTS[..., :S], len(span.ids)), p_RHTS[..., S:]
-        if values.scales is not None:
-            p = p * values.scales[:, :, None]
-        out = out + _split_rows(product("bhts,bhsk->bhtk", p.astype(dtype), values.data), R)
-    return out.astype(dtype)
-
-
-def _slot_indices(layer: LayerKV) -> jax.Array:
-    """Returns 0 to S - 1, int32 [1, S]."""
-    return jnp.arange(layer.num_slots, dtype=jnp.int32)[None]
-
-
-def _repeat_rows(x: jax.Array, rows: int) -> jax.Array:
-    """Repeats each row of a prefix for the neighboring rows that continue it."""
-    return jnp.repeat(x, rows // len(x), 0)
-
-
-def _merge_rows(x: jax.Array, rows: int) -> jax.Array:
-    """Reshapes [R, H, T, ...] to [rows, H, R / rows * T, ...]: neighbors share a read of keys."""
-    if len(x) == rows:
-        return x
-    x = x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _split_rows(x: jax.Array, rows: int) -> jax.Array:
-    """Inverts `_merge_rows`."""
-    if len(x) == rows:
-        return x
-    x = x.reshape(*x.shape[:2], rows // len(x), -1, x.shape[-1]).swapaxes(1, 2)
-    return x.reshape(rows, *x.shape[2:])
-
-
-def _cache_einsum(equation, x, stored, *, precision, on_cpu) -> jax.Array:
-    """Computes the einsum of x and stored keys or values, fp32; int8 becomes the dtype of x."""
-    # For one row XLA's CPU backend would copy the cache in fp32.
-    duplicate = on_cpu and x.shape[2] == 1 and x.dtype != jnp.float32
-    if duplicate:
-        x = jnp.concatenate([x, x], 2)
-    out = einsum(equation, x, stored.astype(x.dtype), precision)
-    return out[:, :, :1] if duplicate else out

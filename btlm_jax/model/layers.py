@@ -1,4 +1,4 @@
-"""The layers: Flax Linen modules whose weights come from the table, used as pure functions.
+"""The layers, as Flax Linen modules whose parameters are declared from the table of weights.
 
 Shapes: B batch, T query length, S key length, D n_embd, H heads, K head_dim, F n_inner, V vocab,
 L layers. LayerNorm statistics, softmax, the ALiBi bias and the logits are fp32 in every compute
@@ -7,12 +7,14 @@ dtype. Matrix products accumulate in and return fp32; their bias is added before
 On a mesh, weights are stored split over "fsdp" and gathered, in the compute dtype, where they are
 used; activations are split over batch, sequence and, inside a block, over heads or MLP units.
 
-Only this module imports flax.
+Only this module imports flax. `Transformer(runtime)` is an ordinary Linen module: its `init` gives
+the tree of `BTLM.init`, with draws of its own, and the collection "intermediates" captures
+activations if it is mutable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,194 +22,150 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 
 from btlm_jax.config import Positions
-from btlm_jax.model import attention, attention_xla, context_parallel, kv_cache, packed, remat
-from btlm_jax.model.attention_context import (
-    AnyContext,
-    AttentionContext,
-    advanced_cache,
-    attention_context,
-    overflow_to_nan,
-)
-from btlm_jax.model.einsum import einsum
-from btlm_jax.model.kv_cache import CacheContext, KVCache, LayerKV
+from btlm_jax.model import attention, attention_cached, attention_xla, packed, remat
+from btlm_jax.model.attention_context import AttentionContext, attention_context
+from btlm_jax.model.kv_cache import KVCache, LayerCache, LayerKV
 from btlm_jax.model.packed import PackedWeight
-from btlm_jax.model.params import is_unstacked
+from btlm_jax.model.params import is_unstacked, weight_initializer
 from btlm_jax.model.positions import add_default_positions
-from btlm_jax.model.runtime import Runtime
-from btlm_jax.model.weights import Weight, weights_by_path
-
-# Keys and values of one layer: its own slots, and those of a prefix.
-LayerCache = tuple[LayerKV, LayerKV | None]
-
-
-# Weights ----------------------------------------------------------------------------------------
+from btlm_jax.model.runtime import Runtime, StoredWeight
+from btlm_jax.model.weights import weights_by_name
 
 
 class Layer(nn.Module):
-    """A module whose weights are looked up in the table by their path in the tree."""
+    """A module of the model."""
 
     runtime: Runtime
 
-    def weight(self, name: str, dtype: DTypeLike | None = None) -> jax.Array:
-        """Returns a weight, gathered from its fsdp shards, in `dtype` or the compute dtype."""
-        _, stored, axes = self._stored(name)
-        return self.runtime.shard(stored.astype(dtype or self.runtime.dtype), *axes)
+    def weight(self, name: str) -> StoredWeight:
+        """Declares a parameter of this module from its row of the table, and returns it.
 
-    def weight_einsum(self, equation: str, x: jax.Array, name: str, *axes: str | None) -> jax.Array:
-        """Computes the einsum of x and a weight, fp32, with logical axes `axes`."""
-        runtime = self.runtime
-        entry, stored, weight_axes = self._stored(name)
-        if not isinstance(stored, PackedWeight):
-            w = stored.astype(runtime.dtype)
-            out, gathered = runtime.axes(*axes), runtime.axes(*weight_axes)
-            return einsum(equation, x, w, runtime.precision, out, gathered)
-        # The inputs are the last dimensions of x, in order; only the first is sharded.
-        num_dims = len(entry.inputs)
-        if num_dims > 1:
-            x_spec = runtime.axes("batch", "sequence", weight_axes[entry.inputs[0]])
-            x = jnp.reshape(x, (*x.shape[:-num_dims], -1), out_sharding=x_spec)
-        return packed_projection(runtime, entry, x, stored, *axes)
+        Args:
+          name: the name in the table, such as "blocks/ln_1/scale".
+        """
+        rt, entry = self.runtime, weights_by_name(self.runtime.config)[name]
+        leaf, shape = entry.path[-1], entry.padded(dict(rt.padding))
+        stored = self.get_variable("params", leaf)
+        if isinstance(stored, PackedWeight):  # Flax would expect the shape of its initializer
+            return StoredWeight(entry, stored)
 
-    def _stored(self, name: str) -> tuple[Weight, Any, tuple[str | None, ...]]:
-        """Returns (table entry, stored array, logical axes after the fsdp gather)."""
-        path = tuple(part for part in self.path if not part.isdigit())  # without the layer
-        entry = weights_by_path(self.runtime.config)[(*path, name)]
-        stored = self.get_variable("params", name)  # never initialized here: see `init_params`
-        return entry, stored, _gathered_axes(entry)
+        def init(key, shape, dtype):
+            return rt.shard(weight_initializer(entry)(key, shape, dtype), *entry.axes)
 
+        return StoredWeight(entry, self.param(leaf, init, shape, jnp.float32))
 
-def _gathered_axes(entry: Weight) -> tuple[str | None, ...]:
-    """Returns the logical axes of a weight after the gather of its fsdp shards."""
-    return tuple(None if axis == "embed" else axis for axis in entry.axes)
-
-
-def packed_projection(
-    runtime: Runtime, entry: Weight, x: jax.Array, w: PackedWeight, *axes: str | None
-) -> jax.Array:
-    """Computes `packed.packed_matmul`, fp32, with logical axes `axes`.
-
-    Args:
-      entry: the table entry of the weight.
-    """
-    if runtime.mesh is not None:
-        gathered = _gathered_axes(entry)
-        outputs = (axis for i, axis in enumerate(gathered) if i not in entry.inputs)
-        spec = runtime.axes(*outputs, gathered[entry.inputs[0]])
-        assert spec is not None
-        w = packed.shard(w, spec)
-    return packed.packed_matmul(
-        x,
-        w,
-        on_cpu=runtime.on_cpu,
-        precision=runtime.precision,
-        out_sharding=runtime.axes(*axes),
-    )
-
-
-# Modules ----------------------------------------------------------------------------------------
+    def capture(self, name: str, x: jax.Array) -> None:
+        """Records an activation if the collection "intermediates" is mutable."""
+        self.sow("intermediates", name, x, init_fn=lambda: None, reduce_fn=lambda _, x: x)
 
 
 class LayerNorm(Layer):
-    """Normalizes by biased statistics, then scales and shifts, all in fp32."""
+    """Normalizes by biased statistics, then scales and shifts, all in fp32.
+
+    Attributes:
+      table_path: the path of its weights in the table.
+    """
+
+    table_path: str
 
     @nn.compact
     def __call__(self, h_BTD: jax.Array) -> jax.Array:
-        x = h_BTD.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(
-            jnp.square(x).mean(-1, keepdims=True) + self.runtime.config.layer_norm_epsilon
-        )
-        scale, bias = self.weight("scale", jnp.float32), self.weight("bias", jnp.float32)
-        return (x * scale + bias).astype(self.runtime.dtype)
+        rt = self.runtime
+        x_BTD = h_BTD.astype(jnp.float32)
+        x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
+        variance_BT1 = jnp.square(x_BTD).mean(-1, keepdims=True)
+        x_BTD = x_BTD * jax.lax.rsqrt(variance_BT1 + rt.config.layer_norm_epsilon)
+        scale_D = rt.gathered(self.weight(f"{self.table_path}/scale"), jnp.float32)
+        bias_D = rt.gathered(self.weight(f"{self.table_path}/bias"), jnp.float32)
+        return (x_BTD * scale_D + bias_D).astype(rt.dtype)
 
 
 class Linear(Layer):
     """A projection with bias, times `scale`.
 
     Attributes:
+      table_path: the path of its weights in the table.
       equation: the einsum of input and weight.
       axes: the logical axes of the result.
       scale: a factor; or a tuple with one factor for each entry of the third axis.
     """
 
+    table_path: str
     equation: str
     axes: tuple[str | None, ...]
     scale: float | tuple[float, ...] = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.weight_einsum(self.equation, x, "kernel", *self.axes)
-        y = y + self.weight("bias", jnp.float32)
+        rt = self.runtime
+        y = rt.einsum(self.equation, x, self.weight(f"{self.table_path}/kernel"), *self.axes)
+        y = y + rt.gathered(self.weight(f"{self.table_path}/bias"), jnp.float32)
         # In fp32, before the one rounding. Without CompleteP the program has no trace of it.
         if isinstance(self.scale, tuple):
             y = y * np.asarray(self.scale, np.float32).reshape(-1, *(1,) * (y.ndim - 3))
         elif self.scale != 1.0:
             y = y * self.scale
-        return checkpoint_name(y.astype(self.runtime.dtype), remat.PRODUCT)
+        return checkpoint_name(y.astype(rt.dtype), remat.PRODUCT)
 
 
 class Attention(Layer):
     """Multi-head causal attention over the new tokens and, if given, a cache.
 
-    Returns (output [B, T, D], the layer's cache with the new tokens, captured activations).
+    Returns (output [B, T, D], the layer's cache with the new tokens).
     """
 
     @nn.compact
-    def __call__(self, x_BTD, context: AnyContext, kv: LayerCache | None, capture: bool):
-        c, runtime = self.runtime.config, self.runtime
+    def __call__(self, x_BTD, context: AttentionContext, kv: LayerCache | None):
+        c, rt = self.runtime.config, self.runtime
         # In the layout of the product: XLA would otherwise multiply into [qkv, H, K, B, T], and
         # every chunk of attention would transpose its part.
-        qkv_axes = ("batch", "sequence", None, "heads", None)
-        scales = (c.attention_scale, 1.0, 1.0)
-        qkv_BT3HK = Linear(runtime, "btd,dchk->btchk", qkv_axes, scales, name="c_attn")(x_BTD)
-        q, k, v = (x[:, :, 0].swapaxes(1, 2) for x in jnp.split(qkv_BT3HK, 3, axis=2))
-        out_BHTK, new_kv = _attend(runtime, q, k, v, context, kv)
-        axes, out_BTHK = ("batch", "sequence", None), out_BHTK.swapaxes(1, 2)
-        c_proj = Linear(runtime, "bthk,hkd->btd", axes, c.residual_scale, name="c_proj")
-        y_BTD = c_proj(out_BTHK)
-        captured = _capture_attention(runtime, q, k, context) if capture else None
-        return y_BTD, new_kv, captured
+        axes, scales = ("batch", "sequence", None, "heads", None), (c.attention_scale, 1.0, 1.0)
+        c_attn = Linear(rt, "blocks/attn/c_attn", "btd,dchk->btchk", axes, scales, name="c_attn")
+        qkv_BT3HK = jnp.split(c_attn(x_BTD), 3, axis=2)
+        q_BHTK, k_BHTK, v_BHTK = (x[:, :, 0].swapaxes(1, 2) for x in qkv_BT3HK)
+        out_BHTK, new_kv = _attend(rt, q_BHTK, k_BHTK, v_BHTK, context, kv)
+        if self.is_mutable_collection("intermediates"):
+            self._capture_attention(q_BHTK, k_BHTK, context)
+        axes, scale = ("batch", "sequence", None), c.residual_scale
+        c_proj = Linear(rt, "blocks/attn/c_proj", "bthk,hkd->btd", axes, scale, name="c_proj")
+        return c_proj(out_BHTK.swapaxes(1, 2)), new_kv
+
+    def _capture_attention(self, q_BHTK, k_BHTK, context: AttentionContext) -> None:
+        """Records queries, keys and attention probabilities."""
+        rt = self.runtime
+        q_BHTK, k_BHTK = (rt.shard(x, "batch", "heads", None, None) for x in (q_BHTK, k_BHTK))
+        scores_BHTS = attention_xla.masked_scores(
+            q_BHTK,
+            k_BHTK,
+            slopes_H=context.slopes,
+            segments=context.segment_pair,
+            positions_T=jnp.arange(q_BHTK.shape[2], dtype=jnp.int32),
+            precision=rt.precision,
+        )
+        self.capture("queries", q_BHTK)
+        self.capture("keys", k_BHTK)
+        self.capture("attentions", jax.nn.softmax(scores_BHTS, axis=-1))
 
 
 def _attend(
-    runtime: Runtime, q, k, v, context: AnyContext, kv: LayerCache | None
+    runtime: Runtime, q_BHTK, k_BHTK, v_BHTK, context: AttentionContext, kv: LayerCache | None
 ) -> tuple[jax.Array, LayerKV | None]:
     """Returns attention [B, H, T, K], and the layer's cache with the new tokens."""
-    precision, shard = runtime.precision, runtime.attention_shard
-    if isinstance(context, CacheContext):
+    arrays = q_BHTK, k_BHTK, v_BHTK
+    options: Any = dict(precision=runtime.precision, shard=runtime.attention_shard)
+    if context.slots is not None:
         assert kv is not None
-        return kv_cache.cached_attention(
-            q, k, v, *kv, context, on_cpu=runtime.on_cpu, precision=precision, shard=shard
-        )
-    out = attention.attention(
-        q,
-        k,
-        v,
-        slopes=context.slopes,
-        segments=context.segments,
+        return attention_cached.cached_attention(*arrays, kv, context, **options)
+    out_BHTK = attention.attention(
+        *arrays,
+        slopes_H=context.slopes,
+        segments=context.segment_pair,
         implementation=runtime.implementation,
-        precision=precision,
-        shard=shard,
+        **options,
     )
-    return out, None if kv is None else kv_cache.filled_layer(kv[0], k, v)
-
-
-def _capture_attention(runtime: Runtime, q, k, context: AnyContext) -> dict[str, jax.Array]:
-    """Returns queries, keys and attention probabilities."""
-    assert isinstance(context, AttentionContext)
-    q, k = (runtime.shard(x, "batch", "heads", None, None) for x in (q, k))
-    probabilities = attention_xla.attention_probabilities(
-        q,
-        k,
-        slopes=context.slopes,
-        segments=context.segments,
-        positions=jnp.arange(q.shape[2], dtype=jnp.int32),
-        precision=runtime.precision,
-    )
-    return {"queries": q, "keys": k, "attentions": probabilities}
+    return out_BHTK, None if kv is None else kv[0].filled(k_BHTK, v_BHTK)
 
 
 class MLP(Layer):
@@ -215,62 +173,51 @@ class MLP(Layer):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c, runtime, axes = self.runtime.config, self.runtime, ("batch", "sequence", "mlp")
-        y_BTF = Linear(runtime, "btd,df->btf", axes, name="c_fc")(x_BTD)
+        c, rt, axes = self.runtime.config, self.runtime, ("batch", "sequence", "mlp")
+        y_BTF = Linear(rt, "blocks/mlp/c_fc", "btd,df->btf", axes, name="c_fc")(x_BTD)
         if c.gated:
-            y_BTF = y_BTF * nn.silu(Linear(runtime, "btd,df->btf", axes, name="c_fc2")(x_BTD))
+            gate = Linear(rt, "blocks/mlp/c_fc2", "btd,df->btf", axes, name="c_fc2")
+            y_BTF = y_BTF * nn.silu(gate(x_BTD))
         else:
             y_BTF = nn.gelu(y_BTF, approximate=c.activation_function == "gelu_new")
-        axes = ("batch", "sequence", None)
-        return Linear(runtime, "btf,fd->btd", axes, c.residual_scale, name="c_proj")(y_BTF)
+        axes, scale = ("batch", "sequence", None), c.residual_scale
+        return Linear(rt, "blocks/mlp/c_proj", "btf,fd->btd", axes, scale, name="c_proj")(y_BTF)
 
 
 class Block(Layer):
     """h += Attn(ln_1(h)); h += MLP(ln_2(h)). The body of the scan over layers.
 
     Both branches end in a c_proj, which multiplies by CompleteP's `residual_scale`.
-    Returns (h, the layer's cache), or with `capture` (h, captured activations).
+    Returns (h, the layer's cache).
     """
 
-    capture: bool
-
     @nn.compact
-    def __call__(self, h_BTD, context: AnyContext, kv: LayerCache | None = None):
-        block_input = h_BTD
-        x_BTD = LayerNorm(self.runtime, name="ln_1")(h_BTD)
-        x_BTD, new_kv, captured = Attention(self.runtime, name="attn")(
-            x_BTD, context, kv, self.capture
-        )
+    def __call__(self, h_BTD, context: AttentionContext, kv: LayerCache | None = None):
+        rt = self.runtime
+        self.capture("hidden_states", h_BTD)
+        x_BTD = LayerNorm(rt, "blocks/ln_1", name="ln_1")(h_BTD)
+        x_BTD, new_kv = Attention(rt, name="attn")(x_BTD, context, kv)
+        self.capture("attention_outputs", x_BTD)
         h_BTD = h_BTD + x_BTD
-        y_BTD = MLP(self.runtime, name="mlp")(LayerNorm(self.runtime, name="ln_2")(h_BTD))
-        h_BTD = h_BTD + y_BTD
-        if captured is None:
-            return h_BTD, new_kv
-        residual = {"hidden_states": block_input, "attention_outputs": x_BTD, "mlp_outputs": y_BTD}
-        return h_BTD, residual | captured
+        y_BTD = MLP(rt, name="mlp")(LayerNorm(rt, "blocks/ln_2", name="ln_2")(h_BTD))
+        self.capture("mlp_outputs", y_BTD)
+        return h_BTD + y_BTD, new_kv
 
 
 class UnrolledBlocks(Layer):
     """Unrolled blocks with unstacked weights; used for decoding."""
 
-    capture: bool
-
     @nn.compact
-    def __call__(self, h_BTD, context: AnyContext, cache: KVCache | None):
-        results = []
+    def __call__(self, h_BTD, context: AttentionContext, cache: KVCache | None):
+        layers = []
         for i in range(self.runtime.config.n_layer):
-            kv = None
-            if cache is not None:
-                prefix = None if cache.prefix is None else cache.prefix.layers[i]
-                kv = cache.layers[i], prefix
-            h_BTD, result = Block(self.runtime, self.capture, name=str(i))(h_BTD, context, kv)
-            results.append(result)
-        if self.capture:
-            return h_BTD, jax.tree.map(lambda *x: jnp.stack(x), *results)
-        return h_BTD, tuple(results)
+            kv = None if cache is None else cache.layer(i)
+            h_BTD, new_kv = Block(self.runtime, name=str(i))(h_BTD, context, kv)
+            layers.append(new_kv)
+        return h_BTD, tuple(layers)
 
 
-def _scanned_blocks(runtime: Runtime, capture: bool) -> Callable[..., Any]:
+def scanned_blocks(runtime: Runtime) -> Any:
     """Returns the module of all blocks with stacked weights, compiled once."""
     policy = remat.checkpoint_policy(runtime.remat)
     block: Any = Block
@@ -278,68 +225,75 @@ def _scanned_blocks(runtime: Runtime, capture: bool) -> Callable[..., Any]:
         block = nn.remat(Block, prevent_cse=False, policy=policy)
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
         length=runtime.config.n_layer,
-    )(runtime, capture, name="blocks")
+    )(runtime, name="blocks")
 
 
 class Transformer(Layer):
-    """Embedding, L blocks, ln_f. Returns (h [B, T, D], cache, captured activations).
+    """Embedding, L blocks, ln_f.
 
-    Stacked weights are scanned over; unstacked ones are used one after another.
+    Stacked weights are scanned over; unstacked ones are used one after another, as a cache needs
+    them.
     """
 
     @nn.compact
     def __call__(
         self,
         inputs: Mapping[str, jax.Array],
-        cache: KVCache | None,
-        length: jax.Array | None,
-        capture: bool,
-    ):
-        runtime = self.runtime
-        T = inputs["input_ids"].shape[1]
-        num_valid: Any = T if length is None else length
-        inputs = add_default_positions(runtime, inputs, cache, num_valid)
-        inputs = {
-            name: runtime.reorder_sequence(x, context_parallel.to_balanced_order)
-            for name, x in inputs.items()
-        }
+        cache: KVCache | None = None,
+        num_valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Computes the final hidden states.
+
+        Args:
+          inputs: int32 arrays [B, T] by name: input_ids, and optionally others (`BTLM.apply`).
+          cache: of earlier tokens.
+          num_valid: int32, the number of new tokens without padding at the end; None is T.
+
+        Returns:
+          (h [B, T, D], the cache with the new tokens or None).
+        """
+        rt, T = self.runtime, inputs["input_ids"].shape[1]
+        num_new: Any = T if num_valid is None else num_valid
+        inputs = add_default_positions(rt, inputs, cache, num_new)
+        inputs = jax.tree.map(rt.to_balanced_order, dict(inputs))
         h_BTD = self._embed(inputs)
-        context = attention_context(runtime, inputs, cache, num_valid)
-        h_BTD, result = self._run_blocks(h_BTD, context, cache, capture)
-        h_BTD = LayerNorm(runtime, name="ln_f")(h_BTD)
-        h_BTD = runtime.reorder_sequence(h_BTD, context_parallel.to_natural_order)
+        context = attention_context(rt, inputs, cache, num_new)
+        h_BTD, layers = self._run_blocks(h_BTD, context, cache)
+        h_BTD = LayerNorm(rt, "ln_f", name="ln_f")(h_BTD)
+        h_BTD = rt.to_natural_order(h_BTD)
         if cache is None:
-            return h_BTD, None, result
-        if not cache.fresh:
-            h_BTD = overflow_to_nan(runtime, cache, h_BTD)
-        return h_BTD, advanced_cache(runtime, cache, result, context, T, num_valid), None
+            return h_BTD, None
+        cache_after = cache.advanced(rt, layers, context.segments, T, num_new)
+        return cache.overflow_to_nan(rt, h_BTD), cache_after
 
     def _embed(self, inputs: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the scaled embeddings [B, T, D]."""
-        c, runtime = self.runtime.config, self.runtime
-        _, wte, _ = self._stored("wte")
-        if not isinstance(wte, PackedWeight):
-            wte = self.weight("wte")
-        h_BTD = _look_up(runtime, wte, inputs["input_ids"], c.vocab_size)
+        c, rt = self.runtime.config, self.runtime
+        if self.is_initializing() and not c.tie_word_embeddings:
+            self.weight("lm_head")  # a parameter of this module that `head.project_logits` uses
+        wte_VD = rt.gathered(self.weight("wte"))
+        h_BTD = _look_up(rt, wte_VD, inputs["input_ids"], c.vocab_size)
         if c.positions is Positions.LEARNED:
-            wpe = self.weight("wpe")
-            h_BTD = h_BTD + _look_up(runtime, wpe, inputs["positions"], c.n_positions)
+            wpe_PD = rt.gathered(self.weight("wpe"))
+            h_BTD = h_BTD + _look_up(rt, wpe_PD, inputs["positions"], c.n_positions)
         h_BTD = h_BTD * c.mup_embeddings_scale
         if "token_type_ids" in inputs:
-            h_BTD = h_BTD + _look_up(runtime, wte, inputs["token_type_ids"], c.vocab_size)
-        return h_BTD.astype(runtime.dtype)
+            h_BTD = h_BTD + _look_up(rt, wte_VD, inputs["token_type_ids"], c.vocab_size)
+        return h_BTD.astype(rt.dtype)
 
-    def _run_blocks(self, h_BTD, context: AnyContext, cache: KVCache | None, capture: bool):
-        """Returns h, and the layers' caches or captured activations."""
-        if is_unstacked(self.variables["params"]):
-            blocks: Any = UnrolledBlocks(self.runtime, capture, name="blocks")
-            return blocks(h_BTD, context, cache)
-        assert cache is None  # `btlm._forward` unstacks the weights for a cache
-        return _scanned_blocks(self.runtime, capture)(h_BTD, context)
+    def _run_blocks(self, h_BTD, context: AttentionContext, cache: KVCache | None):
+        """Returns h, and the layers' caches if there is a cache."""
+        if is_unstacked(self.variables.get("params", {})):
+            return UnrolledBlocks(self.runtime, name="blocks")(h_BTD, context, cache)
+        if cache is not None:
+            raise ValueError(
+                "cache: found stacked weights, expected unstacked ones (params.unstack_params)"
+            )
+        return scanned_blocks(self.runtime)(h_BTD, context)
 
 
 def _look_up(
@@ -347,9 +301,6 @@ def _look_up(
 ) -> jax.Array:
     """Returns rows of an embedding, fp32 [B, T, D]; NaN where the index is out of range."""
     spec = runtime.axes("batch", "sequence", None)
-    if isinstance(table_VD, PackedWeight):
-        rows_BTD = packed.embedding_rows(table_VD, index_BT, spec)
-    else:
-        rows_BTD = table_VD.at[index_BT].get(mode="clip", out_sharding=spec)
-    in_range = (index_BT >= 0) & (index_BT < size)
-    return jnp.where(in_range[..., None], rows_BTD.astype(jnp.float32), jnp.nan)
+    rows_BTD = packed.embedding_rows(table_VD, index_BT, spec)
+    in_range_BT = (index_BT >= 0) & (index_BT < size)
+    return jnp.where(in_range_BT[..., None], rows_BTD, jnp.nan)

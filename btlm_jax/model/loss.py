@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from btlm_jax.model import forward
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.chunked_loss import IGNORE, LossSum, head_loss
 from btlm_jax.model.params import Params
@@ -55,11 +56,16 @@ def next_token_loss(
         )
     if weights is not None:
         weights = _shift_left(_as_weights(weights, ids.shape), 0.0)
-    h, _ = model.hidden(
-        params, ids, attention_mask=attention_mask, segment_ids=segment_ids, positions=positions
+    runtime = model.runtime(params)
+    h_BTD, _ = forward.hidden(
+        runtime,
+        params,
+        ids,
+        attention_mask=attention_mask,
+        segment_ids=segment_ids,
+        positions=positions,
     )
-    targets = _shift_left(labels, IGNORE)
-    return head_loss(model.runtime(params), params, h, targets, weights)[1]
+    return head_loss(runtime, params, h_BTD, _shift_left(labels, IGNORE), weights)[1]
 
 
 def target_loss(
@@ -98,26 +104,28 @@ def target_loss(
         positions = segment_positions(model.config, segments)
     if weights is not None:
         weights = _as_weights(weights, targets.shape)
-    h, _ = model.hidden(params, tokens[:, :-1], segment_ids=segments, positions=positions)
-    return head_loss(model.runtime(params), params, h, targets, weights, z_loss)
+    runtime = model.runtime(params)
+    h_BTD, _ = forward.hidden(
+        runtime, params, tokens[:, :-1], segment_ids=segments, positions=positions
+    )
+    return head_loss(runtime, params, h_BTD, targets, weights, z_loss)
 
 
 def _default_labels(ids_BT: jax.Array, attention_mask, segment_ids) -> jax.Array:
     """Returns the labels that are neither padding nor the first of a segment, unshifted."""
-    labels = ids_BT
+    labels_BT = ids_BT
     if attention_mask is not None:
-        mask = jnp.asarray(attention_mask) != 0
+        mask_BT = jnp.asarray(attention_mask) != 0
         # A prediction made from a padding token has no meaning, so the first valid token of a
         # left-padded row has no loss.
-        after_valid = jnp.concatenate([mask[:, :1] & False, mask[:, :-1]], 1)
-        labels = jnp.where(mask & after_valid, labels, IGNORE)
+        after_valid_BT = jnp.concatenate([mask_BT[:, :1] & False, mask_BT[:, :-1]], 1)
+        labels_BT = jnp.where(mask_BT & after_valid_BT, labels_BT, IGNORE)
     if segment_ids is not None:
-        segments = jnp.asarray(segment_ids)
-        continues = jnp.concatenate(
-            [segments[:, :1] == segments[:, :1], segments[:, 1:] == segments[:, :-1]], 1
-        )
-        labels = jnp.where(continues, labels, IGNORE)
-    return labels
+        ids_BT = jnp.asarray(segment_ids)
+        is_first_BT = jnp.ones_like(ids_BT[:, :1], bool)
+        continues_BT = jnp.concatenate([is_first_BT, ids_BT[:, 1:] == ids_BT[:, :-1]], 1)
+        labels_BT = jnp.where(continues_BT, labels_BT, IGNORE)
+    return labels_BT
 
 
 def _as_int32(name: str, x: ArrayLike) -> jax.Array:

@@ -83,6 +83,11 @@ def unpack(packed: jax.Array) -> jax.Array:
     return jnp.stack([low, high], -2).reshape(*packed.shape[:-1], -1)
 
 
+def as_array(w: jax.Array | PackedWeight, dtype) -> jax.Array:
+    """Returns an array as it is, and a packed weight dequantized to `dtype`."""
+    return dequantize(w, dtype) if isinstance(w, PackedWeight) else w
+
+
 def dequantize(w: PackedWeight, dtype) -> jax.Array:
     """Returns the weights as an array [*O, I] of `dtype`, each rounded once."""
     values, scales = w.values, w.scales
@@ -117,18 +122,19 @@ def shard(w: PackedWeight, spec: PartitionSpec) -> PackedWeight:
 
 
 def embedding_rows(
-    w: PackedWeight, index: jax.Array, out_sharding: PartitionSpec | None = None
+    w: jax.Array | PackedWeight, index: jax.Array, out_sharding: PartitionSpec | None = None
 ) -> jax.Array:
     """Looks up rows of an embedding [V, D] in floats or int8, as fp32; the index is clipped."""
 
-    # In a loop XLA's CPU backend would otherwise convert the whole table to fp32 before the loop.
-    w, index = jax.lax.optimization_barrier((w, index))
-
-    def take(x):
+    def take(x, index):
         return x.at[index].get(mode="clip", out_sharding=out_sharding).astype(jnp.float32)
 
-    rows = take(w.values)
-    return rows if w.scales is None else rows * take(w.scales)
+    if not isinstance(w, PackedWeight):
+        return take(w, index)
+    # In a loop XLA's CPU backend would otherwise convert the whole table to fp32 before the loop.
+    w, index = jax.lax.optimization_barrier((w, index))
+    rows = take(w.values, index)
+    return rows if w.scales is None else rows * take(w.scales, index)
 
 
 def packed_matmul(

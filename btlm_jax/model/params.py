@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -60,11 +60,30 @@ def init_params(
     flat_shardings = flatten_tree(shardings) if shardings is not None else {}
     leaves = {}
     for w in weight_table(config):
-        shape, target = stacked_shape(w, config), stacked_shape(w, config, padding)
-        out = flat_shardings.get(w.path)
-        draw = _make_sampler(shape, target, w.mean, w.std, truncation, dtype, out)
-        leaves[w.path] = draw(jax.random.fold_in(key, zlib.crc32(w.name.encode())))
+        init = weight_initializer(w, truncation, flat_shardings.get(w.path))
+        weight_key = jax.random.fold_in(key, zlib.crc32(w.name.encode()))
+        leaves[w.path] = init(weight_key, stacked_shape(w, config, padding), dtype)
     return unflatten_tree(leaves)
+
+
+def weight_initializer(
+    w: Weight, truncation: float | None = None, sharding: Any = None
+) -> Callable[..., jax.Array]:
+    """Returns the initializer of a weight, f(key, shape, dtype), as `jax.nn.initializers` has them.
+
+    Args:
+      w: the weight. The shape may be padded, with zeros in the padding, and may have leading
+        dimensions, such as that of the layers.
+      truncation: as in `init_params`.
+      sharding: the sharding of the result; None is JAX's choice.
+    """
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+        unpadded = (*shape[: len(shape) - len(w.shape)], *w.shape)
+        dtype = jnp.dtype(dtype)
+        return _make_sampler(unpadded, shape, w.mean, w.std, truncation, dtype, sharding)(key)
+
+    return init
 
 
 @functools.cache

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jax.typing import DTypeLike
 
 from btlm_jax.config import BTLMConfig
-from btlm_jax.model import attention, sharding
+from btlm_jax.model import attention, context_parallel, sharding
 from btlm_jax.model.einsum import einsum
-from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.remat import Remat
+from btlm_jax.model.weights import Weight
+
+
+class StoredWeight(NamedTuple):
+    """A weight as the tree of parameters holds it, one layer's if it is stacked.
+
+    Attributes:
+      entry: its entry in the table.
+      value: an array, as `entry` describes it, or a packed weight.
+    """
+
+    entry: Weight
+    value: jax.Array | PackedWeight
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """The static arguments of one forward pass; hashable, so that jit can specialize on it.
+    """The static arguments of a forward pass, bound once from a model and its weights.
+
+    `BTLM.runtime` makes it; the functions of `forward`, the layers and the losses take it. It is
+    hashable, so that jit can specialize on it.
 
     Attributes:
       config: the model.
@@ -69,18 +87,35 @@ class Runtime:
         """Returns zeros, sharded by logical axes."""
         return jnp.zeros(shape, dtype, out_sharding=self.axes(*axes))
 
-    def einsum(self, equation: str, x: jax.Array, y: jax.Array, *axes: str | None) -> jax.Array:
-        """Computes `einsum.einsum`, fp32, sharded by the logical axes of the result."""
-        return einsum(equation, x, y, self.precision, self.axes(*axes))
+    def gathered(self, w: StoredWeight, dtype: DTypeLike | None = None) -> Any:
+        """Returns a weight, gathered from its fsdp shards, in `dtype` or the compute dtype.
 
-    def reorder_sequence(
+        A packed weight is returned as it is: its products and rows gather what they need.
+        """
+        if isinstance(w.value, PackedWeight):
+            return w.value
+        return self.shard(w.value.astype(dtype or self.dtype), *w.entry.gathered_axes)
+
+    def einsum(self, equation: str, x: jax.Array, w: StoredWeight, *axes: str | None) -> jax.Array:
+        """Computes the einsum of x and a weight, fp32, sharded by the logical axes of the result.
+
+        Every product with a weight is this one, whether the weight is packed or not.
+        """
+        out, gathered = self.axes(*axes), self.axes(*w.entry.gathered_axes)
+        return einsum(equation, x, w.value, self.precision, out, gathered)
+
+    def to_balanced_order(self, x_BT: jax.Array) -> jax.Array:
+        """Reorders sequences that are split over devices, as `context_parallel` wants them."""
+        return self._reorder_sequence(x_BT, context_parallel.to_balanced_order)
+
+    def to_natural_order(self, x_BTD: jax.Array) -> jax.Array:
+        """Inverts `to_balanced_order`."""
+        return self._reorder_sequence(x_BTD, context_parallel.to_natural_order)
+
+    def _reorder_sequence(
         self, x: jax.Array, order: Callable[[jax.Array, str], jax.Array]
     ) -> jax.Array:
-        """Reorders x [B, T, ...] along T if sequences are split over devices.
-
-        Args:
-          order: `context_parallel.to_balanced_order` or `to_natural_order`.
-        """
+        """Reorders x [B, T, ...] along T if sequences are split over devices."""
         if self.mesh is None or sharding.num_shards(self.mesh, self.rules, "sequence") == 1:
             return x
         spec = self.axes("batch", "sequence", *(None,) * (x.ndim - 2))
@@ -88,21 +123,11 @@ class Runtime:
         axis = spec[1]
         return jax.shard_map(lambda x: order(x, axis), in_specs=spec, out_specs=spec)(x)
 
+    def without_context_parallel(self) -> Runtime:
+        """Returns a runtime that does not split sequences: a step of decoding is too short."""
+        return dataclasses.replace(self, rules=sharding.unshard_sequences(self.rules))
+
     def check_batch(self, batch_size: int, length: int | None = None) -> None:
         """Raises ValueError if a batch, or its sequences, do not divide over the mesh."""
         if self.mesh is not None:
             sharding.check_batch(batch_size, self.mesh, self.rules, length)
-
-    def check_cache(self, cache: KVCache, batch_size: int) -> None:
-        """Raises ValueError if a cache belongs to another model, batch size or mesh."""
-        c, keys = self.config, [layer.keys.data for layer in cache.layers]
-        expected = (batch_size, c.n_head, cache.capacity, c.head_dim)
-        if len(keys) != c.n_layer or keys[0].shape != expected:
-            raise ValueError(
-                f"cache: found {len(keys)} layers of {list(keys[0].shape)}, expected {c.n_layer} "
-                f"of {list(expected)} for this model and batch: make it with init_cache"
-            )
-        if sharding.mesh_of(keys[0]) != self.mesh:
-            raise ValueError(
-                "cache: found one that is not on the mesh of the weights: make it with init_cache"
-            )

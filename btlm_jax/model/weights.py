@@ -61,8 +61,13 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """The path joined with slashes, for messages."""
+        """The path joined with slashes."""
         return "/".join(self.path)
+
+    @property
+    def gathered_axes(self) -> tuple[str | None, ...]:
+        """The logical axes where the weight is used, after the gather of its fsdp shards."""
+        return tuple(None if axis == "embed" else axis for axis in self.axes)
 
     def transposed_shape(self, padding: Mapping[str, int]) -> tuple[int, ...]:
         """Returns the padded shape of `packed.PackedWeight`: outputs, then all inputs flattened."""
@@ -158,6 +163,12 @@ def weight_table(config: BTLMConfig) -> tuple[Weight, ...]:
 def weights_by_path(config: BTLMConfig) -> Mapping[Path, Weight]:
     """Returns the table keyed by tree path."""
     return {w.path: w for w in weight_table(config)}
+
+
+@functools.cache
+def weights_by_name(config: BTLMConfig) -> Mapping[str, Weight]:
+    """Returns the table keyed by the path joined with slashes."""
+    return {w.name: w for w in weight_table(config)}
 
 
 def count_parameters(config: BTLMConfig) -> int:

@@ -127,7 +127,7 @@ def test_full_logits_and_scores_are_never_materialized():
     params = jax.eval_shape(model.init, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((1, T), np.int32)
     compiled = (
-        jax.jit(functools.partial(by_position.token_losses, model))
+        jax.jit(functools.partial(by_position.token_losses, model.runtime(params)))
         .lower(params, ids, ids, jax.ShapeDtypeStruct((), np.int32))
         .compile()
     )
@@ -158,7 +158,7 @@ def array(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P())):
 params = abstract_weights(model, mesh)
 params = jax.tree.map(lambda x: array(x.shape, jnp.bfloat16, x.sharding), params)
 ids = array((1, 32768), jnp.int32)
-read = jax.jit(functools.partial(by_position.token_losses, model))
+read = jax.jit(functools.partial(by_position.token_losses, model.runtime(params)))
 memory = read.lower(params, ids, ids, array((), jnp.int32)).compile().memory_analysis()
 print(memory.argument_size_in_bytes, memory.temp_size_in_bytes)
 """

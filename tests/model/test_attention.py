@@ -65,10 +65,10 @@ def compiled(problem: Problem):
 
     def run(q, k, v, slopes, segments, offset):
         if problem.S == problem.T:
-            return attention.attention(q, k, v, slopes=slopes, segments=segments)
+            return attention.attention(q, k, v, slopes_H=slopes, segments=segments)
         positions = offset + jnp.arange(problem.T, dtype=jnp.int32)
         return attention_xla.xla_attention(
-            q, k, v, slopes=slopes, segments=segments, positions=positions, precision=None
+            q, k, v, slopes_H=slopes, segments=segments, positions_T=positions, precision=None
         )
 
     return jax.jit(run)
@@ -103,7 +103,7 @@ def test_chunks_change_neither_result_nor_gradients(monkeypatch):
     slopes = jnp.asarray(alibi.slopes(H), jnp.float32)
 
     def loss(q, k, v, slopes):
-        out = attention.attention(q, k, v, slopes=slopes, segments=(segments, segments))
+        out = attention.attention(q, k, v, slopes_H=slopes, segments=(segments, segments))
         return (out * w).sum()
 
     results = {}
@@ -121,7 +121,7 @@ def test_gradients_equal_finite_differences_in_float64():
     slopes = alibi.slopes(2)
 
     def loss(q, k, v):
-        out = attention.attention(q, k, v, slopes=jnp.asarray(slopes, jnp.float32))
+        out = attention.attention(q, k, v, slopes_H=jnp.asarray(slopes, jnp.float32))
         return (out * w.astype(np.float32)).sum()
 
     grads = jax.grad(loss, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)))
@@ -140,7 +140,7 @@ def test_bf16_inputs_keep_fp32_softmax():
     rng = np.random.default_rng(2)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 4, 1024, 80)), jnp.bfloat16) for _ in range(3))
     slopes = alibi.slopes(4)
-    got = attention.attention(q, k, v, slopes=jnp.asarray(slopes, jnp.float32))
+    got = attention.attention(q, k, v, slopes_H=jnp.asarray(slopes, jnp.float32))
     assert got.dtype == jnp.bfloat16
     rows = [0, 1, 511, 512, 1023]
     kk, vv = np.asarray(k, np.float64), np.asarray(v, np.float64)
@@ -153,4 +153,4 @@ def test_bf16_inputs_keep_fp32_softmax():
 def test_unknown_implementation_is_an_error():
     x = jnp.zeros((1, 1, 2, 2))
     with pytest.raises(ValueError, match="implementation: found 'flash', expected one of 'xla'"):
-        attention.attention(x, x, x, slopes=None, implementation="flash")
+        attention.attention(x, x, x, slopes_H=None, implementation="flash")

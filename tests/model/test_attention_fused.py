@@ -64,13 +64,13 @@ def problem(B, H, T, K, dtype, seed=0):
 def implementation(name, slopes, segments=None):
     if name == "splash":
         return functools.partial(
-            attention.attention, slopes=slopes, segments=segments, implementation="splash"
+            attention.attention, slopes_H=slopes, segments=segments, implementation="splash"
         )
     return functools.partial(
         attention_fused.cudnn_attention,
-        slopes=slopes,
+        slopes_H=slopes,
         segments=segments,
-        positions=None,
+        positions_T=None,
         implementation="xla",
     )
 
@@ -173,7 +173,7 @@ def test_sequences_and_heads_can_be_split_over_a_mesh(segmented, groups, monkeyp
             )(jax.reshard(jnp.asarray(ids), row_spec))
             out = attention.attention(
                 *(reorder(x, context_parallel.to_balanced_order) for x in (q, k, v)),
-                slopes=jax.reshard(slopes, jax.P("tensor")),
+                slopes_H=jax.reshard(slopes, jax.P("tensor")),
                 segments=(balanced_ids, balanced_ids) if segmented else None,
                 implementation="splash",
                 shard=shard,
@@ -203,7 +203,7 @@ def test_positions_up_to_65536_are_as_accurate():
     _, k, v, _ = problem(1, 1, S, 80, jnp.bfloat16)
     fn = functools.partial(
         attention_fused.splash_attention,
-        slopes=jnp.asarray(slopes, jnp.float32),
+        slopes_H=jnp.asarray(slopes, jnp.float32),
         segments=None,
         kernel=jax.tree.map(first_shard, kernel),
     )
@@ -226,7 +226,7 @@ def test_devices_share_the_work_equally():
 
 def test_the_implementation_is_chosen_or_refused_with_a_reason(caplog, monkeypatch):
     x = jnp.zeros((1, 2, 128, 80), jnp.bfloat16)
-    choose = functools.partial(attention.choose_implementation, slopes=jnp.ones(2), segments=None)
+    choose = functools.partial(attention.choose_implementation, slopes_H=jnp.ones(2), segments=None)
     assert choose(x, requested=None, num_shards=1, platform="tpu") == "splash"
     assert choose(x, requested=None, num_shards=1, platform="cpu") == "xla"
     assert choose(x, requested=None, num_shards=1, platform="gpu") == "cudnn"
@@ -288,7 +288,7 @@ x = array((4, 32, 8192, 80), jnp.bfloat16, jax.P(*shard, None))
 slopes = array((32,), jnp.float32, jax.P("tensor"))
 
 def loss(q, k, v, slopes, weight):
-    out = attention.attention(q, k, v, slopes=slopes, shard=shard)
+    out = attention.attention(q, k, v, slopes_H=slopes, shard=shard)
     return (out.astype(jnp.float32) * weight).sum()
 
 def both(*args):

@@ -11,7 +11,9 @@ import pytest
 
 from btlm_jax import BTLM, BTLMConfig, make_mesh
 from btlm_jax.model import kv_cache
-from btlm_jax.model.kv_cache import CacheContext, KVArray, LayerKV
+from btlm_jax.model.attention_cached import cached_attention
+from btlm_jax.model.attention_context import AttentionContext
+from btlm_jax.model.kv_cache import CacheSlots, KVArray, LayerKV
 
 R, B, H, K = 4, 2, 3, 8  # two prompts, two rows each
 P, S = 6, 5  # slots of the prefix and of the ring
@@ -40,19 +42,18 @@ def attend(lengths, cursor, prefix_lengths, dtype=jnp.float32, T=1, seed=0):
     layer, prefix = (
         LayerKV(*(KVArray.from_floats(jnp.asarray(x), dtype) for x in kv)) for kv in (slots, before)
     )
-    context = CacheContext(
-        jnp.asarray(slopes),
+    cache_slots = CacheSlots(
         jnp.asarray(lengths),
         jnp.int32(cursor % S),
-        jnp.ones((R, T), jnp.int32),
         jnp.ones((R, S), jnp.int32),
         jnp.asarray(prefix_lengths),
         jnp.ones((B, P), jnp.int32),
     )
-    out, _ = kv_cache.cached_attention(
-        jnp.asarray(q), *map(jnp.asarray, new), layer, prefix, context,
-        precision=jax.lax.Precision.HIGHEST, on_cpu=True, shard=None,
-    )  # fmt: skip
+    segments = jnp.ones((R, T), jnp.int32)
+    context = AttentionContext(jnp.asarray(slopes), segments, cache_slots)
+    arrays = map(jnp.asarray, (q, *new))
+    highest = jax.lax.Precision.HIGHEST
+    out, _ = cached_attention(*arrays, (layer, prefix), context, precision=highest)
     seen = []
     for row in range(R):
         indices = [(cursor - lengths[row] + i) % S for i in range(lengths[row])]
@@ -185,5 +186,5 @@ def test_a_row_that_overflows_becomes_nan(tiny):
 
 def test_cache_dtype_must_be_int8_or_a_float(tiny):
     model, params = tiny
-    with pytest.raises(ValueError, match="dtype of the cache: found int4, expected int8"):
+    with pytest.raises(ValueError, match="dtype: found int4, expected int8, float32"):
         model.init_cache(params, 1, 2, dtype=jnp.int4)

@@ -81,7 +81,7 @@ def _variants(config: BTLMConfig, platform: str) -> dict[str, Variant]:
 
     def ours(implementation):
         return lambda q, k, v: attention.attention(
-            q, k, v, slopes=slopes, implementation=implementation
+            q, k, v, slopes_H=slopes, implementation=implementation
         )
 
     def full_bias(implementation, dtype):
