@@ -69,7 +69,7 @@ def hidden(
     """
     if cache is not None:
         runtime = runtime.without_context_parallel()
-    inputs = checked_inputs(runtime, {"input_ids": input_ids} | arguments, cache, length)
+    inputs = checked_inputs(runtime, input_ids, cache, length, **arguments)
     if length is not None:
         length = jnp.asarray(length, jnp.int32)
     return _hidden(runtime, params, inputs, cache, length)
@@ -95,7 +95,7 @@ def intermediates(
     runtime: Runtime, params: Params, input_ids: ArrayLike, **arguments: ArrayLike | None
 ) -> Intermediates:
     """Returns all intermediate activations; see `BTLM.intermediates`."""
-    inputs = checked_inputs(runtime, {"input_ids": input_ids} | arguments, None)
+    inputs = checked_inputs(runtime, input_ids, **arguments)
     return _intermediates(runtime.without_context_parallel(), params, inputs)
 
 

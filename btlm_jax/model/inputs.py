@@ -17,22 +17,30 @@ from btlm_jax.model.runtime import Runtime
 
 def checked_inputs(
     runtime: Runtime,
-    arguments: Mapping[str, ArrayLike | None],
-    cache: KVCache | None,
+    input_ids: ArrayLike,
+    cache: KVCache | None = None,
     length: ArrayLike | None = None,
+    *,
+    attention_mask: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    positions: ArrayLike | None = None,
+    token_type_ids: ArrayLike | None = None,
 ) -> dict[str, jax.Array]:
     """Returns the given arguments as int32 arrays [B, T]; the attention mask becomes 0 and 1.
 
-    Args:
-      arguments: input_ids, attention_mask, segment_ids, positions and token_type_ids of
-        `BTLM.apply`.
-      cache: to continue, if any.
-      length: the number of valid tokens; default all of them.
+    Arguments as in `BTLM.apply`.
 
     Raises:
       ValueError: shapes or dtypes that do not agree, or more tokens than the cache or the learned
         positions hold.
     """
+    arguments = {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "segment_ids": segment_ids,
+        "positions": positions,
+        "token_type_ids": token_type_ids,
+    }
     arrays = {name: _as_array(x) for name, x in arguments.items() if x is not None}
     _check_arrays(arrays)
     B, T = arrays["input_ids"].shape

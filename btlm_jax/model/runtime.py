@@ -63,11 +63,6 @@ class Runtime:
         return jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether this runs on CPUs, whose compiler needs other forms of some products."""
-        return sharding.mesh_platform(self.mesh) == "cpu"
-
-    @property
     def attention_shard(self) -> PartitionSpec | None:
         """The mesh axes of batch, heads and queries in attention; None without a mesh."""
         return self.axes("batch", "heads", "sequence")
