@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -15,6 +16,7 @@ from btlm_jax import BTLMConfig, make_mesh
 from btlm_jax.checkpoint import quantization
 from btlm_jax.checkpoint.quantization import Quantization
 from btlm_jax.model import packed, weights
+from btlm_jax.model.einsum import einsum
 from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import flatten_tree, init_params
 
@@ -102,6 +104,33 @@ def error_bound(x: np.ndarray, w: PackedWeight, dtype: str, on_cpu: bool) -> np.
         half_step = half_step.reshape(*half_step.shape, *(1,) * (w_abs.ndim - 1))
         bound = bound + half_step * w_abs.sum(-1) * 1.01
     return bound
+
+
+@pytest.mark.parametrize("axes", [{}, dict(fsdp=2, tensor=4)], ids=["one device", "mesh"])
+def test_one_einsum_takes_arrays_and_packed_weights(params, axes):
+    """Its equation names the dimensions of the table, whatever the layout of the weight."""
+    sizes, split = dict(b=2, t=3, d=64, h=4, k=16), dict(b="fsdp", h="tensor")
+    equations = {
+        "attn/c_attn": "btd,dchk->btchk",
+        "attn/c_proj": "bthk,hkd->btd",
+        "mlp/c_fc": "btd,df->btf",
+    }
+    for name, equation in equations.items():
+        terms, result = equation.split("->")
+        x_dims, w_dims = terms.split(",")
+        array = flatten_tree(params)["blocks", *name.split("/"), "kernel"][0]
+        w = packed_weight(params, name, "float32")
+        x = jax.random.normal(jax.random.key(1), [sizes[dim] for dim in x_dims])
+        expected = einsum(equation, x, array)
+        mesh, shardings = contextlib.nullcontext(), {}
+        if axes:
+            mesh = jax.set_mesh(make_mesh(**axes))
+            x_spec, w_spec, out = (jax.P(*map(split.get, d)) for d in (x_dims, w_dims, result))
+            shardings = dict(out_sharding=out, w_gathered=w_spec)
+        with mesh:
+            x = jax.reshard(x, x_spec) if axes else x
+            got = jax.jit(functools.partial(einsum, equation, **shardings))(x, w)
+        np.testing.assert_allclose(got, expected, atol=2e-6)  # fp32 sums of 64 terms of size 0.1
 
 
 def test_int8_on_cpus_rounds_each_row_of_inputs_by_its_own_scale(params):
