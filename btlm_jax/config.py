@@ -147,6 +147,12 @@ class BTLMConfig:
         return self.n_positions if self.positions is Positions.LEARNED else None
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: none, one or several."""
+        value = self.eos_token_id
+        return value if isinstance(value, tuple) else () if value is None else (value,)
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP is SwiGLU, with two input projections."""
         return self.activation_function == "swiglu"

@@ -54,7 +54,7 @@ def normalize_values(raw: Mapping[str, Any]) -> dict[str, Any]:
             )
     for name in _INTEGERS:
         if name in values:
-            values[name] = _integer(values[name])
+            values[name] = as_integer(values[name])
     for name in _TOKEN_IDS:
         if name in values:
             values[name] = _token_ids(values[name])
@@ -67,15 +67,15 @@ def normalize_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _integer(value: Any) -> Any:
-    """Returns 64 for 64.0, and any other value unchanged."""
+def as_integer(value: Any) -> Any:
+    """Returns 64 for 64.0, as some tools write integers, and any other value unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _token_ids(value: Any) -> Any:
     """Returns an id, a tuple of several ids, or None if there is none."""
     if not isinstance(value, list | tuple):
-        value = _integer(value)
+        value = as_integer(value)
         return None if value == -1 and not isinstance(value, bool) else value
-    ids = tuple(dict.fromkeys(_integer(x) for x in value if x is not None and x != -1))
+    ids = tuple(dict.fromkeys(as_integer(x) for x in value if x is not None and x != -1))
     return ids if len(ids) > 1 else ids[0] if ids else None

@@ -71,3 +71,8 @@ def test_scaling_and_slopes_belong_to_alibi():
         AlibiScaling(factor=4.0, train_seq_len=8)
     with pytest.raises(ValueError, match="alibi_slopes"):
         BTLMConfig(alibi_slopes=(0.5,))
+
+
+@pytest.mark.parametrize("value, ids", [(None, ()), (5, (5,)), ((5, 6), (5, 6))])
+def test_eos_token_ids_are_none_one_or_several(value, ids):
+    assert dataclasses.replace(BTLMConfig.preset("tiny"), eos_token_id=value).eos_token_ids == ids

@@ -101,7 +101,8 @@ def _verdict(judged: JudgedRun, family_runs: int) -> str:
         return "in family"
     where = f"at {v.left_at:.0%}, noticed at {v.noticed_at:.0%}, now {v.excess:+.1%}"
     if others == 1:
-        return f"undecided: differs from the only {'other ' * judged.finished}finished run {where}"
+        other = "other finished" if judged.finished else "finished"
+        return f"undecided: differs from the only {other} run {where}"
     out = "left" if judged.member or not judged.finished else "not of the family: left"
     return f"{out} {where}"
 

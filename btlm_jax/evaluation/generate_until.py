@@ -78,7 +78,7 @@ def until_rules(
             "decoding or sampling (do_sample, temperature, top_k, top_p ...): leave it out"
         )
     try:
-        named = known_arguments(named, alibi=True)
+        named = known_arguments(named, alibi=False)  # no position_ids
         options.GenerationOptions.from_kwargs(named)
         options_json = json.dumps(named, sort_keys=True)
     except (ValueError, TypeError) as e:

@@ -24,6 +24,7 @@ from btlm_jax.generation.transformers_arguments import (
     is_refused,
     known_arguments,
 )
+from btlm_jax.hf_config_values import as_integer
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.utils.notices import warn_once
 
@@ -161,7 +162,7 @@ def _file_defaults(
             continue
         if name in ("eos_token_id", "pad_token_id"):
             ids = value if isinstance(value, list) else [value]
-            usable = [t for t in map(_integral, ids) if _is_token(t, config.vocab_size)]
+            usable = [t for t in map(as_integer, ids) if _is_token(t, config.vocab_size)]
             if len(usable) < len(ids) and ids != [-1]:  # -1 stands for none
                 unsupported.append(
                     f"{name}={value} (outside the vocabulary of {config.vocab_size})"
@@ -169,7 +170,7 @@ def _file_defaults(
             if usable:
                 defaults[name] = usable if name == "eos_token_id" else usable[0]
         elif name in _FROM_FILES:
-            defaults[name] = _integral(value) if name in _INTEGERS else value
+            defaults[name] = as_integer(value) if name in _INTEGERS else value
         elif is_refused(name, value) or name not in REFUSED:
             unsupported.append(f"{name}={_shortened(value)}")
     return defaults, unsupported
@@ -179,15 +180,11 @@ def _is_token(value: Any, vocab_size: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
-def _integral(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _changes(applied: Mapping[str, Any], config: BTLMConfig) -> list[str]:
     """Returns name=value for the values that are not those of a model without a file."""
     usual = {
         **_OPTION_DEFAULTS,
-        "eos_token_id": [config.eos_token_id],
+        "eos_token_id": list(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
         "min_length": 0,
     }

@@ -108,7 +108,7 @@ def resolve_eos_ids(eos_token_id: EosIds, config: BTLMConfig) -> tuple[int, ...]
     from_config = isinstance(eos_token_id, str)
     if from_config and eos_token_id != "config":
         raise ValueError(f"eos_token_id: found {eos_token_id!r}, expected ids, None or 'config'")
-    value = config.eos_token_id if from_config else eos_token_id
+    value = config.eos_token_ids if from_config else eos_token_id
     array = np.atleast_1d([] if value is None else np.asarray(value))
     if array.size and not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"eos_token_id: found {value!r}, expected token ids")
