@@ -48,7 +48,7 @@ def test_a_run_killed_before_any_change_resumes(work, conversions, server, tmp_p
     # Every change up to the second tensor, then samples.
     second = [i for i, (_, path) in enumerate(changes) if "/finished/" in path][2]
     renamed = max(i for i, (event, _) in enumerate(changes) if event == "os.rename")
-    samples = [*range(second, renamed, 5), renamed, *range(renamed + 1, len(changes), 20)]
+    samples = [*range(second, renamed, 10), renamed, *range(renamed + 1, len(changes), 30)]
     resumed, complete = set(), 0
     for at, target in server.kill_at(work, source, tmp_path, [*range(second), *samples]):
         if at > renamed:  # only leftovers remained to be removed
@@ -66,7 +66,7 @@ def test_a_run_killed_before_any_change_resumes(work, conversions, server, tmp_p
             assert files.items() <= file_identities(target, target.rglob("*")).items()
             resumed.add(len(pieces))
         assert_complete(target, expected)
-    assert resumed >= {0, 1, total} and len(resumed) > 7 and complete > 1
+    assert resumed >= {0, 1, total} and len(resumed) > 5 and complete > 1
 
 
 @WORKS
@@ -109,7 +109,7 @@ def test_a_run_killed_while_replacing_leaves_the_old_or_the_new_target(
     assert states.count("set aside") == 1 and states.count("old") > 5 and states.count("new") > 2
 
 
-@pytest.mark.parametrize("work, kills", [("convert", 24), ("export", 12)])
+@pytest.mark.parametrize("work, kills", [("convert", 12), ("export", 6)])
 def test_runs_killed_at_random_moments_resume(work, kills, conversions, server, tmp_path):
     """Several threads, and moments between file system changes; runs are killed repeatedly."""
     source, expected = conversions.source_and_result(work)
@@ -148,7 +148,7 @@ def test_a_run_killed_while_starting_over_leaves_nothing_wrong(work, conversions
     interrupt_after(3, work, source, tmp_path / "c")
     changes = server.run(work, other, tmp_path / "c", at=-1)["changes"]
     started = [path for _, path in changes].index(".c.partial/key.json.new")
-    wrong, points = [], range(0, started + 1, 3)
+    wrong, points = [], range(0, started + 1, 6)
     for at in points:
         interrupt_after(3, work, source, tmp_path / str(at) / "c")
     for at, target in server.kill_at(work, other, tmp_path, points):

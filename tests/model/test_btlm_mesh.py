@@ -43,8 +43,8 @@ def padded_params(**sizes):
 @pytest.mark.parametrize(
     "sizes",
     [
-        dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2), dict(tensor=4),
-        dict(fsdp=4, context=2), dict(data=2, context=2, tensor=2), dict(context=8),
+        dict(fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(fsdp=4, context=2),
+        dict(data=2, context=2, tensor=2), dict(context=8),
     ],
 )  # fmt: skip
 def test_meshes_equal_one_device(on_one_device, sizes):
@@ -65,9 +65,7 @@ def test_meshes_equal_one_device(on_one_device, sizes):
         assert not padded.any()  # padding gets no gradient
 
 
-@pytest.mark.parametrize(
-    "sizes", [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, context=2, tensor=2)]
-)
+@pytest.mark.parametrize("sizes", [dict(fsdp=4, tensor=2), dict(data=2, context=2, tensor=2)])
 def test_caches_on_meshes_equal_one_device(on_one_device, sizes):
     many = padded_params(**sizes)
     cache = PADDED.init_cache(many, 8, 32)

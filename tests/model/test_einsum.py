@@ -90,7 +90,7 @@ def test_gradients_are_sharded_like_the_operands(sequence):
 SHARDED = dict(fsdp=2, context=2, tensor=2)
 
 
-@pytest.mark.parametrize("length, mesh", [(24, None), (24, SHARDED), (256, SHARDED)])
+@pytest.mark.parametrize("length, mesh", [(24, None), (256, SHARDED)])
 def test_bf16_steps_learn_like_fp32_steps(length, mesh):
     """Losses agree up to bf16 rounding."""
     config = BTLMConfig.preset("tiny")

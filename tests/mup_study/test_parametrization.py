@@ -33,18 +33,24 @@ ONES = Rules(*np.ones(5, np.float32))
 @functools.cache
 def params(model=MODEL):
     """With biases and scales that are not 0 and 1, so that a factor on them shows."""
-    drawn = model.init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(drawn)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
+    random = np.random.default_rng(1)
+
+    def with_noise(x):
+        return np.asarray(x) + 0.1 * random.standard_normal(x.shape, np.float32)
+
+    return jax.tree.map(with_noise, model.init(jax.random.key(0)))
 
 
-def loss_and_gradient(model, rules=ONES):
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_gradient(model, params, rules):
     def loss(p):
         return target_loss(model, reparametrize(model, p, rules), TOKENS)[0]
 
-    return jax.jit(jax.value_and_grad(loss))(params(model))
+    return jax.value_and_grad(loss)(params)
+
+
+def loss_and_gradient(model, rules=ONES):
+    return _loss_and_gradient(model, params(model), rules)
 
 
 def assert_close(a, b, tolerance=1e-5):
@@ -115,8 +121,12 @@ def test_a_hidden_rate_of_m_is_adamw_without_mup():
         objective, found = target_loss(MODEL, p, TOKENS)
         return objective / found.tokens
 
-    updates, _ = blind.update(jax.grad(mean)(before), blind.init(before), before)
-    expected = flatten_tree(optax.apply_updates(before, updates))
+    @jax.jit
+    def update(before):
+        updates, _ = blind.update(jax.grad(mean)(before), blind.init(before), before)
+        return optax.apply_updates(before, updates)
+
+    expected = flatten_tree(update(before))
     after, _ = parametrization.trial_step(MODEL, trial, TOKENS, np.float32(0.05), rules)
     got = flatten_tree(after.params)
     for w in weights.weight_table(MODEL.config):

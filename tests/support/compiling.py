@@ -8,12 +8,13 @@ import tempfile
 
 # LLVM optimizes nothing, which halves the time of a compilation; tests run little of what they
 # compile. What XLA does before LLVM, fusion and buffer assignment, stays.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+_QUICK_FLAGS = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
+QUICK_TO_COMPILE = " ".join(_QUICK_FLAGS)
 # On a busy machine the threads of 8 devices may wait long for each other; XLA's own limit is 40 s.
 _FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    QUICK_TO_COMPILE,
+    *_QUICK_FLAGS,
 )
 _CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 
 import pytest
 
-from btlm_jax.train.bench import convert_bench
+from btlm_jax.train.bench import convert_bench, random_checkpoint
 from btlm_jax.utils.format import parse_bytes
 
 
@@ -39,7 +40,9 @@ def test_conversion_stays_within_its_memory_budget(tmp_path, capsys):
     assert not os.listdir(tmp_path)
 
 
-def test_loading_reports_rates_and_keeps_files_on_request(tmp_path, capsys):
+def test_loading_reports_rates_and_keeps_files_on_request(tmp_path, capsys, monkeypatch):
+    small = functools.partial(random_checkpoint.write_random_checkpoint, preset="tiny")
+    monkeypatch.setattr(convert_bench, "write_random_checkpoint", small)
     convert_bench.bench_load(directory=tmp_path / "b", layers=1, keep=True)
     assert capsys.readouterr().out.count("x the weights in memory") == 2
     assert (tmp_path / "b" / "orbax").is_dir()
