@@ -28,14 +28,17 @@ def pytest_unconfigure() -> None:
 
 # Files that take minutes start first, so that no worker is left with one at the end.
 _LONG_FILES = (
+    "generation/test_generate.py",
     "train/test_processes.py",
-    "mup_study/test_coord_check.py",
     "train/test_loop.py",
     "test_notebooks.py",
-    "generation/test_generate.py",
+    "mup_study/test_transfer.py",
+    "train/aot/test_compile.py",
     "generation/test_continuous_batching.py",
-    "model/test_mup.py",
     "model/test_btlm_original.py",
+    "mup_study/test_coord_check.py",
+    "train/demo/test_quickstart.py",
+    "model/test_mup.py",
 )
 
 

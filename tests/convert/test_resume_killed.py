@@ -48,7 +48,7 @@ def test_a_run_killed_before_any_change_resumes(work, conversions, server, tmp_p
     # Every change up to the second tensor, then samples.
     second = [i for i, (_, path) in enumerate(changes) if "/finished/" in path][2]
     renamed = max(i for i, (event, _) in enumerate(changes) if event == "os.rename")
-    samples = [*range(second, renamed, 10), renamed, *range(renamed + 1, len(changes), 30)]
+    samples = [*range(second, renamed, 10), renamed, *range(renamed + 1, len(changes), 20)]
     resumed, complete = set(), 0
     for at, target in server.kill_at(work, source, tmp_path, [*range(second), *samples]):
         if at > renamed:  # only leftovers remained to be removed
