@@ -17,8 +17,9 @@ from btlm_jax.generation import beam_search, decode
 from btlm_jax.generation.decode import DecodeResult, DecodeSpec, RowInputs
 from btlm_jax.generation.prefill import PromptState
 from btlm_jax.generation.sampling import draw_tokens
-from btlm_jax.model import kv_cache, sharding
+from btlm_jax.model import forward, kv_cache, sharding
 from btlm_jax.model.kv_cache import KVCache
+from btlm_jax.model.runtime import Runtime
 
 
 class BeamState(NamedTuple):
@@ -45,10 +46,10 @@ def start_loop(
     capacity: int,
 ) -> BeamState:
     """Starts searches and takes their first step; arguments as for `sample_loop.start_loop`."""
-    model, K = spec.model, spec.num_beams
-    with sharding.on_mesh(model.runtime(params).mesh):
+    runtime, K = spec.model.runtime(params), spec.num_beams
+    with sharding.on_mesh(runtime.mesh):
         B, S = len(prompt.logits), ids.shape[1]
-        cache = model.fork(params, prompt.cache, K, capacity)
+        cache = forward.fork_cache(runtime, params, prompt.cache, K, capacity)
         logits = prompt.logits[decode.prompt_index(spec, B)]
         histories = {
             "ids": ids.reshape(B, K, S),
@@ -64,7 +65,7 @@ def start_loop(
             dataclasses.replace(cache, prefix=None),
             decode.score_buffers(spec, logits),
         )
-        return _append_tokens(spec, params, state, logits, stop_table)
+        return _append_tokens(spec, runtime, state, logits, stop_table)
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="state")
@@ -76,6 +77,8 @@ def advance_loop(
     Arguments are as for `sample_loop.advance_loop`.
     """
 
+    runtime = spec.model.runtime(params)
+
     def unfinished(carry):
         i, state = carry
         return (i < steps) & state.beams.unfinished
@@ -86,11 +89,11 @@ def advance_loop(
         ids = ids.reshape(-1, ids.shape[-1])
         length = jnp.broadcast_to(s.length, len(ids))
         cache = dataclasses.replace(s.cache, prefix=prompt_cache)
-        logits, cache = decode.decode_logits(spec, params, s.rows, ids, length, cache)
+        logits, cache = decode.decode_logits(runtime, params, s.rows, ids, length, cache)
         s = s._replace(cache=dataclasses.replace(cache, prefix=None))
-        return i + 1, _append_tokens(spec, params, s, logits, stop_table)
+        return i + 1, _append_tokens(spec, runtime, s, logits, stop_table)
 
-    with sharding.on_mesh(spec.model.runtime(params).mesh):
+    with sharding.on_mesh(runtime.mesh):
         return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 
@@ -114,7 +117,7 @@ def loop_result(s: BeamState, num_return_sequences: int) -> DecodeResult:
 
 
 def _append_tokens(
-    spec: DecodeSpec, params: Any, s: BeamState, logits: jax.Array, stop_table
+    spec: DecodeSpec, runtime: Runtime, s: BeamState, logits: jax.Array, stop_table
 ) -> BeamState:
     rows, search = s.rows, s.rows.options.search
     assert search is not None
@@ -164,7 +167,6 @@ def _append_tokens(
         per_search(search.allows_longer),
         per_search(rows.active),
     )
-    runtime = spec.model.runtime(params)
     parents = runtime.shard(jnp.take_along_axis(candidates.parents, survivors, 1), "batch", None)
     return BeamState(
         rows,

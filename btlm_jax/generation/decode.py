@@ -23,10 +23,11 @@ from btlm_jax.generation.prefill import next_logits
 from btlm_jax.generation.processors import Processor, ProcessorContext, apply_processors
 from btlm_jax.generation.row_options import RowOptions, RuleSizes
 from btlm_jax.generation.sampling import warp_scores
-from btlm_jax.model import sharding
+from btlm_jax.model import forward, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.positions import count_positions
+from btlm_jax.model.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +90,19 @@ def num_batch_shards(model: BTLM, params: Any) -> int:
 
 
 def decode_logits(
-    spec: DecodeSpec, params: Any, rows: RowInputs, ids_RS, length_R, cache: KVCache
+    runtime: Runtime, params: Any, rows: RowInputs, ids_RS, length_R, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Runs the model over the last token of each row.
 
     Returns:
       The logits of the next token, fp32 [R, V], and the cache with the last token added.
     """
-    model = spec.model
     token = jnp.take_along_axis(ids_RS, length_R[:, None] - 1, 1)
     num_earlier = (rows.num_valid + length_R - rows.prompt_length - 1)[:, None]
-    positions = count_positions(model.config, jnp.ones_like(token), num_earlier)
-    outputs: Any = model.hidden(params, token, positions=positions, cache=cache)
+    positions = count_positions(runtime.config, jnp.ones_like(token), num_earlier)
+    outputs: Any = forward.hidden(runtime, params, token, positions=positions, cache=cache)
     h, cache = outputs
-    return next_logits(model, params, h), cache
+    return next_logits(runtime, params, h), cache
 
 
 def prompt_index(spec: DecodeSpec, num_prompts: int) -> jax.Array:

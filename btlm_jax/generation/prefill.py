@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from btlm_jax.model import kv_cache, sharding
+from btlm_jax.model import forward, kv_cache, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.positions import count_positions
+from btlm_jax.model.runtime import Runtime
 
 
 class PromptState(NamedTuple):
@@ -41,10 +42,11 @@ def prefill(
       capacity: slots of the cache, >= P.
       dtype: dtype of the cache (`BTLM.init_cache`).
     """
-    with sharding.on_mesh(model.runtime(params).mesh):
+    runtime = model.runtime(params)
+    with sharding.on_mesh(runtime.mesh):
         # Created inside jit: an argument would stay in memory beside the result.
-        cache = model.init_cache(params, ids.shape[0], capacity, dtype=dtype)
-        return _prefill(model, params, ids, mask, length, cache, 0)
+        cache = forward.init_cache(runtime, params, ids.shape[0], capacity, dtype=dtype)
+        return _prefill(runtime, params, ids, mask, length, cache, 0)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "capacity"))
@@ -60,34 +62,41 @@ def extend_prefill(
       cache: the cache of the beginnings; it is not modified.
       capacity: slots of the new cache, including those for the padding of `ids`.
     """
-    with sharding.on_mesh(model.runtime(params).mesh):
+    runtime = model.runtime(params)
+    with sharding.on_mesh(runtime.mesh):
         cache = kv_cache.resized(cache, capacity)
         is_valid = jnp.where(cache.segment_ids > 0, 1, 0)
         is_valid = is_valid * (jnp.arange(cache.capacity) < cache.length[:, None])
         num_valid = is_valid.sum(1, keepdims=True)
-        return _prefill(model, params, ids, None, length, cache, num_valid)
+        return _prefill(runtime, params, ids, None, length, cache, num_valid)
 
 
 def _prefill(
-    model: BTLM, params: Any, ids, mask, length, cache: KVCache, num_earlier
+    runtime: Runtime, params: Any, ids, mask, length, cache: KVCache, num_earlier
 ) -> PromptState:
     slot, lengths = jnp.arange(ids.shape[1]), jnp.broadcast_to(length, len(ids))
     ids = jnp.where(slot < lengths[:, None], ids, 0)
     counted = jnp.ones_like(ids) if mask is None else mask
-    positions = count_positions(model.config, counted, num_earlier)
+    positions = count_positions(runtime.config, counted, num_earlier)
     longest = lengths.max()
-    outputs: Any = model.hidden(
-        params, ids, attention_mask=mask, positions=positions, cache=cache, length=longest
+    outputs: Any = forward.hidden(
+        runtime,
+        params,
+        ids,
+        attention_mask=mask,
+        positions=positions,
+        cache=cache,
+        length=longest,
     )
     h, cache = outputs
     cache = dataclasses.replace(cache, length=cache.length - longest + lengths)
     # A sum instead of a gather, because the rows may be sharded.
-    is_last = model.runtime(params).shard(slot == lengths[:, None] - 1, "batch", None)
+    is_last = runtime.shard(slot == lengths[:, None] - 1, "batch", None)
     last_h = jnp.where(is_last[:, :, None], h, 0).sum(1, keepdims=True)
-    return PromptState(cache, next_logits(model, params, last_h))
+    return PromptState(cache, next_logits(runtime, params, last_h))
 
 
-def next_logits(model: BTLM, params: Any, h_R1D: jax.Array) -> jax.Array:
+def next_logits(runtime: Runtime, params: Any, h_R1D: jax.Array) -> jax.Array:
     """Returns logits, fp32 [R, V], replicated: every device then selects the same tokens."""
-    logits = model.logits(params, h_R1D)
-    return model.runtime(params).shard(logits, None, None, None)[:, 0]
+    logits = forward.logits(runtime, params, h_R1D)
+    return runtime.shard(logits, None, None, None)[:, 0]

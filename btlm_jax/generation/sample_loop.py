@@ -18,7 +18,7 @@ from btlm_jax.generation import decode
 from btlm_jax.generation.decode import DecodeResult, DecodeSpec, RowInputs
 from btlm_jax.generation.prefill import PromptState
 from btlm_jax.generation.sampling import draw_tokens
-from btlm_jax.model import sharding
+from btlm_jax.model import forward, sharding
 from btlm_jax.model.kv_cache import KVCache
 
 
@@ -58,9 +58,10 @@ def start_loop(
       stop_state: state of the stop automaton after the prompts, int32 [R], or None.
       capacity: initial slots for new tokens.
     """
-    model = spec.model
-    with sharding.on_mesh(model.runtime(params).mesh):
-        cache = model.fork(params, prompt.cache, spec.rows_per_prompt, capacity)
+    runtime = spec.model.runtime(params)
+    with sharding.on_mesh(runtime.mesh):
+        copies = spec.rows_per_prompt
+        cache = forward.fork_cache(runtime, params, prompt.cache, copies, capacity)
         logits = prompt.logits[decode.prompt_index(spec, prompt.logits.shape[0])]
         state = SampleState(
             rows,
@@ -96,6 +97,7 @@ def advance_loop(
       steps: int32.
       patience: int32; None means all rows.
     """
+    runtime = spec.model.runtime(params)
     patience = len(state.done) if patience is None else patience
 
     def unfinished(carry):
@@ -105,13 +107,13 @@ def advance_loop(
     def step(carry):
         i, s = carry
         cache = dataclasses.replace(s.cache, prefix=prompt_cache)
-        logits, cache = decode.decode_logits(spec, params, s.rows, s.ids, s.length, cache)
+        logits, cache = decode.decode_logits(runtime, params, s.rows, s.ids, s.length, cache)
         # Rows that are done use no more slots.
         length = jnp.where(s.done, s.cache.length, cache.length)
         s = s._replace(cache=dataclasses.replace(cache, length=length, prefix=None))
         return i + 1, _append_token(spec, s, logits, stop_table)
 
-    with sharding.on_mesh(spec.model.runtime(params).mesh):
+    with sharding.on_mesh(runtime.mesh):
         return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from btlm_jax.generation import decode, prompts
-from btlm_jax.model import sharding
+from btlm_jax.model import forward, sharding
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.chunked_loss import token_predictions
 from btlm_jax.model.params import Params
@@ -66,7 +66,9 @@ def _score(model: BTLM, params: Params, ids, mask, length):
     runtime = model.runtime(params)
     with sharding.on_mesh(runtime.mesh):
         positions = count_positions(model.config, mask)
-        h, _ = model.hidden(params, ids, attention_mask=mask, positions=positions, length=length)
+        h, _ = forward.hidden(
+            runtime, params, ids, attention_mask=mask, positions=positions, length=length
+        )
         targets = jnp.concatenate([ids[:, 1:], ids[:, :1]], 1)
         nll = token_predictions(runtime, params, h, targets).nll
         logprobs = runtime.shard(-nll, "batch", None)
