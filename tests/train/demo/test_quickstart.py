@@ -93,8 +93,7 @@ def test_a_small_run_works_end_to_end(tmp_path, capsys):
 
 def test_a_stopped_run_prints_how_to_resume(tmp_path, capsys, monkeypatch):
     sizes = ("n_embd=64", "n_head=1", "n_inner=8", "n_layer=1", "mup_width_scale=1.0")
-    overrides = [f"model.fields.{x}" for x in (*sizes, "vocab_size=512")]
-    overrides.append("phases.0.length=64")
+    overrides = [f"model.fields.{x}" for x in sizes]
     monkeypatch.setattr(preemption.StopSignal, "requested", lambda self, step: step == 1)
     quickstart.run_quickstart(tmp_path / "it's", steps=2, overrides=overrides)
     out = capsys.readouterr().out
