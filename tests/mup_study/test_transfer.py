@@ -225,15 +225,15 @@ def test_mup_transfers_and_sp_does_not(tmp_path):
     """The whole claim, at four times the base width: by the command, compiled with optimizations.
 
     One seed leaves the verdict undecided, so the measurements themselves are judged. Measured:
-    -0.08 octaves per doubling, and -1.07 in the standard parametrization.
+    +0.13 octaves per doubling, and -1.21 in the standard parametrization.
     """
     command = [sys.executable, "-m", "btlm_jax.cli", "transfer", str(tmp_path / "t")]
-    command += ["--widths", "64", "256", "--steps", "50", "--seeds", "1"]
+    command += ["--widths", "48", "192", "--steps", "50", "--seeds", "1"]
     env = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 3 and "UNDECIDED" in done.stdout, done.stdout + done.stderr
     found = json.loads((tmp_path / "t/transfer.json").read_text())
     mup, sp = found["muP"], found["SP"]
     assert abs(mup["octaves_per_doubling"]) <= 0.35 and sp["octaves_per_doubling"] <= -0.7
-    assert mup["widths"]["256"]["regret"] <= MUP_REGRET
-    assert sp["widths"]["256"]["regret"] >= SP_REGRET
+    assert mup["widths"]["192"]["regret"] <= MUP_REGRET
+    assert sp["widths"]["192"]["regret"] >= SP_REGRET
