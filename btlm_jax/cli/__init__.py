@@ -209,9 +209,12 @@ def _command_class(home: str) -> type:
 
 def _describe(error: BaseException) -> str:
     """Returns the message of an error; one of the operating system begins with the file."""
-    if isinstance(error, OSError) and error.filename and str(error).startswith("[Errno"):
-        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
-        return f"{name}: {error.strerror}{_ADVICE.get(error.errno or 0, '')}"
+    if isinstance(error, OSError) and str(error).startswith("[Errno"):
+        code, text, name = error.errno or 0, error.strerror or "", error.filename
+        if name:
+            text = f"{os.fsdecode(name) if isinstance(name, bytes) else name}: {text}"
+        # A message of ours says what to do.
+        return text + (_ADVICE.get(code, "") if error.strerror == os.strerror(code) else "")
     return str(error)
 
 

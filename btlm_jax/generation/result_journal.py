@@ -2,7 +2,7 @@
 
 While a command runs, its results are appended to TARGET.partial, in the order in which they are
 finished. The file's first line is a key that identifies the run; every other line is
-[number, fields]. TARGET appears once all results are there.
+[number, fields, checksum]. TARGET appears once all results are there.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ResultJournal:
     def add(self, number: int, fields: Mapping[str, Any]) -> None:
         """Records a result."""
         if self._file is not None:
-            self._file.write(encode_line([number, fields]))
+            self._file.write(encode_line([number, fields, _checksum(number, fields)]))
             self._file.flush()
         self.results[number] = dict(fields)
 
@@ -121,8 +121,10 @@ def _resume(
     damaged = []
     for line_number, line in enumerate(rest, start=2):
         try:
-            number, fields = json.loads(line)
-            results[int(number)] = dict(fields)
+            number, fields, checksum = json.loads(line)
+            if checksum != _checksum(number, fields):
+                raise ValueError("the line was changed")
+            results[number] = fields
         except (ValueError, TypeError, RecursionError):
             damaged.append(line_number)
     if first == header:
@@ -151,6 +153,11 @@ def _resume(
         f"{partial} holds {len(results)} results of another run ({differences}): run that one to "
         "its end, choose another name, or pass overwrite=True to drop them"
     )
+
+
+def _checksum(number: int, fields: Mapping[str, Any]) -> str:
+    """Returns a hash of a result, which tells whether its line still is what was written."""
+    return hashlib.blake2b(json.dumps([number, fields]).encode(), digest_size=8).hexdigest()
 
 
 def _partial_path(target: Path) -> Path:

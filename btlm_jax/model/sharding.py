@@ -76,7 +76,14 @@ def make_mesh(
     if len(free) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
         raise ValueError(f"mesh sizes: found {sizes}, expected positive ints and at most one -1")
     if free:
-        sizes[free[0]] = len(devices) // math.prod(n for n in sizes.values() if n != -1)
+        others = math.prod(n for n in sizes.values() if n != -1)
+        if len(devices) % others:
+            given = ", ".join(f"{name} = {n}" for name, n in sizes.items() if n > 1)
+            raise ValueError(
+                f"mesh: {given} needs a multiple of {others} devices, found {len(devices)}: choose "
+                "sizes whose product divides it"
+            )
+        sizes[free[0]] = len(devices) // others
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(
             f"mesh {sizes} needs {math.prod(sizes.values())} devices, found {len(devices)}: "

@@ -94,7 +94,8 @@ def transfer(
     # Three learning rates for each; the search extends this estimate.
     points = {(stored_name(p, w, family.widths), w) for p in COMPARED for w in family.widths}
     expected = sum(3 * seeds * steps * family.cost(w) for _, w in points)
-    with (directory / _RUNS).open("a+", encoding="utf-8") as log:
+    # Damaged bytes must reach the error about their line.
+    with (directory / _RUNS).open("a+", encoding="utf-8", errors="surrogateescape") as log:
         atomic.lock_file(log, directory)
         done = {run[:4]: run for run in _read_runs(log)}
         if done:
@@ -160,6 +161,11 @@ def _claim_directory(directory: Path, settings: dict[str, Any]) -> None:
     if file.exists():
         before = json_files.read_object(file, "choose another directory")
         now = json.loads(json.dumps(settings))
+        if missing := [name for name in now if name not in before]:
+            raise ValueError(
+                f"{file} does not hold {', '.join(missing)}, so it is not known which sweep this "
+                "is: choose another directory"
+            )
         if changed := [k for k in {**before, **now} if before.get(k) != now.get(k)]:
             raise ValueError(
                 f"{directory} holds a sweep that differs in {', '.join(changed)} (found "
@@ -178,19 +184,35 @@ def _read_runs(log: IO[str]) -> list[SweepRun]:
     log.seek(0)
     lines = log.read().splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
-        log.truncate(sum(len(line.encode()) for line in lines[:-1]))
+        log.truncate(sum(len(line.encode(errors="surrogateescape")) for line in lines[:-1]))
         del lines[-1]
     runs = []
     for number, line in enumerate(lines, start=1):
         try:
-            run = SweepRun(**json.loads(line))
-        except (json.JSONDecodeError, TypeError):
+            runs.append(_parse_run(line))
+        except (ValueError, TypeError, RecursionError):
             raise ValueError(
                 f"{log.name}, line {number}: found {line.strip()[:60]!r}, expected a run; delete "
                 "the line to repeat that run"
             ) from None
-        runs.append(run._replace(loss=math.inf) if run.loss is None else run)
     return runs
+
+
+def _parse_run(line: str) -> SweepRun:
+    """Returns the run in a line; a loss of null stands for one that diverged.
+
+    Raises:
+      ValueError, TypeError: the line holds something else.
+    """
+    run = SweepRun(**json.loads(line))
+    integers = (run.width, run.exponent, run.seed)
+    if run.parametrization not in COMPARED or any(type(x) is not int for x in integers):
+        raise ValueError("a run names a parametrization, a width, an exponent and a seed")
+    if run.loss is None:
+        return run._replace(loss=math.inf)
+    if type(run.loss) not in (int, float) or not math.isfinite(run.loss):
+        raise ValueError("a loss is finite or null")
+    return run
 
 
 def warmup_and_decay(steps: int, warmup: float = 0.1) -> Sequence[float]:

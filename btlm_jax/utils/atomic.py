@@ -202,7 +202,11 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.rename(temporary, path)
+    try:
+        os.rename(temporary, path)
+    except IsADirectoryError as e:  # the error would name the temporary file
+        temporary.unlink()
+        raise IsADirectoryError(e.errno, e.strerror, os.fspath(path)) from None
 
 
 def lock_file(file: IO[Any], target: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -319,3 +320,12 @@ def test_a_refused_tokenization_leaves_nothing_and_names_options_without_effect(
 def test_options_that_would_do_nothing_are_refused_before_anything_is_read(argv, message, capsys):
     code, out, err = run(capsys, *argv.split())
     assert (code, out) == (2, "") and message in err
+
+
+def test_errors_of_the_operating_system_are_told_without_their_number():
+    full = os.strerror(errno.ENOSPC)
+    explained = "no space for x: 2 KiB are to be written; free space"
+    advice = ": free space, or choose another disk"
+    assert cli._describe(OSError(errno.ENOSPC, explained)) == explained
+    assert cli._describe(OSError(errno.ENOSPC, full)) == full + advice
+    assert cli._describe(OSError(errno.ENOSPC, full, "x")) == f"x: {full}{advice}"

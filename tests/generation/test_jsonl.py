@@ -155,12 +155,23 @@ def test_other_journals_are_refused_and_unchanged(tmp_path):
 
 
 def test_damaged_results_are_computed_again_and_the_others_kept(tmp_path, caplog):
-    partial = tmp_path / "out.jsonl.partial"
-    kept = '[1, {"text": "b"}]\n'
-    partial.write_text(f'{{"a": 1}}\n[0, {{"te\n\0\0\0\n{kept}[2]\nnull\n')
-    with result_journal.open_journal(tmp_path / "out.jsonl", {"a": 1}, overwrite=False) as journal:
-        assert journal.results == {1: {"text": "b"}}
-    assert "damaged lines (2, 3, 5, 6); their results are computed again" in caplog.text
+    target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        result_journal.open_journal(target, {"a": 1}, overwrite=False) as journal,
+    ):
+        for number in range(3):
+            journal.add(number, {"text": "b", "tokens": 1})
+        raise KeyboardInterrupt
+    header, kept, shorter, other = partial.read_text().splitlines(keepends=True)
+    shorter = shorter.replace(', "tokens": 1', "")  # valid JSON that lacks a field
+    other = other.replace('"b"', '"c"')
+    partial.write_text(f'{header}[0, {{"te\n\0\0\0\n{kept}[2]\nnull\n{shorter}{other}')
+    with result_journal.open_journal(target, {"a": 1}, overwrite=False) as journal:
+        assert journal.results == {0: {"text": "b", "tokens": 1}}
+    assert (
+        "damaged lines (2, 3, 5, 6, 7 and 1 more); their results are computed again" in caplog.text
+    )
 
 
 def test_several_continuations_have_an_index(capsys, bytes_checkpoint, source, tmp_path):

@@ -76,3 +76,10 @@ def test_colliding_and_unknown_axes_are_refused():
         sharding.partition_spec((("vocab", "fsdp"), ("embed", "fsdp")), "vocab", "embed")
     with pytest.raises(ValueError, match="no sharding rule"):
         sharding.partition_spec(sharding.RULES, "emebd")
+
+
+def test_sizes_that_leave_no_device_for_the_free_axis_are_refused():
+    with pytest.raises(ValueError, match="data = 9 needs a multiple of 9 devices, found 8"):
+        sharding.make_mesh(data=9)
+    with pytest.raises(ValueError, match="data = 3 needs a multiple of 3 devices, found 8"):
+        sharding.make_mesh(data=3)

@@ -177,9 +177,22 @@ def test_a_damaged_line_is_named(complete, corpus, tmp_path):
     directory, _ = complete
     broken = tmp_path / "d"
     shutil.copytree(directory, broken)
-    lines = (broken / "runs.jsonl").read_text().splitlines(keepends=True)
-    (broken / "runs.jsonl").write_text("".join([lines[0], "{oops}\n", *lines[2:]]))
-    with pytest.raises(ValueError, match=r"runs.jsonl, line 2: found '\{oops\}', expected a run"):
+    first, second, *rest = (broken / "runs.jsonl").read_bytes().splitlines(keepends=True)
+    run = json.loads(second)
+    changed = [{"loss": "2"}, {"loss": math.nan}, {"width": "64"}, {"seed": None}, {"extra": 1}]
+    for damaged in (b"{oops}", b"[1]", b"\xff", *(json.dumps(run | x).encode() for x in changed)):
+        (broken / "runs.jsonl").write_bytes(b"".join([first, damaged + b"\n", *rest]))
+        with pytest.raises(ValueError, match=r"runs.jsonl, line 2: found .*, expected a run"):
+            transfer.transfer(broken, FAMILY, corpus, **SMALL)
+
+
+def test_settings_that_lack_a_value_are_named(complete, corpus, tmp_path):
+    broken = tmp_path / "d"
+    shutil.copytree(complete[0], broken)
+    settings = json.loads((broken / "settings.json").read_text())
+    del settings["steps"]
+    (broken / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"settings.json does not hold steps, so"):
         transfer.transfer(broken, FAMILY, corpus, **SMALL)
 
 

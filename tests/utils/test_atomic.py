@@ -382,3 +382,10 @@ def test_write_text_is_atomic(tmp_path, monkeypatch, failing):
     monkeypatch.undo()
     atomic.write_text(path, "new")
     assert path.read_text() == "new" and names(tmp_path) == ["file"]
+
+
+def test_a_directory_in_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "file").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"file'$"):
+        atomic.write_text(epath.Path(tmp_path / "file"), "text")
+    assert names(tmp_path) == ["file"]
