@@ -21,6 +21,7 @@ FOLDERS = [
     "checkpoint",
     "generation",
     "evaluation",
+    "serving",
     "perf",
     "mup_study",
     "convert",

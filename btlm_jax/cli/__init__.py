@@ -34,7 +34,10 @@ COMMANDS = {
         "verify": "checkpoint_commands:Verify",
         "info": "checkpoint_commands:Info",
     },
-    "Generation": {"generate": "generate_command:Generate"},
+    "Generation": {
+        "generate": "generate_command:Generate",
+        "serve": "serve_command:Serve",
+    },
     "Training": {
         "tokenize": "train_commands:Tokenize",
         "train": "train_commands:Train",

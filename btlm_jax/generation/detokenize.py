@@ -31,18 +31,36 @@ def detokenize_stream(
     Bytes that never become a character are yielded at the end, as replacement characters. Empty
     pieces are not yielded. Arguments are as for `detokenize_continuation`.
     """
-    tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    ids = list(prompt[-_CONTEXT:])
-    text = yielded = tokenizer.decode(ids)
+    detokenizer = Detokenizer(tokenizer, prompt)
     for tokens in groups:
-        ids += tokens
-        text = tokenizer.decode(ids)
-        whole_characters = text.rstrip(_REPLACEMENT)
-        if len(whole_characters) > len(yielded):
-            yield whole_characters[len(yielded) :]
-            yielded = whole_characters
-        if text == yielded and len(ids) > 2 * _CONTEXT:
-            ids = ids[-_CONTEXT:]
-            text = yielded = tokenizer.decode(ids)
-    if len(text) > len(yielded):
-        yield text[len(yielded) :]
+        if text := detokenizer.push(tokens):
+            yield text
+    if text := detokenizer.flush():
+        yield text
+
+
+class Detokenizer:
+    """Text of tokens as they arrive; arguments are as for `detokenize_continuation`."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]):
+        self._tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._ids = list(prompt[-_CONTEXT:])
+        self._text = self._returned = self._tokenizer.decode(self._ids)
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Takes tokens, and returns the text that has become whole characters."""
+        self._ids += tokens
+        self._text = self._tokenizer.decode(self._ids)
+        whole_characters, new = self._text.rstrip(_REPLACEMENT), ""
+        if len(whole_characters) > len(self._returned):
+            new = whole_characters[len(self._returned) :]
+            self._returned = whole_characters
+        if self._text == self._returned and len(self._ids) > 2 * _CONTEXT:
+            self._ids = self._ids[-_CONTEXT:]
+            self._text = self._returned = self._tokenizer.decode(self._ids)
+        return new
+
+    def flush(self) -> str:
+        """Returns what is left at the end: replacement characters for bytes that are none."""
+        new, self._returned = self._text[len(self._returned) :], self._text
+        return new

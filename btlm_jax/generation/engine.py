@@ -85,7 +85,7 @@ class Engine:
         self.max_length = model.config.n_positions if max_length is None else max_length
         self._num_shards = decode.num_batch_shards(model, params)
         num_rows = -(-rows // self._num_shards) * self._num_shards
-        self._chunk, self._queue_size, self._cache_dtype = chunk, queue_size, cache_dtype
+        self.chunk, self._queue_size, self._cache_dtype = chunk, queue_size, cache_dtype
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self._queue: collections.deque[Handle] = collections.deque()
         self._reading: tuple[Handle, ChunkedPrefill] | None = None
@@ -199,7 +199,7 @@ class Engine:
                 return
             handle = self._queue.popleft()
             cache, length = self.prefixes.find(handle.row.ids)
-            prompt = ChunkedPrefill(handle.row, self._chunk, self._num_shards, cache, length)
+            prompt = ChunkedPrefill(handle.row, self.chunk, self._num_shards, cache, length)
             self._reading = handle, prompt
         if self._reading is None:
             return
@@ -227,7 +227,7 @@ class Engine:
             return prefill_group(self.model, len(handle.row.ids), slots)
 
         taken: list[Handle] = []
-        while self._queue and len(taken) < count and len(self._queue[0].row.ids) <= self._chunk:
+        while self._queue and len(taken) < count and len(self._queue[0].row.ids) <= self.chunk:
             if taken and group(self._queue[0]) != group(taken[0]):
                 break
             taken.append(self._queue.popleft())

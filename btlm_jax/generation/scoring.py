@@ -1,9 +1,10 @@
-"""`score`: the log-probability of every token of given texts."""
+"""The log-probabilities of the tokens of given texts, and the most likely ones instead."""
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ from btlm_jax.model.positions import count_positions
 
 # Widths above this are multiples of it.
 _TILE = 128
+# Rows of logits that exist at a time.
+_LOGIT_ROWS = 32
 
 
 def score(
@@ -74,6 +77,58 @@ def _score(model: BTLM, params: Params, ids, mask, length):
         logprobs = runtime.shard(-nll, "batch", None)
         # Entry t predicts token t + 1: shift it there.
         return jnp.concatenate([logprobs[:, -1:], logprobs[:, :-1]], 1)
+
+
+class TopTokens(NamedTuple):
+    """The prediction of every token of a text but the first, [T - 1] or [T - 1, k]."""
+
+    logprobs: np.ndarray  # fp32, of the tokens of the text
+    top_ids: np.ndarray  # int32, the most likely tokens, best first
+    top_logprobs: np.ndarray  # fp32
+
+
+def top_tokens(model: BTLM, params: Params, input_ids: ArrayLike, k: int) -> TopTokens:
+    """Returns the log-probabilities of the tokens of a text, and the k most likely ones instead.
+
+    Full logits are never materialized.
+
+    Args:
+      model: the model.
+      params: its weights, on a device or a mesh.
+      input_ids: int [T].
+      k: number of most likely tokens, static.
+    """
+    ids, _ = prompts.check_prompts(np.asarray(input_ids)[None], None, model.config.vocab_size, None)
+    T = ids.shape[1]
+    prompts.check_context_length(prompts.LengthLimits(T, 0, T), model.config, None)
+    rows = decode.num_batch_shards(model, params)
+    width = sharding.round_up(padded_width(model, params, T), _LOGIT_ROWS)
+    padded = np.zeros((rows, width), np.int32)
+    padded[:, :T] = ids
+    best = _top_tokens(model, params, padded, np.int32(T), k)
+    return TopTokens(*(np.asarray(x)[: T - 1] for x in best))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "k"))
+def _top_tokens(model: BTLM, params: Params, ids, length, k: int) -> TopTokens:
+    runtime = model.runtime(params)
+    with sharding.on_mesh(runtime.mesh):
+        positions = count_positions(model.config, jnp.ones_like(ids))
+        h_BTD, _ = model.hidden(params, ids, positions=positions, length=length)
+        h_TD = runtime.shard(h_BTD, None, None, None)[0]
+        targets_T = jnp.roll(ids[0], -1)
+
+        def of_chunk(chunk):
+            h, targets = chunk
+            logits = runtime.shard(model.logits(params, h[None]), None, None, None)[0]
+            logprobs = jax.nn.log_softmax(logits, -1)
+            top, top_ids = jax.lax.top_k(logprobs, k)
+            own = jnp.take_along_axis(logprobs, targets[:, None], 1)[:, 0]
+            return TopTokens(own, top_ids, top)
+
+        chunks = h_TD.reshape(-1, _LOGIT_ROWS, h_TD.shape[-1]), targets_T.reshape(-1, _LOGIT_ROWS)
+        best = jax.lax.map(of_chunk, chunks)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), best)
 
 
 def padded_width(model: BTLM, params: Params, length: int) -> int:

@@ -51,7 +51,7 @@ def build_stop_table(
     num_states = len(transitions)
     state = np.tile(np.arange(num_states, dtype=np.int32)[:, None], vocab_size)
     completed = np.zeros(state.shape, bool)
-    tokens = _token_bytes(getattr(tokenizer, "backend_tokenizer", tokenizer))
+    tokens = token_bytes(getattr(tokenizer, "backend_tokenizer", tokenizer))
     by_length = sorted((t for t in tokens.items() if t[0] < vocab_size), key=lambda t: len(t[1]))
     ids = np.array([i for i, _ in by_length])
     lengths = np.array([len(b) for _, b in by_length])
@@ -112,7 +112,7 @@ def _build_automaton(strings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return transitions, np.array(completes)
 
 
-def _token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
+def token_bytes(tokenizer: Tokenizer) -> dict[int, bytes]:
     """Returns the bytes that each token adds to the text."""
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     if isinstance(tokenizer.decoder, decoders.ByteLevel):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX reads it when it is imported
-_EVENT = "/jax/core/compile/backend_compile_duration"
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 def enable_persistent_cache() -> None:
@@ -42,7 +42,7 @@ def count_compilations() -> Iterator[CompilationCount]:
     total = CompilationCount()
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == _EVENT:
+        if event == COMPILE_EVENT:
             total.count += 1
             total.seconds += duration_secs
 
