@@ -124,7 +124,7 @@ class Serve:
             server.app(),
             host=self.host,
             port=self.port,
-            log_level="warning",
+            log_config=None,
             timeout_graceful_shutdown=self.drain_seconds,
         )
         try:

@@ -23,7 +23,8 @@ from btlm_jax.cli.path_arguments import PathRule, check_output, path_rule, resol
 
 # Texts that name no file; a new option of type `str` is either listed here or has a `PathRule`.
 NOT_PATHS = {
-    "bad_words", "coordinator", "eos", "field", "form", "only", "preset", "profile", "prompt",
+    "api_key", "bad_words", "coordinator", "eos", "field", "form", "host", "name", "only", "preset",
+    "profile", "prompt",
     "quantize", "revision", "scheme", "set", "stop_strings", "topology", "weights",
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 class RunningServer:
     """A server in a thread of this process."""
 
-    def __init__(self, model, params, tokenizer, **sizes):
+    def __init__(self, model, params, tokenizer, limits=16, **sizes):
         from btlm_jax.serving.app import Server, ServerLimits
         from btlm_jax.serving.server_metrics import ServerMetrics
         from btlm_jax.serving.service import EngineService
@@ -36,12 +36,12 @@ class RunningServer:
             model_name="tiny",
             api_key=KEY,
             chat_template=ChatTemplate(TEMPLATE, {}),
-            limits=ServerLimits(body_bytes=20_000, body_seconds=2.0, requests=16),
+            limits=ServerLimits(body_bytes=20_000, body_seconds=2.0, requests=limits),
         )
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(server.app(), log_level="warning", timeout_graceful_shutdown=30)
+        config = uvicorn.Config(server.app(), log_config=None, timeout_graceful_shutdown=30)
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run, args=([self.socket],), daemon=True)
 
