@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -112,7 +113,7 @@ def save(
       OSError: the disk is full or fails.
     """
     paths.location(path, "path")
-    assets = [paths.location(asset, "assets") for asset in assets]
+    assets = [Path(paths.location(asset, "assets")) for asset in assets]
     if is_unstacked(params):
         raise ValueError(
             "weights to save: found unstacked ones, expected stacked ones, as init and load "
@@ -164,7 +165,7 @@ def open_writer(
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
     """
-    assets = [paths.location(asset, "assets") for asset in assets]
+    assets = [Path(paths.location(asset, "assets")) for asset in assets]
     with atomic.new_directory(
         path, overwrite=overwrite, ours=metadata.is_btlm_checkpoint, key=key
     ) as stage:

@@ -39,6 +39,7 @@ class Collapse:
         from btlm_jax.utils import plots
 
         plots.require_matplotlib()
+        assert self.png is not None  # its default
         if not self.runs:
             raise ValueError("runs: found none, expected directories of `btlm train`")
         for i, directory in enumerate(self.runs):

@@ -105,7 +105,7 @@ def resolve_path(field: str, annotation: Any, value: Any) -> Any:
         return tuple(_resolve(name, rule, one, is_path) for one in value)
     if rule.separator:
         parts = [part.strip() for part in value.split(rule.separator)]
-        return rule.separator.join(_resolve(name, rule, p, is_path) for p in parts if p)
+        return rule.separator.join(str(_resolve(name, rule, p, is_path)) for p in parts if p)
     return _resolve(name, rule, value, is_path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +82,9 @@ def _score(model: BTLM, params: Params, ids, mask, length):
 class TopTokens(NamedTuple):
     """The prediction of every token of a text but the first, [T - 1] or [T - 1, k]."""
 
-    logprobs: np.ndarray  # fp32, of the tokens of the text
-    top_ids: np.ndarray  # int32, the most likely tokens, best first
-    top_logprobs: np.ndarray  # fp32
+    logprobs: Any  # fp32, of the tokens of the text
+    top_ids: Any  # int32, the most likely tokens, best first
+    top_logprobs: Any  # fp32
 
 
 def top_tokens(model: BTLM, params: Params, input_ids: ArrayLike, k: int) -> TopTokens:

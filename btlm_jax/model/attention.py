@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,8 @@ def _local_attention(
             k_BHSK, v_BHSK = (gather(x, gather_axis, 2) for x in (k_BHSK, v_BHSK))
             if segments is not None:
                 ids = segments[0], gather(segments[1], gather_axis, 1)
-        arrays, masks = (q_BHTK, k_BHSK, v_BHSK), dict(slopes_H=slopes_H, segments=ids)
+        arrays = q_BHTK, k_BHSK, v_BHSK
+        masks: dict[str, Any] = dict(slopes_H=slopes_H, segments=ids)
         if chosen == "splash":
             return attention_fused.splash_attention(*arrays, **masks, kernel=kernel)
         masks["positions_T"] = positions_T

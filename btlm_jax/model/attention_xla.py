@@ -7,6 +7,7 @@ intermediate is [B, H, chunk, S] and never [B, H, T, S].
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ def xla_attention(
     size, num_keys = T, S
     if positions_T is None:
         size = -(-T // (_MAX_BLOCKS * _MIN_BLOCK_ROWS)) * _MIN_BLOCK_ROWS
-    q_segments_BT, k_segments_BS = segments or (None, None)
+    segments_pair: Any = segments or (None, None)
+    q_segments_BT, k_segments_BS = segments_pair
     blocks = []
     for start in range(0, T, size):
         end = min(start + size, T)

@@ -92,7 +92,7 @@ def logits(runtime: Runtime, params: Params, hidden: jax.Array) -> jax.Array:
 
 
 def intermediates(
-    runtime: Runtime, params: Params, input_ids: ArrayLike, **arguments: ArrayLike | None
+    runtime: Runtime, params: Params, input_ids: ArrayLike, **arguments: Any
 ) -> Intermediates:
     """Returns all intermediate activations; see `BTLM.intermediates`."""
     inputs = checked_inputs(runtime, input_ids, **arguments)
@@ -105,7 +105,7 @@ def _intermediates(runtime: Runtime, params, inputs: Mapping[str, jax.Array]) ->
         inputs = {k: runtime.shard(x, "batch", "sequence") for k, x in inputs.items()}
         variables: Any = {"params": params}
         outputs, state = Transformer(runtime).apply(variables, inputs, mutable=["intermediates"])
-        (h_BTD, _), blocks = outputs, state["intermediates"]["blocks"]
+        (h_BTD, _), blocks = outputs, dict[str, Any](state["intermediates"]["blocks"])
         if is_unstacked(params):
             layers = (blocks[str(i)] for i in range(runtime.config.n_layer))
             blocks = jax.tree.map(lambda *x: jnp.stack(x), *layers)

@@ -58,7 +58,8 @@ class Layer(nn.Module):
 
     def capture(self, name: str, x: jax.Array) -> None:
         """Records an activation if the collection "intermediates" is mutable."""
-        self.sow("intermediates", name, x, init_fn=lambda: None, reduce_fn=lambda _, x: x)
+        replace: Any = lambda _, x: x  # noqa: E731 (typed, because Flax expects two equal types)
+        self.sow("intermediates", name, x, init_fn=lambda: None, reduce_fn=replace)
 
 
 class LayerNorm(Layer):
