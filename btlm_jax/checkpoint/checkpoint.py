@@ -16,7 +16,6 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -113,7 +112,7 @@ def save(
       OSError: the disk is full or fails.
     """
     paths.location(path, "path")
-    assets = [Path(paths.location(asset, "assets")) for asset in assets]
+    located: Any = [paths.location(asset, "assets") for asset in assets]
     if is_unstacked(params):
         raise ValueError(
             "weights to save: found unstacked ones, expected stacked ones, as init and load "
@@ -165,12 +164,12 @@ def open_writer(
     Raises:
       FileExistsError: `path` exists and `overwrite` is not set.
     """
-    assets = [Path(paths.location(asset, "assets")) for asset in assets]
+    located: Any = [paths.location(asset, "assets") for asset in assets]
     with atomic.new_directory(
         path, overwrite=overwrite, ours=metadata.is_btlm_checkpoint, key=key
     ) as stage:
         yield CheckpointWriter(stage)
-        _commit(stage, config, quantized, assets, origin or {})
+        _commit(stage, config, quantized, located, origin or {})
 
 
 def _commit(

@@ -286,7 +286,7 @@ class Transformer(Layer):
             h_BTD = h_BTD + _look_up(rt, wte_VD, inputs["token_type_ids"], c.vocab_size)
         return h_BTD.astype(rt.dtype)
 
-    def _run_blocks(self, h_BTD, context: AttentionContext, cache: KVCache | None):
+    def _run_blocks(self, h_BTD, context: AttentionContext, cache: KVCache | None) -> Any:
         """Returns h, and the layers' caches if there is a cache."""
         if is_unstacked(self.variables.get("params", {})):
             return UnrolledBlocks(self.runtime, name="blocks")(h_BTD, context, cache)

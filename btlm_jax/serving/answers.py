@@ -9,6 +9,8 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from btlm_jax.generation import scoring
 from btlm_jax.generation.detokenize import Detokenizer
 from btlm_jax.serving.protocol import SamplingFields
@@ -170,9 +172,9 @@ def usage(continuations: Sequence[Continuation], copies: int) -> dict[str, int]:
     }
 
 
-def top_of_text(service: EngineService, ids: Sequence[int], k: int) -> scoring.TopTokens:
+def top_of_text(service: EngineService, ids: list[int], k: int) -> scoring.TopTokens:
     """Returns the predictions of a text; it runs in the engine's thread."""
-    return scoring.top_tokens(service.engine.model, service.engine.params, ids, max(k, 1))
+    return scoring.top_tokens(service.engine.model, service.engine.params, np.array(ids), max(k, 1))
 
 
 def completion_logprobs(

@@ -128,9 +128,12 @@ class EngineService:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
 
+        def deliver(event: tuple[Any, ...]) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
         def submit() -> _Job:
             handle = self.engine.submit(np.array(ids, np.int64), block=False, **options)
-            job = _Job(handle, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
+            job = _Job(handle, deliver)
             self._jobs.append(job)
             return job
 

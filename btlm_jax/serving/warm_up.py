@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from btlm_jax.utils.compile_cache import count_compilations
 logger = logging.getLogger(__name__)
 
 # The rules that requests have by default: greedy, and sampled from the most likely tokens.
-_RULES = (
+_RULES: tuple[dict[str, Any], ...] = (
     {"do_sample": False},
     {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 0.8},
 )
