@@ -112,7 +112,7 @@ def save(
       OSError: the disk is full or fails.
     """
     paths.location(path, "path")
-    located: Any = [paths.location(asset, "assets") for asset in assets]
+    assets = [paths.location(asset, "assets") for asset in assets]
     if is_unstacked(params):
         raise ValueError(
             "weights to save: found unstacked ones, expected stacked ones, as init and load "

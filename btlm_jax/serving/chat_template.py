@@ -23,7 +23,8 @@ class ChatTemplate:
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]):
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals |= {"raise_exception": _refuse}
+        names: dict[str, Any] = environment.globals
+        names["raise_exception"] = _refuse
         environment.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
         try:
             self._template = environment.from_string(text)
