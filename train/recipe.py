@@ -350,3 +350,5 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
     ):  # fmt: skip
         if getattr(run, name) < 0:
             yield f"run.{name}: found {getattr(run, name)}, expected an int >= 0"
+    if not 0 <= run.seed < 2**32:  # JAX would take the lower 32 bits, and fail beyond 64
+        yield f"run.seed: found {run.seed}, expected an int from 0 to 2**32 - 1"

@@ -96,6 +96,11 @@ class RunDirectory:
 
     def _require_free(self) -> None:
         """Raises an error if the directory belongs to something else."""
+        if (checkpoints := self.path / "checkpoints").is_file():
+            raise FileExistsError(
+                f"{checkpoints} is a file, expected the directory of the checkpoints: restore it, "
+                "or name another run directory"
+            )
         if self._recipe.exists():
             begun, changes = _has_begun(self.path), self._changes()
             if begun and not self._trains_first_tokens():

@@ -216,7 +216,7 @@ def _describe(error: BaseException) -> str:
         code, text, name = error.errno or 0, error.strerror or "", error.filename
         if name:
             text = f"{os.fsdecode(name) if isinstance(name, bytes) else name}: {text}"
-        # A message of ours says what to do.
+        # Only the system's own text lacks advice.
         return text + (_ADVICE.get(code, "") if error.strerror == os.strerror(code) else "")
     return str(error)
 

@@ -22,9 +22,18 @@ def option_names(command: Any) -> dict[str, str]:
     command = getattr(command, "command", command)
     if command is None:
         return {}
-    names = {f.name for f in dataclasses.fields(command)}
+    names = set(_field_names(command))
     names -= {*getattr(command, "NOT_ARGUMENTS", ())}
     return {name: name for name in sorted(names)} | dict(getattr(command, "OTHER_NAMES", ()))
+
+
+def _field_names(command: Any) -> Iterator[str]:
+    """Yields the names of the options, also of groups whose options carry no prefix."""
+    for field in dataclasses.fields(command):
+        if str(field.type).startswith("OmitArgPrefixes"):
+            yield from _field_names(getattr(command, field.name))
+        else:
+            yield field.name
 
 
 @contextlib.contextmanager

@@ -197,8 +197,8 @@ def test_outputs_are_checked_before_training(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--widths", "16", "30"], "widths: found 30, which does not divide into 4 heads"),
-        (["--widths", "64"], "widths: found 64, expected two or more"),
+        (["--widths", "16", "30"], "--widths: found 30, which does not divide into 4 heads"),
+        (["--widths", "64"], "--widths: found 64, expected two or more"),
         (["--length", "100000"], "--data: bytes of Python's language reference has"),
         (["--data", "/nonexistent"], "/nonexistent: no such directory"),
         (["--steps", "0"], "--steps: found 0"),

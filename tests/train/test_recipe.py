@@ -38,6 +38,8 @@ def test_the_published_run_has_its_published_phases_and_optimizer():
         ("optimizer.warmup_tokens=1000000000", r"the run has 819200 tokens"),
         ("model.checkpoint=x", "found preset and checkpoint, expected exactly one"),
         ("run.log_every=0", r"run\.log_every"),
+        ("run.seed=-1", r"run\.seed: found -1, expected an int from 0 to 2\*\*32 - 1"),
+        ("run.seed=4294967296", r"run\.seed: found 4294967296"),
         ("run.checkpoint_every=-1", r"run\.checkpoint_every"),
         ("phases.0.length=-4", r"phases\.0\.length: found -4, expected a positive int"),
         ("phases.0.batch_size=0", r"phases\.0\.batch_size: found 0, expected a positive int"),

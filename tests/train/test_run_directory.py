@@ -95,6 +95,12 @@ def test_a_damaged_recipe_is_named(hold, tmp_path):
         hold(tmp_path)
 
 
+def test_a_file_in_the_place_of_the_checkpoints_is_refused_at_once(hold, tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(FileExistsError, match="checkpoints is a file, expected the directory"):
+        hold(tmp_path)
+
+
 def test_a_file_system_without_locks_is_a_warning(hold, tmp_path, monkeypatch, caplog):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
