@@ -42,6 +42,7 @@ BENCHMARKS = {
     ),
     "decode": ("generation_bench:bench_decode", "Decoding steps, beside PyTorch's."),
     "prefill": ("generation_bench:bench_prefill", "Prefilling a prompt, beside PyTorch."),
+    "serve": ("serve_bench:bench_serve", "Several streams at a time, beside one after another."),
     "all": ("bench_all:bench_all", "All benchmarks of this machine, written as Markdown."),
 }
 # Parameters that the command line reads in another way than their types say.
