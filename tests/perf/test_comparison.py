@@ -197,5 +197,5 @@ def test_info_compare_of_another_model(capsys, tmp_path):
 
 def test_png_and_json_need_compare(capsys, tmp_path):
     for name in ("--png", "--json"):
-        code, _, err = run(capsys, "info", "tiny", name, tmp_path / "x")
+        code, _, err = run(capsys, "info", "tiny", name, tmp_path / "x.png")
         assert code == 2 and f"{name} needs --compare" in err

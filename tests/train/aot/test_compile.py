@@ -229,7 +229,7 @@ def test_the_command_prints_and_writes_reports(capsys, tmp_path):
         (("--jobs", "99"), "--jobs needs --fit or --table"),
         (("--fit", "--set", "run.remat=full"), "--set run.remat: found --fit too, which searches"),
         (("--fit", "--set", "mesh.fsdp=2"), "--set mesh.fsdp: found --fit too"),
-        (("--table", "x.md"), "--table: found --topology too, which it ignores: remove one"),
+        (("--table", __file__), "--table: found --topology too, which it ignores: remove one"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(options, message, capsys):
