@@ -146,8 +146,8 @@ def _resume(
             f"another name, or pass overwrite=True to drop its {len(results)} results"
         ) from None
     names = [name for name in {**other_key, **key} if other_key.get(name) != key.get(name)]
-    differences = ", ".join(
-        f"{name}: found {other_key.get(name)!r}, expected {key.get(name)!r}" for name in names
+    differences = join_first(
+        [f"{x}: found {other_key.get(x)!r}, expected {key.get(x)!r}" for x in names], most=2
     )
     raise ValueError(
         f"{partial} holds {len(results)} results of another run ({differences}): run that one to "

@@ -154,6 +154,17 @@ def test_other_journals_are_refused_and_unchanged(tmp_path):
         assert partial.read_text() == content
 
 
+def test_the_differences_from_another_run_are_cut_where_there_are_many(tmp_path):
+    (tmp_path / "out.jsonl.partial").write_text("{}\n")
+    with (
+        pytest.raises(ValueError, match=r"\(k0: found None, expected 0, k1: .* and 7 more\)"),
+        result_journal.open_journal(
+            tmp_path / "out.jsonl", {f"k{i}": i for i in range(9)}, overwrite=False
+        ),
+    ):
+        pass
+
+
 def test_damaged_results_are_computed_again_and_the_others_kept(tmp_path, caplog):
     target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     with (
