@@ -165,7 +165,7 @@ def _file_defaults(
             usable = [t for t in map(as_integer, ids) if _is_token(t, config.vocab_size)]
             if len(usable) < len(ids) and ids != [-1]:  # -1 stands for none
                 unsupported.append(
-                    f"{name}={value} (outside the vocabulary of {config.vocab_size})"
+                    f"{name}={value!r} (expected integers from 0 to {config.vocab_size - 1})"
                 )
             if usable:
                 defaults[name] = usable if name == "eos_token_id" else usable[0]

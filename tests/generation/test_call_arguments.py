@@ -88,8 +88,13 @@ def test_fields_without_support_are_named(with_file, caplog):
     assert caplog.messages == [
         "ckpt/generation_config.json: sets eos_token_id=[7] (explicit values win); not applied, "
         "because not supported: top_h=0.4, force_words_ids=[[1]], chat_format='x', "
-        "eos_token_id=[7, 9999] (outside the vocabulary of 512)"
+        "eos_token_id=[7, 9999] (expected integers from 0 to 511)"
     ]
+
+
+def test_a_special_token_id_written_as_text_is_not_called_outside_the_vocabulary(with_file, caplog):
+    resolved(with_file({"eos_token_id": "0"}))
+    assert "eos_token_id='0' (expected integers from 0 to 511)" in caplog.text
 
 
 @pytest.mark.parametrize(
