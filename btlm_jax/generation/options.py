@@ -99,7 +99,7 @@ class GenerationOptions:
             _expect(name, getattr(self, name), isinstance(getattr(self, name), bool), "a bool")
         for name in ("num_beams", "num_return_sequences"):
             _expect_int(name, getattr(self, name), 1)
-        for name in ("no_repeat_ngram_size",) + (("top_k",) if self.do_sample else ()):
+        for name in ("no_repeat_ngram_size", "top_k"):
             _expect_int(name, getattr(self, name), 0, " (0 is off)")
         is_rule = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
         _expect("early_stopping", self.early_stopping, is_rule, 'True, False or "never"')
@@ -107,18 +107,21 @@ class GenerationOptions:
         _expect_number(
             "repetition_penalty", self.repetition_penalty, lambda x: 0 < x < math.inf, "> 0"
         )
-        if self.do_sample:
-            self._check_sampling()
+        self._check_sampling()
         self._check_num_return_sequences()
         self._check_forced_tokens()
 
     def _check_sampling(self) -> None:
+        # Where nothing is sampled, 0 turns them off, as other tools write it.
+        off = () if self.do_sample else (0,)
         # A smaller temperature would be flushed to zero in fp32, or send scores to infinity.
         hint = "> 0 (for greedy decoding do not sample)"
-        _expect_number("temperature", self.temperature, lambda x: 1e-30 < x < math.inf, hint)
+        _expect_number(
+            "temperature", self.temperature, lambda x: x in off or 1e-30 < x < math.inf, hint
+        )
         for name in ("top_p", "typical_p"):
             expected = "a probability in (0, 1]"
-            _expect_number(name, getattr(self, name), lambda x: 0 < x <= 1, expected)
+            _expect_number(name, getattr(self, name), lambda x: x in off or 0 < x <= 1, expected)
         if self.min_p is not None:
             _expect_number("min_p", self.min_p, lambda x: 0 <= x <= 1, "a fraction in [0, 1]")
         for name in ("epsilon_cutoff", "eta_cutoff"):

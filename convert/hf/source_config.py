@@ -21,7 +21,7 @@ from btlm_jax.convert.hf.tensor_names import (
     model_names,
 )
 from btlm_jax.data.tokenizer import check_vocabulary, load_tokenizer
-from btlm_jax.hf_config_values import language_model_config
+from btlm_jax.hf_config_values import ALIASES, language_model_config
 from btlm_jax.model import weights
 from btlm_jax.utils.format import join_first, list_first
 
@@ -116,8 +116,20 @@ def _check_tensors(hf: HFSource, config: BTLMConfig) -> None:
             dtypes.append(f"{name}: found dtype {info.dtype}, expected {expected_dtypes}")
     groups = ([f"missing: {n}" for n in missing], [f"unexpected: {n}" for n in unexpected])
     problems = "".join(list_first(group, 4) for group in (*groups, shapes, dtypes))
-    if dtypes:
+    if any("uint16" in dtype for dtype in dtypes):
+        problems += (
+            "\n  Fix: if these are the bits of bfloat16, write them as such "
+            "(tensor.view(torch.bfloat16)); a cast would destroy them"
+        )
+    elif dtypes:
         problems += f"\n  {UNQUANTIZED}"
+    sizes = language_model_config(hf.config)
+    absent = [n for n, alias in ALIASES.items() if sizes.get(n, sizes.get(alias)) is None]
+    if problems and absent:
+        problems += (
+            f"\n  Fix: config.json has no {join_first(absent)}, so that of BTLM-3B was assumed: "
+            "add it"
+        )
     if missing == [LM_HEAD]:
         problems += (
             "\n  Fix: set tie_word_embeddings to true in config.json if the head is the embedding"

@@ -105,3 +105,10 @@ def test_equal_rows_with_equal_keys_draw_alike():
 def test_bad_values_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         GenerationOptions(do_sample=True, **options)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=2)])
+def test_values_that_have_no_effect_are_checked_too(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: found"):
+        GenerationOptions(**options)
+    GenerationOptions(temperature=0, top_p=0, top_k=0)  # off, as other tools write it

@@ -104,3 +104,21 @@ def test_an_embedding_of_another_size_than_vocab_size_says_what_to_set(case, cha
     fixed = directory(tmp_path / "b", case)
     write_weights(fixed, case.weights, suffix=".safetensors")
     assert open_model(fixed)[1].vocab_size == size
+
+
+def test_a_size_that_config_json_lacks_is_named_beside_the_mismatch(tmp_path):
+    path = directory(tmp_path / "hf", TIED, n_layer=None, num_hidden_layers=None)
+    tensors = dict(TIED.weights)
+    tensors |= {f"transformer.extra.{i}": np.zeros(1, np.float32) for i in range(40)}
+    write_weights(path, tensors, suffix=".safetensors")
+    with pytest.raises(ValueError, match=r"config\.json has no n_layer, so that of BTLM-3B"):
+        open_model(path)
+
+
+def test_bits_of_bfloat16_in_integers_are_not_to_be_cast(tmp_path):
+    path = directory(tmp_path / "hf", TIED)
+    tensors = {name: x.view(np.uint16) for name, x in TIED.weights.items()}
+    write_weights(path, tensors, suffix=".safetensors")
+    with pytest.raises(ValueError, match=r"a cast would destroy them") as error:
+        open_model(path)
+    assert "cast or dequantize" not in str(error.value)
