@@ -10,6 +10,7 @@ import numpy as np
 from btlm_jax.generation import prompts
 from btlm_jax.generation.prefill import PromptState, extend_prefill, prefill
 from btlm_jax.generation.request import RowRequest
+from btlm_jax.model import kv_cache
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.kv_cache import KVCache
 from btlm_jax.model.params import Params
@@ -52,7 +53,6 @@ class ChunkedPrefill:
             lengths = np.full(self.rows, count, np.int32)
             state = prefill(model, params, padded, None, lengths, capacity, dtype)
         else:
-            capacity = max(capacity, self.cache.capacity)
             # Another prompt may continue differently after the beginning that both share.
             beginning = dataclasses.replace(
                 self.cache,
@@ -61,8 +61,10 @@ class ChunkedPrefill:
             )
             state = extend_prefill(model, params, padded, np.int32(count), beginning, capacity)
         self.cache, self.num_read = state.cache, start + count
-        if self.num_read == len(ids):
-            self.state = state
+        if self.num_read == len(ids):  # without the slots that only padding needed
+            slots = prompts.bucket_length(len(ids))
+            self.cache = kv_cache.resized(state.cache, slots)
+            self.state = state._replace(cache=self.cache)
 
 
 def _last_slot(length: int, start: int, chunk: int) -> int:

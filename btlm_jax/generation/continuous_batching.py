@@ -89,12 +89,14 @@ def _run_groups(
     request: GenerationRequest, params: Params, batch_size: int, skip: Container[int]
 ) -> Iterator[tuple[int, GenerationResult]]:
     for group in _length_groups([len(row.ids) for row in request.rows], batch_size):
+        longest = max(request.rows[i].max_length for i in group)
         engine = Engine(
             request.spec.model,
             params,
             rows=min(batch_size, len(group)),
-            max_length=max(request.rows[i].max_length for i in group),
-            chunk=_CHUNK,
+            max_length=longest,
+            # Chunks would read an int8 cache of earlier ones.
+            chunk=_CHUNK if request.cache_dtype is None else longest,
             steps=_STEPS,
             queue_size=len(group),
             cache_dtype=request.cache_dtype,

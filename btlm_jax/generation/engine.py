@@ -26,6 +26,7 @@ from btlm_jax.generation.row_slots import free_slots
 from btlm_jax.generation.running_batch import RunningBatch
 from btlm_jax.model.btlm import BTLM
 from btlm_jax.model.params import Params
+from btlm_jax.model.positions import check_length
 
 # Prompts are prefilled once this fraction of the rows is free: one in 8.
 _ROWS_PER_PREFILL = 8
@@ -64,10 +65,13 @@ class Engine:
           params: its weights, on a device or a mesh.
           rows: requests that run together; on a mesh, rounded up to a multiple of its batch shards.
           max_length: maximum tokens of a prompt and its continuation; default the model's context.
-          chunk: tokens of prompts that are read between two steps of the running rows.
+          chunk: tokens of prompts that are read between two steps of the running rows. With
+            dynamic ALiBi scaling, which depends on the whole prompt, prompts are read at once and
+            no beginnings are kept.
           steps: tokens that rows decode between two fetches; more cost the host less.
           queue_size: requests that may wait for a row.
-          cache_dtype: dtype of the KV cache, as for `generate`.
+          cache_dtype: dtype of the KV cache, as for `generate`. With int8, later chunks of a prompt
+            read the rounded keys and values of earlier ones, which can change tokens.
           prefix_cache_bytes: memory for the keys and values of prompts, so that a beginning that
             prompts share is read once; 0 for none, which reads short prompts together.
           logits_processor: as for `generate`, for all requests.
@@ -77,16 +81,30 @@ class Engine:
         Raises:
           ValueError: a number out of range.
         """
-        sizes = dict(rows=rows, chunk=chunk, steps=steps, queue_size=queue_size)
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name}: found {value}, expected >= 1")
+        length = model.config.n_positions if max_length is None else max_length
+        sizes = {
+            "rows": (rows, 1),
+            "max_length": (length, 2),
+            "chunk": (chunk, 1),
+            "steps": (steps, 1),
+            "queue_size": (queue_size, 1),
+            "prefix_cache_bytes": (prefix_cache_bytes, 0),
+        }
+        for name, (value, lowest) in sizes.items():
+            if value < lowest:
+                raise ValueError(f"{name}: found {value}, expected >= {lowest}")
+        if max_length is not None:
+            check_length(model.config, max_length, "max_length", "choose a smaller one")
         self.model, self.params = model, params
-        self.max_length = model.config.n_positions if max_length is None else max_length
+        self.max_length = length
         self._num_shards = decode.num_batch_shards(model, params)
         num_rows = -(-rows // self._num_shards) * self._num_shards
-        self.chunk, self._queue_size, self._cache_dtype = chunk, queue_size, cache_dtype
-        self.prefixes = PrefixCache(prefix_cache_bytes)
+        self.queue_size, self._cache_dtype = queue_size, cache_dtype
+        # Scales that grow with the text are those of the whole prompt.
+        scaling = model.config.alibi_scaling
+        is_dynamic = scaling is not None and scaling.train_seq_len is not None
+        self.chunk = self.max_length if is_dynamic else chunk
+        self.prefixes = PrefixCache(0 if is_dynamic else prefix_cache_bytes)
         self._queue: collections.deque[Handle] = collections.deque()
         self._reading: tuple[Handle, ChunkedPrefill] | None = None
         self._batch = RunningBatch(
@@ -139,7 +157,7 @@ class Engine:
                 f"prompt: found {len(row.ids)} tokens and {row.max_new_tokens} new ones, expected "
                 f"at most {self.max_length} together (max_length): shorten one of them"
             )
-        while len(self._queue) >= self._queue_size:
+        while len(self._queue) >= self.queue_size:
             if not block:
                 raise EngineFull(f"{len(self._queue)} requests are waiting: try again later")
             self.step()
@@ -195,7 +213,11 @@ class Engine:
             if not num_free:
                 return
             if group := self._take_short_prompts(num_free):
-                self._batch.start(group, targets)
+                try:
+                    self._batch.start(group, targets)
+                except BaseException:
+                    self._queue.extendleft(reversed(group))
+                    raise
                 return
             handle = self._queue.popleft()
             cache, length = self.prefixes.find(handle.row.ids)
@@ -204,7 +226,8 @@ class Engine:
         if self._reading is None:
             return
         handle, prompt = self._reading
-        prompt.read_chunk(self.model, self.params, self._cache_dtype)
+        if prompt.state is None:  # otherwise its row could not be started
+            prompt.read_chunk(self.model, self.params, self._cache_dtype)
         if prompt.state is not None:
             self._reading = None
             self.prefixes.add(handle.row.ids, prompt.state.cache)

@@ -36,6 +36,11 @@ class PrefixCache:
         """Bytes of the keys and values that are held."""
         return self._nbytes
 
+    def clear(self) -> None:
+        """Drops all entries."""
+        self._entries.clear()
+        self._nbytes = self.hits = 0
+
     def find(self, ids: np.ndarray) -> tuple[KVCache | None, int]:
         """Returns a cache and how many tokens of a prompt it holds; (None, 0) if too few.
 

@@ -186,7 +186,7 @@ def resolve_lengths(
             start - prompt_length,
             end - prompt_length,
         )
-    return LengthLimits(prompt_length, start, end)
+    return LengthLimits(prompt_length, min(start, end), end)
 
 
 def check_context_length(

@@ -71,7 +71,8 @@ class Handle:
                 raise self.error
             if self.finished:
                 return
-            self.engine.step()
+            if not self.engine.step() and not self.finished and position == len(self.tokens):
+                raise RuntimeError("the engine does not run this request: submit it again")
 
     def result(self) -> GenerationResult:
         """Runs the engine until the row has ended.

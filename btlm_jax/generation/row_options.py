@@ -120,7 +120,7 @@ def row_options(options: Sequence[GenerationOptions], eos: Sequence[tuple[int, .
     sampling = Sampling(
         column(bool, samples),
         column(np.float32, sampled("temperature", 1.0)),
-        column(np.int32, (k or off for k in sampled("top_k", off))),
+        column(np.int32, (min(k or off, off) for k in sampled("top_k", off))),
         # In float64 up to here, as in transformers. A tail of 0 would remove probabilities of 0.
         column(np.float32, (1 - p if p < 1 else -1.0 for p in sampled("top_p", 1.0))),
     )

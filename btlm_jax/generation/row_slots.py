@@ -1,4 +1,4 @@
-"""The slots of a running batch: rows that end make place for others, without compiling anything."""
+"""The slots of a running batch: rows that end make room for others, without compiling anything."""
 
 from __future__ import annotations
 

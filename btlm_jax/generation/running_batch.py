@@ -57,7 +57,7 @@ class RunningBatch:
         self._restarted = np.full(self.num_rows, -1, np.int32)
         self._seen: Any = np.zeros(self.num_rows, np.int32)
         self._running: tuple[KVCache, SampleState] | None = None
-        self._total_slots = prompts.bucket_length(self.max_length)
+        self._max_new_slots = prompts.bucket_length(self.max_length)
         # Options that use all rules that any request has used, so that one program serves all.
         self._rules: list[tuple[GenerationOptions, tuple[int, ...]]] = [(GenerationOptions(), ())]
 
@@ -85,13 +85,13 @@ class RunningBatch:
           targets: the slots of the rows of a prefill; R where there is none.
           prompt: the prompt after prefill, if it was read in chunks.
         """
-        if not self.num_running:
-            self._running = None  # so that the caches of long prompts do not stay
+        if not self.num_running:  # so that long caches, and rules of the past, do not stay
+            self._running, self._rules = None, self._rules[:1]
         filled = np.flatnonzero(targets < self.num_rows)[: len(handles)]
+        slots_after = list(self.slots)
         for slot, handle in zip(targets[filled], handles, strict=True):
-            self.slots[slot], self._used[slot] = handle, 0
-            self._restarted[slot] = len(handle.row.ids)
-        options = self._slot_options(handles)
+            slots_after[slot] = handle
+        options = self._slot_options(slots_after, handles)
         rows: list[RowRequest | None] = [None] * len(targets)
         for i, handle in zip(filled, handles, strict=True):
             rows[i] = handle.row._replace(options=take_rows(options, targets[i]))
@@ -100,7 +100,7 @@ class RunningBatch:
         slots = max(self.prompt_slots, longest, 0 if prompt is None else prompt.cache.capacity)
         if prompt is not None:
             prompt = prompt._replace(cache=kv_cache.resized(prompt.cache, slots))
-        capacity = initial_capacity(self._total_slots)
+        capacity = initial_capacity(self._max_new_slots)
         if self._running is not None:
             capacity = self._running[1].cache.capacity
         shared = dataclasses.replace(
@@ -109,8 +109,9 @@ class RunningBatch:
             stop_table=self.stop_table,
             cache_dtype=self.cache_dtype,
         )
-        spare = max(self._total_slots - slots, 0)
-        started = start_rows(shared, self.params, rows, slots, spare, capacity, prompt)
+        started = start_rows(
+            shared, self.params, rows, slots, self._max_new_slots - slots, capacity, prompt
+        )
         if self._running is None:
             self._running = blank_state(started, self.num_rows)
         cache, s = self._running
@@ -118,15 +119,21 @@ class RunningBatch:
             cache = kv_cache.resized(cache, slots)
         s = s._replace(rows=s.rows._replace(options=options))
         self._running = insert_rows((cache, s), started, targets)
+        # At last, so that a failure above leaves the rows as they are.
+        self.slots = slots_after
+        for slot, handle in zip(targets[filled], handles, strict=True):
+            self._used[slot], self._restarted[slot] = 0, len(handle.row.ids)
 
-    def _slot_options(self, new: Sequence[Handle]) -> RowOptions:
+    def _slot_options(
+        self, slots_after: Sequence[Handle | None], new: Sequence[Handle]
+    ) -> RowOptions:
         """Returns the options of all slots, with the rules that any request has used."""
         for handle in new:
             own = handle.request.options, handle.request.eos
             if _program_of([*self._rules, own]) != _program_of(self._rules):
                 self._rules.append(own)
         idle = GenerationOptions(), ()
-        slots = [idle if h is None else (h.request.options, h.request.eos) for h in self.slots]
+        slots = [idle if h is None else (h.request.options, h.request.eos) for h in slots_after]
         together = row_options(*zip(*slots, *self._rules, strict=True))
         return take_rows(together, slice(0, self.num_rows))
 
@@ -150,7 +157,7 @@ class RunningBatch:
         handles, busy = list(self.slots), np.array([handle is not None for handle in self.slots])
         used, capacity = int(self._used[busy].max()), s.cache.capacity
         if used >= capacity:
-            capacity = min(2 * capacity, self._total_slots)
+            capacity = min(2 * capacity, self._max_new_slots)
             s = s._replace(cache=kv_cache.resized(s.cache, capacity))
         steps, num_busy = min(self.steps, capacity - used), int(busy.sum())
         enough = num_busy if wait_for is None else min(wait_for, num_busy)

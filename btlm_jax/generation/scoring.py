@@ -114,13 +114,13 @@ def _top_tokens(model: BTLM, params: Params, ids, length, k: int) -> TopTokens:
     runtime = model.runtime(params)
     with sharding.on_mesh(runtime.mesh):
         positions = count_positions(model.config, jnp.ones_like(ids))
-        h_BTD, _ = model.hidden(params, ids, positions=positions, length=length)
+        h_BTD, _ = forward.hidden(runtime, params, ids, positions=positions, length=length)
         h_TD = runtime.shard(h_BTD, None, None, None)[0]
         targets_T = jnp.roll(ids[0], -1)
 
         def of_chunk(chunk):
             h, targets = chunk
-            logits = runtime.shard(model.logits(params, h[None]), None, None, None)[0]
+            logits = runtime.shard(forward.logits(runtime, params, h[None]), None, None, None)[0]
             logprobs = jax.nn.log_softmax(logits, -1)
             top, top_ids = jax.lax.top_k(logprobs, k)
             own = jnp.take_along_axis(logprobs, targets[:, None], 1)[:, 0]

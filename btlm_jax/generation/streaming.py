@@ -77,7 +77,8 @@ def stream(
         params,
         rows=1,
         max_length=request.rows[0].max_length,
-        chunk=_PROMPT_CHUNK,
+        # Chunks would read an int8 cache of earlier ones.
+        chunk=_PROMPT_CHUNK if request.cache_dtype is None else request.rows[0].max_length,
         steps=chunk,
         cache_dtype=request.cache_dtype,
         prefix_cache_bytes=0,

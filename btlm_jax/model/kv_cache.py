@@ -303,6 +303,8 @@ def _row_spec(x_RS: jax.Array) -> PartitionSpec | None:
 def resized(cache: KVCache, capacity: int) -> KVCache:
     """Returns the cache with `capacity` slots, without counting those of a prefix.
 
+    A smaller capacity must hold all tokens of every row.
+
     If the ring has wrapped around, it is unrolled so that the oldest slot comes first.
     """
     wrapped = cache.cursor > cache.capacity
@@ -317,7 +319,9 @@ def resized(cache: KVCache, capacity: int) -> KVCache:
 
 
 def _pad_slots(x: jax.Array, axis: int, slots: int) -> jax.Array:
-    """Pads `axis` with zeros to `slots`."""
+    """Pads `axis` with zeros to `slots`, or cuts it there."""
+    if slots < x.shape[axis]:
+        return jax.lax.slice_in_dim(x, 0, slots, axis=axis)
     return jnp.pad(x, [(0, slots - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
 

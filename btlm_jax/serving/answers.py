@@ -13,8 +13,7 @@ import numpy as np
 
 from btlm_jax.generation import scoring
 from btlm_jax.generation.detokenize import Detokenizer
-from btlm_jax.serving.protocol import SamplingFields
-from btlm_jax.serving.service import EngineService
+from btlm_jax.serving.service import EngineService, TokenStream
 from btlm_jax.serving.stop_trimmer import StopTrimmer
 from btlm_jax.serving.token_texts import TokenTexts
 
@@ -44,44 +43,28 @@ class PromptIds:
 
 
 class Continuation:
-    """One continuation of a prompt, from its submission to its end."""
+    """One continuation of a prompt."""
 
     def __init__(
-        self, service: EngineService, tokenizer: Any, prompt: PromptIds, fields: SamplingFields,
-        index: int,
-    ):  # fmt: skip
-        """Creates it without submitting it.
+        self, stream: TokenStream, tokenizer: Any, prompt: PromptIds, stops: Sequence[str]
+    ):
+        """Wraps the tokens of a request.
 
         Args:
-          service: the engine's thread.
+          stream: the tokens.
           tokenizer: the tokenizer.
           prompt: the prompt.
-          fields: how to continue it.
-          index: of the continuation among those of the prompt; it selects the random numbers.
+          stops: texts that end it.
         """
-        self._service, self._tokenizer, self.prompt = service, tokenizer, prompt
-        self._fields, self._index = fields, index
+        self._stream, self._tokenizer, self._stops = stream, tokenizer, stops
+        self.prompt = prompt
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
-
-    async def open(self) -> None:
-        """Submits it.
-
-        Raises:
-          ApiError: as `EngineService.submit`.
-        """
-        room = self._service.engine.max_length - len(self.prompt.ids)
-        wanted = self._fields.max_tokens
-        options = self._fields.options | {
-            "max_new_tokens": max(room, 1) if wanted is None else wanted,
-            "seed": [(self._fields.seed, self._index)],
-        }
-        self._stream = await self._service.submit(self.prompt.ids, options)
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Yields its pieces. Closing the iterator cancels it."""
         detokenizer = Detokenizer(self._tokenizer, self.prompt.ids)
-        trimmer = StopTrimmer(self._fields.stop)
+        trimmer = StopTrimmer(self._stops)
         try:
             while True:
                 tokens, logprobs = await self._stream.next_tokens()

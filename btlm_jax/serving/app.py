@@ -13,14 +13,15 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from btlm_jax.data.tokenizer import encode_prompt
+from btlm_jax.data.tokenizer import check_text, encode_prompt
 from btlm_jax.serving import answers
 from btlm_jax.serving.answers import Answer, Continuation, Piece, PromptIds, merge_pieces
 from btlm_jax.serving.chat_template import ChatTemplate
 from btlm_jax.serving.http_io import (
+    EventStream,
     ServerLimits,
     error_response,
     event_bytes,
@@ -76,19 +77,19 @@ class Server:
     def app(self) -> Starlette:
         """Returns the application."""
         routes = [
-            Route("/v1/completions", self._handle(self._completions), methods=["POST"]),
-            Route("/v1/chat/completions", self._handle(self._chat), methods=["POST"]),
-            Route("/v1/models", self._handle(self._models)),
-            Route("/v1/models/{name:path}", self._handle(self._models)),
+            self._route("/v1/completions", self._completions, "POST"),
+            self._route("/v1/chat/completions", self._chat, "POST"),
+            self._route("/v1/models", self._models, "GET"),
+            self._route("/v1/models/{name:path}", self._models, "GET"),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
 
         async def http_error(request: Request, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
-            return error_response(
-                ApiError(error.status_code, f"{request.url.path}: {error.detail}")
-            )
+            self._service.metrics.observe_response("other", error.status_code)
+            message = f"{request.url.path}: {error.detail}"
+            return error_response(ApiError(error.status_code, message), error.headers)
 
         @contextlib.asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -99,8 +100,8 @@ class Server:
         handlers: Any = {HTTPException: http_error}
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
-    def _handle(self, handler: _Handler) -> _Handler:
-        """Checks the key and the number of requests, and turns errors into responses."""
+    def _route(self, path: str, handler: _Handler, method: str) -> Route:
+        """Returns a route that checks the key and the number of requests, and turns errors into responses."""
 
         async def handle(request: Request) -> Response:
             try:
@@ -111,12 +112,12 @@ class Server:
                 try:
                     response = await handler(request)
                 except BaseException:
-                    self._num_requests -= 1
+                    self._count_down()
                     raise
-                if isinstance(response, StreamingResponse):  # ends after its last piece
-                    response.body_iterator = self._counted(response.body_iterator)
+                if isinstance(response, EventStream):  # ends after its last piece
+                    response.on_close.append(self._count_down)
                 else:
-                    self._num_requests -= 1
+                    self._count_down()
             except ApiError as e:
                 response = error_response(e)
             except ClientDisconnect:
@@ -124,22 +125,18 @@ class Server:
             except Exception as e:
                 logger.exception("%s failed", request.url.path)
                 response = error_response(ApiError(500, f"{type(e).__name__}: {e}"))
-            self._service.metrics.observe_response(request.url.path, response.status_code)
+            self._service.metrics.observe_response(path, response.status_code)
             return response
 
-        return handle
+        return Route(path, handle, methods=[method])
 
-    async def _counted(self, pieces: Any) -> AsyncIterator[Any]:
-        try:
-            async for piece in pieces:
-                yield piece
-        finally:
-            self._num_requests -= 1
+    def _count_down(self) -> None:
+        self._num_requests -= 1
 
     def _check_key(self, request: Request) -> None:
         if self._api_key is None:
             return
-        given = request.headers.get("authorization", "").encode()
+        given = request.headers.get("authorization", "").encode("latin-1")
         if not hmac.compare_digest(given, f"Bearer {self._api_key}".encode()):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
@@ -168,7 +165,9 @@ class Server:
     async def _completions(self, request: Request) -> Response:
         fields = parse_completion(parse_json(await read_body(request, self._limits)))
         self._check_model(fields.sampling.model)
-        prompts = [self._encode(prompt) for prompt in fields.prompts]
+        self._check_count(len(fields.prompts) * fields.sampling.n)
+        prompts = await asyncio.to_thread(lambda: [self._encode(x) for x in fields.prompts])
+        self._check_lengths(prompts, fields.sampling)
         answer = Answer("text_completion", "cmpl", self._model_name)
         if fields.sampling.max_tokens == 0:
             return await unless_disconnected(request, self._score(fields, prompts, answer))
@@ -230,7 +229,9 @@ class Server:
         own: list[float | None] = [None]
         top: list[dict[str, float] | None] = [None]
         if len(ids) > 1:
-            best = await self._service.call(lambda: answers.top_of_text(self._service, ids, k))
+            best = await self._service.call_slowly(
+                lambda: answers.top_of_text(self._service, ids, k)
+            )
             own += best.logprobs.tolist()
             for top_ids, values in zip(best.top_ids, best.top_logprobs, strict=True):
                 texts = (self._texts(token) for token in top_ids[:k].tolist())
@@ -248,7 +249,10 @@ class Server:
                 400, "the tokenizer has no chat template: use /v1/completions, or start the server "
                 "with --chat-template", "messages",
             )  # fmt: skip
-        prompt = self._encode_chat(self._chat_template.render(fields.messages))
+        self._check_count(fields.sampling.n)
+        text = self._chat_template.render(fields.messages)
+        prompt = await asyncio.to_thread(lambda: self._encode_chat(text))
+        self._check_lengths([prompt], fields.sampling)
         opened = await self._open([prompt], fields.sampling)
         if fields.sampling.stream:
             answer = Answer("chat.completion.chunk", "chatcmpl", self._model_name)
@@ -273,7 +277,7 @@ class Server:
                 top = None
                 if fields.logprobs:
                     ids, k = [*prompt.ids, *piece.tokens], fields.logprobs
-                    best = await self._service.call(
+                    best = await self._service.call_slowly(
                         lambda ids=ids, k=k: answers.top_of_text(self._service, ids, k)
                     )
                     rows = zip(best.top_ids.tolist(), best.top_logprobs.tolist(), strict=True)
@@ -308,7 +312,13 @@ class Server:
             )  # fmt: skip
 
     def _encode(self, prompt: str | list[int]) -> PromptIds:
+        vocab_size = self._service.engine.model.config.vocab_size
         if not isinstance(prompt, str):
+            if max(prompt) >= vocab_size:
+                raise ApiError(
+                    400, f"prompt: found the token id {max(prompt)}, expected 0 to "
+                    f"{vocab_size - 1}", "prompt",
+                )  # fmt: skip
             return PromptIds(None, prompt)
         try:
             return PromptIds(prompt, encode_prompt(self._tokenizer, prompt))
@@ -316,6 +326,10 @@ class Server:
             raise ApiError(400, f"prompt: {e}", "prompt") from None
 
     def _encode_chat(self, text: str) -> PromptIds:
+        try:
+            check_text(text)
+        except ValueError as e:
+            raise ApiError(400, f"messages: {e}", "messages") from None
         # A template writes the special tokens itself.
         return PromptIds(text, self._tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -326,32 +340,37 @@ class Server:
         self, prompts: Sequence[PromptIds], fields: SamplingFields
     ) -> list[Continuation]:
         """Submits all continuations of a request, or none."""
-        if (count := len(prompts) * fields.n) > self._limits.prompts:
-            limit = self._limits.prompts
-            raise ApiError(400, f"found {count} continuations, expected at most {limit}", "n")
+        requests = []
         for prompt in prompts:
             room = self._service.engine.max_length - len(prompt.ids)
+            wanted = room if fields.max_tokens is None else fields.max_tokens
+            for _ in range(fields.n):  # each has random numbers of its own
+                seed = [(fields.seed, len(requests))]
+                options = fields.options | {"max_new_tokens": wanted, "seed": seed}
+                requests.append((prompt.ids, options))
+        streams = await self._service.submit(requests)
+        of_prompts = [prompt for prompt in prompts for _ in range(fields.n)]
+        return [
+            Continuation(stream, self._tokenizer, prompt, fields.stop)
+            for stream, prompt in zip(streams, of_prompts, strict=True)
+        ]
+
+    def _check_count(self, count: int) -> None:
+        """Raises ApiError for more continuations than can wait."""
+        limit = min(self._limits.prompts, self._service.engine.queue_size)
+        if count > limit:
+            raise ApiError(400, f"n: found {count} continuations, expected at most {limit}", "n")
+
+    def _check_lengths(self, prompts: Sequence[PromptIds], fields: SamplingFields) -> None:
+        """Raises ApiError for prompts that do not fit with their continuations."""
+        limit = self._service.engine.max_length
+        for prompt in prompts:
             wanted = 1 if fields.max_tokens is None else fields.max_tokens
-            if wanted > room:
-                limit = self._service.engine.max_length
+            if len(prompt.ids) + wanted > limit:
                 raise ApiError(
                     400, f"prompt: found {len(prompt.ids)} tokens and max_tokens {wanted}, "
                     f"expected at most {limit} together", "max_tokens", "context_length_exceeded",
                 )  # fmt: skip
-        opened: list[Continuation] = []
-        try:
-            for prompt in prompts:
-                for index in range(fields.n):
-                    continuation = Continuation(
-                        self._service, self._tokenizer, prompt, fields, index
-                    )
-                    await continuation.open()
-                    opened.append(continuation)
-        except BaseException:
-            for continuation in opened:
-                continuation.close()
-            raise
-        return opened
 
     def _stream(
         self,
@@ -359,23 +378,24 @@ class Server:
         fields: SamplingFields,
         answer: Answer,
         choice: Callable[[int, Piece], dict[str, Any]],
-    ) -> StreamingResponse:
+    ) -> EventStream:
         """Returns the pieces of continuations as server-sent events."""
 
         async def events() -> AsyncIterator[bytes]:
             try:
-                async for index, piece in merge_pieces(opened):
-                    yield event_bytes(answer.body([choice(index, piece)]))
+                async with contextlib.aclosing(merge_pieces(opened)) as pieces:
+                    async for index, piece in pieces:
+                        yield event_bytes(answer.body([choice(index, piece)]))
                 if fields.include_usage:
                     yield event_bytes(answer.body([], answers.usage(opened, fields.n)))
                 yield b"data: [DONE]\n\n"
             except ApiError as e:
                 yield event_bytes(e.body())
-            finally:
-                for continuation in opened:
-                    continuation.close()
+            except Exception as e:
+                logger.exception("a stream failed")
+                yield event_bytes(ApiError(500, f"{type(e).__name__}: {e}").body())
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return EventStream(events(), [continuation.close for continuation in opened])
 
 
 async def _finish(opened: Sequence[Continuation]) -> list[Piece]:

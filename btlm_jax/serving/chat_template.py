@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,10 +24,13 @@ class ChatTemplate:
     """
 
     def __init__(self, text: str, special_tokens: Mapping[str, str]):
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         names: dict[str, Any] = environment.globals
         names["raise_exception"] = _refuse
-        environment.filters["tojson"] = lambda x: json.dumps(x, ensure_ascii=False)
+        names["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         try:
             self._template = environment.from_string(text)
         except jinja2.TemplateSyntaxError as e:

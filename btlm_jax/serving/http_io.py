@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response, StreamingResponse
 
 from btlm_jax.serving.answers import Continuation
 from btlm_jax.serving.protocol import ApiError
@@ -30,6 +30,21 @@ class ServerLimits:
     body_seconds: float = 30.0
     requests: int = 256
     prompts: int = 128
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events, and what is called when they end, or the client has gone before."""
+
+    def __init__(self, events: AsyncIterator[bytes], on_close: list[Callable[[], None]]):
+        super().__init__(events, media_type="text/event-stream")
+        self.on_close = on_close
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for call in self.on_close:
+                call()
 
 
 async def read_body(request: Request, limits: ServerLimits) -> bytes:
@@ -59,10 +74,11 @@ def event_bytes(body: Any) -> bytes:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n".encode()
 
 
-def error_response(error: ApiError) -> JSONResponse:
+def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
     """Returns an error as a response."""
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), error.status, headers)
+    all_headers = dict(headers or {}) | ({"Retry-After": "1"} if error.status == 429 else {})
+    body = json.dumps(error.body()).encode()  # ASCII, whatever the client sent
+    return Response(body, error.status, all_headers, "application/json")
 
 
 async def unless_disconnected(

@@ -148,6 +148,8 @@ def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
     sampling = _sampling(fields, max_tokens)
     if max_tokens == 0 and not echo:
         raise ApiError(400, "max_tokens: found 0, expected >= 1 without echo", "max_tokens")
+    if max_tokens == 0 and sampling.n > 1:
+        raise ApiError(400, f"n: found {sampling.n}, expected 1 if max_tokens is 0", "n")
     if sampling.stream and (echo or logprobs):
         name = "echo" if echo else "logprobs"
         raise ApiError(400, f"{name}: not supported in a stream: leave it out", name)
@@ -243,13 +245,15 @@ def _sampling(fields: _Fields, max_tokens: int | None) -> SamplingFields:
         limits = {"top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1)}
     else:  # the most likely token is in all of these
         limits = {}
-        for name in ("top_k", "top_p", "min_p", "typical_p"):
-            fields.take(name)
+        fields.integer("top_k", 0, 0)
+        for name in ("top_p", "min_p", "typical_p"):
+            fields.number(name, 0, 1)
     limits["repetition_penalty"] = (0, 100)
     for name, (lowest, highest) in limits.items():
         if (value := fields.number(name, lowest, highest)) is not None:
             options[name] = value
-    if (value := fields.integer("min_tokens", None, 0)) is not None:
+    highest = math.inf if max_tokens is None else max_tokens
+    if (value := fields.integer("min_tokens", None, 0, highest)) is not None:
         options["min_new_tokens"] = value
     if bias := _logit_bias(fields.take("logit_bias", {})):
         options["logit_bias"] = bias
@@ -271,7 +275,7 @@ def _sampling(fields: _Fields, max_tokens: int | None) -> SamplingFields:
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    expected = "a text, token ids, or a list of one of them"
+    expected = "a string, a list of token ids, or a list of either"
     if isinstance(value, str) or _is_ids(value):
         return [value]
     if not isinstance(value, list) or not value:
@@ -282,7 +286,8 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(x) is int for x in value)
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(type(x) is int and 0 <= x < 2**31 for x in value)
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -299,7 +304,8 @@ def _logit_bias(value: Any) -> dict[int, float]:
     bias = {}
     for token, number in value.items():
         valid = isinstance(number, int | float) and not isinstance(number, bool)
-        if not (token.isascii() and token.isdecimal()) or not valid or abs(number) > 100:
+        is_id = token.isascii() and token.isdecimal() and len(token) < 10
+        if not is_id or not valid or abs(number) > 100:
             raise _invalid("logit_bias", {token: number}, "a token id and -100 to 100")
         bias[int(token)] = float(number)
     return bias
@@ -313,7 +319,7 @@ def _messages(value: Any) -> list[dict[str, str]]:
         name = f"messages[{i}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise _invalid(name, message, "an object with role and content")
-        if extra := message.keys() - {"role", "content", "name"}:
+        if extra := message.keys() - {"role", "content"}:
             raise ApiError(400, f"{name}.{min(extra)}: not supported", "messages")
         messages.append({"role": message["role"], "content": _content(name, message)})
     return messages

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
+import functools
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from btlm_jax.serving.server_metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(eq=False)
 class _Job:
@@ -29,15 +33,15 @@ class _Job:
       handle: its handle in the engine.
       deliver: called from the engine's thread with ("tokens", tokens, logprobs),
         ("end", finish reason) or ("error", exception).
-      num_sent: tokens that were delivered.
       arrived: when it was submitted, in seconds.
+      num_sent: tokens that were delivered.
       last: when its last tokens were delivered.
     """
 
     handle: Handle
     deliver: Callable[[tuple[Any, ...]], None]
+    arrived: float
     num_sent: int = 0
-    arrived: float = dataclasses.field(default_factory=time.monotonic)
     last: float = 0.0
 
 
@@ -78,6 +82,7 @@ class EngineService:
     def __init__(self, engine: Engine, metrics: ServerMetrics):
         self.engine, self.metrics = engine, metrics
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._slow: collections.deque[Callable[[], None]] = collections.deque()
         self._jobs: list[_Job] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failure: BaseException | None = None
@@ -91,10 +96,25 @@ class EngineService:
         self._commands.put(None)
         self._thread.join()
 
-    async def call(self, function: Callable[[], Any]) -> Any:
-        """Returns the result of a function that runs in the engine's thread."""
+    async def call(self, function: Callable[[], T]) -> T:
+        """Returns the result of a quick function that runs in the engine's thread.
+
+        Raises:
+          ApiError: the engine has failed.
+        """
+        return await self._run_in_thread(function, self._commands.put)
+
+    async def call_slowly(self, function: Callable[[], T]) -> T:
+        """Like `call`, for a function that takes long: one runs between two steps of the engine."""
+        return await self._run_in_thread(
+            function, lambda command: self._commands.put(lambda: self._slow.append(command))
+        )
+
+    async def _run_in_thread(
+        self, function: Callable[[], T], put: Callable[[Callable[[], None]], None]
+    ) -> T:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
+        future: asyncio.Future[T] = loop.create_future()
 
         def set_result(result: Any, error: BaseException | None) -> None:
             if future.cancelled():
@@ -105,49 +125,62 @@ class EngineService:
                 future.set_result(result)
 
         def command() -> None:
+            result, error = None, None
             try:
-                result, error = function(), None
+                self._check_alive()
+                result = function()
             except Exception as e:
-                result, error = None, e
+                error = e
             loop.call_soon_threadsafe(set_result, result, error)
 
-        self._check_alive()
-        self._commands.put(command)
+        put(command)
         return await future
 
-    async def submit(self, ids: list[int], options: dict[str, Any]) -> TokenStream:
-        """Submits a prompt.
+    async def submit(
+        self, requests: Sequence[tuple[list[int], dict[str, Any]]]
+    ) -> list[TokenStream]:
+        """Submits prompts: all of them or none.
 
         Args:
-          ids: the prompt.
-          options: those of `Engine.submit`.
+          requests: prompts, and options of `Engine.submit`.
 
         Raises:
-          ApiError: the engine is full, or refuses the request.
+          ApiError: the engine is full, or refuses a request.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+        loop, arrived = asyncio.get_running_loop(), time.monotonic()
+        streams: list[TokenStream] = []
 
-        def deliver(event: tuple[Any, ...]) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        def submit() -> _Job:
-            handle = self.engine.submit(np.array(ids, np.int64), block=False, **options)
-            job = _Job(handle, deliver)
-            self._jobs.append(job)
-            return job
+        def submit() -> None:
+            jobs: list[_Job] = []
+            try:
+                for ids, options in requests:
+                    events: asyncio.Queue[tuple[Any, ...]] = asyncio.Queue()
+                    prompt = np.array(ids, np.int64)
+                    handle = self.engine.submit(prompt, block=False, **options)
+                    deliver = functools.partial(loop.call_soon_threadsafe, events.put_nowait)
+                    jobs.append(_Job(handle, deliver, arrived))
+                    streams.append(TokenStream(self, handle, events))
+            except BaseException:
+                for job in jobs:
+                    self.engine.cancel(job.handle)
+                raise
+            self._jobs += jobs
 
         try:
-            job = await self.call(submit)
+            await self.call(submit)
         except EngineFull as e:
             raise ApiError(429, f"the server is busy: {e}", code="engine_full") from None
         except ValueError as e:
-            raise ApiError(400, str(e)) from None
-        return TokenStream(self, job.handle, events)
+            raise ApiError(400, _with_field_names(str(e))) from None
+        except asyncio.CancelledError:
+            # The engine's thread may be about to submit them.
+            self._commands.put(lambda: [stream.close() for stream in streams])
+            raise
+        return streams
 
     def cancel(self, handle: Handle) -> None:
-        """Ends a request; does nothing if it has ended."""
-        self._commands.put(lambda: self.engine.cancel(handle))
+        """Ends a request; does nothing if it has ended, or if the engine has failed."""
+        self._commands.put(lambda: None if self.failure else self.engine.cancel(handle))
 
     def _check_alive(self) -> None:
         if self.failure is not None:
@@ -155,18 +188,29 @@ class EngineService:
 
     def _run(self) -> None:
         try:
-            while self._take_commands(wait=not self._jobs):
+            while self._take_commands(wait=not self._jobs and not self._slow):
+                if self._slow:
+                    self._slow.popleft()()
                 if self._jobs:
                     self.engine.step()
                     self._deliver()
                 self.metrics.observe_engine(self.engine)
+            self.failure = RuntimeError("the server has stopped")
         except BaseException as e:
             self.failure = e
             logger.exception("the engine has failed")
-        finally:
-            error = self.failure or RuntimeError("the server stops")
-            for job in self._jobs:
-                job.deliver(("error", error))
+            self._answer_all()
+            while self._take_commands(wait=True):  # each is answered with the failure
+                self._answer_all()
+        self._answer_all()
+
+    def _answer_all(self) -> None:
+        """Answers everyone who waits with the failure."""
+        for job in self._jobs:
+            job.deliver(("error", self.failure))
+        self._jobs = []
+        while self._slow:
+            self._slow.popleft()()
 
     def _take_commands(self, *, wait: bool) -> bool:
         """Runs what was asked for; returns False when the thread must end."""
@@ -199,3 +243,10 @@ class EngineService:
             else:
                 unfinished.append(job)
         self._jobs = unfinished
+
+
+def _with_field_names(message: str) -> str:
+    """Returns a message of the engine with the names of the fields of requests."""
+    for option, field in (("max_new_tokens", "max_tokens"), ("min_new_tokens", "min_tokens")):
+        message = message.replace(option, field)
+    return message

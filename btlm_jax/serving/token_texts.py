@@ -19,6 +19,8 @@ class TokenTexts:
 
     def __call__(self, token: int) -> str:
         data = self.to_bytes(token)
+        if token not in self._bytes:
+            return f"<token {token}>"
         try:
             return data.decode()
         except UnicodeDecodeError:

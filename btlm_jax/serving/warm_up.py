@@ -21,12 +21,17 @@ _RULES: tuple[dict[str, Any], ...] = (
 
 
 def warm_up(engine: Engine) -> None:
-    """Runs requests with the usual rules, and prompts of few and of many tokens."""
-    start = time.monotonic()
+    """Runs requests with the usual rules, and prompts of few and of many tokens.
+
+    Other lengths and rules are compiled when a request needs them.
+    """
+    start, rng = time.monotonic(), np.random.default_rng(0)
     longest = max(1, min(engine.chunk, engine.max_length - 2))
     with count_compilations() as compilations:
         for options in _RULES:
             for length in sorted({1, longest}):
-                prompt = np.ones(length, np.int64)
-                engine.submit(prompt, max_new_tokens=2, eos_token_id=None, **options).result()
+                prompt = rng.integers(0, engine.model.config.vocab_size, length)
+                new = min(2, engine.max_length - length)
+                engine.submit(prompt, max_new_tokens=new, eos_token_id=None, **options).result()
+    engine.prefixes.clear()
     logger.info("compiled %d programs in %.0f s", compilations.count, time.monotonic() - start)

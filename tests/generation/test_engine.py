@@ -11,6 +11,7 @@ import pytest
 from btlm_jax import Engine, generate, make_mesh
 from btlm_jax.generation.engine import EngineFull
 from btlm_jax.utils.compile_cache import count_compilations
+from support import golden
 
 PROMPTS = [
     np.random.default_rng(n).integers(0, 256, size=n).tolist() for n in (3, 30, 17, 5, 62, 40, 9)
@@ -194,3 +195,26 @@ def test_bad_requests_are_named_and_leave_the_engine_usable(of_bytes, prompt, op
 def test_bad_sizes_are_named(of_bytes, name):
     with pytest.raises(ValueError, match=f"{name}: found 0, expected >= 1"):
         Engine(*of_bytes[:2], **{name: 0})
+
+
+def test_a_prompt_that_nearly_fills_its_row_after_a_shared_beginning(of_bytes):
+    """The padding of its last chunk needs more slots than the row has tokens."""
+    model, params, _ = of_bytes
+    engine = Engine(model, params, rows=3, max_length=128, chunk=64)
+    ids = np.random.default_rng(1).integers(0, 256, 126).tolist()
+    for prompt in (ids[:120], ids):
+        expected = generate(model, params, [prompt], max_new_tokens=2, eos_token_id=None)[0]
+        handle = engine.submit(prompt, max_new_tokens=2, eos_token_id=None)
+        assert list(handle) == expected[len(prompt) :].tolist()
+    assert engine.prefixes.hits == 120
+
+
+def test_dynamic_scales_are_those_of_the_whole_prompt():
+    c = golden.load("e_alibi_dynamic16")
+    engine = Engine(c.model, c.params, rows=2, max_length=64, chunk=8)
+    prompt = (c["gen/prompt"][0].tolist() * 8)[:30]
+    for _ in range(2):
+        expected = generate(c.model, c.params, [prompt], max_new_tokens=6, eos_token_id=None)[0]
+        handle = engine.submit(prompt, max_new_tokens=6, eos_token_id=None)
+        assert list(handle) == expected[30:].tolist()
+    assert engine.prefixes.hits == 0
