@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -84,6 +85,18 @@ class Serve:
         from btlm_jax.serving.warm_up import warm_up
 
         # All that is small is checked before the weights are loaded.
+        key = os.environ.get("BTLM_API_KEY") if self.api_key is None else self.api_key
+        if key == "":
+            raise ValueError(
+                "--api-key (or BTLM_API_KEY): found an empty key, expected text: leave it out for "
+                "none"
+            )
+        for option, value in (("max-requests", self.max_requests), ("max-body", self.max_body)):
+            if value < 1:
+                raise ValueError(f"--{option}: found {value}, expected >= 1")
+        if self.drain_seconds < 0:
+            raise ValueError(f"--drain-seconds: found {self.drain_seconds}, expected >= 0")
+        listener = self._bind()
         meta = metadata.read_metadata(self.checkpoint)
         tokenizer = btlm.load_tokenizer(self.checkpoint)
         check_vocabulary(tokenizer, meta.config.vocab_size)
@@ -107,7 +120,6 @@ class Serve:
         )
         metrics = ServerMetrics()
         name = self.name or os.path.basename(os.path.normpath(os.fspath(self.checkpoint)))
-        key = self.api_key or os.environ.get("BTLM_API_KEY")
         if self.warm_up:
             warm_up(engine)
         server = Server(
@@ -121,20 +133,26 @@ class Serve:
         if self.host not in _LOOPBACK and key is None:
             logger.warning("everyone who reaches %s can use the server: set --api-key", self.host)
         config = uvicorn.Config(
-            server.app(),
-            host=self.host,
-            port=self.port,
-            log_config=None,
-            timeout_graceful_shutdown=self.drain_seconds,
+            server.app(), log_config=None, timeout_graceful_shutdown=self.drain_seconds
         )
-        try:
-            listener = config.bind_socket()
-        except SystemExit:  # uvicorn has said why
-            raise ValueError(
-                f"--port: cannot listen at {self.host}:{self.port}: choose another port or host"
-            ) from None
+        listener.listen(config.backlog)
         address, port = listener.getsockname()[:2]
+        address = f"[{address}]" if ":" in address else address
         print(f"serving {name} at http://{address}:{port}/v1", flush=True)
         # uvicorn sends itself the signal again when all is done, which would end the process.
         signal.signal(signal.SIGTERM, lambda *_: None)
         uvicorn.Server(config).run([listener])
+
+    def _bind(self) -> socket.socket:
+        """Returns a socket of the address, which does not listen before the server is ready."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self.host, self.port))
+        except (OSError, OverflowError) as e:
+            listener.close()
+            raise ValueError(
+                f"--host and --port: cannot listen at {self.host}:{self.port} ({e}): choose others"
+            ) from None
+        return listener

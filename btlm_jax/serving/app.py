@@ -101,7 +101,10 @@ class Server:
         return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
     def _route(self, path: str, handler: _Handler, method: str) -> Route:
-        """Returns a route that checks the key and the number of requests, and turns errors into responses."""
+        """Returns a route that checks the key and the number of requests.
+
+        Errors become responses.
+        """
 
         async def handle(request: Request) -> Response:
             try:

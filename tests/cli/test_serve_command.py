@@ -50,7 +50,11 @@ def test_a_checkpoint_is_served_until_sigterm(bytes_checkpoint, of_bytes):
     [
         (["--rows", "0"], "--rows: found 0"),
         (["--chat-template", "no.jinja"], "no.jinja"),
-        (["--port", "1", "--host", "203.0.113.1", "--no-warm-up"], "--port: cannot listen at"),
+        (["--host", "203.0.113.1"], "--host and --port: cannot listen at 203.0.113.1:8000"),
+        (["--port", "70000"], "--host and --port: cannot listen at 127.0.0.1:70000"),
+        (["--api-key", ""], "--api-key (or BTLM_API_KEY): found an empty key"),
+        (["--max-requests", "0"], "--max-requests: found 0"),
+        (["--max-length", "1"], "--max-length: found 1"),
     ],
 )
 def test_bad_arguments_are_named(bytes_checkpoint, capsys, argv, message):

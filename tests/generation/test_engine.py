@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from btlm_jax import Engine, generate, make_mesh
+from btlm_jax.generation import running_batch
 from btlm_jax.generation.engine import EngineFull
 from btlm_jax.utils.compile_cache import count_compilations
 from support import golden
@@ -124,6 +125,34 @@ def test_a_beginning_that_prompts_share_is_read_once(of_bytes, monkeypatch):
     assert engine.prefixes.hits == 202 and 0 < engine.prefixes.nbytes <= engine.prefixes.max_bytes
 
 
+def test_a_request_can_be_cancelled_while_its_prompt_is_read(of_bytes):
+    engine = Engine(*of_bytes[:2], rows=3, max_length=256, chunk=16)
+    long = engine.submit(np.arange(160) % 256, max_new_tokens=3)
+    engine.step()
+    assert engine.num_waiting == 1
+    engine.cancel(long)
+    assert engine.num_waiting == 0 and list(long) == [] and long.finish_reason == "cancelled"
+    assert len(engine.submit([1, 2], max_new_tokens=2, eos_token_id=None).result().tokens) == 2
+
+
+def test_a_failure_while_a_row_starts_leaves_the_others_as_they_were(of_bytes, alone, monkeypatch):
+    engine = Engine(*of_bytes[:2], rows=3, max_length=128, chunk=16, prefix_cache_bytes=0)
+    first = submit(engine, 0, 0)
+    engine.step()
+    start = running_batch.start_rows
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(running_batch, "start_rows", fail)
+    second = submit(engine, 3, 0)
+    with pytest.raises(MemoryError):
+        engine.step()
+    monkeypatch.setattr(running_batch, "start_rows", start)
+    check(first, alone(0, 0))
+    check(second, alone(3, 0))
+
+
 def test_a_full_queue_pushes_back(of_bytes):
     engine = Engine(*of_bytes[:2], rows=1, max_length=64, queue_size=2)
     handles = [engine.submit([1, 2], max_new_tokens=2, eos_token_id=None) for _ in range(2)]
@@ -191,9 +220,9 @@ def test_bad_requests_are_named_and_leave_the_engine_usable(of_bytes, prompt, op
     assert engine.num_waiting == 0
 
 
-@pytest.mark.parametrize("name", ["rows", "chunk", "steps", "queue_size"])
+@pytest.mark.parametrize("name", ["rows", "chunk", "steps", "queue_size", "max_length"])
 def test_bad_sizes_are_named(of_bytes, name):
-    with pytest.raises(ValueError, match=f"{name}: found 0, expected >= 1"):
+    with pytest.raises(ValueError, match=f"{name}: found 0, expected >= "):
         Engine(*of_bytes[:2], **{name: 0})
 
 

@@ -38,9 +38,10 @@ def test_greedy_and_sampled_completions_are_those_of_generate(client, of_bytes):
     np.testing.assert_allclose(choice.logprobs.token_logprobs, logprobs, atol=1e-4)
     assert answer.usage.completion_tokens == len(tokens) and answer.usage.prompt_tokens == 9
     options = dict(max_new_tokens=8, do_sample=True, temperature=0.8, top_p=0.9, top_k=0, seed=7)
-    answer = client.completions.create(**SAMPLED, n=3)
-    for i, choice in enumerate(answer.choices):
-        assert choice.index == i and choice.text == expected(of_bytes, index=i, **options)[1]
+    for several in (dict(n=3), dict(prompt=[PROMPT] * 3)):  # each draws on its own
+        answer = client.completions.create(**SAMPLED | several)
+        for i, choice in enumerate(answer.choices):
+            assert choice.index == i and choice.text == expected(of_bytes, index=i, **options)[1]
 
 
 def test_prompts_are_texts_or_ids_one_or_several(client, of_bytes):
@@ -175,6 +176,34 @@ def test_a_full_engine_answers_429_with_retry_after(of_bytes):
             stream.close()
 
 
+def test_absurd_numbers_leave_the_engine_alive(client):
+    huge = GREEDY | dict(temperature=1, extra_body={"top_k": 3_000_000_000})
+    for arguments in (huge, GREEDY):
+        assert client.completions.create(**arguments).choices[0].finish_reason
+
+
+def test_an_engine_that_fails_answers_everyone(of_bytes, monkeypatch):
+    from serving.conftest import RunningServer
+
+    with RunningServer(*of_bytes, rows=1) as server:
+        client = server.client()
+
+        def fail():
+            raise RuntimeError("out of memory")
+
+        stream = client.completions.create(**GREEDY | dict(max_tokens=100), stream=True)
+        next(iter(stream))
+        monkeypatch.setattr(server.engine, "step", fail)
+        with pytest.raises(openai.APIError, match="out of memory"):
+            list(stream)
+        for _ in range(2):
+            with pytest.raises(openai.APIStatusError, match="the engine has failed") as error:
+                client.completions.create(**GREEDY)
+            assert error.value.status_code == 503
+        status, body = http(server, "GET", "/health")
+        assert status == 503 and b"out of memory" in body
+
+
 def test_a_server_that_ends_finishes_what_is_running(of_bytes):
     from serving.conftest import RunningServer
 
@@ -190,8 +219,15 @@ def test_a_server_that_ends_finishes_what_is_running(of_bytes):
     "change, status, message",
     [
         (dict(model="other"), 404, "model: found 'other', expected 'tiny'"),
-        (dict(prompt=[1, 258]), 400, "found ids from 1 to 258, expected 0 to 257"),
-        (dict(prompt=[]), 400, "prompt: found .*, expected a text"),
+        (dict(prompt=[1, 258]), 400, "prompt: found the token id 258, expected 0 to 257"),
+        (dict(prompt=[300], max_tokens=0, echo=True), 400, "found the token id 300"),
+        (dict(prompt=[1] * 129, max_tokens=0, echo=True, logprobs=0), 400, "expected at most 128"),
+        (dict(prompt=[2**40]), 400, "prompt: found"),
+        (dict(min_tokens=3_000_000_000), 400, "min_tokens: found 3000000000"),
+        (dict(n=9), 400, "n: found 9 continuations, expected at most 8"),
+        (dict(top_p="x", temperature=0), 400, 'top_p: found "x"'),
+        (dict(logit_bias={"1" * 5000: 1}), 400, "logit_bias: found"),
+        (dict(prompt=[]), 400, "prompt: found .*, expected a string"),
         (dict(prompt=""), 400, "prompt: "),
         (dict(prompt=[1] * 125), 400, "found 125 tokens and max_tokens 8, expected at most 128"),
         (dict(temperature=-1), 400, "temperature: found -1, expected a number from 0 to 100"),
@@ -228,6 +264,7 @@ def test_bad_fields_are_named_with_the_right_status(client, change, status, mess
         (b"\xff", 400, "the body is not JSON"),
         (b"[1]", 400, "found a JSON list, expected an object"),
         (b'{"temperature": NaN}', 400, "the body holds NaN, expected finite numbers"),
+        (b'{"model": "tiny", "prompt": "a", "\\ud800": 1}', 400, "unknown field"),
         (b'{"prompt": ' + b"[" * 9000, 400, "the body is nested too deeply|is not JSON"),
         (b" " * 20_001, 413, "the body is larger than 20,000 bytes"),
     ],

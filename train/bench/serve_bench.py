@@ -140,9 +140,7 @@ def _percentiles(values: Any) -> dict[str, float]:
 
 def _format_report(report: dict[str, Any]) -> list[str]:
     """Returns the lines of a table."""
-    table = [
-        ["streams", "tokens/s", "times one", "first p50", "p99", "token p50", "p99", "compiled"]
-    ]
+    table = [["streams", "tokens/s", "speedup", "first p50", "p99", "token p50", "p99", "compiled"]]
     for n, row in report["streams"].items():
         first, between = row["first_token_seconds"], row["token_seconds"]
         seconds = [first["p50"], first["p99"], between["p50"], between["p99"]]

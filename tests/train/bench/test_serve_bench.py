@@ -15,7 +15,7 @@ def test_streams_are_measured_beside_one_at_a_time(capsys):
         assert row["tokens_per_second"] > 0 and row["compilations"] == 0
         assert 0 < row["first_token_seconds"]["p50"] <= row["first_token_seconds"]["p99"]
     assert report["streams"]["1"]["speedup"] == 1
-    assert "times one" in capsys.readouterr().out
+    assert "speedup" in capsys.readouterr().out
 
 
 def test_bad_sizes_are_named():
