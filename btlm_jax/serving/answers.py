@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,7 @@ class Continuation:
 
 async def merge_pieces(
     continuations: Sequence[Continuation],
-) -> AsyncIterator[tuple[int, Piece]]:
+) -> AsyncGenerator[tuple[int, Piece], None]:
     """Yields (index, piece) of several continuations as they come."""
     merged: asyncio.Queue[tuple[int, Piece | BaseException]] = asyncio.Queue()
 

@@ -39,7 +39,7 @@ class _Job:
     """
 
     handle: Handle
-    deliver: Callable[[tuple[Any, ...]], None]
+    deliver: Callable[[tuple[Any, ...]], Any]
     arrived: float
     num_sent: int = 0
     last: float = 0.0
@@ -166,6 +166,10 @@ class EngineService:
                 raise
             self._jobs += jobs
 
+        def close_all() -> None:
+            for stream in streams:
+                stream.close()
+
         try:
             await self.call(submit)
         except EngineFull as e:
@@ -174,7 +178,7 @@ class EngineService:
             raise ApiError(400, _with_field_names(str(e))) from None
         except asyncio.CancelledError:
             # The engine's thread may be about to submit them.
-            self._commands.put(lambda: [stream.close() for stream in streams])
+            self._commands.put(close_all)
             raise
         return streams
 
