@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -188,6 +189,11 @@ class _WandbRun:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        # wandb drops what does not fit on its disk, without a word.
+        files = self._directory / "wandb"
+        place = files if files.is_dir() else self._directory
+        if not shutil.disk_usage(place).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
         self._run.log({"step": step, **values})
 
     def close(self) -> None:

@@ -150,6 +150,22 @@ def test_a_resumed_run_is_the_same_run_in_wandb(tmp_path, monkeypatch, caplog):
     assert first["project"] == "btlm" and first["config"] == {"run": {"seed": 1}}
 
 
+def test_a_full_disk_of_wandb_is_a_warning(tmp_path, monkeypatch, caplog):
+    """wandb itself says nothing."""
+    run = types.SimpleNamespace(define_metric=lambda *_, **__: 0, log=print, finish=print)
+    wandb = types.SimpleNamespace(init=lambda **_: run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = MetricsLog(tmp_path, 0, {}, "btlm")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=0))
+    log.write(1, {"loss": 2.0})
+    log.write(2, {"loss": 1.0})
+    log.close()
+    (warning,) = [r.getMessage() for r in caplog.records]
+    assert "Weights & Biases" in warning and "No space left" in warning
+    assert [line["step"] for line in read_metrics(tmp_path / METRICS_FILE)] == [1, 2]
+
+
 def test_a_missing_wandb_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"run\.wandb_project .* pip install wandb"):
