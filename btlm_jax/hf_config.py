@@ -28,6 +28,7 @@ from typing import Any
 from btlm_jax.config import AlibiScaling, BTLMConfig, is_int, is_number
 from btlm_jax.hf_config_values import ALIASES, normalize_values
 from btlm_jax.presets import MUP_BASE_WIDTH
+from btlm_jax.utils.json_files import json_type
 from btlm_jax.utils.local_paths import AnyPath, local_path
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def read_config_json(path: AnyPath) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not valid JSON ({e}); download the file again") from e
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: found a JSON {type(raw).__name__}, expected an object")
+        raise ValueError(f"{path}: found a JSON {json_type(raw)}, expected an object")
     return raw
 
 

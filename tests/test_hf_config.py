@@ -117,7 +117,7 @@ def test_files_that_are_not_configurations(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         BTLMConfig.from_hf(tmp_path)
     path = tmp_path / "config.json"
-    for text, message in (("{", "not valid JSON"), ("[]", "found a JSON list")):
+    for text, message in (("{", "not valid JSON"), ("[]", "found a JSON array")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             BTLMConfig.from_hf(path)

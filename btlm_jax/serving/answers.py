@@ -13,6 +13,7 @@ import numpy as np
 
 from btlm_jax.generation import scoring
 from btlm_jax.generation.detokenize import Detokenizer
+from btlm_jax.serving.prompt_encoding import PromptIds
 from btlm_jax.serving.service import EngineService, TokenStream
 from btlm_jax.serving.stop_trimmer import StopTrimmer
 from btlm_jax.serving.token_texts import TokenTexts
@@ -32,14 +33,6 @@ class Piece:
     tokens: list[int]
     logprobs: list[float]
     finish_reason: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptIds:
-    """A prompt: its text, if it was given as one, and its tokens."""
-
-    text: str | None
-    ids: list[int]
 
 
 class Continuation:

@@ -16,9 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from btlm_jax.data.tokenizer import check_text, encode_prompt
 from btlm_jax.serving import answers
-from btlm_jax.serving.answers import Answer, Continuation, Piece, PromptIds, merge_pieces
+from btlm_jax.serving.answers import Answer, Continuation, Piece, merge_pieces
 from btlm_jax.serving.chat_template import ChatTemplate
 from btlm_jax.serving.http_io import (
     EventStream,
@@ -28,6 +27,7 @@ from btlm_jax.serving.http_io import (
     read_body,
     unless_disconnected,
 )
+from btlm_jax.serving.prompt_encoding import PromptEncoder, PromptIds
 from btlm_jax.serving.protocol import (
     ApiError,
     ChatRequest,
@@ -72,6 +72,7 @@ class Server:
         self._api_key, self._chat_template = api_key, chat_template
         self._limits = ServerLimits() if limits is None else limits
         self._texts = TokenTexts(tokenizer)
+        self._encoder = PromptEncoder(tokenizer, service.engine.model.config.vocab_size)
         self._created, self._num_requests = int(time.time()), 0
 
     def app(self) -> Starlette:
@@ -169,7 +170,7 @@ class Server:
         fields = parse_completion(parse_json(await read_body(request, self._limits)))
         self._check_model(fields.sampling.model)
         self._check_count(len(fields.prompts) * fields.sampling.n)
-        prompts = await asyncio.to_thread(lambda: [self._encode(x) for x in fields.prompts])
+        prompts = await asyncio.to_thread(lambda: [self._encoder.prompt_ids(x) for x in fields.prompts])
         self._check_lengths(prompts, fields.sampling)
         answer = Answer("text_completion", "cmpl", self._model_name)
         if fields.sampling.max_tokens == 0:
@@ -201,7 +202,7 @@ class Server:
                     ids = [*continuation.prompt.ids, *piece.tokens]
                     chosen["logprobs"] = await self._text_logprobs(fields, continuation.prompt, ids)
                 if fields.echo:
-                    chosen["text"] = self._prompt_text(continuation.prompt) + piece.text
+                    chosen["text"] = self._encoder.text(continuation.prompt) + piece.text
                 choices.append(chosen)
             return JSONResponse(answer.body(choices, answers.usage(opened, fields.sampling.n)))
 
@@ -214,7 +215,7 @@ class Server:
         choices = []
         for i, prompt in enumerate(prompts):
             logprobs = await self._text_logprobs(fields, prompt, prompt.ids)
-            text = self._prompt_text(prompt)
+            text = self._encoder.text(prompt)
             choices.append(
                 {"index": i, "text": text, "logprobs": logprobs, "finish_reason": "length"}
             )
@@ -254,7 +255,7 @@ class Server:
             )  # fmt: skip
         self._check_count(fields.sampling.n)
         text = self._chat_template.render(fields.messages)
-        prompt = await asyncio.to_thread(lambda: self._encode_chat(text))
+        prompt = await asyncio.to_thread(lambda: self._encoder.chat_ids(text))
         self._check_lengths([prompt], fields.sampling)
         opened = await self._open([prompt], fields.sampling)
         if fields.sampling.stream:
@@ -313,31 +314,6 @@ class Server:
                 404, f"model: found {name!r}, expected {self._model_name!r}", "model",
                 "model_not_found",
             )  # fmt: skip
-
-    def _encode(self, prompt: str | list[int]) -> PromptIds:
-        vocab_size = self._service.engine.model.config.vocab_size
-        if not isinstance(prompt, str):
-            if max(prompt) >= vocab_size:
-                raise ApiError(
-                    400, f"prompt: found the token id {max(prompt)}, expected 0 to "
-                    f"{vocab_size - 1}", "prompt",
-                )  # fmt: skip
-            return PromptIds(None, prompt)
-        try:
-            return PromptIds(prompt, encode_prompt(self._tokenizer, prompt))
-        except ValueError as e:
-            raise ApiError(400, f"prompt: {e}", "prompt") from None
-
-    def _encode_chat(self, text: str) -> PromptIds:
-        try:
-            check_text(text)
-        except ValueError as e:
-            raise ApiError(400, f"messages: {e}", "messages") from None
-        # A template writes the special tokens itself.
-        return PromptIds(text, self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def _prompt_text(self, prompt: PromptIds) -> str:
-        return self._tokenizer.decode(prompt.ids) if prompt.text is None else prompt.text
 
     async def _open(
         self, prompts: Sequence[PromptIds], fields: SamplingFields

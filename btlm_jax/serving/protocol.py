@@ -12,6 +12,8 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from btlm_jax.utils.json_files import json_type
+
 # Fields that change nothing here, and are accepted.
 _WITHOUT_EFFECT = ("user", "store", "metadata")
 # Field -> (values that are as if it were absent, why it is refused).
@@ -130,7 +132,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
         reason = "is nested too deeply" if isinstance(e, RecursionError) else f"is not JSON: {e}"
         raise ApiError(400, f"the body {reason}") from None
     if not isinstance(value, dict):
-        raise ApiError(400, f"found a JSON {type(value).__name__}, expected an object")
+        raise ApiError(400, f"found a JSON {json_type(value)}, expected an object")
     return value
 
 

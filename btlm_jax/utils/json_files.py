@@ -46,3 +46,11 @@ def parse_object(
     if not isinstance(value, dict):
         raise ValueError(f"{name} holds no JSON object{advice}")
     return value
+
+
+def json_type(value: Any) -> str:
+    """Returns JSON's name of the type of a parsed value: "array", "null", …"""
+    if value is None:
+        return "null"
+    names = {dict: "object", list: "array", str: "string", bool: "boolean"}
+    return names.get(type(value), "number")

@@ -9,6 +9,7 @@ from pathlib import Path
 from btlm_jax.convert.hf.advice import REDOWNLOAD
 from btlm_jax.convert.hf.foreign_files import describe_foreign_bytes
 from btlm_jax.utils.format import join_first
+from btlm_jax.utils.json_files import json_type
 
 
 def read_json_object(file: Path) -> dict:
@@ -47,7 +48,7 @@ def parse_json_object(data: bytes, file: str) -> dict:
         raise ValueError(f"{file}: {error}. {REDOWNLOAD}") from None
     if not isinstance(value, dict):
         raise ValueError(
-            f"{file}: holds a JSON {type(value).__name__}, expected an object. {REDOWNLOAD}"
+            f"{file}: holds a JSON {json_type(value)}, expected an object. {REDOWNLOAD}"
         )
     return value
 

@@ -262,7 +262,7 @@ def test_bad_fields_are_named_with_the_right_status(client, change, status, mess
     [
         (b"{", 400, "the body is not JSON"),
         (b"\xff", 400, "the body is not JSON"),
-        (b"[1]", 400, "found a JSON list, expected an object"),
+        (b"[1]", 400, "found a JSON array, expected an object"),
         (b'{"temperature": NaN}', 400, "the body holds NaN, expected finite numbers"),
         (b'{"model": "tiny", "prompt": "a", "\\ud800": 1}', 400, "unknown field"),
         (b'{"prompt": ' + b"[" * 9000, 400, "the body is nested too deeply|is not JSON"),

@@ -26,7 +26,7 @@ from support.hf_directories import (
         (b'{"a": 1,\n "b": }', "line 2, column 7"),
         (b"", "line 1, column 1"),
         (b'{"a": "\xff"}', "not UTF-8 text at byte 7"),
-        (b"[1]", "holds a JSON list"),
+        (b"[1]", "holds a JSON array"),
         (b'{"a": 1, "a": 2}', "twice in one JSON object: a"),
         (b"[" * 100_000, "recursion"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "4300"),
