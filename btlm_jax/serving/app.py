@@ -170,7 +170,8 @@ class Server:
         fields = parse_completion(parse_json(await read_body(request, self._limits)))
         self._check_model(fields.sampling.model)
         self._check_count(len(fields.prompts) * fields.sampling.n)
-        prompts = await asyncio.to_thread(lambda: [self._encoder.prompt_ids(x) for x in fields.prompts])
+        encode = self._encoder.prompt_ids
+        prompts = await asyncio.to_thread(lambda: [encode(prompt) for prompt in fields.prompts])
         self._check_lengths(prompts, fields.sampling)
         answer = Answer("text_completion", "cmpl", self._model_name)
         if fields.sampling.max_tokens == 0:
