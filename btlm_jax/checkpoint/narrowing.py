@@ -17,6 +17,7 @@ from btlm_jax.checkpoint.unstacked import ReadPart
 from btlm_jax.model import finite, sharding, weights
 from btlm_jax.model.packed import PackedWeight
 from btlm_jax.model.params import flatten_tree, unflatten_tree
+from btlm_jax.utils.dtypes import largest_value
 from btlm_jax.utils.format import join_first
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def check_narrowed(
         arrays = join_first((f"{name}: {n:,}" for name, n in overflowed.items()), _NAMED)
         raise ValueError(
             f"dtype: found {dtype}, in which weights beyond "
-            f"{float(ml_dtypes.finfo(dtype).max):,.6g} would be infinite ({arrays}), expected "
+            f"{largest_value(dtype):,.6g} would be infinite ({arrays}), expected "
             "bfloat16 or float32"
         )
     if vanished:
@@ -88,7 +89,7 @@ def check_narrowed(
 
 def _is_wider(stored: DTypeLike, dtype: np.dtype) -> bool:
     """Returns whether a stored dtype holds larger values than `dtype`."""
-    return bool(float(ml_dtypes.finfo(stored).max) > float(ml_dtypes.finfo(dtype).max))
+    return largest_value(stored) > largest_value(dtype)
 
 
 def _reaches_lower(stored: DTypeLike, dtype: np.dtype) -> bool:

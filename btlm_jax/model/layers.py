@@ -58,8 +58,12 @@ class Layer(nn.Module):
 
     def capture(self, name: str, x: jax.Array) -> None:
         """Records an activation if the collection "intermediates" is mutable."""
-        replace: Any = lambda _, x: x  # noqa: E731 (typed, because Flax expects two equal types)
-        self.sow("intermediates", name, x, init_fn=lambda: None, reduce_fn=replace)
+        self.sow("intermediates", name, x, init_fn=lambda: None, reduce_fn=_newer)
+
+
+def _newer(_: Any, x: Any) -> Any:
+    """Returns the new value of an activation, where Flax would collect all of them."""
+    return x
 
 
 class LayerNorm(Layer):

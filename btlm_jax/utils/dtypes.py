@@ -43,6 +43,6 @@ def optional_dtype(value: Any, name: str, allowed: Sequence[str] = FLOATS) -> np
     return None if value is None else checked_dtype(value, name, allowed)
 
 
-def largest_value(dtype: np.dtype) -> float:
+def largest_value(dtype: Any) -> float:
     """Returns the largest finite value of a dtype of floats."""
     return float(ml_dtypes.finfo(dtype).max)

@@ -34,24 +34,12 @@ def test_a_row_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypa
     monkeypatch.setattr(text_records, "_PARQUET_PAGE_BYTES", 1 << 20)
     path = tmp_path / "a.parquet"
     texts = [f"row {i} " + "y" * 1000 for i in range(4000)]
-    pq.write_table(
-        pa.table({"text": texts}),
-        path,
-        use_dictionary=False,
-        write_batch_size=10,
-        data_page_size=10_000,
-    )
+    pages = dict(use_dictionary=False, write_batch_size=10, data_page_size=10_000)
+    pq.write_table(pa.table({"text": texts}), path, **pages)
     (file,) = expand_inputs(path)
     assert sum(1 for _ in text_records.read_records(file, "text", 0, 0)) == 4000
     texts[3000] = "x" * 3_000_000
-    pq.write_table(
-        pa.table({"text": texts}),
-        path,
-        use_dictionary=False,
-        write_batch_size=10,
-        data_page_size=10_000,
-        row_group_size=2500,
-    )
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=2500, **pages)
     (file,) = expand_inputs(path)
     records = text_records.read_records(file, "text", 0, 0)
     message = (
